@@ -1,0 +1,1 @@
+"""From files on disk to prompts: samples, decoding, tokens, positions, the training stream."""

@@ -1,0 +1,1 @@
+"""The consistency-likelihood scoring pass over generated groups."""

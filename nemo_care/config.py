@@ -1,0 +1,363 @@
+"""The recipe's schema: every key, its type, its default and its range.
+
+A recipe is a YAML file (see `recipes/`) merged over these dataclasses by Hydra and OmegaConf, so
+an unknown key or a value of the wrong type is refused before anything starts. `check_recipe` then
+checks ranges and the keys against each other. Sizes are counts, lengths are tokens unless said.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_care.errors import InputError
+
+MISSING = "???"  # OmegaConf's mark for a key that a recipe has to give.
+
+
+@dataclass
+class TrainerConfig:
+    """How long, on how many ranks, from which seed."""
+
+    max_steps: int = MISSING  # type: ignore[assignment]
+    """Optimizer steps of the whole run."""
+    devices: int = 1
+    """Ranks on one machine: GPUs, or processes where there is no GPU."""
+    num_nodes: int = 1
+    """Machines. More than one needs torchrun or srun to start the ranks."""
+    seed: int = 1234
+    """Seed of data order and sampling."""
+    resume: str = "auto"
+    """auto: go on from the run directory's newest checkpoint; never: refuse if there is one."""
+    validation_interval: int = 0
+    """Validate every so many steps; 0: only before the first and after the last step."""
+    show_completion_every: int = 20
+    """Print one sampled completion every so many steps; 0: never."""
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats."""
+
+    dtype: str = "bf16"
+    """bf16 (float32 master weights and gradients) or fp32."""
+
+
+@dataclass
+class ModelConfig:
+    """The checkpoint to start from and how it is cut."""
+
+    hf_path: str = MISSING
+    """Directory of a Hugging Face Qwen2.5-VL checkpoint."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer; must divide the attention and key-value heads."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are dealt to; must divide the number of layers."""
+    sequence_parallel: bool = False
+    """Cut norms and residuals along the sequence too (with tensor parallelism)."""
+    backend: str = "auto"
+    """Layer implementation: auto or local."""
+    freeze_vision: bool = False
+    """Leave the vision tower's weights as they are."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+
+
+@dataclass
+class ConsistencyConfig:
+    """The consistency bonus."""
+
+    bonus_coefficient: float = 0.5
+    """Size of the bonus relative to the accuracy; 0: no bonus (the GRPO baseline)."""
+    margin: float = 0.01
+    """How far below the mean answer likelihood a completion may lie and still get the bonus."""
+    likelihood_clip: float = 0.95
+    """Upper bound of the answer likelihood."""
+    accuracy_threshold: float = 0.1
+    """A completion counts as accurate above this (and at or above its group's mean)."""
+
+
+@dataclass
+class ReferenceConfig:
+    """The slowly moving reference model."""
+
+    ema_decay: float = 0.995
+    """Share of the old reference that an update keeps."""
+    ema_update_every: int = 10
+    """Optimizer steps between updates; 0: the reference stays frozen."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """GRPO-CARE, and GRPO as its special case."""
+
+    group_size: int = 8
+    """G, completions per prompt."""
+    prompts_per_step: int = 4
+    """B, prompts per optimizer step over all ranks; a multiple of the data-parallel size."""
+    groups_per_micro_batch: int = 1
+    """Groups computed together; more is faster for tiny models and takes more memory."""
+    updates_per_rollout: int = 1
+    """Optimizer steps on the same rollouts; above 1 the clipped surrogate applies."""
+    clip_low: float = 0.2
+    """The ratio is clipped below 1 - clip_low (several updates per rollout)."""
+    clip_high: float = 0.2
+    """The ratio is clipped above 1 + clip_high (several updates per rollout)."""
+    kl_coefficient: float = 0.0
+    """Weight of the k3 penalty against the reference; GRPO-CARE has none."""
+    min_reasoning_words: int = 0
+    """Words that the format reward asks for between the think tags; 0: the paper's reward."""
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+
+
+@dataclass
+class RolloutConfig:
+    """Sampling completions."""
+
+    temperature: float = 1.0
+    top_p: float = 0.95
+    max_completion_tokens: int = 768
+    groups_per_batch: int = 1
+    """Groups that are generated together."""
+    max_logprob_difference: float = 0.5
+    """In the first step the largest difference between a token's log-probability in rollout and
+    in training; above it the run stops, because weights or positions must be wrong."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    schedule: str = "cosine"
+    """cosine or constant, after the warm-up."""
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    """Steps until min_lr is reached; null: trainer.max_steps."""
+    weight_decay: float = 0.01
+    """On matrices only; biases and norms are left out."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 5.0
+    """Largest norm of the whole gradient."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is saved and when."""
+
+    save_interval: int = 50
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Checkpoints to keep; 0: all."""
+    export: bool = True
+    """Write a Hugging Face directory at the end of the run."""
+
+
+@dataclass
+class VideoConfig:
+    """How videos and images become patches."""
+
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 16
+    min_pixels: int = 3136
+    """Smallest number of pixels of a frame (4 * 28 * 28)."""
+    max_pixels: int = 100352
+    """Largest number of pixels of a frame (128 * 28 * 28)."""
+
+
+@dataclass
+class TrainDataConfig:
+    """Training prompts."""
+
+    kind: str = "jsonl"
+    """jsonl: one JSON object a line; miniature: the same, written by us where missing."""
+    root: str = MISSING
+    """Directory that the paths in the annotations are relative to."""
+    annotations: str = "train.jsonl"
+    shuffle: bool = True
+
+
+@dataclass
+class ValidationDataConfig:
+    """Validation prompts, by level."""
+
+    kind: str = "jsonl"
+    root: str = MISSING
+    annotations: dict[str, str] = field(default_factory=dict)
+    """Level name -> file relative to root; empty: no validation."""
+    samples_per_level: int | None = None
+    """Use only so many; null: all."""
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from and what they look like."""
+
+    train: TrainDataConfig = field(default_factory=TrainDataConfig)
+    validation: ValidationDataConfig = field(default_factory=ValidationDataConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    prompt_template: str | None = None
+    """Text of a prompt with {question}, {options} and {answer_hint}; null: our own wording."""
+    max_prompt_tokens: int = 16384
+    """A longer prompt is skipped and listed."""
+    max_skipped_fraction: float = 0.05
+    """The run stops when more of the data set than this can't be used."""
+
+
+@dataclass
+class EvaluationConfig:
+    """How validation samples its completions."""
+
+    temperature: float = 0.0
+    """0: greedy."""
+    top_p: float = 1.0
+    samples_per_batch: int = 8
+    """Prompts that are generated together."""
+    forced_reasoning_probe: bool = False
+    """Also measure how much the answer follows a reasoning put in the model's mouth."""
+
+
+@dataclass
+class ExpManagerConfig:
+    """NeMo's experiment manager: run directory and loggers."""
+
+    explicit_log_dir: str | None = None
+    exp_dir: str | None = "runs"
+    name: str | None = "default"
+    create_tensorboard_logger: bool = True
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    create_mlflow_logger: bool = False
+    mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Recipe:
+    """Everything a run is made of."""
+
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+
+
+_CHOICES = {
+    "trainer.resume": ("auto", "never"),
+    "model.backend": ("auto", "local"),
+    "model.precision.dtype": ("bf16", "fp32"),
+    "optimizer.schedule": ("cosine", "constant"),
+    "data.train.kind": ("jsonl", "miniature"),
+    "data.validation.kind": ("jsonl", "miniature"),
+}
+
+# Inclusive bounds; None is no bound.
+_RANGES: dict[str, tuple[float | None, float | None]] = {
+    "trainer.max_steps": (1, None),
+    "trainer.devices": (1, None),
+    "trainer.num_nodes": (1, None),
+    "trainer.seed": (0, None),
+    "trainer.validation_interval": (0, None),
+    "trainer.show_completion_every": (0, None),
+    "model.tensor_model_parallel_size": (1, None),
+    "model.pipeline_model_parallel_size": (1, None),
+    "algorithm.group_size": (2, None),
+    "algorithm.prompts_per_step": (1, None),
+    "algorithm.groups_per_micro_batch": (1, None),
+    "algorithm.updates_per_rollout": (1, None),
+    "algorithm.clip_low": (0, 1),
+    "algorithm.clip_high": (0, None),
+    "algorithm.kl_coefficient": (0, None),
+    "algorithm.min_reasoning_words": (0, None),
+    "algorithm.consistency.bonus_coefficient": (0, None),
+    "algorithm.consistency.margin": (0, 1),
+    "algorithm.consistency.likelihood_clip": (0, 1),
+    "algorithm.consistency.accuracy_threshold": (0, 1),
+    "algorithm.reference.ema_decay": (0, 1),
+    "algorithm.reference.ema_update_every": (0, None),
+    "rollout.temperature": (1e-3, None),
+    "rollout.top_p": (1e-6, 1),
+    "rollout.max_completion_tokens": (1, None),
+    "rollout.groups_per_batch": (1, None),
+    "rollout.max_logprob_difference": (0, None),
+    "optimizer.lr": (0, None),
+    "optimizer.min_lr": (0, None),
+    "optimizer.warmup_steps": (0, None),
+    "optimizer.decay_steps": (1, None),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.beta1": (0, 1),
+    "optimizer.beta2": (0, 1),
+    "optimizer.eps": (0, None),
+    "optimizer.clip_grad": (0, None),
+    "checkpoint.save_interval": (1, None),
+    "checkpoint.keep_last": (0, None),
+    "data.video.fps": (1e-3, None),
+    "data.video.min_frames": (2, None),
+    "data.video.max_frames": (2, None),
+    "data.video.min_pixels": (784, None),
+    "data.video.max_pixels": (784, None),
+    "data.validation.samples_per_level": (1, None),
+    "data.max_prompt_tokens": (1, None),
+    "data.max_skipped_fraction": (0, 1),
+    "evaluation.temperature": (0, None),
+    "evaluation.top_p": (1e-6, 1),
+    "evaluation.samples_per_batch": (1, None),
+}
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check ranges, and keys against each other.
+
+    Raises:
+        InputError: names the key, its value and what it may be.
+    """
+    for key, choices in _CHOICES.items():
+        if _value(recipe, key) not in choices:
+            raise InputError(f"{key}={_value(recipe, key)}: choose {' or '.join(choices)}")
+    for key, (low, high) in _RANGES.items():
+        value = _value(recipe, key)
+        if value is None:
+            continue
+        if (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+            raise InputError(f"{key}={value}: must be {bounds}")
+    _check_together(recipe)
+
+
+def _check_together(recipe: Recipe) -> None:
+    trainer, model, algorithm = recipe.trainer, recipe.model, recipe.algorithm
+    if recipe.data.video.min_frames > recipe.data.video.max_frames:
+        raise InputError("data.video.min_frames is larger than data.video.max_frames")
+    if recipe.data.video.min_pixels > recipe.data.video.max_pixels:
+        raise InputError("data.video.min_pixels is larger than data.video.max_pixels")
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        raise InputError(
+            "model.sequence_parallel=true needs model.tensor_model_parallel_size above 1"
+        )
+    world = trainer.devices * trainer.num_nodes
+    ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    if world % ranks:
+        raise InputError(
+            f"trainer.devices * trainer.num_nodes = {world} is not a multiple of "
+            f"model.tensor_model_parallel_size * model.pipeline_model_parallel_size = {ranks}: "
+            f"set trainer.devices={ranks} or change the layout"
+        )
+    replicas = world // ranks
+    if algorithm.prompts_per_step % replicas:
+        raise InputError(
+            f"algorithm.prompts_per_step={algorithm.prompts_per_step} is not a multiple of the "
+            f"data-parallel size {replicas}"
+        )

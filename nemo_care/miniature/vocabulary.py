@@ -1,0 +1,47 @@
+"""The miniature's 51 words: every word is one token.
+
+The order is part of the format: a token's id is its place in `WORDS`, so changing it makes older
+checkpoints unreadable.
+"""
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+LETTERS = ("A", "B", "C", "D")
+DIRECTIONS = ("left", "right", "up", "down")
+SHAPES = ("square", "disc", "cross", "bar")
+UNKNOWN = "<unk>"
+WORDS = (
+    *SPECIAL_TOKENS,
+    *TAGS,
+    *LETTERS,
+    *DIRECTIONS,
+    *SHAPES,
+    *"which way does did the move come from ?".split(),
+    *"it starts at ends and so moves . goes i see frames first in came".split(),
+    "user",
+    "assistant",
+    UNKNOWN,
+)
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+TOKEN_ID = {word: index for index, word in enumerate(WORDS)}
+PAD = TOKEN_ID["<|endoftext|>"]
+END = TOKEN_ID["<|im_end|>"]
+IMAGE_PAD = TOKEN_ID["<|image_pad|>"]
+VIDEO_PAD = TOKEN_ID["<|video_pad|>"]
+LETTER_IDS = tuple(TOKEN_ID[letter] for letter in LETTERS)
+DIRECTION_IDS = tuple(TOKEN_ID[direction] for direction in DIRECTIONS)
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of words separated by spaces; raises KeyError on a word the miniature lacks."""
+    return [TOKEN_ID[word] for word in text.split()]

@@ -1,0 +1,76 @@
+"""The exponential moving average of the policy's weights.
+
+The released GRPO-CARE code averages bf16 weights in place: at a learning rate of 1e-6 a step of
+(1 - decay) * (theta - phi) is below half a bf16 ulp and rounds away. Here the average is kept in
+float32, cut over the ranks exactly like the weights, and cast to the compute type after each
+update. Every rank updates its own shard; nothing is gathered.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+
+class WeightAverage:
+    """Keeps `model`'s parameters equal to the moving average of another model's.
+
+    After an update phi = decay * phi + (1 - decay) * theta (algorithm step 8, arXiv 2506.16141).
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        """`model` starts as the average; its parameters stop taking gradients."""
+        self.model = model.requires_grad_(False).eval()
+        self.decay = decay
+        # A float32 parameter is its own state; any other type gets a float32 twin.
+        self.state: dict[str, torch.Tensor] = {
+            name: parameter.data if parameter.dtype == torch.float32 else parameter.data.float()
+            for name, parameter in model.named_parameters()
+        }
+
+    @torch.no_grad()
+    def update(self, policy: torch.nn.Module) -> None:
+        """Move towards `policy`, whose parameters must have the same names and shapes."""
+        theta = dict(policy.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            average = self.state[name]
+            average.mul_(self.decay).add_(theta[name].float(), alpha=1.0 - self.decay)
+            if average.data_ptr() != parameter.data_ptr():
+                parameter.copy_(average)
+
+    @torch.no_grad()
+    def squared_distance(self, policy: torch.nn.Module) -> torch.Tensor:
+        """This rank's share of (|theta - phi|^2, |theta|^2), float64 [2].
+
+        A parameter that several ranks of a model replica hold is counted on one of them, so that
+        the sum over the replica does not depend on the layout.
+        """
+        device = next(self.model.parameters()).device
+        squares = torch.zeros(2, dtype=torch.float64, device=device)
+        for name, theta in policy.named_parameters():
+            if param_is_not_shared(theta) and param_is_not_tensor_parallel_duplicate(theta):
+                difference = theta.float() - self.state[name]
+                squares[0] += difference.square().sum(dtype=torch.float64)
+                squares[1] += theta.float().square().sum(dtype=torch.float64)
+        return squares
+
+    def sharded_state_dict(self, prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
+        """The float32 average as Megatron sharded tensors, laid out like the model's own."""
+        sharded = self.model.sharded_state_dict(prefix=prefix, metadata=metadata)  # type: ignore[operator]
+        for key, entry in sharded.items():
+            name = key.removeprefix(prefix)
+            if name in self.state:
+                entry.data = self.state[name]
+                if isinstance(entry, ShardedTensor):
+                    entry.dtype = torch.float32
+        return sharded
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any], prefix: str) -> None:
+        """Take a float32 average that `sharded_state_dict` described."""
+        for name, parameter in self.model.named_parameters():
+            self.state[name].copy_(state[prefix + name])
+            if self.state[name].data_ptr() != parameter.data_ptr():
+                parameter.copy_(self.state[name])

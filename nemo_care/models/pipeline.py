@@ -1,0 +1,86 @@
+"""Run micro-batches through Megatron's pipeline schedules."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from nemo_care.models.qwen2_5_vl import ModelInputs
+
+B = TypeVar("B")
+R = TypeVar("R")
+
+
+def forward_only(
+    model: torch.nn.Module,
+    batches: Sequence[B],
+    inputs_of: Callable[[B], ModelInputs],
+    result_of: Callable[[torch.Tensor, B], R],
+) -> list[R]:
+    """Forward all micro-batches without gradients.
+
+    Args:
+        model: this rank's stage.
+        batches: the micro-batches, equal on all ranks of the model replica.
+        inputs_of: the model's inputs of a micro-batch.
+        result_of: called on the last stage with the logits [B, S, V_padded / TP] and the
+            micro-batch.
+
+    Returns:
+        One result per micro-batch on the last pipeline stage; an empty list on the others.
+    """
+
+    def step(iterator, stage):  # type: ignore[no-untyped-def]
+        batch = next(iterator)
+        output = stage(inputs_of(batch))
+        # The schedule calls this with non_loss_data=True and collects what it returns.
+        return output, lambda logits, non_loss_data: result_of(logits, batch)
+
+    with torch.no_grad():
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(batches),
+            model=model,
+            num_microbatches=len(batches),
+            # The stages tell each other the real shapes (variable_seq_lengths).
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+
+def forward_backward(
+    model: torch.nn.Module,
+    batches: Sequence[B],
+    inputs_of: Callable[[B], ModelInputs],
+    loss_of: Callable[[torch.Tensor, B], tuple[torch.Tensor, R]],
+) -> list[R]:
+    """Forward and backward over all micro-batches; gradients add up in the model's buffers.
+
+    `loss_of` gives this micro-batch's *share* of the loss, so that the losses add up to the step's
+    loss, and anything to collect. Arguments else and result as in `forward_only`.
+    """
+    count = len(batches)
+
+    def step(iterator, stage):  # type: ignore[no-untyped-def]
+        batch = next(iterator)
+        output = stage(inputs_of(batch))
+
+        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, R]:
+            share, collected = loss_of(logits, batch)
+            # The schedule divides by the number of micro-batches: it expects means, not shares.
+            return share * count, collected
+
+        return output, loss
+
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(batches),
+        model=model,
+        num_microbatches=count,
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=False,
+    )

@@ -1,0 +1,238 @@
+"""Qwen2.5-VL: Hugging Face's vision tower in front of Megatron's GPTModel.
+
+The vision tower lives whole on every tensor-parallel rank of the first pipeline stage. The
+language model is cut by Megatron. Both are trained.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from transformers import AutoConfig, Qwen2_5_VLConfig
+
+from nemo_care.errors import InputError
+from nemo_care.models.layer_specs import layer_spec
+from nemo_care.parallel.process_groups import Layout
+
+# Independent of the tensor-parallel size, so that a checkpoint of any layout fits any other.
+_VOCABULARY_MULTIPLE = 128
+
+
+@dataclass
+class ModelInputs:
+    """One micro-batch: B rows, padded to S tokens.
+
+    `pixel_values` [patches, 3 * temporal_patch * patch * patch] and `grid_thw` [items, 3] hold the
+    images and videos of all rows in order of appearance; None where there are none.
+    `attention_mask` is [B, 1, S_q, S_k] with True where a query may look; None means causal.
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    pixel_values: torch.Tensor | None = None
+    grid_thw: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+
+
+def read_hf_config(path: str | Path) -> Qwen2_5_VLConfig:
+    """The configuration of a Hugging Face Qwen2.5-VL checkpoint directory.
+
+    Raises:
+        InputError: the directory is missing or holds another kind of model.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"model.hf_path={path}: no config.json there; give the directory of a Hugging Face "
+            "Qwen2.5-VL checkpoint"
+        )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if not isinstance(config, Qwen2_5_VLConfig):
+        raise InputError(
+            f"model.hf_path={path}: holds a {config.model_type} model; only qwen2_5_vl is supported"
+        )
+    return config
+
+
+def padded_vocabulary(size: int) -> int:
+    """Vocabulary size V rounded up to what every tensor-parallel layout divides."""
+    return -(-size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+
+
+def check_layout(hf: Qwen2_5_VLConfig, layout: Layout) -> None:
+    """Refuse a layout that does not divide the model.
+
+    Raises:
+        InputError: names the key and the values that fit.
+    """
+    text = hf.text_config
+    heads, groups, layers = (
+        text.num_attention_heads,
+        text.num_key_value_heads,
+        text.num_hidden_layers,
+    )
+
+    def fits(size: int) -> bool:
+        return not (
+            heads % size
+            or groups % size
+            or text.intermediate_size % size
+            or text.hidden_size % size
+        )
+
+    if not fits(layout.tensor):
+        good = [str(size) for size in range(1, groups + 1) if fits(size)]
+        raise InputError(
+            f"model.tensor_model_parallel_size={layout.tensor} does not divide the model's "
+            f"{heads} attention heads and {groups} key-value heads: use {' or '.join(good)}"
+        )
+    if layers % layout.pipeline:
+        good = [str(size) for size in range(1, layers + 1) if layers % size == 0]
+        raise InputError(
+            f"model.pipeline_model_parallel_size={layout.pipeline} does not divide the model's "
+            f"{layers} layers: use {' or '.join(good)}"
+        )
+
+
+def transformer_config(
+    hf: Qwen2_5_VLConfig, layout: Layout, dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron's configuration of the language model."""
+    text = hf.text_config
+    return TransformerConfig(
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        ffn_hidden_size=text.intermediate_size,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=text.rms_norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
+        # Micro-batches differ in length; this makes the stages tell each other the shapes, and
+        # Megatron asks for the all-to-all dispatcher with it, experts or not.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        mrope_section=list(text.rope_parameters["mrope_section"]),
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # All weights come from a checkpoint.
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+class Qwen25VL(MegatronModule):
+    """This rank's part of the model: its pipeline stage, cut by tensor parallelism."""
+
+    def __init__(
+        self, hf: Qwen2_5_VLConfig, config: TransformerConfig, backend: str = "auto"
+    ) -> None:
+        """Build without meaningful weights: `weights.load_hf_weights` fills them."""
+        super().__init__(config)
+        # The pipeline schedules ask the outermost module for its kind and its place.
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = parallel_state.is_pipeline_first_stage()
+        self.post_process = parallel_state.is_pipeline_last_stage()
+        self.share_embeddings_and_output_weights = bool(hf.tie_word_embeddings)
+        self.hf = hf
+        self.vocab_size = hf.text_config.vocab_size
+        self.language_model = GPTModel(
+            config,
+            layer_spec(config, backend),
+            vocab_size=padded_vocabulary(self.vocab_size),
+            max_sequence_length=hf.text_config.max_position_embeddings,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type="mrope",
+            rotary_base=hf.text_config.rope_parameters["rope_theta"],
+            # The vision tokens are put in before the sequence is scattered.
+            scatter_embedding_sequence_parallel=False,
+        )
+        if self.pre_process:
+            from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+                Qwen2_5_VisionTransformerPretrainedModel,
+            )
+
+            self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(
+                hf.vision_config, attn_implementation="sdpa", dtype=config.params_dtype
+            ).to(torch.cuda.current_device())
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the previous stage's hidden states (the pipeline schedules call this)."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """The tied embedding, whose gradient Megatron sums over first and last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def _embed(self, inputs: ModelInputs) -> torch.Tensor:
+        """Token embeddings, vision tokens replaced by the vision tower's features: [S, B, H]."""
+        embeddings = self.language_model.embedding(input_ids=inputs.token_ids, position_ids=None)
+        if inputs.pixel_values is None:
+            return embeddings
+        features = self.visual(
+            inputs.pixel_values.to(self.visual.dtype), grid_thw=inputs.grid_thw
+        ).pooler_output
+        ids = inputs.token_ids
+        is_vision = (ids == self.hf.video_token_id) | (ids == self.hf.image_token_id)
+        if int(is_vision.sum()) != features.shape[0]:
+            raise ValueError(
+                f"{int(is_vision.sum())} vision tokens but {features.shape[0]} vision features"
+            )
+        rows = embeddings.transpose(0, 1)
+        rows = rows.masked_scatter(is_vision.unsqueeze(-1).expand_as(rows), features.to(rows.dtype))
+        return rows.transpose(0, 1).contiguous()
+
+    def forward(
+        self, inputs: ModelInputs, inference_context: StaticInferenceContext | None = None
+    ) -> torch.Tensor:
+        """Run this stage.
+
+        Returns:
+            On the last stage logits: [B, S, V_padded / TP] of this rank's vocabulary slice, or
+            with an inference context [B, 1, V_padded] of the last position, gathered. On other
+            stages hidden states for the next one.
+        """
+        hidden = None
+        if self.pre_process:
+            hidden = self._embed(inputs)
+            if self.config.sequence_parallel:
+                hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
+        return self.language_model(
+            input_ids=None,
+            position_ids=inputs.position_ids,
+            attention_mask=inputs.attention_mask,
+            decoder_input=hidden,
+            inference_context=inference_context,
+            runtime_gather_output=True if inference_context is not None else None,
+        )
+
+    def set_sequence_parallel(self, active: bool) -> None:
+        """Switch sequence parallelism: decoding one token at a time can't be scattered."""
+        set_model_to_sequence_parallel(self, set_to=active)

@@ -1,0 +1,286 @@
+"""Weights between a Hugging Face Qwen2.5-VL directory and Megatron's shards.
+
+Reading needs no communication: each rank opens the safetensors files and reads its own slices.
+Writing streams parameter by parameter: the tensor-parallel shards of one parameter are gathered,
+turned back into Hugging Face tensors and written by the first rank of the pipeline stage.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nemo_care.errors import InputError
+from nemo_care.models.qwen2_5_vl import Qwen25VL, padded_vocabulary
+
+_PART_BYTES = 5 * 10**9
+_COMPANIONS = {".json", ".jinja", ".txt", ".model"}
+_INDEX = "model.safetensors.index.json"
+
+# Megatron's name within a layer -> Hugging Face's names, and how the tensor is cut.
+_LAYER: dict[str, tuple[tuple[str, ...], str]] = {
+    "input_layernorm.weight": (("input_layernorm.weight",), "whole"),
+    "pre_mlp_layernorm.weight": (("post_attention_layernorm.weight",), "whole"),
+    "self_attention.linear_qkv.weight": (
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        "qkv",
+    ),
+    "self_attention.linear_qkv.bias": (
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        "qkv",
+    ),
+    "self_attention.linear_proj.weight": (("self_attn.o_proj.weight",), "columns"),
+    "mlp.linear_fc1.weight": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"),
+    "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), "columns"),
+}
+_OUTER: dict[str, tuple[tuple[str, ...], str]] = {
+    "embedding.word_embeddings.weight": (("model.embed_tokens.weight",), "vocabulary"),
+    "decoder.final_layernorm.weight": (("model.norm.weight",), "whole"),
+    "output_layer.weight": (("lm_head.weight",), "vocabulary"),
+}
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    """Which Hugging Face tensors one Megatron parameter is made of, and how it is cut."""
+
+    hf_names: tuple[str, ...]
+    cut: str
+
+
+def _mapping(model: Qwen25VL, name: str) -> _Mapping:
+    if name.startswith("visual."):
+        return _Mapping((name,), "whole")
+    inner = name.removeprefix("language_model.")
+    if inner in _OUTER:
+        names, cut = _OUTER[inner]
+        if inner == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            names = _OUTER["embedding.word_embeddings.weight"][0]
+        return _Mapping(names, cut)
+    # decoder.layers.<index within this stage>.<rest>
+    _, _, index, rest = inner.split(".", 3)
+    names, cut = _LAYER[rest]
+    layer = int(index) + get_transformer_layer_offset(model.config)
+    return _Mapping(tuple(f"model.layers.{layer}.{n}" for n in names), cut)
+
+
+# ------------------------------------------------------------------ reading
+
+
+class _Reader:
+    """Opens the safetensors files of a directory and finds each tensor's file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise InputError(f"model.hf_path={folder}: no *.safetensors file there")
+        self._handle: dict[str, Any] = {}
+        self._key: dict[str, str] = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"{file}: not a readable safetensors file ({error}); download it again"
+                ) from error
+            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                # Some transformers releases write the longer names.
+                name = key.replace("model.language_model.", "model.", 1)
+                name = name.replace("model.visual.", "visual.", 1)
+                self._handle[name], self._key[name] = handle, key
+
+    def __call__(self, name: str) -> Any:
+        if name not in self._handle:
+            raise InputError(f"model.hf_path={self.folder}: tensor {name} is missing")
+        return self._handle[name].get_slice(self._key[name])
+
+
+def _part(tensor: Any, dim: int, rank: int, size: int) -> torch.Tensor:
+    """This rank's equal part of a safetensors slice along `dim`, without reading the rest."""
+    length = tensor.get_shape()[dim] // size
+    span = slice(rank * length, (rank + 1) * length)
+    return tensor[span] if dim == 0 else tensor[:, span]
+
+
+def _read_shard(
+    reader: _Reader, mapping: _Mapping, model: Qwen25VL, rank: int, size: int
+) -> torch.Tensor:
+    tensors = [reader(name) for name in mapping.hf_names]
+    if mapping.cut == "whole":
+        return tensors[0][:]
+    if mapping.cut == "columns":
+        return _part(tensors[0], 1, rank, size)
+    if mapping.cut == "gate_up":
+        return torch.cat([_part(tensor, 0, rank, size) for tensor in tensors])
+    if mapping.cut == "qkv":
+        # Megatron stores, per key-value group, its queries, then its key, then its value.
+        groups = model.config.num_query_groups // size
+        parts = [_part(tensor, 0, rank, size) for tensor in tensors]
+        grouped = [part.view(groups, -1, *part.shape[1:]) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+    rows = padded_vocabulary(model.vocab_size) // size
+    start, stop = rank * rows, min((rank + 1) * rows, model.vocab_size)
+    shard = torch.zeros(rows, tensors[0].get_shape()[1])
+    if start < stop:
+        shard[: stop - start] = tensors[0][start:stop]
+    return shard
+
+
+@torch.no_grad()
+def load_hf_weights(model: Qwen25VL, folder: str | Path) -> None:
+    """Fill this rank's parameters from a Hugging Face directory; no communication.
+
+    Raises:
+        InputError: a file or a tensor is missing, unreadable or of another shape.
+    """
+    reader = _Reader(Path(folder))
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in model.named_parameters():
+        mapping = _mapping(model, name)
+        shard = _read_shard(reader, mapping, model, rank, size)
+        if shard.shape != parameter.shape:
+            raise InputError(
+                f"model.hf_path={folder}: {mapping.hf_names[0]} has another shape than "
+                f"config.json says (needed {tuple(parameter.shape)}, got {tuple(shard.shape)})"
+            )
+        parameter.copy_(shard)
+
+
+# ------------------------------------------------------------------ writing
+
+
+def _join(mapping: _Mapping, shards: list[torch.Tensor], model: Qwen25VL) -> list[torch.Tensor]:
+    """The inverse of `_read_shard` over all tensor-parallel ranks."""
+    if mapping.cut == "whole":
+        return [shards[0]]
+    if mapping.cut == "columns":
+        return [torch.cat(shards, dim=1)]
+    if mapping.cut == "gate_up":
+        return [torch.cat(parts) for parts in zip(*(s.chunk(2) for s in shards), strict=True)]
+    whole = torch.cat(shards)
+    if mapping.cut == "qkv":
+        head_dim = model.config.kv_channels
+        whole = whole.view(model.config.num_query_groups, -1, *whole.shape[1:])
+        queries = whole.shape[1] - 2 * head_dim
+        return [t.flatten(0, 1) for t in whole.split([queries, head_dim, head_dim], dim=1)]
+    return [whole[: model.vocab_size]]
+
+
+@torch.no_grad()
+def iterate_hf_weights(model: Qwen25VL) -> Iterator[tuple[str, torch.Tensor]]:
+    """This pipeline stage's weights under Hugging Face's names, one parameter at a time.
+
+    All tensor-parallel ranks must iterate together. Tied output weights are not repeated.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    for name, parameter in model.named_parameters():
+        if name.endswith("output_layer.weight") and model.share_embeddings_and_output_weights:
+            continue
+        mapping = _mapping(model, name)
+        shards = [parameter.data]
+        if mapping.cut != "whole" and group.size() > 1:
+            shards = [torch.empty_like(parameter) for _ in range(group.size())]
+            dist.all_gather(shards, parameter.data.contiguous(), group=group)
+        yield from zip(mapping.hf_names, _join(mapping, shards, model), strict=True)
+
+
+def _write_parts(model: Qwen25VL, out: Path, stage: int, writes: bool) -> list[dict[str, Any]]:
+    """Write this stage's tensors in files of limited size; returns what each file holds."""
+    parts: list[dict[str, Any]] = []
+    pending: dict[str, torch.Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        nonlocal size
+        if pending:
+            file = f"stage-{stage:03d}-part-{len(parts):03d}.safetensors"
+            save_file(pending, out / file, metadata={"format": "pt"})
+            parts.append({"file": file, "names": list(pending), "bytes": size})
+            pending.clear()
+            size = 0
+
+    for name, tensor in iterate_hf_weights(model):
+        if not writes:
+            continue
+        pending[name] = tensor.detach().cpu().contiguous().clone()
+        size += tensor.numel() * tensor.element_size()
+        if size >= _PART_BYTES:
+            flush()
+    flush()
+    return parts
+
+
+def _name_parts(out: Path, parts: list[dict[str, Any]]) -> None:
+    """Give the files Hugging Face's names and write the index."""
+    if len(parts) == 1:
+        (out / parts[0]["file"]).rename(out / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, start=1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        (out / part["file"]).rename(out / file)
+        weight_map.update(dict.fromkeys(part["names"], file))
+    index = {
+        "metadata": {"total_size": sum(part["bytes"] for part in parts)},
+        "weight_map": weight_map,
+    }
+    (out / _INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _copy_companions(source: Path, out: Path, dtype: torch.dtype) -> None:
+    """Tokenizer, processor and configuration files; the configuration says the written dtype."""
+    for file in source.iterdir():
+        if file.suffix in _COMPANIONS and file.name != _INDEX:
+            shutil.copyfile(file, out / file.name)
+    config = json.loads((out / "config.json").read_text())
+    name = str(dtype).removeprefix("torch.")
+    for block in (config, config.get("text_config"), config.get("vision_config")):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(block, dict) and key in block:
+                block[key] = name
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def export_hf(model: Qwen25VL, source: str | Path, out: str | Path) -> None:
+    """Write the model as a Hugging Face directory that `from_pretrained` and vLLM load.
+
+    All ranks call it. `source` is the checkpoint directory that the run started from: its
+    tokenizer and configuration files are copied. The directory appears under its name only when
+    it is complete.
+
+    Raises:
+        InputError: `out` exists already.
+    """
+    target = Path(out)
+    if target.exists():
+        raise InputError(f"{target} exists already: remove it or choose another directory")
+    partial = target.with_name(target.name + ".partial")
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    writes = (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_data_parallel_rank() == 0
+    )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    parts = _write_parts(model, partial, stage, writes)
+    everyone: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, parts)
+    if rank == 0:
+        _name_parts(partial, [part for rank_parts in everyone for part in rank_parts])
+        _copy_companions(Path(source), partial, next(model.parameters()).dtype)
+        partial.rename(target)
+    dist.barrier()

@@ -1,0 +1,78 @@
+"""Answer likelihood and consistency bonus (arXiv 2506.16141, steps 3 to 5)."""
+
+import torch
+from torch import Tensor
+
+TIE = 1e-6
+"""Accuracies and likelihoods closer than this are equal: they lie in [0, 1] and are known to
+float32 at best (spacing 6e-8), and a mean over a group adds its own rounding error. Without it a
+group whose likelihoods are all equal could lose its bonus to the last bit of their mean."""
+
+
+def answer_likelihood(log_probs: Tensor, answer_mask: Tensor) -> Tensor:
+    """Likelihood p_i of each completion's answer under the reference (arXiv 2506.16141, step 3).
+
+    p_i = exp(mean over the answer's tokens of log pi_phi(token | x, tau_i, earlier tokens)).
+
+    `log_probs` [N, C]: natural-log probabilities of the completion tokens, of which only those
+    inside the mask are read (the others may be anything, NaN included). `answer_mask` [N, C]
+    boolean: True at the answer's tokens. N is B * G, or one group's G.
+
+    Returns p [N] in float32, NaN where the mask is empty. Not clipped: `consistency_bonus` does
+    that, so that logs show the likelihood itself. Raises ValueError when the shapes differ.
+    """
+    if log_probs.shape != answer_mask.shape or log_probs.dim() != 2:
+        raise ValueError(
+            "log_probs and answer_mask need one shape [N, C], "
+            f"not {tuple(log_probs.shape)} and {tuple(answer_mask.shape)}"
+        )
+    answer_mask = answer_mask.bool()
+    total = torch.where(answer_mask, log_probs.float(), 0.0).sum(dim=-1)
+    # 0 / 0 is the NaN that marks a completion without an answer.
+    return torch.exp(total / answer_mask.sum(dim=-1))
+
+
+def consistency_bonus(
+    accuracy: Tensor,
+    answer_likelihood: Tensor,
+    *,
+    bonus_coefficient: float = 0.5,
+    consistency_margin: float = 0.0,
+    likelihood_clip: float = 0.95,
+    accuracy_threshold: float = 0.1,
+) -> Tensor:
+    """Bonus r^c of the completions whose answer follows from their reasoning (steps 3-5).
+
+    Per group, with p clipped from above at `likelihood_clip`:
+    S = {i : accuracy_i > accuracy_threshold and accuracy_i >= mean_j(accuracy_j)};
+    m = mean of p_i over S; r^c_i = bonus_coefficient * accuracy_i for i in S with
+    p_i >= m - consistency_margin, else 0 (arXiv 2506.16141).
+
+    `accuracy` [B, G] in [0, 1]. `answer_likelihood` [B, G] in [0, 1], clipped or not; NaN means
+    that the completion has no answer: it gets no bonus and takes no part in m, while its accuracy
+    does take part in the group's mean accuracy.
+
+    Returns [B, G] of accuracy's type (float32 for integers). Raises ValueError when the
+    shapes differ or aren't [B, G].
+    """
+    if accuracy.shape != answer_likelihood.shape or accuracy.dim() != 2:
+        raise ValueError(
+            "accuracy and answer_likelihood need one shape [B, G], "
+            f"not {tuple(accuracy.shape)} and {tuple(answer_likelihood.shape)}"
+        )
+    # Clipped in its own type: 0.95 is not a float32, and a value clipped there earlier has to stay
+    # equal to one that is clipped here.
+    likelihood = answer_likelihood.clamp(max=likelihood_clip).double()
+    exact_accuracy = accuracy.double()
+
+    accurate = (exact_accuracy > accuracy_threshold + TIE) & (
+        exact_accuracy >= exact_accuracy.mean(dim=-1, keepdim=True) - TIE
+    )
+    eligible = accurate & ~likelihood.isnan()
+    # An empty S has the mean 0 / 0 = NaN, which no comparison passes; nobody is eligible anyway.
+    total = torch.where(eligible, likelihood, 0.0).sum(dim=-1, keepdim=True)
+    mean_likelihood = total / eligible.sum(dim=-1, keepdim=True)
+
+    consistent = eligible & (likelihood >= mean_likelihood - consistency_margin - TIE)
+    dtype = accuracy.dtype if accuracy.is_floating_point() else torch.float32
+    return torch.where(consistent, bonus_coefficient * accuracy.to(dtype), 0.0).to(dtype)

@@ -1,0 +1,90 @@
+"""Let megatron-core 0.16.1 run on a machine without CUDA.
+
+Megatron Core asks for CUDA devices by name in a few dozen places. On a machine without CUDA,
+`enable_cpu_megatron()` redirects those requests to another device: "cpu", on which everything
+really runs, or "meta", on which only shapes do. Where CUDA is present the call does nothing, so
+the GPU path never sees this module's work.
+
+megatron-core's version is pinned in pyproject.toml because of what is replaced here.
+"""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_active: "_DeviceRedirect | None" = None
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class _DeviceRedirect(TorchFunctionMode):
+    """Sends every tensor that asks for CUDA to `device` instead."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = self.device
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to:
+            args = tuple(self.device if _is_cuda(a) else a for a in args)
+        result = func(*args, **kwargs)
+        # The distributed optimizer sorts parameters by these type names and knows CUDA's only.
+        if (
+            func is torch.Tensor.type
+            and isinstance(result, str)
+            and not result.startswith("torch.cuda.")
+        ):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def enable_cpu_megatron(device: str = "cpu") -> bool:
+    """Redirect Megatron Core's CUDA requests to `device` ("cpu" or "meta") for this process.
+
+    Returns:
+        True when the redirect is active, False when CUDA is present and nothing was done.
+    """
+    global _active
+    if torch.cuda.is_available():
+        return False
+    target = torch.device(device)
+    if _active is not None:
+        _active.device = target
+        return True
+
+    # The functions are replaced before the mode is entered: they must see the real generator.
+    def current_device() -> torch.device:
+        return _active.device if _active is not None else target
+
+    torch.cuda.current_device = current_device  # type: ignore[assignment]
+    torch.cuda.set_device = lambda *args, **kwargs: None
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    # Recomputation saves and restores the generator of the compute device.
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    _active = _DeviceRedirect(target)
+    _active.__enter__()
+    return True
+
+
+def compute_device() -> torch.device:
+    """The device that models live on: this rank's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,198 @@
+"""Start the process groups of one rank and move small Python objects between ranks.
+
+Tensors travel over Megatron's groups (NCCL on GPUs, gloo on CPUs). Python objects (prompts,
+metrics) travel over gloo groups of our own, so that they never occupy a GPU.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+from nemo_care.errors import InputError
+from nemo_care.parallel.cpu_compat import enable_cpu_megatron
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ways the model and the batch are cut."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+
+    def data(self, world_size: int) -> int:
+        """Number of data-parallel replicas in a world of `world_size` ranks.
+
+        Raises:
+            InputError: the world is not a multiple of tensor x pipeline.
+        """
+        model = self.tensor * self.pipeline
+        if world_size % model:
+            raise InputError(
+                f"world size {world_size} is not a multiple of "
+                f"model.tensor_model_parallel_size * model.pipeline_model_parallel_size = {model}: "
+                "change trainer.devices, trainer.num_nodes or the layout"
+            )
+        return world_size // model
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """Where this process stands among the ranks, as its launcher told it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def read(cls) -> "RankEnvironment | None":
+        """From torchrun's or srun's environment; None for a process started by hand."""
+        env = os.environ
+        if "RANK" in env and "WORLD_SIZE" in env:
+            rank = int(env["RANK"])
+            return cls(rank, int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", rank)))
+        # An interactive shell inside an allocation has SLURM_PROCID too, but no step of its own.
+        if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+            return cls(
+                int(env["SLURM_PROCID"]),
+                int(env["SLURM_NTASKS"]),
+                int(env.get("SLURM_LOCALID", "0")),
+            )
+        return None
+
+
+def _set_rendezvous_address() -> None:
+    """Fill MASTER_ADDR and MASTER_PORT from Slurm's environment where no launcher has set them."""
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    slurm = SLURMEnvironment(auto_requeue=False)
+    os.environ.setdefault("MASTER_ADDR", slurm.main_address)
+    os.environ.setdefault("MASTER_PORT", str(slurm.main_port))
+
+
+class Ranks:
+    """The process groups of this rank, and the object collectives over them."""
+
+    def __init__(self, layout: Layout, environment: RankEnvironment | None = None) -> None:
+        """Initialise torch.distributed (if nobody has) and Megatron's groups.
+
+        Raises:
+            InputError: the world does not fit the layout.
+        """
+        enable_cpu_megatron()
+        env = environment or RankEnvironment(0, 1, 0)
+        layout.data(env.world_size)
+        if not dist.is_initialized():
+            self._init_distributed(env)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+        )
+        initialize_rng_tracker(inference_rng_tracker=True)
+        self.layout = layout
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.data_size = parallel_state.get_data_parallel_world_size()
+        self.is_first_stage = parallel_state.is_pipeline_first_stage()
+        self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        replicas: list[list[int]] = [[] for _ in range(self.world_size)]
+        model_ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+        dist.all_gather_object(replicas, sorted(model_ranks))
+        unique = sorted({tuple(members) for members in replicas})
+        self.model_leader = min(model_ranks)
+        self.is_model_leader = self.rank == self.model_leader
+        self._model_group, _ = dist.new_subgroups_by_enumeration(
+            [list(members) for members in unique], backend="gloo"
+        )
+        self._leader_group = dist.new_group([members[0] for members in unique], backend="gloo")
+
+    @staticmethod
+    def _init_distributed(env: RankEnvironment) -> None:
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(env.local_rank)
+        else:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // env.world_size))
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        if env.world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            return
+        _set_rendezvous_address()
+        dist.init_process_group(backend, rank=env.rank, world_size=env.world_size)
+
+    def from_leader(self, make: Callable[[], T]) -> T:
+        """Call `make` on the leader of this model replica and give its result to all its ranks.
+
+        An exception of `make` is raised on every rank of the replica, so that none waits forever.
+        """
+        result: list[T | Exception | None] = [None]
+        if self.is_model_leader:
+            try:
+                result[0] = make()
+            except Exception as error:
+                result[0] = error
+        dist.broadcast_object_list(result, src=self.model_leader, group=self._model_group)
+        if isinstance(result[0], Exception):
+            raise result[0]
+        return result[0]  # type: ignore[return-value]
+
+    def gather_from_replicas(self, value: T) -> list[T]:
+        """One value per model replica, in data-parallel order, on every rank."""
+
+        def gather() -> list[T]:
+            values: list[T | None] = [None] * self.data_size
+            dist.all_gather_object(values, value, group=self._leader_group)
+            return values  # type: ignore[return-value]
+
+        return self.from_leader(gather)
+
+    def from_rank_zero(self, make: Callable[[], T]) -> T:
+        """Call `make` on rank 0 and give its result to every rank; its exception too."""
+        result: list[T | Exception | None] = [None]
+        if self.rank == 0:
+            try:
+                result[0] = make()
+            except Exception as error:
+                result[0] = error
+        dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+        if isinstance(result[0], Exception):
+            raise result[0]
+        return result[0]  # type: ignore[return-value]
+
+    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give the last pipeline stage's `tensor` to all stages (in place; same shape on all)."""
+        if self.layout.pipeline > 1:
+            dist.broadcast(
+                tensor,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        return tensor
+
+    def sum_over_model(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of `value` over the ranks of this model replica (in place)."""
+        dist.all_reduce(value, group=parallel_state.get_model_parallel_group())
+        return value
+
+    @staticmethod
+    def barrier() -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    @staticmethod
+    def close() -> None:
+        """Leave all process groups."""
+        if dist.is_initialized():
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()

@@ -1,0 +1,120 @@
+"""Which tokens of a completion are its answer (arXiv 2506.16141, step 3)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from nemo_care.objective.text import CharacterSpan, find_answer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What decoders write for bytes that are no UTF-8, or not yet."""
+
+
+def answer_token_span(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> tuple[int, int] | None:
+    """Half-open range of the answer's tokens in `token_ids` [C], None where there are none.
+
+    The answer is the text strictly inside the last well-formed `<answer>...</answer>`. A token
+    belongs to it when its characters lie between the tags and touch the answer without its
+    surrounding white space. So the tags, white space next to them, and tokens that join a tag
+    with something else (`>B`) don't count.
+
+    `tokenizer` needs the Hugging Face `decode`; `token_ids` are the generated tokens of one
+    completion, EOS and all, a list or a 1-D tensor. They need not be what the tokenizer would make
+    of the text: offsets come from decoding prefixes of these very tokens.
+    """
+    ids = _as_list(token_ids)
+    offsets = _TokenOffsets(tokenizer, ids)
+    inner = find_answer(offsets.text)
+    if inner is None:
+        return None
+    answer = offsets.text[slice(*inner)]
+    inner_start, inner_end = inner
+    start = inner_start + len(answer) - len(answer.lstrip())
+    end = start + len(answer.strip())
+
+    # Both ends of a token's range grow with its index, so two bisections find the tokens with
+    # inner_start <= first, last <= inner_end, and an overlap with [start, end).
+    def reaches_answer(index: int) -> bool:
+        first, last = offsets[index]
+        return first >= inner_start and last > start
+
+    def passes_answer(index: int) -> bool:
+        first, last = offsets[index]
+        return first >= end or last > inner_end
+
+    begin = bisect_left(range(len(ids)), True, key=reaches_answer)
+    stop = bisect_left(range(len(ids)), True, key=passes_answer)
+    return (begin, stop) if begin < stop else None
+
+
+def _as_list(token_ids: Sequence[int] | Tensor) -> list[int]:
+    as_list = getattr(token_ids, "tolist", None)
+    return list(token_ids) if as_list is None else as_list()
+
+
+class _TokenOffsets:
+    """Character range of each token in the decoded text, worked out where it is asked for.
+
+    Indexing gives the half-open range of one token. Tokens that hold parts of one character (the
+    bytes of an emoji, say) share that character's range.
+    """
+
+    def __init__(self, tokenizer: Any, ids: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = ids
+        self._compared: dict[int, tuple[int, bool]] = {}
+        self.text = self._decode(len(ids))
+
+    def __getitem__(self, index: int) -> CharacterSpan:
+        start, _ = self._prefix(index)
+        end, in_character = self._prefix(index + 1)
+        if in_character:
+            # The token ends inside the character that follows the settled text.
+            end = min(end + 1, len(self.text))
+        elif start == end > 0 and self.text[start - 1] == REPLACEMENT:
+            # The text shows broken bytes as one character, which the first of them settled.
+            start -= 1
+        return start, end
+
+    def _prefix(self, count: int) -> tuple[int, bool]:
+        """Characters settled after `count` tokens, and whether the next one has begun.
+
+        A prefix that ends inside a character decodes to replacement characters there. Comparing
+        with the whole text tells them from those that the completion really holds.
+        """
+        settled, in_character = self._compare(count)
+        # Decoders with byte fallback give up a whole run of bytes while its last character is
+        # incomplete: what an earlier prefix has settled stays settled.
+        earlier = count
+        unsettled = in_character
+        while unsettled:
+            earlier -= 1
+            settled_earlier, unsettled = self._compare(earlier)
+            settled = max(settled, settled_earlier)
+        return settled, in_character
+
+    def _compare(self, count: int) -> tuple[int, bool]:
+        """Characters that the first `count` tokens share with the text; whether others follow."""
+        if count not in self._compared:
+            prefix = self._decode(count)
+            common = _common_length(prefix, self.text)
+            self._compared[count] = common, len(prefix) > common
+        return self._compared[count]
+
+    def _decode(self, count: int) -> str:
+        return self._tokenizer.decode(
+            self._ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+
+def _common_length(prefix: str, text: str) -> int:
+    """Number of leading characters that the two have in common."""
+    if text.startswith(prefix):
+        return len(prefix)
+    pairs = enumerate(zip(prefix, text, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(prefix), len(text)))

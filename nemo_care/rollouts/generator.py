@@ -1,0 +1,28 @@
+"""What any generator of completions offers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nemo_care.data.prompts import Prompt
+from nemo_care.rollouts.group import Group
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: `temperature` 0 is greedy; `seed` tells uses of the same prompts apart."""
+
+    group_size: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: tuple[int, ...]
+
+
+class Generator(Protocol):
+    """Samples completions from the policy."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """One group per prompt. The same prompts and sampling give the same completions in every
+        parallel layout (up to logits that differ by rounding)."""
+        ...

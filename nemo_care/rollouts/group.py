@@ -1,0 +1,57 @@
+"""A group: one prompt and its G completions, the unit of work after sampling."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from nemo_care.data.prompts import Prompt
+
+
+@dataclass
+class Completion:
+    """One sampled completion of C tokens, up to and with EOS where it ended.
+
+    `log_probs` float32 [C]: of its tokens as the generator saw them (temperature 1, no top-p).
+    `answer_span` is half open, in token indices; None without a well-formed answer.
+    """
+
+    token_ids: torch.Tensor
+    log_probs: torch.Tensor
+    text: str
+    ended: bool
+    answer_span: tuple[int, int] | None
+
+    @property
+    def length(self) -> int:
+        """C, tokens of the completion."""
+        return len(self.token_ids)
+
+
+def _unset() -> torch.Tensor:
+    return torch.empty(0)
+
+
+@dataclass
+class Group:
+    """One prompt, its completions, and what each phase of the step finds out about them.
+
+    Float32 [G] each, filled in this order: `accuracy`, `format` (rewards); `answer_likelihood`
+    (the reference; NaN without an answer, not clipped); `consistency_bonus`, `reward`,
+    `advantage`. `reference_log_probs`, one float32 [C] per completion, only when a KL term needs
+    them.
+    """
+
+    prompt: Prompt
+    completions: list[Completion]
+    accuracy: torch.Tensor = field(default_factory=_unset)
+    format: torch.Tensor = field(default_factory=_unset)
+    answer_likelihood: torch.Tensor = field(default_factory=_unset)
+    reference_log_probs: list[torch.Tensor] | None = None
+    consistency_bonus: torch.Tensor = field(default_factory=_unset)
+    reward: torch.Tensor = field(default_factory=_unset)
+    advantage: torch.Tensor = field(default_factory=_unset)
+
+    @property
+    def size(self) -> int:
+        """G, the number of completions."""
+        return len(self.completions)

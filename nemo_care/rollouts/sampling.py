@@ -1,0 +1,56 @@
+"""Choosing the next token: temperature, top-p, and randomness that no layout changes.
+
+Each completion has its own row of uniform numbers, made from (seed, prompt index, completion,
+token). Sampling by the inverse of the cumulative distribution then gives the same completion
+whichever rank, batch or parallel layout computes the logits.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def uniform_numbers(
+    seed: Sequence[int], prompt_indices: Sequence[int], group_size: int, tokens: int
+) -> torch.Tensor:
+    """Uniform numbers in [0, 1): float64 [B * G, C], rows in group order.
+
+    `seed` holds whatever tells this use of the prompts from another, such as (run seed, epoch).
+    """
+    rows = [
+        np.random.default_rng([*seed, index]).random((group_size, tokens))
+        for index in prompt_indices
+    ]
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def sample_tokens(
+    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float
+) -> torch.Tensor:
+    """One token per row.
+
+    Args:
+        logits: [N, V] of the next token.
+        uniforms: [N] in [0, 1); not read when greedy.
+        temperature: 0 takes the most likely token.
+        top_p: keep the fewest most likely tokens whose probability reaches this.
+
+    Returns:
+        Token ids [N].
+    """
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    if top_p < 1.0:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        # A token stays if the ones before it have not reached top_p; the first always does.
+        keep = ordered.cumsum(dim=-1) - ordered < top_p
+        probabilities = probabilities * torch.zeros_like(keep).scatter(-1, order, keep)
+    # Inverse of the cumulative distribution in vocabulary order: rounding can't reorder it.
+    cumulative = probabilities.cumsum(dim=-1)
+    threshold = uniforms.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    # A threshold equal to the total by rounding would fall off the end, past the last kept token.
+    last_kept = probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(dim=-1)
+    return torch.minimum(chosen, last_kept)
