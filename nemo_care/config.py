@@ -294,7 +294,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "optimizer.beta1": (0, 1),
     "optimizer.beta2": (0, 1),
     "optimizer.eps": (0, None),
-    "optimizer.clip_grad": (0, None),
+    "optimizer.clip_grad": (1e-9, None),
     "checkpoint.save_interval": (1, None),
     "checkpoint.keep_last": (0, None),
     "data.video.fps": (1e-3, None),

@@ -1,0 +1,1 @@
+"""The training algorithm: policy update, trainer, what a run records."""

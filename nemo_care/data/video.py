@@ -19,8 +19,6 @@ from nemo_care.errors import InputError
 FRAME_FACTOR = 2
 _CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 _CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
-# Frames resized at a time: bounds the memory that a long video of large frames needs.
-_RESIZE_CHUNK = 8
 
 
 class UnreadableMedia(InputError):
@@ -72,7 +70,7 @@ def read_video(path: str | Path, sampling: VideoSampling) -> DecodedVideo:
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
         total, average_fps = len(reader), float(reader.get_avg_fps())
-    except (RuntimeError, AssertionError) as error:  # DECORDError is a RuntimeError
+    except (RuntimeError, AssertionError, decord.DECORDError) as error:
         raise _unreadable(path, "video", "it can't be opened as a video") from error
     if total < FRAME_FACTOR:
         raise _unreadable(path, "video", f"it has {total} frame(s), at least 2 are needed")
@@ -81,7 +79,7 @@ def read_video(path: str | Path, sampling: VideoSampling) -> DecodedVideo:
     indices = choose_frames(total, average_fps, sampling)
     try:
         frames = torch.from_numpy(reader.get_batch(indices).asnumpy())
-    except RuntimeError as error:
+    except (RuntimeError, decord.DECORDError) as error:
         raise _unreadable(path, "video", "its frames can't be decoded") from error
     sampled_fps = len(indices) / total * average_fps
     return DecodedVideo(frames, FRAME_FACTOR / sampled_fps)
@@ -144,7 +142,10 @@ def frames_to_patches(
             f"frames of {width}x{height} pixels: too narrow to resize ({error}); crop them"
         ) from error
     if (new_height, new_width) != (height, width):
-        images = _resize(images, new_height, new_width)
+        # On uint8, torch rounds between the two passes as PIL and torchvision do.
+        images = torch.nn.functional.interpolate(
+            images, (new_height, new_width), mode="bicubic", antialias=True
+        )
     images = (images.float() / 255 - _CLIP_MEAN) / _CLIP_STD
     missing = -len(images) % temporal_patch_size
     if missing:
@@ -165,21 +166,6 @@ def frames_to_patches(
     # -> t, merged row, merged column, row and column inside it | channel, time, pixel row, column
     patches = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return patches.reshape(t * h * w, -1), (t, h, w)
-
-
-def _resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic resize with antialiasing of uint8 [T, 3, H, W], a few frames at a time."""
-    return torch.cat(
-        [
-            torch.nn.functional.interpolate(
-                chunk.float(), (height, width), mode="bicubic", antialias=True
-            )
-            .round_()
-            .clamp_(0, 255)
-            .to(torch.uint8)
-            for chunk in images.split(_RESIZE_CHUNK)
-        ]
-    )
 
 
 def _check_file(path: Path, kind: str) -> None:

@@ -1,0 +1,1 @@
+"""Validation: accuracy, consistency and the forced-reasoning probe, level by level."""

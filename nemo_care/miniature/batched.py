@@ -1,7 +1,7 @@
 """Batches of the miniature's one prompt layout, computed together on Hugging Face's model.
 
-Hugging Face's vision tower attends frame pair by frame pair in a Python loop, which would be most of
-the warm start's time. Every video here has the same grid and fits one attention window, so all
+Hugging Face's vision tower attends frame pair by frame pair in a Python loop, which would be most
+of the warm start's time. Every video here has the same grid and fits one attention window, so all
 of them are one batched attention.
 """
 

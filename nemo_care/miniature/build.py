@@ -20,9 +20,7 @@ CHECKPOINT = Path(__file__).parent / "checkpoint_warm"
 GATE_FILE = "gate.json"
 
 
-def build(
-    out_dir: str | Path, *, seed: int, scale: float = 1.0, require_gate: bool = True
-) -> Gate:
+def build(out_dir: str | Path, *, seed: int, scale: float = 1.0, require_gate: bool = True) -> Gate:
     """Builds, warm-starts and checks a miniature, and writes it to `out_dir`.
 
     The directory is a Hugging Face checkpoint with its tokenizer, and `gate.json` with the
@@ -47,8 +45,13 @@ def build(
     start = time.monotonic()
     model = build_model(seed)
     print(f"{sum(p.numel() for p in model.parameters())} parameters, seed {seed}", flush=True)
-    warm_start(model, seed=seed, scale=scale)
-    gate = measure_gate(model)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are too small for more threads to help
+    try:
+        warm_start(model, seed=seed, scale=scale)
+        gate = measure_gate(model)
+    finally:
+        torch.set_num_threads(threads)
 
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
@@ -91,7 +94,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--no-gate", action="store_true", help="keep the model even if it fails the gate"
     )
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # the tensors are too small for more threads to help
     try:
         build(options.out, seed=options.seed, scale=options.scale, require_gate=not options.no_gate)
     except GateNotPassed as error:

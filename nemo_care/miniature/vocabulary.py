@@ -19,14 +19,17 @@ LETTERS = ("A", "B", "C", "D")
 DIRECTIONS = ("left", "right", "up", "down")
 SHAPES = ("square", "disc", "cross", "bar")
 UNKNOWN = "<unk>"
+_SENTENCE_WORDS = (
+    "which way does did the move come from ? "
+    "it starts at ends and so moves . goes i see frames first in came"
+)
 WORDS = (
     *SPECIAL_TOKENS,
     *TAGS,
     *LETTERS,
     *DIRECTIONS,
     *SHAPES,
-    *"which way does did the move come from ?".split(),
-    *"it starts at ends and so moves . goes i see frames first in came".split(),
+    *_SENTENCE_WORDS.split(),
     "user",
     "assistant",
     UNKNOWN,

@@ -33,6 +33,7 @@ BATCH = 96
 REVERSE_QUESTIONS = 0.2
 OPPOSITE_WHEN_WRONG = 0.6
 RAMP_STEPS = 100
+PROMPTS_BETWEEN_STAGES = 128  # of the numbers printed after a stage
 FINAL_LEARNING_RATE = 0.05  # of the stage's rate, at the end of a cosine
 
 
@@ -132,7 +133,7 @@ def run_stage(
         if learned_at is not None and step - learned_at >= stage.tail:
             break
     progress.close()
-    gate = measure_gate(model)
+    gate = measure_gate(model, prompts=PROMPTS_BETWEEN_STAGES)
     model.train()
     print(
         f"stage {stage.name}: {step} steps, letters right {letter_accuracy:.3f}, "
@@ -151,9 +152,7 @@ def _rate(stage: Stage, step: int, learned_at: int | None) -> float:
     else:
         done = (step - 1 - learned_at) / stage.tail
     cosine = 0.5 * (1 + math.cos(math.pi * done))
-    return min(1, step / RAMP_STEPS) * (
-        FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine
-    )
+    return min(1, step / RAMP_STEPS) * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
 
 
 def _train_step(
@@ -187,9 +186,7 @@ def draw_batch(stage: Stage, count: int, generator: torch.Generator) -> Batch:
     chances = torch.rand(count, 6, generator=generator).tolist()
     rows = [
         (prompt_token_ids(question), encode(draw_completion(stage, question, speed, chance)))
-        for question, speed, chance in zip(
-            questions, scenes.speed.tolist(), chances, strict=True
-        )
+        for question, speed, chance in zip(questions, scenes.speed.tolist(), chances, strict=True)
     ]
     longest = max(len(completion) for _, completion in rows)
     token_ids = torch.tensor(
@@ -202,9 +199,7 @@ def draw_batch(stage: Stage, count: int, generator: torch.Generator) -> Batch:
     return Batch(patches(scenes.frames), token_ids, weights)
 
 
-def draw_completion(
-    stage: Stage, question: Question, speed: int, chances: Sequence[float]
-) -> str:
+def draw_completion(stage: Stage, question: Question, speed: int, chances: Sequence[float]) -> str:
     """A completion for `question` by the stage's shares; `chances` are 6 numbers from [0, 1)."""
     empty, right, opposite, side, follows, template = chances
     if empty < stage.empty:

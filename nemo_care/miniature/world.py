@@ -205,9 +205,7 @@ def ask(scenes: Scenes, generator: torch.Generator, *, reverse: Tensor | bool) -
     ]
 
 
-def draw_level(
-    level: str, count: int, generator: torch.Generator
-) -> tuple[Scenes, list[Question]]:
+def draw_level(level: str, count: int, generator: torch.Generator) -> tuple[Scenes, list[Question]]:
     """Scenes and questions of a level.
 
     L1 is the training distribution, L2 has unseen colours and backgrounds, L3 also asks the

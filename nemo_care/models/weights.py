@@ -136,6 +136,15 @@ def _read_shard(
     return shard
 
 
+def check_weights(folder: str | Path) -> None:
+    """Refuse a directory whose safetensors files are missing or unreadable.
+
+    Raises:
+        InputError: names the directory or the file.
+    """
+    _Reader(Path(folder))
+
+
 @torch.no_grad()
 def load_hf_weights(model: Qwen25VL, folder: str | Path) -> None:
     """Fill this rank's parameters from a Hugging Face directory; no communication.

@@ -1,0 +1,1 @@
+"""Every formula of the paper as a pure function."""

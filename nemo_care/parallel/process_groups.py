@@ -186,6 +186,18 @@ class Ranks:
         return value
 
     @staticmethod
+    def sum_over_data(value: torch.Tensor) -> torch.Tensor:
+        """Sum of `value` over the model replicas (in place)."""
+        dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+        return value
+
+    @staticmethod
+    def max_over_data(value: torch.Tensor) -> torch.Tensor:
+        """Maximum of `value` over the model replicas (in place)."""
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+        return value
+
+    @staticmethod
     def barrier() -> None:
         """Wait for all ranks."""
         dist.barrier()

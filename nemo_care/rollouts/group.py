@@ -36,7 +36,7 @@ class Group:
     """One prompt, its completions, and what each phase of the step finds out about them.
 
     Float32 [G] each, filled in this order: `accuracy`, `format` (rewards); `answer_likelihood`
-    (the reference; NaN without an answer, not clipped); `consistency_bonus`, `reward`,
+    (the reference; clipped from above, NaN without an answer); `consistency_bonus`, `reward`,
     `advantage`. `reference_log_probs`, one float32 [C] per completion, only when a KL term needs
     them.
     """

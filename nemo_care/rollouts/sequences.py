@@ -15,6 +15,19 @@ from nemo_care.parallel.cpu_compat import compute_device
 from nemo_care.rollouts.group import Group
 
 
+@dataclass(frozen=True)
+class BatchLayout:
+    """How groups become micro-batches.
+
+    `groups_per_batch` groups make one; sequences are padded with `pad_id` to a multiple of
+    `multiple` tokens, which sequence parallelism divides by the tensor-parallel size.
+    """
+
+    groups_per_batch: int
+    pad_id: int
+    multiple: int = 1
+
+
 @dataclass
 class SequenceBatch:
     """The N completions of some groups as right-padded sequences of S tokens.
@@ -94,11 +107,10 @@ def _one_batch(groups: Sequence[Group], pad_id: int, multiple: int) -> SequenceB
     return SequenceBatch(groups, inputs, mask.to(device), answer_mask.to(device), index.to(device))
 
 
-def sequence_batches(
-    groups: Sequence[Group], *, groups_per_batch: int, pad_id: int, multiple: int
-) -> list[SequenceBatch]:
-    """Micro-batches of `groups_per_batch` groups, sequences padded to a multiple of `multiple`."""
+def sequence_batches(groups: Sequence[Group], layout: BatchLayout) -> list[SequenceBatch]:
+    """The groups as micro-batches."""
+    size = layout.groups_per_batch
     return [
-        _one_batch(groups[start : start + groups_per_batch], pad_id, multiple)
-        for start in range(0, len(groups), groups_per_batch)
+        _one_batch(groups[start : start + size], layout.pad_id, layout.multiple)
+        for start in range(0, len(groups), size)
     ]

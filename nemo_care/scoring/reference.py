@@ -10,6 +10,7 @@ from nemo_care.models.ema import WeightAverage
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.group import Group
+from nemo_care.rollouts.sequences import BatchLayout
 from nemo_care.scoring.score import Scorer
 
 PREFIX = "reference."
@@ -23,22 +24,23 @@ class Reference:
         model: Qwen25VL,
         config: ReferenceConfig,
         ranks: Ranks,
+        layout: BatchLayout,
         *,
-        groups_per_batch: int,
-        pad_id: int,
+        likelihood_clip: float,
         keep_log_probs: bool,
     ) -> None:
         """`model` starts with the policy's weights. `keep_log_probs`: a KL term needs them."""
         self.average = WeightAverage(model, config.ema_decay)
         self.update_every = config.ema_update_every
         self.ranks = ranks
-        self.scorer = Scorer(model, ranks, groups_per_batch=groups_per_batch, pad_id=pad_id)
+        self.scorer = Scorer(model, ranks, layout)
+        self.likelihood_clip = likelihood_clip
         self.keep_log_probs = keep_log_probs
 
     def score_answers(self, groups: Sequence[Group]) -> None:
         """Set each group's answer likelihoods (algorithm step 3), and log-probs for a KL term."""
         for group, scores in zip(groups, self.scorer.score(groups), strict=True):
-            group.answer_likelihood = scores.answer_likelihood
+            group.answer_likelihood = scores.answer_likelihood.clamp(max=self.likelihood_clip)
             if self.keep_log_probs:
                 group.reference_log_probs = scores.log_probs
 

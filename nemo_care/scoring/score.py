@@ -11,7 +11,7 @@ from nemo_care.objective.consistency import answer_likelihood
 from nemo_care.parallel.cpu_compat import compute_device
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.group import Group
-from nemo_care.rollouts.sequences import SequenceBatch, sequence_batches
+from nemo_care.rollouts.sequences import BatchLayout, sequence_batches
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,15 @@ class GroupScores:
 class Scorer:
     """Teacher-forced scoring of groups under one model; all ranks of the replica take part."""
 
-    def __init__(
-        self, model: Qwen25VL, ranks: Ranks, *, groups_per_batch: int, pad_id: int
-    ) -> None:
-        """`groups_per_batch` groups make one micro-batch."""
+    def __init__(self, model: Qwen25VL, ranks: Ranks, layout: BatchLayout) -> None:
+        """`layout` says how groups become micro-batches."""
         self.model = model
         self.ranks = ranks
-        self.groups_per_batch = groups_per_batch
-        self.pad_id = pad_id
-
-    def batches(self, groups: Sequence[Group]) -> list[SequenceBatch]:
-        """The groups as micro-batches, padded as the layout needs."""
-        multiple = self.ranks.layout.tensor if self.ranks.layout.sequence_parallel else 1
-        return sequence_batches(
-            groups,
-            groups_per_batch=self.groups_per_batch,
-            pad_id=self.pad_id,
-            multiple=multiple,
-        )
+        self.layout = layout
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Scores of each group, equal on all ranks of the model replica."""
-        batches = self.batches(groups)
+        batches = sequence_batches(groups, self.layout)
         results = forward_only(
             self.model,
             batches,

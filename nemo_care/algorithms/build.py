@@ -1,0 +1,104 @@
+"""Put a trainer together from a recipe: the one place that knows every part."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from nemo_care.algorithms.grpo_care import GRPOCareTrainer, MetricLogger
+from nemo_care.algorithms.policy import Policy
+from nemo_care.algorithms.rewards import BaseRewards
+from nemo_care.config import Recipe
+from nemo_care.data.prompts import PromptBuilder
+from nemo_care.data.samples import Sample
+from nemo_care.data.stream import PromptStream
+from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.evaluation.validation import Validator
+from nemo_care.models.qwen2_5_vl import Qwen25VL, read_hf_config, transformer_config
+from nemo_care.models.weights import load_hf_weights
+from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.megatron import MegatronGenerator
+from nemo_care.rollouts.sequences import BatchLayout
+from nemo_care.run_files import RunFiles
+from nemo_care.scoring.reference import Reference
+from nemo_care.scoring.score import Scorer
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_model(recipe: Recipe, ranks: Ranks) -> Qwen25VL:
+    """This rank's part of the recipe's checkpoint."""
+    hf = read_hf_config(recipe.model.hf_path)
+    config = transformer_config(hf, ranks.layout, _DTYPES[recipe.model.precision.dtype])
+    model = Qwen25VL(hf, config, recipe.model.backend)
+    load_hf_weights(model, recipe.model.hf_path)
+    return model
+
+
+def build_trainer(
+    recipe: Recipe,
+    ranks: Ranks,
+    files: RunFiles,
+    loggers: Sequence[MetricLogger],
+    *,
+    samples: list[Sample],
+    levels: Mapping[str, list[Sample]],
+) -> GRPOCareTrainer:
+    """The trainer with everything it needs; collective over all ranks.
+
+    `samples` are the training samples, `levels` the validation samples by level.
+    """
+    algorithm = recipe.algorithm
+    model = load_model(recipe, ranks)
+    tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
+    prompts = PromptBuilder(recipe.data, model.hf, tokenizer)
+    layout = BatchLayout(
+        groups_per_batch=algorithm.groups_per_micro_batch,
+        pad_id=tokenizer.pad_id,
+        multiple=ranks.layout.tensor if ranks.layout.sequence_parallel else 1,
+    )
+    reference = None
+    if algorithm.consistency.bonus_coefficient > 0 or algorithm.kl_coefficient > 0:
+        reference = Reference(
+            load_model(recipe, ranks),
+            algorithm.reference,
+            ranks,
+            layout,
+            likelihood_clip=algorithm.consistency.likelihood_clip,
+            keep_log_probs=algorithm.kl_coefficient > 0,
+        )
+    validator = Validator(
+        levels,
+        prompts.build,
+        MegatronGenerator(
+            model, tokenizer, ranks, groups_per_batch=recipe.evaluation.samples_per_batch
+        ),
+        Scorer(model, ranks, layout),
+        tokenizer,
+        ranks,
+        recipe.evaluation,
+        max_tokens=recipe.rollout.max_completion_tokens,
+        min_reasoning_words=algorithm.min_reasoning_words,
+        seed=recipe.trainer.seed,
+    )
+    return GRPOCareTrainer(
+        recipe,
+        ranks,
+        prompts=PromptStream(
+            samples,
+            prompts.build,
+            ranks,
+            prompts_per_step=algorithm.prompts_per_step,
+            seed=recipe.trainer.seed,
+            shuffle=recipe.data.train.shuffle,
+            max_skipped_fraction=recipe.data.max_skipped_fraction,
+        ),
+        generator=MegatronGenerator(
+            model, tokenizer, ranks, groups_per_batch=recipe.rollout.groups_per_batch
+        ),
+        rewards=BaseRewards(algorithm, ranks),
+        reference=reference,
+        policy=Policy(model, recipe, ranks, layout),
+        validator=validator,
+        files=files,
+        loggers=loggers,
+    )

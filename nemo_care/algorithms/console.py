@@ -1,0 +1,107 @@
+"""What a person sees of a run: a progress bar, sampled completions, a table at the end."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from tqdm import tqdm
+
+from nemo_care.config import Recipe
+from nemo_care.data.stream import Skipped
+
+_SHOWN = {
+    "reward": "reward/total",
+    "acc": "reward/accuracy",
+    "p": "care/answer_likelihood",
+    "bonus": "care/bonus_rate",
+}
+
+
+class Console:
+    """Prints on rank 0 and stays silent on the others."""
+
+    def __init__(self, recipe: Recipe, *, active: bool) -> None:
+        """`active` is true on the rank that prints."""
+        self.recipe = recipe
+        self.active = active
+        self._bar: tqdm | None = None
+
+    def _print(self, text: Any) -> None:
+        if self.active:
+            # The bar's own writer keeps the bar below the text.
+            with tqdm.external_write_mode():
+                RichConsole(soft_wrap=True, highlight=False).print(text)
+
+    @contextmanager
+    def steps(self, done: int) -> Iterator[None]:
+        """The progress bar over all optimizer steps, `done` of which lie behind."""
+        self._bar = tqdm(
+            total=self.recipe.trainer.max_steps,
+            initial=done,
+            unit="step",
+            disable=not self.active,
+            dynamic_ncols=True,
+        )
+        try:
+            yield
+        finally:
+            self._bar.close()
+            self._bar = None
+
+    def phase(self, name: str) -> None:
+        """Show the phase that runs now."""
+        if self._bar is not None and name != "step":
+            self._bar.set_description(f"{name:<10}")
+
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        rows: Sequence[Mapping[str, Any]],
+        skipped: Sequence[Skipped],
+    ) -> None:
+        """Show a finished step, and now and then one of its completions."""
+        for item in skipped:
+            self._print(f"[yellow]skipped sample {item.sample_id}:[/] {item.reason}")
+        if self._bar is not None:
+            values = {
+                short: f"{metrics[name]:.2f}"
+                for short, name in _SHOWN.items()
+                if metrics.get(name) is not None
+            }
+            self._bar.set_postfix(values, refresh=False)
+            self._bar.update()
+        every = self.recipe.trainer.show_completion_every
+        if every and rows and (step == 1 or step % every == 0):
+            self._completion(step, rows[(step * 31) % len(rows)])
+
+    def _completion(self, step: int, row: Mapping[str, Any]) -> None:
+        from rich.text import Text
+
+        parts = [f"accuracy {row['accuracy']:.2f}", f"format {row['format']:.0f}"]
+        if row["answer_likelihood"] is not None:
+            parts.append(f"p {row['answer_likelihood']:.2f}")
+        parts.append(f"bonus {row['bonus']:.2f}")
+        head = f"step {step}, prompt {row['prompt_id']} ({', '.join(parts)}): "
+        # A Text, not markup: a completion may hold brackets.
+        self._print(Text(head, style="dim").append(row["completion"], style="not dim"))
+
+    def resumed(self, step: int, checkpoint: Path) -> None:
+        """Say where the run goes on."""
+        self._print(f"resumed after step {step} from {checkpoint}")
+
+    def validation(self, step: int, levels: Mapping[str, Mapping[str, Any]]) -> None:
+        """Show a validation on one line."""
+        parts = []
+        for level, result in levels.items():
+            text = f"{level} accuracy {_rate(result['accuracy'])}"
+            if result["consistency_rate"] is not None:
+                text += f" consistency {_rate(result['consistency_rate'])}"
+            parts.append(text)
+        self._print(f"validation after step {step}: {'; '.join(parts)}")
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

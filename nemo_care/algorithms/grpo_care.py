@@ -1,0 +1,285 @@
+"""The GRPO-CARE trainer. `fit` is the algorithm; everything else is called from it."""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nemo_care.algorithms.console import Console
+from nemo_care.algorithms.policy import Policy
+from nemo_care.algorithms.records import completion_rows, rollout_metrics
+from nemo_care.algorithms.rewards import BaseRewards, add_consistency_bonus, set_advantages
+from nemo_care.config import Recipe
+from nemo_care.data.prompts import Prompt
+from nemo_care.data.stream import PromptStream, Skipped
+from nemo_care.errors import InputError
+from nemo_care.evaluation.validation import Validator
+from nemo_care.models.weights import export_hf
+from nemo_care.parallel.checkpoints import (
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    sharding_metadata,
+)
+from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.generator import Generator, Sampling
+from nemo_care.rollouts.group import Group
+from nemo_care.run_files import RunFiles
+from nemo_care.scoring.reference import Reference
+
+# Tells training's random numbers from those of validation.
+_SEED_DOMAIN = 0
+
+
+class MetricLogger(Protocol):
+    """What NeMo's experiment manager gives: TensorBoard, W&B, MLflow."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Record the metrics of a step."""
+        ...
+
+
+class GRPOCareTrainer:
+    """Trains a policy with GRPO-CARE, or with GRPO where the recipe has no bonus."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        ranks: Ranks,
+        *,
+        prompts: PromptStream,
+        generator: Generator,
+        rewards: BaseRewards,
+        reference: Reference | None,
+        policy: Policy,
+        validator: Validator,
+        files: RunFiles,
+        loggers: Sequence[MetricLogger],
+    ) -> None:
+        """`reference` is None where neither a bonus nor a KL term needs one."""
+        self.recipe = recipe
+        self.ranks = ranks
+        self.prompts = prompts
+        self.generator = generator
+        self.rewards = rewards
+        self.reference = reference
+        self.policy = policy
+        self.validator = validator
+        self.files = files
+        self.loggers = loggers
+        self.console = Console(recipe, active=ranks.rank == 0)
+        self.step = 0
+        self._timing: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ the algorithm
+
+    def fit(self) -> dict[str, Any]:
+        """Train until `trainer.max_steps`; goes on where the run directory's checkpoint ends.
+
+        Returns the run's summary (rank 0; empty on the others).
+        """
+        started = time.perf_counter()
+        self.resume()
+        if self.step == 0:
+            self.run_validation()
+        with self.console.steps(self.step):
+            while self.step < self.recipe.trainer.max_steps:
+                self.step += 1
+                metrics, groups, skipped = self.run_training_step()
+                self.log(metrics, groups, skipped)
+                self.save_if_due()
+                if self._validation_is_due():
+                    self.run_validation()
+        return self.finish(time.perf_counter() - started)
+
+    def run_training_step(self) -> tuple[dict[str, float], list[Group], list[Skipped]]:
+        """One step of GRPO-CARE (arXiv 2506.16141)."""
+        self._timing = {}
+        with self._phase("step"):
+            with self._phase("data"):
+                prompts, skipped = self.prompts.next_step()
+            with self._phase("rollout"):
+                groups = self.generate_rollouts(prompts)
+            with self._phase("reward"):
+                self.rewards(groups)
+            with self._phase("scoring"):
+                if self.reference is not None:
+                    self.reference.score_answers(groups)
+            add_consistency_bonus(groups, self.recipe.algorithm.consistency)
+            set_advantages(groups)
+            with self._phase("update"):
+                metrics = self.policy.update(groups)
+            if self.reference is not None:
+                self.reference.track(self.policy.model, self.step)
+        self._check_first_step(metrics)
+        return metrics, groups, skipped
+
+    def generate_rollouts(self, prompts: list[Prompt]) -> list[Group]:
+        """Sample G completions of each prompt from the policy (algorithm step 1)."""
+        rollout = self.recipe.rollout
+        return self.generator.generate(
+            prompts,
+            Sampling(
+                group_size=self.recipe.algorithm.group_size,
+                temperature=rollout.temperature,
+                top_p=rollout.top_p,
+                max_tokens=rollout.max_completion_tokens,
+                seed=(self.recipe.trainer.seed, _SEED_DOMAIN),
+            ),
+        )
+
+    # ------------------------------------------------------------------ validation
+
+    def run_validation(self) -> None:
+        """Validate on all levels and record the result."""
+        if not self.validator.levels:
+            return
+        levels = self.validator.run()
+        if self.ranks.rank == 0:
+            self.files.append_validation(self.step, levels)
+            metrics = {
+                f"validation/{level}/{name}": float(value)
+                for level, results in levels.items()
+                for name, value in results.items()
+                if value is not None
+            }
+            for logger in self.loggers:
+                logger.log_metrics(metrics, step=self.step)
+            self.console.validation(self.step, levels)
+
+    def _validation_is_due(self) -> bool:
+        interval = self.recipe.trainer.validation_interval
+        last = self.step == self.recipe.trainer.max_steps
+        return last or bool(interval and self.step % interval == 0)
+
+    # ------------------------------------------------------------------ metrics
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.console.phase(name)
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._timing[name] = time.perf_counter() - started
+
+    def log(self, metrics: dict[str, float], groups: list[Group], skipped: list[Skipped]) -> None:
+        """Write the step's metrics and completions; collective, because rank 0 needs them all."""
+        everyone = self.ranks.gather_from_replicas(completion_rows(groups))
+        rows = sorted(
+            (row for rows in everyone for row in rows),
+            key=lambda row: (row["prompt_index"], row["completion_index"]),
+        )
+        distance = (
+            self.reference.distance(self.policy.model) if self.reference is not None else None
+        )
+        if self.ranks.rank != 0:
+            return
+        record: dict[str, Any] = {
+            **rollout_metrics(rows, self.recipe.algorithm.consistency.likelihood_clip),
+            "care/ema_distance": distance,
+            **metrics,
+            "data/skipped": len(skipped),
+            **{f"timing/{name}": seconds for name, seconds in self._timing.items()},
+        }
+        self.files.append_step(self.step, record, rows, [asdict(item) for item in skipped])
+        for logger in self.loggers:
+            known = {name: float(value) for name, value in record.items() if value is not None}
+            logger.log_metrics(known, step=self.step)
+        self.console.step(self.step, record, rows, skipped)
+
+    def _check_first_step(self, metrics: dict[str, float]) -> None:
+        """Rollout and training must agree on the same tokens before the first update."""
+        largest = metrics["rollout/logprob_difference_max"]
+        bound = self.recipe.rollout.max_logprob_difference
+        if self.step == 1 and not largest <= bound:
+            raise RuntimeError(
+                f"log-probabilities of rollout and training differ by up to {largest:.4f} in the "
+                f"first step, more than rollout.max_logprob_difference={bound}: weights or "
+                "positions are wrong on one side"
+            )
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
+        """Everything that a resumed run needs, as Megatron sharded state."""
+        metadata = sharding_metadata()
+        state = {
+            "policy": self.policy.sharded_state_dict(metadata, is_loading),
+            "trainer": {"step": self.step, "stream_position": self.prompts.position},
+        }
+        if self.reference is not None:
+            state["reference"] = self.reference.sharded_state_dict(metadata)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a loaded `state_dict`."""
+        self.policy.load_state_dict(state["policy"])
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+        self.step = state["trainer"]["step"]
+        self.prompts.position = state["trainer"]["stream_position"]
+
+    def save_if_due(self) -> None:
+        """Save at the interval and after the last step."""
+        last = self.step == self.recipe.trainer.max_steps
+        if last or self.step % self.recipe.checkpoint.save_interval == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; all ranks call it."""
+        self.console.phase("checkpoint")
+        save_checkpoint(
+            self.files.checkpoints,
+            self.step,
+            self.state_dict(),
+            keep_last=self.recipe.checkpoint.keep_last,
+        )
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint of the run directory, if there is one.
+
+        Raises:
+            InputError: there is one, and the recipe says trainer.resume=never.
+        """
+        found = self.ranks.from_rank_zero(lambda: list_checkpoints(self.files.checkpoints))
+        if found and self.recipe.trainer.resume == "never":
+            raise InputError(
+                f"{self.files.folder} holds a run already and trainer.resume=never: choose another "
+                "exp_manager.name or exp_manager.explicit_log_dir, or remove it"
+            )
+        if found:
+            self.load_state_dict(load_checkpoint(found[-1], self.state_dict(is_loading=True)))
+            self.console.resumed(self.step, found[-1])
+        if self.ranks.rank == 0:
+            self.files.rewind(self.step)
+        self.ranks.barrier()
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Export the trained model and write the summary."""
+        export = self.files.export if self.recipe.checkpoint.export else None
+        if export is not None:
+            self._export(export)
+        if self.ranks.rank != 0:
+            return {}
+        validations = self.files.validations()
+        summary = {
+            "steps": self.step,
+            "wall_seconds": seconds,
+            "export": str(export) if export is not None else None,
+            "skipped": self.files.skipped_count(),
+            "start": validations.get(0),
+            "end": validations.get(self.step),
+        }
+        self.files.write_summary(summary)
+        return summary
+
+    def _export(self, target: Path) -> None:
+        """Write the policy's weights as a Hugging Face directory, over one of an earlier end."""
+        self.ranks.from_rank_zero(lambda: shutil.rmtree(target, ignore_errors=True))
+        export_hf(self.policy.model, self.recipe.model.hf_path, target)

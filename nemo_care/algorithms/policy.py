@@ -1,0 +1,156 @@
+"""The policy: the model that is trained, with its optimizer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nemo_care.config import Recipe
+from nemo_care.models.pipeline import forward_backward
+from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.objective.losses import PolicyLossInputs, policy_loss
+from nemo_care.parallel.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    initialise_adamw_state,
+    wrap_data_parallel,
+)
+from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.group import Group
+from nemo_care.rollouts.sequences import BatchLayout, SequenceBatch, sequence_batches
+
+PREFIX = "policy."
+
+
+class Policy:
+    """pi_theta of the paper, and its updates."""
+
+    def __init__(self, model: Qwen25VL, recipe: Recipe, ranks: Ranks, layout: BatchLayout) -> None:
+        """`model` holds the weights to start from."""
+        self.model = model
+        self.algorithm = recipe.algorithm
+        self.ranks = ranks
+        self.layout = layout
+        if recipe.model.freeze_vision and ranks.is_first_stage:
+            model.visual.requires_grad_(False)
+        self.wrapped = wrap_data_parallel(model)
+        self.optimizer = build_optimizer(recipe.optimizer, self.wrapped)
+        self.scheduler = build_scheduler(recipe.optimizer, self.optimizer, recipe.trainer.max_steps)
+
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Optimizer steps on these groups (algorithm step 7); the metrics of the last one.
+
+        With several updates per rollout, the log-probabilities before the first one are the old
+        ones of the clipped surrogate. Metrics are equal on all ranks.
+        """
+        old_log_probs: list[torch.Tensor] | None = None
+        metrics: dict[str, float] = {}
+        for number in range(self.algorithm.updates_per_rollout):
+            step_metrics, log_probs = self._step(groups, old_log_probs)
+            if number == 0:
+                old_log_probs = log_probs
+                metrics = step_metrics
+            else:
+                # The comparison with the rollout only means something before any update.
+                metrics.update({k: v for k, v in step_metrics.items() if k.startswith("train/")})
+        return metrics
+
+    def _step(
+        self, groups: Sequence[Group], old_log_probs: list[torch.Tensor] | None
+    ) -> tuple[dict[str, float], list[torch.Tensor]]:
+        """One optimizer step; metrics, and each micro-batch's log-probs [N, C] (last stage)."""
+        batches = sequence_batches(groups, self.layout)
+        completions = self.algorithm.prompts_per_step * self.algorithm.group_size
+        old_of = dict(zip(map(id, batches), old_log_probs or [], strict=False))
+
+        def loss_of(
+            logits: torch.Tensor, batch: SequenceBatch
+        ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+            log_probs = batch.completion_log_probs(logits, self.model.vocab_size)
+            loss = policy_loss(
+                PolicyLossInputs(
+                    log_probs=log_probs,
+                    advantages=batch.advantages(),
+                    mask=batch.mask,
+                    old_log_probs=old_of.get(id(batch)),
+                    reference_log_probs=self._reference_log_probs(batch),
+                ),
+                clip_low=self.algorithm.clip_low,
+                clip_high=self.algorithm.clip_high,
+                kl_coefficient=self.algorithm.kl_coefficient,
+            )
+            difference = self._rollout_difference(batch, log_probs.detach())
+            sums = torch.stack(
+                [
+                    loss.loss_sum.detach(),
+                    loss.kl_sum,
+                    loss.clipped_sum,
+                    difference.sum(),
+                    batch.mask.sum(),
+                ]
+            )
+            # Megatron averages gradients over the data-parallel ranks; this step's loss is a mean
+            # over the completions of all of them.
+            share = loss.loss_sum * self.ranks.data_size / completions
+            return share, (sums, difference.max(), log_probs.detach())
+
+        self.wrapped.train()
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = forward_backward(
+            self.wrapped, batches, inputs_of=lambda batch: batch.inputs, loss_of=loss_of
+        )
+        self.scheduler.step(1)
+        _, grad_norm, _ = self.optimizer.step()
+        metrics = self._reduce(results, completions)
+        metrics["train/grad_norm"] = float(grad_norm)
+        metrics["train/lr"] = float(self.optimizer.param_groups[0]["lr"])
+        return metrics, [log_probs for _, _, log_probs in results]
+
+    def _reference_log_probs(self, batch: SequenceBatch) -> torch.Tensor | None:
+        if self.algorithm.kl_coefficient == 0:
+            return None
+        vectors = [group.reference_log_probs for group in batch.groups]
+        return batch.padded([v for v in vectors if v is not None])
+
+    def _rollout_difference(self, batch: SequenceBatch, log_probs: torch.Tensor) -> torch.Tensor:
+        """|log-probability in the rollout - in training| of each token, [N, C]."""
+        rollout = batch.padded([[c.log_probs for c in group.completions] for group in batch.groups])
+        return torch.where(batch.mask, (rollout - log_probs).abs(), 0.0)
+
+    def _reduce(
+        self, results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], completions: int
+    ) -> dict[str, float]:
+        """The step's metrics from the micro-batches of all replicas."""
+        device = next(self.model.parameters()).device
+        sums, largest = torch.zeros(5, device=device), torch.zeros(1, device=device)
+        if results:
+            sums = torch.stack([sums for sums, _, _ in results]).sum(0)
+            largest = torch.stack([largest for _, largest, _ in results]).max().reshape(1)
+        self.ranks.broadcast_from_last_stage(sums)
+        self.ranks.broadcast_from_last_stage(largest)
+        loss, kl, clipped, difference, tokens = self.ranks.sum_over_data(sums).tolist()
+        return {
+            "train/loss": loss / completions,
+            "train/kl": kl / completions,
+            "train/clipped_fraction": clipped / completions,
+            "rollout/logprob_difference": difference / tokens,
+            "rollout/logprob_difference_max": float(self.ranks.max_over_data(largest)),
+        }
+
+    def sharded_state_dict(self, metadata: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+        """Weights and optimizer state as Megatron sharded tensors; the schedule's step count."""
+        model = self.model.sharded_state_dict(prefix=PREFIX, metadata=metadata)
+        if is_loading:
+            initialise_adamw_state(self.optimizer)
+        optimizer = self.optimizer.sharded_state_dict(
+            model, is_loading=is_loading, metadata=metadata
+        )
+        return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a loaded `sharded_state_dict`."""
+        weights = {name.removeprefix(PREFIX): tensor for name, tensor in state["model"].items()}
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])

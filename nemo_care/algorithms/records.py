@@ -1,0 +1,81 @@
+"""What a step leaves behind: one row per completion, and metrics made from the rows."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nemo_care.rollouts.group import Group
+
+Row = dict[str, Any]
+
+
+def _number(values: torch.Tensor, place: int) -> float | None:
+    """A JSON number; None for NaN (no answer) and where the value was never set."""
+    if not len(values):
+        return None
+    value = float(values[place])
+    return None if math.isnan(value) else value
+
+
+def completion_rows(groups: Sequence[Group]) -> list[Row]:
+    """One row per completion, as written to `rollouts/`."""
+    return [
+        {
+            "prompt_id": group.prompt.sample.sample_id,
+            "prompt_index": group.prompt.index,
+            "completion_index": place,
+            "completion": completion.text,
+            "tokens": completion.length,
+            "ended": completion.ended,
+            "has_answer": completion.answer_span is not None,
+            "accuracy": _number(group.accuracy, place),
+            "format": _number(group.format, place),
+            "answer_likelihood": _number(group.answer_likelihood, place),
+            "bonus": _number(group.consistency_bonus, place),
+            "reward": _number(group.reward, place),
+            "advantage": _number(group.advantage, place),
+        }
+        for group in groups
+        for place, completion in enumerate(group.completions)
+    ]
+
+
+def _mean(values: Sequence[float | bool | None]) -> float | None:
+    known = [float(value) for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, float | None]:
+    """Metrics of a step's completions (None where nothing has a value).
+
+    Rates and rewards are means over completions, `groups_*` count groups, `completion_tokens` is
+    the mean length.
+    """
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["prompt_index"], []).append(row)
+    # Likelihoods are clipped in float32.
+    clip = float(torch.tensor(likelihood_clip))
+    likelihoods = [row["answer_likelihood"] for row in rows]
+    return {
+        "reward/accuracy": _mean([row["accuracy"] for row in rows]),
+        "reward/format": _mean([row["format"] for row in rows]),
+        "reward/total": _mean([row["reward"] for row in rows]),
+        "care/answer_likelihood": _mean(likelihoods),
+        "care/bonus_rate": _mean([row["bonus"] > 0 for row in rows]),
+        "care/clipped_rate": _mean([p >= clip for p in likelihoods if p is not None]),
+        "care/missing_answer_rate": _mean([not row["has_answer"] for row in rows]),
+        "rollout/completion_tokens": _mean([row["tokens"] for row in rows]),
+        "rollout/ended_rate": _mean([row["ended"] for row in rows]),
+        "rollout/groups_all_right": sum(
+            all(row["accuracy"] == 1 for row in group) for group in groups.values()
+        ),
+        "rollout/groups_all_wrong": sum(
+            all(row["accuracy"] == 0 for row in group) for group in groups.values()
+        ),
+        "rollout/groups_without_signal": sum(
+            all(row["advantage"] == 0 for row in group) for group in groups.values()
+        ),
+    }

@@ -1,0 +1,24 @@
+"""Judges say whether a completion's reasoning supports the answer it gives."""
+
+import re
+from collections.abc import Mapping
+
+from nemo_care.objective.text import parse_completion
+
+
+def rule_judge(completion: str, options: Mapping[str, str]) -> bool:
+    """For questions whose options are words that the reasoning names.
+
+    The option text named last in the reasoning must belong to the answered letter. It goes by the
+    text, never by a letter found in the reasoning. A reasoning that names no option supports
+    nothing.
+    """
+    parsed = parse_completion(completion)
+    if parsed.reasoning is None or parsed.answer is None:
+        return False
+    last_named, supported = -1, None
+    for letter, text in options.items():
+        for match in re.finditer(rf"(?<!\w){re.escape(text)}(?!\w)", parsed.reasoning):
+            if match.start() > last_named:
+                last_named, supported = match.start(), letter
+    return supported is not None and supported == parsed.answer.strip()

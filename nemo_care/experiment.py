@@ -1,0 +1,61 @@
+"""The run directory and the loggers, as NeMo's experiment manager makes them."""
+
+import logging as python_logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from nemo_care.config import ExpManagerConfig
+
+
+def run_directory(config: ExpManagerConfig) -> Path:
+    """Where the run's files go.
+
+    `explicit_log_dir` if given, else `exp_dir/name`: the folder that exp_manager takes for a run
+    that can be resumed, without a version of its own for each start.
+    """
+    if config.explicit_log_dir is not None:
+        return Path(config.explicit_log_dir).resolve()
+    return (Path(config.exp_dir or "nemo_experiments") / (config.name or "default")).resolve()
+
+
+def start_experiment(config: ExpManagerConfig) -> tuple[Path, list[Any]]:
+    """Make the run directory and the loggers; rank 0 only.
+
+    Returns:
+        The run directory and the loggers that the recipe asks for.
+    """
+    # NeMo and Lightning announce themselves at length.
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric"):
+        python_logging.getLogger(name).setLevel(python_logging.ERROR)
+    from lightning.pytorch import Trainer
+    from nemo.utils import logging as nemo_logging
+    from nemo.utils.exp_manager import exp_manager
+    from omegaconf import OmegaConf
+
+    nemo_logging.setLevel(nemo_logging.ERROR)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    settings = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(settings, dict)
+    settings.update(
+        explicit_log_dir=str(run_directory(config)),
+        exp_dir=None,
+        # Checkpoints, resuming, preemption and step timing are the trainer's own.
+        create_checkpoint_callback=False,
+        resume_if_exists=False,
+        create_preemption_callback=False,
+        log_step_timing=False,
+        log_tflops_per_sec_per_gpu=False,
+        seconds_to_sleep=0,
+    )
+    folder = exp_manager(trainer, settings)
+    assert folder is not None
+    return Path(folder), list(trainer.loggers)

@@ -1,0 +1,68 @@
+"""Start the ranks of a run on this machine, as torchrun does."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+
+from nemo_care.errors import InputError
+
+USAGE_ERROR = 2
+FAILURE = 1
+
+
+def start_ranks(count: int, arguments: Sequence[str]) -> int:
+    """Run `python ARGUMENTS` as `count` ranks and wait for them.
+
+    When one dies, the others are ended and its rank and traceback are printed.
+
+    Returns:
+        The exit status: 0, or that of the first rank that failed.
+    """
+    import logging
+
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == USAGE_ERROR:
+            return USAGE_ERROR
+        # The rank's own traceback is on stderr; here is which rank it was.
+        how = (
+            f"signal {failure.signal_name()}"
+            if failure.exitcode < 0
+            else (f"exit status {failure.exitcode}")
+        )
+        print(f"rank {rank} failed with {how}; the other ranks were stopped", file=sys.stderr)
+        return FAILURE
+    return 0
+
+
+def guarded(main: Callable[..., Any], *arguments: Any) -> int:
+    """Call `main` and turn its end into an exit status: 0, 1 (traceback) or 2 (one line)."""
+    try:
+        record(main)(*arguments)
+    except InputError as error:
+        print(f"nemo-care: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("nemo-care: interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return FAILURE
+    return 0

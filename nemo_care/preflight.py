@@ -1,0 +1,53 @@
+"""What can be refused before any rank starts: checkpoint, tokenizer, layout, annotations."""
+
+from nemo_care.config import Recipe, ValidationDataConfig
+from nemo_care.data.jsonl import read_jsonl
+from nemo_care.data.prompts import PromptBuilder
+from nemo_care.data.samples import Sample
+from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.models.qwen2_5_vl import check_layout, read_hf_config
+from nemo_care.models.weights import check_weights
+from nemo_care.parallel.process_groups import Layout
+
+
+def layout_of(recipe: Recipe) -> Layout:
+    """The parallel layout that a recipe asks for."""
+    model = recipe.model
+    return Layout(
+        tensor=model.tensor_model_parallel_size,
+        pipeline=model.pipeline_model_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+    )
+
+
+def read_levels(config: ValidationDataConfig) -> dict[str, list[Sample]]:
+    """Validation samples by level.
+
+    Raises:
+        InputError: annotations are missing or malformed.
+    """
+    return {
+        level: read_jsonl(config.root, file)[: config.samples_per_level]
+        for level, file in config.annotations.items()
+    }
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Refuse what can't work, and write the miniature's files where they are missing.
+
+    Raises:
+        InputError: a missing or foreign checkpoint or tokenizer, a layout that does not divide the
+            model, unusable annotations or prompt template.
+    """
+    hf = read_hf_config(recipe.model.hf_path)
+    check_weights(recipe.model.hf_path)
+    check_layout(hf, layout_of(recipe))
+    PromptBuilder(recipe.data, hf, load_tokenizer(recipe.model.hf_path, hf))
+    sources = [recipe.data.train, recipe.data.validation]
+    for root in sorted({source.root for source in sources if source.kind == "miniature"}):
+        from nemo_care.miniature.files import ensure_world
+
+        ensure_world(root)
+    read_jsonl(recipe.data.train.root, recipe.data.train.annotations)
+    if recipe.data.validation.annotations:
+        read_levels(recipe.data.validation)

@@ -1,0 +1,311 @@
+"""The curves of a run, drawn as PNG files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_care.reporting.reader import RunRecord, number
+from nemo_care.reporting.tables import level_names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours: told apart with any colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_OTHER = "#B0B0B0"
+_PANEL_INCHES = (4.2, 2.9)
+_DPI = 130
+# Fewer steps are drawn with a mark each, so that a single step shows too; many more are drawn
+# faintly under their running mean.
+_MARKED_STEPS = 30
+_SMOOTHED_STEPS = 60
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A drawn figure: its file and what it shows."""
+
+    file: Path
+    title: str
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One set of axes: metric key -> label."""
+
+    title: str
+    lines: dict[str, str]
+    unit: str = ""
+    share: bool = False
+    """A rate or probability: the axis is fixed to 0..1."""
+    from_zero: bool = True
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    name: str
+    title: str
+    panels: list[_Panel] = field(default_factory=list)
+
+
+_SHEETS = (
+    _Sheet(
+        "reward",
+        "Reward, accuracy and consistency",
+        [
+            _Panel("Reward", {"reward/total": "total", "reward/format": "format"}, "mean reward"),
+            _Panel(
+                "Sampled completions",
+                {
+                    "reward/accuracy": "accuracy",
+                    "rollout/consistency_rate": "consistency",
+                    "rollout/ended_rate": "ended by themselves",
+                },
+                "share",
+                share=True,
+            ),
+        ],
+    ),
+    _Sheet(
+        "care",
+        "Consistency bonus and reference",
+        [
+            _Panel(
+                "Answer likelihood under the reference",
+                {"care/answer_likelihood": "mean"},
+                "probability",
+                share=True,
+            ),
+            _Panel(
+                "Completions",
+                {
+                    "care/bonus_rate": "with the bonus",
+                    "care/clipped_rate": "likelihood at the clip",
+                    "care/missing_answer_rate": "without an answer",
+                },
+                "share",
+                share=True,
+            ),
+            _Panel("Reference", {"care/ema_distance": "distance"}, "distance to the policy"),
+        ],
+    ),
+    _Sheet(
+        "training",
+        "Training",
+        [
+            _Panel("Loss", {"train/loss": "loss"}, "loss", from_zero=False),
+            _Panel("KL to the reference", {"train/kl": "KL"}, "nats per token"),
+            _Panel("Gradient norm", {"train/grad_norm": "norm"}, "norm before clipping"),
+            _Panel("Learning rate", {"train/lr": "rate"}, "learning rate"),
+        ],
+    ),
+    _Sheet(
+        "completions",
+        "Completions and groups",
+        [
+            _Panel("Length", {"rollout/completion_tokens": "mean"}, "tokens per completion"),
+            _Panel(
+                "Groups",
+                {
+                    "rollout/groups_all_right": "all right",
+                    "rollout/groups_all_wrong": "all wrong",
+                    "rollout/groups_without_signal": "without signal",
+                },
+                "groups per step",
+            ),
+            _Panel(
+                "Rollout against training",
+                {"rollout/logprob_difference": "difference"},
+                "log-probability difference",
+            ),
+        ],
+    ),
+)
+_PHASES = ("rollout", "reward", "scoring", "update")
+_VALIDATION = {
+    "accuracy": "Accuracy",
+    "consistency_rate": "Consistency",
+    "probe_implied": "Probe: implied letter",
+}
+
+
+def _known(values: Sequence[float]) -> bool:
+    return any(not math.isnan(value) for value in values)
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Mean of the known values within width // 2 steps on either side."""
+    reach = width // 2
+    means = []
+    for place in range(len(values)):
+        window = values[max(0, place - reach) : place + reach + 1]
+        known = [value for value in window if not math.isnan(value)]
+        means.append(math.fsum(known) / len(known) if known else math.nan)
+    return means
+
+
+def _line(
+    axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, colour: str
+) -> None:
+    if len(steps) > _SMOOTHED_STEPS:
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        values = _running_mean(values, max(5, len(steps) // 20))
+    mark = "o" if len(steps) <= _MARKED_STEPS else None
+    axes.plot(steps, values, color=colour, linewidth=1.6, marker=mark, markersize=3.5, label=label)
+
+
+def _finish(axes: Axes, title: str, unit: str, *, share: bool, from_zero: bool, keys: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+    axes.set_xlabel("step", fontsize=9)
+    axes.set_ylabel(unit, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if share:
+        axes.set_ylim(-0.02, 1.02)
+    elif from_zero:
+        axes.set_ylim(0, max(axes.get_ylim()[1], 1e-12))
+    if keys > 1:
+        # Under the axes: inside, it would hide curves that lie at 0 or 1.
+        axes.legend(
+            fontsize=8,
+            frameon=False,
+            ncols=min(keys, 3),
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.2),
+            handlelength=1.4,
+            columnspacing=1.2,
+        )
+
+
+def _sheet(count: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    # Figure without pyplot: draws with Agg and leaves the process's backend alone.
+    width, height = _PANEL_INCHES
+    figure = Figure(figsize=(width * count, height), dpi=_DPI, layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _save(figure: Figure, folder: Path, name: str, title: str) -> Curve:
+    file = folder / f"{name}.png"
+    # Without matplotlib's own note, equal runs give equal files.
+    figure.savefig(file, facecolor="white", metadata={"Software": None})
+    return Curve(file, title)
+
+
+def _metric_sheet(run: RunRecord, sheet: _Sheet, folder: Path) -> Curve | None:
+    panels = [p for p in sheet.panels if any(_known(run.series(key)) for key in p.lines)]
+    if not panels:
+        return None
+    figure, places = _sheet(len(panels))
+    for axes, panel in zip(places, panels, strict=True):
+        drawn = 0
+        for colour, (key, label) in zip(_COLOURS, panel.lines.items(), strict=False):
+            values = run.series(key)
+            if _known(values):
+                _line(axes, run.steps(), values, label, colour)
+                drawn += 1
+        _finish(
+            axes,
+            panel.title,
+            panel.unit,
+            share=panel.share,
+            from_zero=panel.from_zero,
+            keys=drawn,
+        )
+    return _save(figure, folder, sheet.name, sheet.title)
+
+
+def _time_sheet(run: RunRecord, folder: Path) -> Curve | None:
+    named = {phase: run.series(f"timing/{phase}") for phase in _PHASES}
+    # A stack needs a number everywhere; a phase that a step did not time counts as 0.
+    layers = {
+        phase: [0.0 if math.isnan(value) else value for value in values]
+        for phase, values in named.items()
+        if _known(values)
+    }
+    whole = run.series("timing/step")
+    if _known(whole):
+        timed = [math.fsum(step) for step in zip(*layers.values(), strict=True)]
+        timed = timed or [0.0] * len(whole)
+        layers["other"] = [
+            0.0 if math.isnan(a) else max(0.0, a - b) for a, b in zip(whole, timed, strict=True)
+        ]
+    if not layers:
+        return None
+    figure, (axes,) = _sheet(1)
+    figure.set_figwidth(2 * _PANEL_INCHES[0])
+    base = [0.0] * len(run.metrics)
+    for place, (phase, values) in enumerate(layers.items()):
+        colour = _OTHER if phase == "other" else _COLOURS[place]
+        top = [a + b for a, b in zip(base, values, strict=True)]
+        if len(values) <= _MARKED_STEPS:
+            axes.bar(run.steps(), values, bottom=base, width=0.8, color=colour, label=phase)
+        else:
+            axes.fill_between(
+                run.steps(), base, top, color=colour, label=phase, linewidth=0, step="mid"
+            )
+        base = top
+    # One slow step (the first, a checkpoint) must not flatten all others.
+    ordered = sorted(base)
+    usual = ordered[int(0.95 * (len(ordered) - 1))]
+    cut = len(base) > _MARKED_STEPS and ordered[-1] > 3 * usual > 0
+    title = "Time per step" + (f" (longest: {ordered[-1]:.3g} s)" if cut else "")
+    _finish(axes, title, "seconds", share=False, from_zero=True, keys=len(layers))
+    if cut:
+        axes.set_ylim(0, 1.6 * usual)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    return _save(figure, folder, "time", "Time")
+
+
+def _validation_sheet(run: RunRecord, folder: Path) -> Curve | None:
+    if len(run.validations) < 2:
+        return None
+    steps = [record["step"] for record in run.validations]
+    levels = level_names(*(record["levels"] for record in run.validations))
+    panels = {
+        key: {
+            level: [number(record["levels"].get(level, {}).get(key)) for record in run.validations]
+            for level in levels
+        }
+        for key in _VALIDATION
+    }
+    shown = {key: lines for key, lines in panels.items() if any(map(_known, lines.values()))}
+    if not shown:
+        return None
+    figure, places = _sheet(len(shown))
+    for axes, (key, lines) in zip(places, shown.items(), strict=True):
+        for place, (level, values) in enumerate(lines.items()):
+            axes.plot(
+                steps,
+                values,
+                color=_COLOURS[place % len(_COLOURS)],
+                linewidth=1.6,
+                marker="o",
+                markersize=3.5,
+                label=level,
+            )
+        unit = "probability" if key.startswith("probe") else "share"
+        _finish(axes, _VALIDATION[key], unit, share=True, from_zero=True, keys=len(lines))
+    return _save(figure, folder, "validation", "Validation")
+
+
+def draw_curves(run: RunRecord, folder: Path) -> list[Curve]:
+    """Draw all curves that the run has values for into `folder`, which is made when missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = [_metric_sheet(run, sheet, folder) for sheet in _SHEETS[:2]]
+    curves.append(_validation_sheet(run, folder))
+    curves.extend(_metric_sheet(run, sheet, folder) for sheet in _SHEETS[2:])
+    curves.append(_time_sheet(run, folder))
+    return [curve for curve in curves if curve is not None]

@@ -1,0 +1,186 @@
+"""Read a run directory back, also one that is unfinished or was killed while writing."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_care.errors import InputError
+
+Record = dict[str, Any]
+Levels = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run directory holds, in the order of the steps."""
+
+    folder: Path
+    metrics: list[Record]
+    """One record per optimizer step; values may be None."""
+    validations: list[Record]
+    """`step` and `levels` of each validation."""
+    skipped: list[Record]
+    """Samples left out: index, sample_id, reason."""
+    rollout_files: list[Path]
+    """One file per step; see `read_lines`."""
+    recipe: Record
+    """The resolved recipe; empty where the run wrote none."""
+    summary: Record | None
+    """None while the run is unfinished."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run got to its end."""
+        return self.summary is not None
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps done; 0 before the first."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def start(self) -> Levels | None:
+        """Validation before the first step, None where there was none."""
+        if self.summary and self.summary.get("start"):
+            return self.summary["start"]
+        first = self.validations[0] if self.validations else None
+        return first["levels"] if first and first["step"] == 0 else None
+
+    @property
+    def end(self) -> Levels | None:
+        """The last validation after training began (of an unfinished run: so far)."""
+        if self.summary and self.summary.get("end"):
+            return self.summary["end"]
+        last = self.validations[-1] if self.validations else None
+        return last["levels"] if last and last["step"] > 0 else None
+
+    def setting(self, key: str) -> Any:
+        """A recipe key such as "algorithm.group_size"; None where the recipe lacks it."""
+        value: Any = self.recipe
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+    def steps(self) -> list[int]:
+        """The steps that have metrics."""
+        return [record["step"] for record in self.metrics]
+
+    def series(self, key: str) -> list[float]:
+        """One metric over `steps()`; NaN where it is null, missing or not a number."""
+        return [number(record.get(key)) for record in self.metrics]
+
+
+def number(value: Any) -> float:
+    """A value of a record as a float; NaN where it is None, not a number or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return math.nan
+    return float(value)
+
+
+def read_lines(file: Path, required: tuple[str, ...] = ()) -> list[Record]:
+    """The records of a JSON-lines file; a file that does not exist has none.
+
+    A broken last line is what a kill leaves behind and is ignored.
+
+    Raises:
+        InputError: another line is not a JSON object or lacks a required key.
+    """
+    if not file.exists():
+        return []
+    # Bytes, cut at "\n" alone: a kill can tear a character, and str.splitlines also cuts at
+    # separators (U+2028 and others) that may stand inside a completion.
+    lines = file.read_bytes().split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    records = []
+    for place, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if place == len(lines):
+                break
+            raise InputError(f"{file}:{place}: not valid JSON; mend or remove the line") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{file}:{place}: not a JSON object; mend or remove the line")
+        for key in required:
+            if key not in record:
+                raise InputError(f'{file}:{place}: "{key}" is missing; mend or remove the line')
+        records.append(record)
+    return records
+
+
+def last_step(folder: Path) -> int:
+    """The newest step in metrics.jsonl, 0 for none; reads only the end of the file."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 16384))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
+            continue  # empty, torn, or the middle of a longer line
+    return 0
+
+
+def read_summary(folder: Path) -> Record | None:
+    """summary.json of a run, None where it is not finished.
+
+    Raises:
+        InputError: the file can't be read as a JSON object.
+    """
+    file = folder / "summary.json"
+    if not file.exists():
+        return None
+    try:
+        summary = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{file}: not valid JSON; remove it and run again") from error
+    if not isinstance(summary, dict):
+        raise InputError(f"{file}: not a JSON object; remove it and run again")
+    return summary
+
+
+def _read_recipe(file: Path) -> Record:
+    if not file.exists():
+        return {}
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{file}: not valid YAML; mend or remove it") from error
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def read_run(path: str | Path) -> RunRecord:
+    """Read a run directory.
+
+    Raises:
+        InputError: it is not a run directory, or one of its files is broken (named by its line).
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such directory; give the run directory of a training run")
+    if not any((folder / name).exists() for name in ("metrics.jsonl", "recipe.yaml")):
+        raise InputError(
+            f"{folder}: holds neither metrics.jsonl nor recipe.yaml; give the run directory of a "
+            "training run"
+        )
+    return RunRecord(
+        folder=folder,
+        metrics=read_lines(folder / "metrics.jsonl", required=("step",)),
+        validations=read_lines(folder / "validation.jsonl", required=("step", "levels")),
+        skipped=read_lines(folder / "skipped.jsonl"),
+        rollout_files=sorted((folder / "rollouts").glob("step_*.jsonl")),
+        recipe=_read_recipe(folder / "recipe.yaml"),
+        summary=read_summary(folder),
+    )

@@ -1,0 +1,92 @@
+"""Validation results as tables, and what has to be said beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nemo_care.reporting.reader import Levels, RunRecord, number
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Key of a level's results -> heading.
+COLUMNS: Mapping[str, str] = {
+    "accuracy": "accuracy",
+    "consistency_rate": "consistency",
+    "probe_implied": "probe implied",
+    "probe_true": "probe true",
+    "format_rate": "format",
+}
+
+_PROBE_NOTE = (
+    "Consistency is agreement: the reasoning supports the answer given. Whether the reasoning "
+    "causes the answer is what the probe asks: a wrong reasoning is forced on the model, and "
+    '"probe implied" is the mean probability of the letter which it implies, "probe true" that '
+    "of the true letter."
+)
+_MINIATURE_NOTE = (
+    "The miniature's short cut from video to answer, and so the inconsistency of plain GRPO, was "
+    "planted by the warm start of its tiny model. It shows the mechanism, not its size on a real "
+    "model."
+)
+
+
+def rate(value: Any) -> str:
+    """A rate or probability with two decimals; a dash where there is none."""
+    known = number(value)
+    return "–" if math.isnan(known) else f"{known:.2f}"
+
+
+def level_names(*results: Levels | None) -> list[str]:
+    """Names of the levels that occur, in their order."""
+    return list(dict.fromkeys(name for levels in results if levels for name in levels))
+
+
+def present(key: str, results: Sequence[Levels | None]) -> bool:
+    """Whether any level has a value for `key`."""
+    return any(
+        not math.isnan(number(level.get(key)))
+        for levels in results
+        if levels
+        for level in levels.values()
+    )
+
+
+def shown_columns(start: Levels | None, end: Levels | None) -> list[str]:
+    """Keys worth a column: accuracy, consistency and format always, the probe where measured."""
+    results = [start, end]
+    return [key for key in COLUMNS if not key.startswith("probe") or present(key, results)]
+
+
+def change(start: Levels | None, end: Levels | None, level: str, key: str) -> str:
+    """ "start → end" of one value, or the one there is."""
+    sides = [rate(levels.get(level, {}).get(key)) for levels in (start, end) if levels]
+    return " → ".join(sides) or "–"
+
+
+def validation_table(start: Levels | None, end: Levels | None) -> Table:
+    """Start against end by level; either may be None, then the other stands alone."""
+    from rich import box
+    from rich.table import Table
+
+    what = "start → end" if start and end else "end" if end else "start"
+    table = Table(title=f"Validation: {what}", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("level")
+    columns = shown_columns(start, end)
+    for key in columns:
+        table.add_column(COLUMNS[key], justify="right", no_wrap=True)
+    for level in level_names(start, end):
+        table.add_row(level, *(change(start, end, level, key) for key in columns))
+    return table
+
+
+def result_notes(run: RunRecord) -> list[str]:
+    """What a reader of the validation results has to know to read them rightly."""
+    notes = []
+    if present("probe_implied", [run.start, run.end]):
+        notes.append(_PROBE_NOTE)
+    if run.setting("data.train.kind") == "miniature":
+        notes.append(_MINIATURE_NOTE)
+    return notes

@@ -1,0 +1,130 @@
+"""Entry of a training run: a recipe becomes ranks, the ranks become a trainer.
+
+    nemo-care train --config-name tiny_cpu trainer.max_steps=20
+    python -m nemo_care.train --config-name tiny_cpu trainer.devices=2 \
+        model.tensor_model_parallel_size=2
+    torchrun --nproc-per-node 8 -m nemo_care.train --config-name MY_RECIPE --config-path MY_FOLDER
+
+Started by hand with more than one device, the process starts the ranks itself. Started by torchrun
+or srun, it is one of them.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_care.config import Recipe
+from nemo_care.errors import InputError
+from nemo_care.recipes import compose_recipe, read_recipe, save_recipe
+
+if TYPE_CHECKING:
+    from nemo_care.parallel.process_groups import RankEnvironment
+
+# Tells a rank that this command started where the resolved recipe lies.
+_RESOLVED = "NEMO_CARE_RESOLVED_RECIPE"
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Run the command line of `nemo-care train`; returns the exit status."""
+    from nemo_care.parallel.launch import guarded
+
+    return guarded(_main, list(arguments))
+
+
+def _main(arguments: list[str]) -> None:
+    from nemo_care.parallel.process_groups import RankEnvironment
+    from nemo_care.preflight import check_inputs
+
+    environment = RankEnvironment.read()
+    if environment is not None and _RESOLVED in os.environ:
+        run_rank(read_recipe(Path(os.environ[_RESOLVED])), environment)
+        return
+    recipe = compose_recipe(arguments)
+    if recipe is None:
+        return
+    if environment is not None:
+        run_rank(recipe, environment)
+        return
+    if recipe.trainer.num_nodes > 1:
+        raise InputError(
+            f"trainer.num_nodes={recipe.trainer.num_nodes}: start the ranks of several machines "
+            "with torchrun or srun; this command starts those of one"
+        )
+    check_inputs(recipe)
+    if recipe.trainer.devices == 1:
+        run_rank(recipe, RankEnvironment(0, 1, 0))
+        return
+    _start(recipe)
+
+
+def _start(recipe: Recipe) -> None:
+    """Start the ranks on this machine; they read the resolved recipe instead of composing it."""
+    import tempfile
+
+    from nemo_care.parallel.launch import start_ranks
+
+    with tempfile.TemporaryDirectory(prefix="nemo-care-") as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(save_recipe(recipe))
+        os.environ[_RESOLVED] = str(file)
+        status = start_ranks(recipe.trainer.devices, ["-m", "nemo_care.train"])
+    if status:
+        sys.exit(status)
+
+
+def run_rank(recipe: Recipe, environment: "RankEnvironment") -> None:
+    """Train as one rank, from start to end."""
+    from nemo_care.algorithms.build import build_trainer
+    from nemo_care.data.jsonl import read_jsonl
+    from nemo_care.experiment import start_experiment
+    from nemo_care.parallel.process_groups import Ranks
+    from nemo_care.preflight import check_inputs, layout_of, read_levels
+    from nemo_care.run_files import RunFiles
+
+    ranks = Ranks(layout_of(recipe), environment)
+    # Under torchrun or srun nobody has checked yet; the files are the same for all ranks.
+    ranks.from_rank_zero(lambda: check_inputs(recipe))
+    loggers: list = []
+
+    def start() -> Path:
+        folder, made = start_experiment(recipe.exp_manager)
+        loggers.extend(made)
+        return folder
+
+    files = RunFiles(ranks.from_rank_zero(start))
+    if ranks.rank == 0:
+        files.write_recipe(save_recipe(recipe))
+    trainer = build_trainer(
+        recipe,
+        ranks,
+        files,
+        loggers,
+        samples=read_jsonl(recipe.data.train.root, recipe.data.train.annotations),
+        levels=read_levels(recipe.data.validation),
+    )
+    summary = trainer.fit()
+    if ranks.rank == 0:
+        _show_end(files.folder, summary)
+    ranks.close()
+
+
+def _show_end(folder: Path, summary: dict[str, Any]) -> None:
+    """The table start against end, and where things lie."""
+    from rich.console import Console
+
+    from nemo_care.reporting.tables import validation_table
+
+    console = Console(soft_wrap=True, highlight=False)
+    if summary["start"] and summary["end"]:
+        console.print(validation_table(summary["start"], summary["end"]))
+    if summary["skipped"]:
+        console.print(f"{summary['skipped']} samples skipped, see {folder / 'skipped.jsonl'}")
+    if summary["export"]:
+        console.print(f"trained checkpoint (Hugging Face): {summary['export']}")
+    console.print(f"{summary['steps']} steps done; run directory: {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(train(sys.argv[1:]))
