@@ -45,8 +45,11 @@ def start_experiment(config: ExpManagerConfig) -> tuple[Path, list[Any]]:
     )
     settings = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(settings, dict)
+    folder = run_directory(config)
     settings.update(
-        explicit_log_dir=str(run_directory(config)),
+        # A folder of its own: exp_manager moves the files that it finds there out of the way at
+        # each start, and a resumed run goes on with its metrics.
+        explicit_log_dir=str(folder / "logs"),
         exp_dir=None,
         # Checkpoints, resuming, preemption and step timing are the trainer's own.
         create_checkpoint_callback=False,
@@ -56,6 +59,5 @@ def start_experiment(config: ExpManagerConfig) -> tuple[Path, list[Any]]:
         log_tflops_per_sec_per_gpu=False,
         seconds_to_sleep=0,
     )
-    folder = exp_manager(trainer, settings)
-    assert folder is not None
-    return Path(folder), list(trainer.loggers)
+    exp_manager(trainer, settings)
+    return folder, list(trainer.loggers)

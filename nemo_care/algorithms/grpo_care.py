@@ -35,6 +35,8 @@ from nemo_care.scoring.reference import Reference
 # Tells training's random numbers from those of validation.
 _SEED_DOMAIN = 0
 
+Metrics = dict[str, float | None]
+
 
 class MetricLogger(Protocol):
     """What NeMo's experiment manager gives: TensorBoard, W&B, MLflow."""
@@ -97,7 +99,7 @@ class GRPOCareTrainer:
                     self.run_validation()
         return self.finish(time.perf_counter() - started)
 
-    def run_training_step(self) -> tuple[dict[str, float], list[Group], list[Skipped]]:
+    def run_training_step(self) -> tuple[Metrics, list[Group], list[Skipped]]:
         """One step of GRPO-CARE (arXiv 2506.16141)."""
         self._timing = {}
         with self._phase("step"):
@@ -168,7 +170,7 @@ class GRPOCareTrainer:
             torch.cuda.synchronize()
         self._timing[name] = time.perf_counter() - started
 
-    def log(self, metrics: dict[str, float], groups: list[Group], skipped: list[Skipped]) -> None:
+    def log(self, metrics: Metrics, groups: list[Group], skipped: list[Skipped]) -> None:
         """Write the step's metrics and completions; collective, because rank 0 needs them all."""
         everyone = self.ranks.gather_from_replicas(completion_rows(groups))
         rows = sorted(
@@ -193,11 +195,11 @@ class GRPOCareTrainer:
             logger.log_metrics(known, step=self.step)
         self.console.step(self.step, record, rows, skipped)
 
-    def _check_first_step(self, metrics: dict[str, float]) -> None:
+    def _check_first_step(self, metrics: Metrics) -> None:
         """Rollout and training must agree on the same tokens before the first update."""
         largest = metrics["rollout/logprob_difference_max"]
         bound = self.recipe.rollout.max_logprob_difference
-        if self.step == 1 and not largest <= bound:
+        if self.step == 1 and not (largest is not None and largest <= bound):
             raise RuntimeError(
                 f"log-probabilities of rollout and training differ by up to {largest:.4f} in the "
                 f"first step, more than rollout.max_logprob_difference={bound}: weights or "

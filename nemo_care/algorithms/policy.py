@@ -37,14 +37,14 @@ class Policy:
         self.optimizer = build_optimizer(recipe.optimizer, self.wrapped)
         self.scheduler = build_scheduler(recipe.optimizer, self.optimizer, recipe.trainer.max_steps)
 
-    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+    def update(self, groups: Sequence[Group]) -> dict[str, float | None]:
         """Optimizer steps on these groups (algorithm step 7); the metrics of the last one.
 
         With several updates per rollout, the log-probabilities before the first one are the old
         ones of the clipped surrogate. Metrics are equal on all ranks.
         """
         old_log_probs: list[torch.Tensor] | None = None
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float | None] = {}
         for number in range(self.algorithm.updates_per_rollout):
             step_metrics, log_probs = self._step(groups, old_log_probs)
             if number == 0:
@@ -57,7 +57,7 @@ class Policy:
 
     def _step(
         self, groups: Sequence[Group], old_log_probs: list[torch.Tensor] | None
-    ) -> tuple[dict[str, float], list[torch.Tensor]]:
+    ) -> tuple[dict[str, float | None], list[torch.Tensor]]:
         """One optimizer step; metrics, and each micro-batch's log-probs [N, C] (last stage)."""
         batches = sequence_batches(groups, self.layout)
         completions = self.algorithm.prompts_per_step * self.algorithm.group_size
@@ -120,7 +120,7 @@ class Policy:
 
     def _reduce(
         self, results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], completions: int
-    ) -> dict[str, float]:
+    ) -> dict[str, float | None]:
         """The step's metrics from the micro-batches of all replicas."""
         device = next(self.model.parameters()).device
         sums, largest = torch.zeros(5, device=device), torch.zeros(1, device=device)
@@ -132,7 +132,7 @@ class Policy:
         loss, kl, clipped, difference, tokens = self.ranks.sum_over_data(sums).tolist()
         return {
             "train/loss": loss / completions,
-            "train/kl": kl / completions,
+            "train/kl": kl / completions if self.algorithm.kl_coefficient else None,
             "train/clipped_fraction": clipped / completions,
             "rollout/logprob_difference": difference / tokens,
             "rollout/logprob_difference_max": float(self.ranks.max_over_data(largest)),

@@ -76,7 +76,7 @@ def read_jsonl(root: str | Path, annotations: str) -> list[Sample]:
     if not file.is_file():
         raise InputError(f"{file}: no such annotations file; check data.*.root and annotations")
     samples = []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(file.read_text().split("\n"), start=1):
         if line.strip():
             samples.append(_parse(line, folder, f"{file}:{number}", number))
     if not samples:

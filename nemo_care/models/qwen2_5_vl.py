@@ -4,6 +4,8 @@ The vision tower lives whole on every tensor-parallel rank of the first pipeline
 language model is cut by Megatron. Both are trained.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,6 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from transformers import AutoConfig, Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
@@ -233,6 +234,17 @@ class Qwen25VL(MegatronModule):
             runtime_gather_output=True if inference_context is not None else None,
         )
 
-    def set_sequence_parallel(self, active: bool) -> None:
-        """Switch sequence parallelism: decoding one token at a time can't be scattered."""
-        set_model_to_sequence_parallel(self, set_to=active)
+    @contextmanager
+    def without_sequence_parallel(self) -> Iterator[None]:
+        """Sequence parallelism off: single tokens can't be scattered over ranks."""
+        if not self.config.sequence_parallel:
+            yield
+            return
+        parts = [m for m in self.modules() if getattr(m, "sequence_parallel", False) is True]
+        for switch in (self.config, *parts):
+            switch.sequence_parallel = False
+        try:
+            yield
+        finally:
+            for switch in (self.config, *parts):
+                switch.sequence_parallel = True

@@ -6,9 +6,12 @@ A checkpoint is written under a temporary name and renamed when it is complete, 
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
@@ -53,7 +56,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep_last
         partial.mkdir(parents=True)
     dist.barrier()
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-    dist_checkpointing.save(state, str(partial), content_metadata=metadata)
+    with _single_threaded():
+        dist_checkpointing.save(state, str(partial), content_metadata=metadata)
     if dist.get_rank() == 0:
         # A run that was killed after this step, resumed from an older one, writes it again.
         shutil.rmtree(target, ignore_errors=True)
@@ -62,6 +66,17 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep_last
             for old in list_checkpoints(folder)[:-keep_last]:
                 shutil.rmtree(old)
     dist.barrier()
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Megatron writes in forked processes, and a forked OpenMP pool hangs when it is used."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def load_checkpoint(path: Path, state: dict[str, Any]) -> dict[str, Any]:

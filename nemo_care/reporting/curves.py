@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours: told apart with any colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _OTHER = "#B0B0B0"
-_PANEL_INCHES = (4.2, 2.9)
+_MARKS = ("o", "s", "^", "D")
+# A panel's axes and the room around them, in inches; the legend lies in the room below. A fixed
+# layout: the automatic one lets labels overlap when a legend is wider than its axes.
+_AXES = (3.3, 2.1)
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.8, 0.2, 0.35, 0.75
 _DPI = 130
 # Fewer steps are drawn with a mark each, so that a single step shows too; many more are drawn
 # faintly under their running mean.
 _MARKED_STEPS = 30
-_SMOOTHED_STEPS = 60
+SMOOTHED_STEPS = 60
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Curve:
 
     file: Path
     title: str
+    width: float
+    """Relative to a figure of three panels side by side."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class _Panel:
     share: bool = False
     """A rate or probability: the axis is fixed to 0..1."""
     from_zero: bool = True
+    smooth: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,12 @@ _SHEETS = (
                 "share",
                 share=True,
             ),
-            _Panel("Reference", {"care/ema_distance": "distance"}, "distance to the policy"),
+            _Panel(
+                "EMA reference",
+                {"care/ema_distance": "distance"},
+                "relative distance to the policy",
+                smooth=False,
+            ),
         ],
     ),
     _Sheet(
@@ -101,7 +113,7 @@ _SHEETS = (
             _Panel("Loss", {"train/loss": "loss"}, "loss", from_zero=False),
             _Panel("KL to the reference", {"train/kl": "KL"}, "nats per token"),
             _Panel("Gradient norm", {"train/grad_norm": "norm"}, "norm before clipping"),
-            _Panel("Learning rate", {"train/lr": "rate"}, "learning rate"),
+            _Panel("Learning rate", {"train/lr": "rate"}, "learning rate", smooth=False),
         ],
     ),
     _Sheet(
@@ -150,9 +162,15 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
 
 
 def _line(
-    axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, colour: str
+    axes: Axes,
+    steps: Sequence[int],
+    values: Sequence[float],
+    label: str,
+    colour: str,
+    *,
+    smooth: bool = True,
 ) -> None:
-    if len(steps) > _SMOOTHED_STEPS:
+    if smooth and len(steps) > SMOOTHED_STEPS:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         values = _running_mean(values, max(5, len(steps) // 20))
     mark = "o" if len(steps) <= _MARKED_STEPS else None
@@ -160,12 +178,14 @@ def _line(
 
 
 def _finish(axes: Axes, title: str, unit: str, *, share: bool, from_zero: bool, keys: int) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel(unit, fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    # A factor such as 1e-5 above the axis would lie in the title.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.tick_params(labelsize=8)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -180,32 +200,47 @@ def _finish(axes: Axes, title: str, unit: str, *, share: bool, from_zero: bool, 
         axes.legend(
             fontsize=8,
             frameon=False,
-            ncols=min(keys, 3),
+            ncols=keys,
             loc="upper center",
             bbox_to_anchor=(0.5, -0.2),
-            handlelength=1.4,
-            columnspacing=1.2,
+            handlelength=1.2,
+            handletextpad=0.5,
+            columnspacing=1.0,
         )
 
 
-def _sheet(count: int) -> tuple[Figure, list[Axes]]:
+def _sheet(count: int, axes_width: float = _AXES[0]) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
+    across = 2 if count == 4 else min(count, 3)
+    down = math.ceil(count / across)
+    panel = (_LEFT + axes_width + _RIGHT, _TOP + _AXES[1] + _BOTTOM)
+    width, height = panel[0] * across, panel[1] * down
     # Figure without pyplot: draws with Agg and leaves the process's backend alone.
-    width, height = _PANEL_INCHES
-    figure = Figure(figsize=(width * count, height), dpi=_DPI, layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    figure = Figure(figsize=(width, height), dpi=_DPI)
+    places = []
+    for place in range(count):
+        row, column = divmod(place, across)
+        left = column * panel[0] + _LEFT
+        bottom = (down - 1 - row) * panel[1] + _BOTTOM
+        box = (left / width, bottom / height, axes_width / width, _AXES[1] / height)
+        places.append(figure.add_axes(box))
+    return figure, places
 
 
 def _save(figure: Figure, folder: Path, name: str, title: str) -> Curve:
     file = folder / f"{name}.png"
     # Without matplotlib's own note, equal runs give equal files.
     figure.savefig(file, facecolor="white", metadata={"Software": None})
-    return Curve(file, title)
+    widest = 3 * (_LEFT + _AXES[0] + _RIGHT)
+    return Curve(file, title, figure.get_figwidth() / widest)
 
 
 def _metric_sheet(run: RunRecord, sheet: _Sheet, folder: Path) -> Curve | None:
     panels = [p for p in sheet.panels if any(_known(run.series(key)) for key in p.lines)]
+    if run.setting("algorithm.kl_coefficient") == 0:
+        # Not computed then: a line at 0 would say that the policy has not moved.
+        panels = [p for p in panels if "train/kl" not in p.lines]
     if not panels:
         return None
     figure, places = _sheet(len(panels))
@@ -214,7 +249,7 @@ def _metric_sheet(run: RunRecord, sheet: _Sheet, folder: Path) -> Curve | None:
         for colour, (key, label) in zip(_COLOURS, panel.lines.items(), strict=False):
             values = run.series(key)
             if _known(values):
-                _line(axes, run.steps(), values, label, colour)
+                _line(axes, run.steps(), values, label, colour, smooth=panel.smooth)
                 drawn += 1
         _finish(
             axes,
@@ -244,8 +279,7 @@ def _time_sheet(run: RunRecord, folder: Path) -> Curve | None:
         ]
     if not layers:
         return None
-    figure, (axes,) = _sheet(1)
-    figure.set_figwidth(2 * _PANEL_INCHES[0])
+    figure, (axes,) = _sheet(1, axes_width=2 * _AXES[0] + _LEFT + _RIGHT)
     base = [0.0] * len(run.metrics)
     for place, (phase, values) in enumerate(layers.items()):
         colour = _OTHER if phase == "other" else _COLOURS[place]
@@ -265,7 +299,6 @@ def _time_sheet(run: RunRecord, folder: Path) -> Curve | None:
     _finish(axes, title, "seconds", share=False, from_zero=True, keys=len(layers))
     if cut:
         axes.set_ylim(0, 1.6 * usual)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     return _save(figure, folder, "time", "Time")
 
 
@@ -292,8 +325,8 @@ def _validation_sheet(run: RunRecord, folder: Path) -> Curve | None:
                 values,
                 color=_COLOURS[place % len(_COLOURS)],
                 linewidth=1.6,
-                marker="o",
-                markersize=3.5,
+                marker=_MARKS[place % len(_MARKS)],
+                markersize=4,
                 label=level,
             )
         unit = "probability" if key.startswith("probe") else "share"

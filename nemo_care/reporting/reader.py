@@ -152,13 +152,15 @@ def read_summary(folder: Path) -> Record | None:
 def _read_recipe(file: Path) -> Record:
     if not file.exists():
         return {}
-    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{file}: not valid YAML; mend or remove it") from error
-    return recipe if isinstance(recipe, dict) else {}
+        recipe = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        raise InputError(f"{file}: not a valid recipe; mend or remove it") from error
+    return {str(key): value for key, value in recipe.items()} if isinstance(recipe, dict) else {}
 
 
 def read_run(path: str | Path) -> RunRecord:

@@ -69,16 +69,22 @@ def change(start: Levels | None, end: Levels | None, level: str, key: str) -> st
 def validation_table(start: Levels | None, end: Levels | None) -> Table:
     """Start against end by level; either may be None, then the other stands alone."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     what = "start → end" if start and end else "end" if end else "start"
-    table = Table(title=f"Validation: {what}", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=f"Validation: {what}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # fits 80 columns
+    )
     table.add_column("level")
     columns = shown_columns(start, end)
     for key in columns:
         table.add_column(COLUMNS[key], justify="right", no_wrap=True)
     for level in level_names(start, end):
-        table.add_row(level, *(change(start, end, level, key) for key in columns))
+        table.add_row(escape(level), *(change(start, end, level, key) for key in columns))
     return table
 
 

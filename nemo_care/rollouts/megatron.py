@@ -47,14 +47,11 @@ class MegatronGenerator:
     def _inference(self) -> Iterator[None]:
         """Evaluation mode without sequence parallelism, and back."""
         was_training = self.model.training
-        was_sequence_parallel = self.model.config.sequence_parallel
         self.model.eval()
-        self.model.set_sequence_parallel(False)
         try:
-            with torch.no_grad():
+            with self.model.without_sequence_parallel(), torch.no_grad():
                 yield
         finally:
-            self.model.set_sequence_parallel(was_sequence_parallel)
             self.model.train(was_training)
 
     def _generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
