@@ -23,7 +23,19 @@ from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import Qwen25VL, padded_vocabulary
 
 _PART_BYTES = 5 * 10**9
-_COMPANIONS = {".json", ".jinja", ".txt", ".model"}
+# What goes with the weights: configuration, tokenizer, processors. Nothing else that lies there.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "*preprocessor_config.json",
+    "processor_config.json",
+)
 _INDEX = "model.safetensors.index.json"
 
 # Megatron's name within a layer -> Hugging Face's names, and how the tensor is cut.
@@ -249,8 +261,8 @@ def _name_parts(out: Path, parts: list[dict[str, Any]]) -> None:
 
 def _copy_companions(source: Path, out: Path, dtype: torch.dtype) -> None:
     """Tokenizer, processor and configuration files; the configuration says the written dtype."""
-    for file in source.iterdir():
-        if file.suffix in _COMPANIONS and file.name != _INDEX:
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)
     config = json.loads((out / "config.json").read_text())
     name = str(dtype).removeprefix("torch.")

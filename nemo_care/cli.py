@@ -1,0 +1,149 @@
+"""The command `nemo-care`: one subcommand per job, each documented by its own --help."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nemo_care import __version__
+
+
+def _train(arguments: list[str]) -> int:
+    from nemo_care.train import train
+
+    return train(arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nemo-care export",
+        description="Write a trained model as a Hugging Face directory, which transformers, vLLM "
+        "and others load. One process on the CPU is enough, whatever layout trained it.",
+    )
+    parser.add_argument(
+        "source", type=Path, help="a run directory (its newest checkpoint) or a step_... folder"
+    )
+    parser.add_argument("out", type=Path, help="the directory to make")
+    options = parser.parse_args(arguments)
+    from nemo_care.export import export
+    from nemo_care.parallel.launch import guarded
+
+    return guarded(export, options.source, options.out)
+
+
+def _report(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nemo-care report",
+        description="Draw a run's curves to PNG files and one self-contained page, report.html.",
+    )
+    parser.add_argument("run", type=Path, help="a run directory, finished or not")
+    options = parser.parse_args(arguments)
+    from nemo_care.parallel.launch import guarded
+
+    def report() -> None:
+        from nemo_care.reporting.report import write_report
+
+        print(write_report(options.run))
+
+    return guarded(report)
+
+
+def _compare(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nemo-care compare",
+        description="Train several recipes with several seeds and print one table. Runs that are "
+        "done are not run again.",
+    )
+    parser.add_argument("--recipes", nargs="+", default=["tiny_cpu_grpo", "tiny_cpu"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time (default 2)")
+    parser.add_argument("--config-path", help="a folder with recipes of your own")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every run"
+    )
+    options = parser.parse_args(arguments)
+    from nemo_care.parallel.launch import guarded
+
+    def compare() -> None:
+        from nemo_care.reporting.compare import compare as run
+
+        failures = run(
+            options.recipes,
+            options.seeds,
+            options.out,
+            options.set,
+            options.jobs,
+            options.config_path,
+        )
+        if failures:
+            sys.exit(1)
+
+    return guarded(compare)
+
+
+def _miniature(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nemo-care miniature",
+        description="The tiny world and the tiny checkpoint of the tiny_cpu recipes.",
+    )
+    jobs = parser.add_subparsers(dest="job", required=True)
+    jobs.add_parser("build", help="make the warm-started checkpoint anew (about ten minutes)")
+    writer = jobs.add_parser("data", help="write the videos and questions")
+    writer.add_argument("root", type=Path, help="the directory to make")
+    writer.add_argument("--train", type=int, default=argparse.SUPPRESS, help="training questions")
+    writer.add_argument(
+        "--validation", type=int, default=argparse.SUPPRESS, help="questions per level"
+    )
+    writer.add_argument("--seed", type=int, default=argparse.SUPPRESS)
+    if arguments[:1] == ["build"]:
+        from nemo_care.miniature import build
+
+        return build.main(arguments[1:])
+    given = vars(parser.parse_args(arguments))
+    from nemo_care.miniature.files import write_world
+    from nemo_care.parallel.launch import guarded
+
+    given.pop("job")
+    return guarded(lambda: write_world(given.pop("root"), **given))
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (_train, "train a policy: --config-name RECIPE [key=value ...]"),
+    "export": (_export, "write a trained model as a Hugging Face directory"),
+    "report": (_report, "draw a run's curves and a page that holds them"),
+    "compare": (_compare, "train several recipes and seeds, and print one table"),
+    "miniature": (_miniature, "make the tiny world or the tiny checkpoint"),
+}
+
+
+def _help() -> str:
+    lines = [
+        f"nemo-care {__version__}: post-train large video-language models with GRPO-CARE",
+        "",
+        "usage: nemo-care COMMAND ...",
+        "",
+        *(f"  {name:<10} {text}" for name, (_, text) in _COMMANDS.items()),
+        "",
+        "nemo-care COMMAND --help tells more.",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status (0 done, 1 failed, 2 unusable input)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if given else 2
+    if given[0] == "--version":
+        print(__version__)
+        return 0
+    if given[0] not in _COMMANDS:
+        print(f"nemo-care: unknown command {given[0]}\n\n{_help()}", file=sys.stderr)
+        return 2
+    return _COMMANDS[given[0]][0](given[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
