@@ -43,11 +43,11 @@ def check_inputs(recipe: Recipe) -> None:
     check_weights(recipe.model.hf_path)
     check_layout(hf, layout_of(recipe))
     PromptBuilder(recipe.data, hf, load_tokenizer(recipe.model.hf_path, hf))
-    sources = [recipe.data.train, recipe.data.validation]
-    for root in sorted({source.root for source in sources if source.kind == "miniature"}):
-        from nemo_care.miniature.files import ensure_world
+    for source in (recipe.data.train, recipe.data.validation):
+        if source.kind == "miniature":
+            from nemo_care.miniature.files import ensure_world
 
-        ensure_world(root)
+            ensure_world(source.root)
     read_jsonl(recipe.data.train.root, recipe.data.train.annotations)
     if recipe.data.validation.annotations:
         read_levels(recipe.data.validation)

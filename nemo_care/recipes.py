@@ -71,8 +71,8 @@ def _own_folder(arguments: Sequence[str]) -> list[str]:
 
 def _all_keys(config: DictConfig, prefix: str = "") -> list[str]:
     keys: list[str] = []
-    for name in config:
-        key = f"{prefix}{name}"
+    for name in map(str, config):
+        key = prefix + name
         keys.append(key)
         child = config._get_node(name)
         if isinstance(child, DictConfig) and not child._is_none():

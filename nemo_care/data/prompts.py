@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.config import DataConfig
-from nemo_care.data.positions import mrope_positions
+from nemo_care.data.positions import Grid, mrope_positions
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.data.video import VideoSampling, frames_to_patches, read_image, read_video
@@ -103,7 +103,9 @@ class PromptBuilder:
             PromptTooLong: more tokens than data.max_prompt_tokens; nothing is ever cut.
         """
         vision = self.hf.vision_config
-        pixels, grids, seconds = [], [], []
+        pixels: list[torch.Tensor] = []
+        grids: list[Grid] = []
+        seconds: list[float] = []
         for path in sample.videos:
             video = read_video(path, self.sampling)
             seconds.append(video.seconds_per_grid)
@@ -138,7 +140,7 @@ class PromptBuilder:
         )
 
     def _add_patches(
-        self, frames: torch.Tensor, pixels: list[torch.Tensor], grids: list[tuple[int, int, int]]
+        self, frames: torch.Tensor, pixels: list[torch.Tensor], grids: list[Grid]
     ) -> None:
         vision = self.hf.vision_config
         patches, grid = frames_to_patches(
@@ -151,7 +153,7 @@ class PromptBuilder:
         pixels.append(patches)
         grids.append(grid)
 
-    def _token_ids(self, sample: Sample, grids: list[tuple[int, int, int]]) -> list[int]:
+    def _token_ids(self, sample: Sample, grids: list[Grid]) -> list[int]:
         """The chat with one vision token per merged patch; videos come before images and text."""
         text = self.template.format(
             question=sample.question,

@@ -31,7 +31,7 @@ def forward_only(
         One result per micro-batch on the last pipeline stage; an empty list on the others.
     """
 
-    def step(iterator, stage):  # type: ignore[no-untyped-def]
+    def step(iterator, stage):
         batch = next(iterator)
         output = stage(inputs_of(batch))
         # The schedule calls this with non_loss_data=True and collects what it returns.
@@ -64,7 +64,7 @@ def forward_backward(
     """
     count = len(batches)
 
-    def step(iterator, stage):  # type: ignore[no-untyped-def]
+    def step(iterator, stage):
         batch = next(iterator)
         output = stage(inputs_of(batch))
 

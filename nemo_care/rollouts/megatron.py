@@ -172,7 +172,7 @@ class _Decoding:
     def _forward(self, inputs: ModelInputs, advance: int) -> torch.Tensor:
         """Logits of the last position, float32 [rows, V]; meaningful on the last stage only."""
 
-        def step(iterator, stage):  # type: ignore[no-untyped-def]
+        def step(iterator, stage):
             output = stage(inputs, inference_context=self.context)
             return output, lambda logits, non_loss_data: logits
 

@@ -1,0 +1,48 @@
+"""Small recipes and trainers, for tests in one process and for programs that run as ranks."""
+
+from pathlib import Path
+
+from nemo_care.algorithms.build import build_trainer
+from nemo_care.algorithms.grpo_care import GRPOCareTrainer
+from nemo_care.config import Recipe
+from nemo_care.data.jsonl import read_jsonl
+from nemo_care.parallel.process_groups import Ranks
+from nemo_care.run_files import RunFiles
+
+
+def small_recipe(checkpoint: Path, world: Path) -> Recipe:
+    """4 prompts of 4 completions; every mechanism on, rates large enough to see."""
+    recipe = Recipe()
+    recipe.trainer.max_steps = 4
+    recipe.trainer.seed = 3
+    recipe.model.hf_path = str(checkpoint)
+    recipe.model.precision.dtype = "fp32"
+    recipe.algorithm.group_size = 4
+    recipe.algorithm.prompts_per_step = 4
+    recipe.algorithm.groups_per_micro_batch = 1
+    recipe.algorithm.reference.ema_decay = 0.9
+    recipe.algorithm.reference.ema_update_every = 1
+    recipe.rollout.max_completion_tokens = 24
+    recipe.rollout.groups_per_batch = 3
+    recipe.optimizer.lr = 1e-3
+    recipe.optimizer.schedule = "constant"
+    recipe.optimizer.weight_decay = 0.1
+    recipe.optimizer.clip_grad = 0.05
+    recipe.checkpoint.save_interval = 2
+    recipe.checkpoint.export = False
+    recipe.data.prompt_template = "{question}"
+    recipe.data.train.root = str(world)
+    recipe.data.validation.root = str(world)
+    recipe.data.video.min_pixels = recipe.data.video.max_pixels = 784
+    recipe.data.video.max_frames = 8
+    return recipe
+
+
+def small_trainer(recipe: Recipe, ranks: Ranks, folder: Path) -> GRPOCareTrainer:
+    """A trainer of the recipe without NeMo's loggers."""
+    root = recipe.data.train.root
+    samples = read_jsonl(root, recipe.data.train.annotations)
+    levels = {
+        level: read_jsonl(root, file) for level, file in recipe.data.validation.annotations.items()
+    }
+    return build_trainer(recipe, ranks, RunFiles(folder), [], samples=samples, levels=levels)
