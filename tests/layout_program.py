@@ -6,7 +6,6 @@ WORK_FOLDER/job.pt says what to do; rank 0 writes WORK_FOLDER/NAME.pt, and the e
 goes to WORK_FOLDER/NAME-export.
 """
 
-import functools
 import sys
 from pathlib import Path
 
@@ -56,8 +55,9 @@ def record_gradients(policy) -> dict[str, torch.Tensor]:
     """Fill the returned dictionary at the policy's next optimizer step."""
     config = policy.wrapped.config
     # The distributed optimizer only reduces each rank's part unless told otherwise.
-    config.finalize_model_grads_func = functools.partial(
-        config.finalize_model_grads_func, force_all_reduce=True
+    finalize = config.finalize_model_grads_func
+    config.finalize_model_grads_func = lambda *args, **kwargs: finalize(
+        *args, **{**kwargs, "force_all_reduce": True}
     )
     recorded: dict[str, torch.Tensor] = {}
     step = policy.optimizer.step

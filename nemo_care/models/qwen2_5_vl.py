@@ -16,6 +16,11 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from transformers import AutoConfig, Qwen2_5_VLConfig
@@ -175,6 +180,7 @@ class Qwen25VL(MegatronModule):
             # The vision tokens are put in before the sequence is scattered.
             scatter_embedding_sequence_parallel=False,
         )
+        self._mark_tensor_parallel()
         if self.pre_process:
             from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
                 Qwen2_5_VisionTransformerPretrainedModel,
@@ -183,6 +189,19 @@ class Qwen25VL(MegatronModule):
             self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(
                 hf.vision_config, attn_implementation="sdpa", dtype=config.params_dtype
             ).to(torch.cuda.current_device())
+
+    def _mark_tensor_parallel(self) -> None:
+        """Mark the parameters that tensor parallelism cuts, as their initialisation would have.
+
+        The gradient norm counts a parameter without the mark on one rank only.
+        """
+        dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+        for module in self.language_model.modules():
+            weight = getattr(module, "weight", None)
+            if type(module) in dims and weight is not None:
+                tensor_parallel.set_tensor_model_parallel_attributes(
+                    weight, is_parallel=True, dim=dims[type(module)], stride=1
+                )
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the previous stage's hidden states (the pipeline schedules call this)."""
