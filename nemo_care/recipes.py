@@ -124,7 +124,10 @@ def to_recipe(config: DictConfig) -> Recipe:
         InputError: an unknown key, a wrong type, a missing value or one out of range.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Recipe), config)
+        # Plain values only: Hydra's `+key=value` may have opened a node of the schema, and a merge
+        # would take the opened node over.
+        plain = OmegaConf.create(OmegaConf.to_container(config))
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), plain)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise InputError(f"{missing[0]} has no value: give it in the recipe or as an override")
@@ -154,7 +157,7 @@ def compose_recipe(arguments: Sequence[str]) -> Recipe | None:
     from nemo.core.config import hydra_runner
 
     _register()
-    arguments = _own_folder(arguments)
+    arguments = [*_own_folder(arguments), "hydra.job.chdir=false"]
     if not any(a.split("=")[0] in ("--config-name", "-cn", "--help", "-h") for a in arguments):
         names = sorted(file.stem for file in recipes_folder().glob("*.yaml"))
         raise InputError(f"--config-name is missing; recipes: {', '.join(names)}")

@@ -6,6 +6,7 @@ WORK_FOLDER/job.pt says what to do; rank 0 writes WORK_FOLDER/NAME.pt, and the e
 goes to WORK_FOLDER/NAME-export.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -130,6 +131,17 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
     metrics, groups, skipped = trainer.run_training_step()
     trainer.log(metrics, groups, skipped)
     result["files"] = str(folder / f"{name}-step")
+
+    # A run that one process began, resumed in this layout.
+    begun, resumed = folder / "begun", folder / f"{name}-resumed"
+    if name == "tp1":
+        recipe.trainer.max_steps = 2
+        small_trainer(recipe, ranks, begun).fit()
+        recipe.trainer.max_steps = 4
+    if ranks.rank == 0:
+        shutil.copytree(begun, resumed)
+    ranks.barrier()
+    small_trainer(recipe, ranks, resumed).fit()
     return result
 
 

@@ -1,0 +1,210 @@
+"""The command line: bad input ends with status 2 and one line that names key or file and remedy."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_care.cli import main
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(capfd, tmp_path):
+    """Run a command line in this process; gives its status and what it wrote to stderr."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        status = main([*map(str, arguments)])
+        return status, capfd.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def train(run, tmp_path, world):
+    def train(*overrides: str) -> tuple[int, str]:
+        return run(
+            "train",
+            "--config-name",
+            "tiny_cpu",
+            f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+            *(
+                f"data.{part}.{key}"
+                for part in ("train", "validation")
+                for key in ("kind=jsonl", f"root={world}")
+            ),
+            *overrides,
+        )
+
+    return train
+
+
+def assert_refused(result: tuple[int, str], *parts: str) -> None:
+    status, err = result
+    assert status == 2
+    message = [line for line in err.splitlines() if line.startswith("nemo-care: ")]
+    assert len(message) == 1
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in message[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("algorithm.group_sise=4", ["algorithm.group_sise", "did you mean algorithm.group_size"]),
+        ("+trainer.foo=1", ["trainer.foo"]),
+        ("algorithm.group_size=many", ["algorithm.group_size", "many"]),
+        ("algorithm.group_size=1", ["algorithm.group_size=1", "at least 2"]),
+        ("rollout.top_p=1.5", ["rollout.top_p=1.5", "between"]),
+        ("trainer.resume=maybe", ["trainer.resume=maybe", "auto or never"]),
+        ("model.hf_path=/no/such/folder", ["model.hf_path=/no/such/folder", "config.json"]),
+        ("model.tensor_model_parallel_size=2", ["set trainer.devices=2"]),
+        ("trainer.devices=3", ["algorithm.prompts_per_step=16", "3"]),
+        ("data.train.annotations=none.jsonl", ["none.jsonl", "data.*.root"]),
+        ("data.prompt_template=hello", ["data.prompt_template", "{question}"]),
+        ("trainer.num_nodes=2", ["trainer.num_nodes=2", "torchrun"]),
+        ("model.sequence_parallel=true", ["model.sequence_parallel"]),
+    ],
+)
+def test_unusable_recipe_is_refused_in_one_line(train, override, parts):
+    assert_refused(train(override), *parts)
+
+
+def test_layout_that_does_not_divide_the_model_is_refused(train):
+    heads = train("trainer.devices=4", "model.tensor_model_parallel_size=4")
+    assert_refused(heads, "model.tensor_model_parallel_size=4", "2 attention heads", "1 or 2")
+    layers = train("trainer.devices=3", "model.pipeline_model_parallel_size=3")
+    assert_refused(layers, "model.pipeline_model_parallel_size=3", "4 layers")
+
+
+def test_missing_recipe_name_lists_the_recipes(run):
+    assert_refused(run("train"), "--config-name", "tiny_cpu_grpo")
+
+
+def test_unknown_recipe_is_refused(run):
+    assert_refused(run("train", "--config-name", "no_such_recipe"), "no_such_recipe")
+
+
+def test_recipe_of_the_users_own_folder_inherits_ours(run, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [tiny_cpu, _self_]\nalgorithm: {group_size: 1}\n"
+    )
+    result = run("train", "--config-path", tmp_path, "--config-name", "mine")
+    assert_refused(result, "algorithm.group_size=1")
+
+
+def test_cfg_job_prints_the_resolved_recipe(capsys):
+    assert main(["train", "--config-name", "tiny_cpu_grpo", "--cfg", "job"]) == 0
+    printed = capsys.readouterr().out
+    assert "kl_coefficient: 0.04" in printed
+    assert "bonus_coefficient: 0.0" in printed
+
+
+@pytest.fixture
+def copied_checkpoint(checkpoint, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    return folder
+
+
+def test_missing_tokenizer_is_refused(train, copied_checkpoint):
+    for file in copied_checkpoint.glob("token*"):
+        file.unlink()
+    assert_refused(train(f"model.hf_path={copied_checkpoint}"), str(copied_checkpoint), "tokenizer")
+
+
+def test_tokenizer_of_another_model_is_refused(train, copied_checkpoint):
+    file = copied_checkpoint / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    video, pad = "<|video_pad|>", "<|image_pad|>"
+    for entry in content["added_tokens"]:
+        swapped = {video: pad, pad: video}.get(entry["content"])
+        entry["content"] = swapped or entry["content"]
+    vocabulary[video], vocabulary[pad] = vocabulary[pad], vocabulary[video]
+    file.write_text(json.dumps(content))
+    result = train(f"model.hf_path={copied_checkpoint}")
+    assert_refused(result, "tokenizer does not belong to the model")
+
+
+def test_truncated_weights_are_refused(train, copied_checkpoint):
+    file = copied_checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert_refused(train(f"model.hf_path={copied_checkpoint}"), str(file), "download")
+
+
+def test_unreadable_videos_end_with_status_2(train, world, tmp_path):
+    root = tmp_path / "broken"
+    shutil.copytree(world, root)
+    for video in (root / "videos").glob("train*"):
+        video.write_bytes(b"no video")
+    result = train(f"data.train.root={root}", "data.validation.annotations={}")
+    assert_refused(result, "not readable", "data.max_skipped_fraction")
+
+
+def test_malformed_annotation_is_named_by_its_line(train, world, tmp_path):
+    root = tmp_path / "malformed"
+    shutil.copytree(world, root)
+    file = root / "train.jsonl"
+    content = file.read_text().splitlines()
+    content[2] = content[2][:20]
+    file.write_text("\n".join(content))
+    assert_refused(train(f"data.train.root={root}"), "train.jsonl:3", "JSON")
+
+
+def test_unknown_command_is_refused(run):
+    status, err = run("fly")
+    assert status == 2
+    assert "unknown command fly" in err
+
+
+def test_every_command_has_help():
+    for command in ("export", "report", "compare", "miniature"):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+
+
+def test_training_starts_its_ranks_and_ends_with_a_table_and_a_checkpoint(world, tmp_path):
+    """The command as a person types it, on two ranks, down to the exported checkpoint."""
+    overrides = [
+        f"data.{part}.{key}"
+        for part in ("train", "validation")
+        for key in ("kind=jsonl", f"root={world}")
+    ]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "nemo_care.cli",
+            "train",
+            "--config-name",
+            "tiny_cpu",
+            "trainer.devices=2",
+            "trainer.max_steps=1",
+            "algorithm.prompts_per_step=4",
+            f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+            *overrides,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=REPOSITORY,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "L1" in done.stdout
+    assert str(tmp_path / "run" / "export") in done.stdout
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
+    assert list((tmp_path / "run" / "logs").glob("events.out.tfevents*"))
+    assert main(["report", str(tmp_path / "run")]) == 0
+    again = ["export", str(tmp_path / "run"), str(tmp_path / "again")]
+    subprocess.run([sys.executable, "-m", "nemo_care.cli", *again], check=True, timeout=120)
+    exported = [tmp_path / "run" / "export", tmp_path / "again"]
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in exported)
+    assert first == second

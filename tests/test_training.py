@@ -1,0 +1,196 @@
+"""A run in one process: resuming, what it writes, what it refuses, the GRPO baseline."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import small_recipe, small_trainer
+
+from nemo_care.errors import InputError
+
+KEYS = {
+    "step",
+    "reward/accuracy",
+    "reward/format",
+    "reward/total",
+    "care/answer_likelihood",
+    "care/bonus_rate",
+    "care/clipped_rate",
+    "care/missing_answer_rate",
+    "care/ema_distance",
+    "rollout/completion_tokens",
+    "rollout/groups_all_right",
+    "rollout/groups_all_wrong",
+    "train/loss",
+    "train/grad_norm",
+    "train/lr",
+    "timing/rollout",
+    "timing/reward",
+    "timing/scoring",
+    "timing/update",
+    "timing/step",
+}
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}
+
+
+@pytest.fixture
+def recipe(checkpoint, world):
+    return small_recipe(checkpoint, world)
+
+
+def without_timing(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if not k.startswith("timing/")} for r in records]
+
+
+def test_resumed_run_equals_the_uninterrupted_one(recipe, ranks, tmp_path):
+    whole = small_trainer(recipe, ranks, tmp_path / "whole")
+    whole.fit()
+    recipe.trainer.max_steps = 2
+    small_trainer(recipe, ranks, tmp_path / "parts").fit()
+    recipe.trainer.max_steps = 4
+    resumed = small_trainer(recipe, ranks, tmp_path / "parts")
+    resumed.fit()
+    first, second = (lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert without_timing(first) == without_timing(second)
+    for file in sorted((tmp_path / "whole" / "rollouts").iterdir()):
+        assert file.read_text() == (tmp_path / "parts" / "rollouts" / file.name).read_text()
+    wanted = weights(whole)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(resumed).items())
+
+
+def test_killed_run_repeats_the_steps_after_its_checkpoint_once(recipe, ranks, tmp_path):
+    recipe.checkpoint.save_interval = 2
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer.save = lambda: None if trainer.step == 4 else type(trainer).save(trainer)
+    trainer.fit()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "torn')
+    small_trainer(recipe, ranks, tmp_path).fit()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_run_directory_holds_what_scripts_depend_on(recipe, ranks, tmp_path, world):
+    recipe.trainer.max_steps = 1
+    recipe.checkpoint.export = True
+    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
+    recipe.evaluation.forced_reasoning_probe = True
+    summary = small_trainer(recipe, ranks, tmp_path).fit()
+    (metrics,) = lines(tmp_path / "metrics.jsonl")
+    assert set(metrics) >= KEYS
+    rows = lines(tmp_path / "rollouts" / "step_000001.jsonl")
+    assert len(rows) == 16
+    for key in ("prompt_id", "completion", "accuracy", "format", "answer_likelihood", "bonus"):
+        assert key in rows[0]
+    for row in rows:
+        assert row["reward"] == pytest.approx(row["accuracy"] + row["format"] + row["bonus"])
+    assert (tmp_path / "checkpoints" / "step_000001").is_dir()
+    assert (tmp_path / "skipped.jsonl").read_text() == ""
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    for when in ("start", "end"):
+        assert summary[when]["L1"]["count"] == 8
+        assert 0 <= summary[when]["L1"]["probe_implied"] <= 1
+    assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+def test_grpo_baseline_pays_no_bonus_and_leaves_its_reference_alone(recipe, ranks, tmp_path):
+    recipe.algorithm.consistency.bonus_coefficient = 0.0
+    recipe.algorithm.kl_coefficient = 0.04
+    recipe.algorithm.reference.ema_update_every = 0
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    before = {n: p.clone() for n, p in trainer.reference.average.model.named_parameters()}
+    trainer.fit()
+    metrics = lines(tmp_path / "metrics.jsonl")
+    assert all(line["care/bonus_rate"] == 0 for line in metrics)
+    # Equal models first, then the policy moves away.
+    assert metrics[0]["train/kl"] == pytest.approx(0, abs=1e-9)
+    assert metrics[-1]["train/kl"] > 1e-6
+    after = dict(trainer.reference.average.model.named_parameters())
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_several_updates_per_rollout_start_from_the_same_old_policy(recipe, ranks, tmp_path):
+    recipe.trainer.max_steps = 1
+    recipe.algorithm.updates_per_rollout = 3
+    recipe.optimizer.lr = 5e-3
+    recipe.algorithm.clip_low = recipe.algorithm.clip_high = 0.01
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer.fit()
+    (metrics,) = lines(tmp_path / "metrics.jsonl")
+    assert metrics["train/clipped_fraction"] > 0
+    # Measured before the first of the three updates.
+    assert metrics["rollout/logprob_difference_max"] < 1e-4
+
+
+def test_micro_batches_of_any_size_give_the_same_step(recipe, ranks, tmp_path):
+    recipe.trainer.max_steps = 1
+    results = []
+    for size in (1, 4):
+        recipe.algorithm.groups_per_micro_batch = size
+        trainer = small_trainer(recipe, ranks, tmp_path / str(size))
+        trainer.fit()
+        results.append(lines(tmp_path / str(size) / "metrics.jsonl")[0])
+    for key in ("train/loss", "train/grad_norm", "care/answer_likelihood"):
+        assert results[0][key] == pytest.approx(results[1][key], abs=1e-6, rel=1e-5)
+
+
+def test_rollout_that_disagrees_with_training_stops_the_first_step(recipe, ranks, tmp_path):
+    recipe.rollout.max_logprob_difference = 0.0
+    with pytest.raises(RuntimeError, match="max_logprob_difference"):
+        small_trainer(recipe, ranks, tmp_path).fit()
+
+
+def test_resume_never_refuses_a_used_run_directory(recipe, ranks, tmp_path):
+    recipe.trainer.max_steps = 2
+    small_trainer(recipe, ranks, tmp_path).fit()
+    recipe.trainer.resume = "never"
+    with pytest.raises(InputError, match=r"trainer\.resume"):
+        small_trainer(recipe, ranks, tmp_path).fit()
+
+
+@pytest.fixture
+def damaged_world(world, tmp_path):
+    """The miniature with one broken video, which the first step would take."""
+    import shutil
+
+    root = tmp_path / "damaged"
+    shutil.copytree(world, root)
+    first = json.loads((root / "train.jsonl").read_text().splitlines()[0])
+    (root / first["videos"][0]).write_bytes(b"no video")
+    return root, first["id"]
+
+
+def test_unreadable_video_is_skipped_counted_and_listed(recipe, ranks, tmp_path, damaged_world):
+    root, broken = damaged_world
+    recipe.data.train.root = str(root)
+    recipe.data.train.shuffle = False
+    recipe.trainer.max_steps = 1
+    summary = small_trainer(recipe, ranks, tmp_path / "run").fit()
+    (skipped,) = lines(tmp_path / "run" / "skipped.jsonl")
+    assert skipped["sample_id"] == broken
+    assert "video not readable" in skipped["reason"]
+    assert summary["skipped"] == 1
+    # The next sample took its place: the step is as large as ever.
+    assert len(lines(tmp_path / "run" / "rollouts" / "step_000001.jsonl")) == 16
+
+
+def test_too_many_unusable_samples_stop_the_run(recipe, ranks, tmp_path, damaged_world):
+    root, broken = damaged_world
+    recipe.data.train.root = str(root)
+    recipe.data.train.shuffle = False
+    recipe.data.max_skipped_fraction = 0.0
+    with pytest.raises(InputError, match=f"{broken}.*not readable"):
+        small_trainer(recipe, ranks, tmp_path / "run").fit()
+
+
+def test_prompt_longer_than_allowed_is_skipped_not_cut(recipe, ranks, tmp_path):
+    recipe.data.max_prompt_tokens = 5
+    with pytest.raises(InputError, match="max_prompt_tokens"):
+        small_trainer(recipe, ranks, tmp_path).fit()
