@@ -23,6 +23,8 @@ class TrainerConfig:
     """Ranks on one machine: GPUs, or processes where there is no GPU."""
     num_nodes: int = 1
     """Machines. More than one needs torchrun or srun to start the ranks."""
+    cpu_threads: int = 1
+    """Threads of each rank on a machine without GPUs; more only help models larger than tiny."""
     seed: int = 1234
     """Seed of data order and sampling."""
     resume: str = "auto"
@@ -262,6 +264,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "trainer.max_steps": (1, None),
     "trainer.devices": (1, None),
     "trainer.num_nodes": (1, None),
+    "trainer.cpu_threads": (1, None),
     "trainer.seed": (0, None),
     "trainer.validation_interval": (0, None),
     "trainer.show_completion_every": (0, None),

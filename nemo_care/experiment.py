@@ -1,7 +1,5 @@
 """The run directory and the loggers, as NeMo's experiment manager makes them."""
 
-import logging as python_logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,6 @@ def start_experiment(config: ExpManagerConfig) -> tuple[Path, list[Any]]:
     Returns:
         The run directory and the loggers that the recipe asks for.
     """
-    # NeMo and Lightning announce themselves at length.
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric"):
-        python_logging.getLogger(name).setLevel(python_logging.ERROR)
     from lightning.pytorch import Trainer
     from nemo.utils import logging as nemo_logging
     from nemo.utils.exp_manager import exp_manager

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nemo_care.errors import InputError
+from nemo_care.quiet import quiet_libraries
 
 
 def export(source: Path, out: Path) -> None:
@@ -11,6 +12,7 @@ def export(source: Path, out: Path) -> None:
     Raises:
         InputError: `source` holds no checkpoint, or `out` exists.
     """
+    quiet_libraries()
     from nemo_care.algorithms.build import load_model
     from nemo_care.algorithms.policy import PREFIX
     from nemo_care.models.weights import export_hf

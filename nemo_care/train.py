@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_care.config import Recipe
 from nemo_care.errors import InputError
+from nemo_care.quiet import quiet_libraries
 from nemo_care.recipes import compose_recipe, read_recipe, save_recipe
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ _RESOLVED = "NEMO_CARE_RESOLVED_RECIPE"
 
 def train(arguments: Sequence[str]) -> int:
     """Run the command line of `nemo-care train`; returns the exit status."""
+    quiet_libraries()
     from nemo_care.parallel.launch import guarded
 
     return guarded(_main, list(arguments))
@@ -83,7 +85,7 @@ def run_rank(recipe: Recipe, environment: "RankEnvironment") -> None:
     from nemo_care.preflight import check_inputs, layout_of, read_levels
     from nemo_care.run_files import RunFiles
 
-    ranks = Ranks(layout_of(recipe), environment)
+    ranks = Ranks(layout_of(recipe), environment, cpu_threads=recipe.trainer.cpu_threads)
     # Under torchrun or srun nobody has checked yet; the files are the same for all ranks.
     ranks.from_rank_zero(lambda: check_inputs(recipe))
     loggers: list = []

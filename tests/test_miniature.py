@@ -272,9 +272,9 @@ def test_the_last_stage_plants_wrong_reasonings_and_a_short_cut():
             counts["wrong"] += 1
             counts["follows"] += letter == question.implied_letter(claimed)
             assert letter in (question.implied_letter(claimed), question.solution)
-    assert counts["right"] / 4000 == pytest.approx(0.4, abs=0.03)
+    assert counts["right"] / 4000 == pytest.approx(0.55, abs=0.03)
     assert counts["opposite"] / counts["wrong"] == pytest.approx(0.6, abs=0.04)
-    assert counts["follows"] / counts["wrong"] == pytest.approx(0.7, abs=0.04)
+    assert counts["follows"] / counts["wrong"] == pytest.approx(0.75, abs=0.04)
 
 
 def test_a_short_build_writes_a_loadable_checkpoint(tmp_path, capsys):

@@ -1,7 +1,9 @@
 """Start the ranks of a run on this machine, as torchrun does."""
 
+import logging
 import sys
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,15 +23,15 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0, or that of the first rank that failed.
     """
-    import logging
-
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # Its own report of a failed rank repeats what the rank has printed.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,

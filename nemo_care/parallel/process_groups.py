@@ -83,8 +83,16 @@ def _set_rendezvous_address() -> None:
 class Ranks:
     """The process groups of this rank, and the object collectives over them."""
 
-    def __init__(self, layout: Layout, environment: RankEnvironment | None = None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        environment: RankEnvironment | None = None,
+        *,
+        cpu_threads: int = 1,
+    ) -> None:
         """Initialise torch.distributed (if nobody has) and Megatron's groups.
+
+        `cpu_threads` is what this rank computes with where there is no GPU.
 
         Raises:
             InputError: the world does not fit the layout.
@@ -93,7 +101,7 @@ class Ranks:
         env = environment or RankEnvironment(0, 1, 0)
         layout.data(env.world_size)
         if not dist.is_initialized():
-            self._init_distributed(env)
+            self._init_distributed(env, cpu_threads)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
@@ -118,12 +126,12 @@ class Ranks:
         self._leader_group = dist.new_group([members[0] for members in unique], backend="gloo")
 
     @staticmethod
-    def _init_distributed(env: RankEnvironment) -> None:
+    def _init_distributed(env: RankEnvironment, cpu_threads: int) -> None:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(env.local_rank)
         else:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // env.world_size))
+            torch.set_num_threads(cpu_threads)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if env.world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

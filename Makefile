@@ -1,0 +1,66 @@
+# make train   train the tiny model with GRPO-CARE on this machine (installs everything first)
+# make test    run the tests
+# make help    the rest
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Overrides for train and compare, such as ARGS="trainer.max_steps=20 trainer.devices=2".
+ARGS ?=
+
+# PyPI's Linux wheel of torch brings several GB of CUDA libraries; without an NVIDIA driver the CPU
+# build from PyTorch's own index takes its place.
+TORCH := torch==2.13.0
+ifeq ($(shell uname -s),Linux)
+ifeq ($(shell command -v nvidia-smi),)
+TORCH := torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+endif
+
+.PHONY: train test test-slow compare report lint format clean help
+
+train: $(INSTALLED)
+	$(BIN)/nemo-care train --config-name tiny_cpu $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+# Minutes each: the miniature's whole warm start, torchrun, ...
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+# GRPO and GRPO-CARE with three seeds each, and one table of both.
+compare: $(INSTALLED)
+	$(BIN)/nemo-care compare --recipes tiny_cpu_grpo tiny_cpu --seeds 1 2 3 $(if $(ARGS),--set $(ARGS))
+
+report: $(INSTALLED)
+	$(BIN)/nemo-care report runs/tiny_cpu
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
+
+help:
+	@echo "make train     train the tiny model on this machine: 100 steps, minutes"
+	@echo "make compare   GRPO against GRPO-CARE, three seeds each"
+	@echo "make report    curves and a page of the last make train"
+	@echo "make test      the tests; make test-slow the long ones"
+	@echo "make lint      ruff and mypy; make format mends what can be mended"
+	@echo "make clean     remove the virtual environment and the runs"
+	@echo 'ARGS="key=value ..." goes to train and compare as recipe overrides'

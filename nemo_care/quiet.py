@@ -1,0 +1,31 @@
+"""Libraries announce at length what a user can't act on; a run's screen is for the run.
+
+Errors still show. NEMO_CARE_VERBOSE=1 brings everything back.
+"""
+
+import logging
+import os
+import warnings
+
+_LOGGERS = (
+    "lightning.fabric",
+    "lightning.pytorch",
+    # Lightning resets its own level when it is imported; this one keeps what it is given.
+    "lightning.pytorch.utilities.rank_zero",
+    "megatron",
+    "nv_one_logger",
+    "pytorch_lightning",
+    "torch.distributed.elastic",
+)
+
+
+def quiet_libraries() -> None:
+    """Hide warnings and information of Megatron, NeMo, Lightning and torch in this process."""
+    if os.environ.get("NEMO_CARE_VERBOSE") == "1":
+        return
+    warnings.filterwarnings("ignore")
+    # transformers shows a bar for each load of a few tensors.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
