@@ -170,26 +170,40 @@ def test_every_command_has_help():
         assert end.value.code == 0
 
 
+def small_overrides(world: Path, run: Path) -> list[str]:
+    return [
+        "trainer.max_steps=1",
+        "algorithm.prompts_per_step=4",
+        f"exp_manager.explicit_log_dir={run}",
+        *(
+            f"data.{part}.{key}"
+            for part in ("train", "validation")
+            for key in ("kind=jsonl", f"root={world}")
+        ),
+    ]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_entry(world, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    recipe = ["-m", "nemo_care.train", "--config-name", "tiny_cpu", "trainer.devices=2"]
+    layout = ["model.pipeline_model_parallel_size=2"]
+    subprocess.run(
+        [*command, *recipe, *layout, *small_overrides(world, tmp_path / "run")],
+        check=True,
+        timeout=300,
+        cwd=REPOSITORY,
+    )
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
 def test_training_starts_its_ranks_and_ends_with_a_table_and_a_checkpoint(world, tmp_path):
     """The command as a person types it, on two ranks, down to the exported checkpoint."""
-    overrides = [
-        f"data.{part}.{key}"
-        for part in ("train", "validation")
-        for key in ("kind=jsonl", f"root={world}")
-    ]
     done = subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "nemo_care.cli",
-            "train",
-            "--config-name",
-            "tiny_cpu",
+            *(sys.executable, "-m", "nemo_care.cli", "train", "--config-name", "tiny_cpu"),
             "trainer.devices=2",
-            "trainer.max_steps=1",
-            "algorithm.prompts_per_step=4",
-            f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
-            *overrides,
+            *small_overrides(world, tmp_path / "run"),
         ],
         capture_output=True,
         text=True,

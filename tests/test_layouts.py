@@ -106,6 +106,7 @@ def job(checkpoint, world, tmp_path_factory):
         position_ids=torch.stack([video.position_ids] * 2, dim=1),
         pixel_values=torch.cat([video.pixel_values, video.pixel_values.flip(0)]),
         grid_thw=torch.cat([video.grid_thw] * 2),
+        is_vision=torch.stack([video.is_vision] * 2),
     )
     contents = {
         "checkpoint": checkpoint,

@@ -194,3 +194,21 @@ def test_prompt_longer_than_allowed_is_skipped_not_cut(recipe, ranks, tmp_path):
     recipe.data.max_prompt_tokens = 5
     with pytest.raises(InputError, match="max_prompt_tokens"):
         small_trainer(recipe, ranks, tmp_path).fit()
+
+
+def test_sampled_vision_tokens_are_ordinary_tokens(recipe, ranks, tmp_path):
+    """A policy may sample <|video_pad|>; only the prompt's vision tokens carry features."""
+    from nemo_care.rollouts.group import Completion, Group
+
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    prompts, _ = trainer.prompts.next_step()
+    video_pad = trainer.policy.model.hf.video_token_id
+    groups = [
+        Group(
+            prompt,
+            [Completion(torch.tensor([8, video_pad, 2]), torch.zeros(3), "", True, None)] * 2,
+        )
+        for prompt in prompts
+    ]
+    scores = trainer.reference.scorer.score(groups)
+    assert all(torch.isfinite(v).all() for score in scores for v in score.log_probs)

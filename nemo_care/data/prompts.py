@@ -38,15 +38,17 @@ class Prompt:
     """One prompt of P tokens, ready for the model.
 
     `index` is the prompt's place in the training stream or the validation file: the seed of its
-    sampling, whichever rank it lands on. `token_ids` is [P], `position_ids` [3, P],
-    `pixel_values` [patches, 3 * temporal_patch * patch * patch] and `grid_thw` [items, 3], in
-    order of appearance; both None for a text-only prompt.
+    sampling, whichever rank it lands on. `token_ids` is [P], `position_ids` [3, P], `is_vision`
+    bool [P] (True at the tokens that stand for a vision feature), `pixel_values`
+    [patches, 3 * temporal_patch * patch * patch] and `grid_thw` [items, 3], in order of
+    appearance; both None for a text-only prompt.
     """
 
     index: int
     sample: Sample
     token_ids: torch.Tensor
     position_ids: torch.Tensor
+    is_vision: torch.Tensor
     pixel_values: torch.Tensor | None
     grid_thw: torch.Tensor | None
 
@@ -135,6 +137,7 @@ class PromptBuilder:
             sample=sample,
             token_ids=ids,
             position_ids=positions,
+            is_vision=(ids == self.hf.video_token_id) | (ids == self.hf.image_token_id),
             pixel_values=torch.cat(pixels) if pixels else None,
             grid_thw=torch.tensor(grids) if grids else None,
         )

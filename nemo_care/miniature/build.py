@@ -80,7 +80,7 @@ def build(out_dir: str | Path, *, seed: int, scale: float = 1.0, require_gate: b
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status: 0 built, 1 gate not passed, 2 unusable OUT."""
     parser = argparse.ArgumentParser(
-        prog="python -m nemo_care.miniature.build",
+        prog="nemo-care miniature build",
         description="Build a tiny Qwen2.5-VL and warm-start it for the GRPO-CARE miniature.",
         epilog="Takes about ten minutes on one core. Exit status: 0 built; 1 the warm start did "
         "not pass the forced-reasoning gate (try another seed); 2 OUT can't be used.",

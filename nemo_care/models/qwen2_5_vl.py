@@ -38,7 +38,9 @@ class ModelInputs:
     """One micro-batch: B rows, padded to S tokens.
 
     `pixel_values` [patches, 3 * temporal_patch * patch * patch] and `grid_thw` [items, 3] hold the
-    images and videos of all rows in order of appearance; None where there are none.
+    images and videos of all rows in order of appearance, `is_vision` bool [B, S] says which tokens
+    their features replace; all None where there are none. A vision token that the model itself
+    has sampled is an ordinary token and not marked.
     `attention_mask` is [B, 1, S_q, S_k] with True where a query may look; None means causal.
     """
 
@@ -46,6 +48,7 @@ class ModelInputs:
     position_ids: torch.Tensor
     pixel_values: torch.Tensor | None = None
     grid_thw: torch.Tensor | None = None
+    is_vision: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
 
 
@@ -219,14 +222,13 @@ class Qwen25VL(MegatronModule):
         features = self.visual(
             inputs.pixel_values.to(self.visual.dtype), grid_thw=inputs.grid_thw
         ).pooler_output
-        ids = inputs.token_ids
-        is_vision = (ids == self.hf.video_token_id) | (ids == self.hf.image_token_id)
-        if int(is_vision.sum()) != features.shape[0]:
-            raise ValueError(
-                f"{int(is_vision.sum())} vision tokens but {features.shape[0]} vision features"
-            )
+        assert inputs.is_vision is not None
+        marked = int(inputs.is_vision.sum())
+        if marked != features.shape[0]:
+            raise ValueError(f"{marked} vision tokens but {features.shape[0]} vision features")
         rows = embeddings.transpose(0, 1)
-        rows = rows.masked_scatter(is_vision.unsqueeze(-1).expand_as(rows), features.to(rows.dtype))
+        where = inputs.is_vision.unsqueeze(-1).expand_as(rows)
+        rows = rows.masked_scatter(where, features.to(rows.dtype))
         return rows.transpose(0, 1).contiguous()
 
     def forward(

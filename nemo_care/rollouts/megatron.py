@@ -142,11 +142,13 @@ class _Decoding:
         ids = torch.full((count, width), self.pad_id)
         positions = torch.zeros(3, count, width, dtype=torch.long)
         visible = torch.zeros(count, width, dtype=torch.bool)
+        is_vision = torch.zeros(count, width, dtype=torch.bool)
         for row, prompt in enumerate(self.prompts):
             start = width - prompt.length
             ids[row, start:] = prompt.token_ids
             positions[:, row, start:] = prompt.position_ids
             visible[row, start:] = True
+            is_vision[row, start:] = prompt.is_vision
         mask = None
         if not bool(visible.all()):
             causal = torch.ones(width, width, dtype=torch.bool).tril()
@@ -160,6 +162,7 @@ class _Decoding:
             position_ids=positions.to(self.device),
             pixel_values=torch.cat(pixels).to(self.device) if pixels else None,
             grid_thw=torch.cat(grids).to(self.device) if grids else None,
+            is_vision=is_vision.to(self.device) if pixels else None,
             attention_mask=mask,
         )
         return inputs, visible.to(self.device), inputs.position_ids

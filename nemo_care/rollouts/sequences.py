@@ -79,6 +79,7 @@ def _one_batch(groups: Sequence[Group], pad_id: int, multiple: int) -> SequenceB
     count, tokens = len(rows), max(completion.length for _, completion in rows)
     ids = torch.full((count, width), pad_id)
     positions = torch.zeros(3, count, width, dtype=torch.long)
+    is_vision = torch.zeros(count, width, dtype=torch.bool)
     mask = torch.zeros(count, tokens, dtype=torch.bool)
     answer_mask = torch.zeros_like(mask)
     index = torch.zeros(count, tokens, dtype=torch.long)
@@ -86,6 +87,7 @@ def _one_batch(groups: Sequence[Group], pad_id: int, multiple: int) -> SequenceB
         start, stop = prompt.length, prompt.length + completion.length
         ids[row, :start] = prompt.token_ids
         ids[row, start:stop] = completion.token_ids
+        is_vision[row, :start] = prompt.is_vision
         positions[:, row, :start] = prompt.position_ids
         positions[:, row, start:stop] = prompt.continued_positions(completion.length)
         mask[row, : completion.length] = True
@@ -101,6 +103,7 @@ def _one_batch(groups: Sequence[Group], pad_id: int, multiple: int) -> SequenceB
         position_ids=positions.to(device),
         pixel_values=torch.cat(pixels).to(device) if pixels else None,
         grid_thw=torch.cat(grids).to(device) if grids else None,
+        is_vision=is_vision.to(device) if pixels else None,
         # Padding lies behind every real token, so the causal mask hides it.
         attention_mask=None,
     )
