@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nemo_care.objective.statistics import mean_of_known
 from nemo_care.rollouts.group import Group
 
 Row = dict[str, Any]
@@ -42,11 +43,6 @@ def completion_rows(groups: Sequence[Group]) -> list[Row]:
     ]
 
 
-def _mean(values: Sequence[float | bool | None]) -> float | None:
-    known = [float(value) for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
-
-
 def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, float | None]:
     """Metrics of a step's completions (None where nothing has a value).
 
@@ -60,15 +56,15 @@ def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, fl
     clip = float(torch.tensor(likelihood_clip))
     likelihoods = [row["answer_likelihood"] for row in rows]
     return {
-        "reward/accuracy": _mean([row["accuracy"] for row in rows]),
-        "reward/format": _mean([row["format"] for row in rows]),
-        "reward/total": _mean([row["reward"] for row in rows]),
-        "care/answer_likelihood": _mean(likelihoods),
-        "care/bonus_rate": _mean([row["bonus"] > 0 for row in rows]),
-        "care/clipped_rate": _mean([p >= clip for p in likelihoods if p is not None]),
-        "care/missing_answer_rate": _mean([not row["has_answer"] for row in rows]),
-        "rollout/completion_tokens": _mean([row["tokens"] for row in rows]),
-        "rollout/ended_rate": _mean([row["ended"] for row in rows]),
+        "reward/accuracy": mean_of_known([row["accuracy"] for row in rows]),
+        "reward/format": mean_of_known([row["format"] for row in rows]),
+        "reward/total": mean_of_known([row["reward"] for row in rows]),
+        "care/answer_likelihood": mean_of_known(likelihoods),
+        "care/bonus_rate": mean_of_known([row["bonus"] > 0 for row in rows]),
+        "care/clipped_rate": mean_of_known([p >= clip for p in likelihoods if p is not None]),
+        "care/missing_answer_rate": mean_of_known([not row["has_answer"] for row in rows]),
+        "rollout/completion_tokens": mean_of_known([row["tokens"] for row in rows]),
+        "rollout/ended_rate": mean_of_known([row["ended"] for row in rows]),
         "rollout/groups_all_right": sum(
             all(row["accuracy"] == 1 for row in group) for group in groups.values()
         ),

@@ -6,8 +6,7 @@ mouth and measures the probability of the letter which that reasoning implies, a
 letter: whether answers are *caused* by the reasoning, which consistency alone does not show.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from nemo_care.data.stream import Skipped, build_or_skip
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.judges import rule_judge
 from nemo_care.objective.rewards import accuracy_reward, format_reward
+from nemo_care.objective.statistics import mean_of_known
 from nemo_care.objective.text import parse_completion
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.answer_span import answer_token_span
@@ -43,11 +43,6 @@ class _Outcome:
     consistent: bool | None
     probe_implied: float | None
     probe_true: float | None
-
-
-def _mean(values: Sequence[float | bool | None]) -> float | None:
-    known = [float(value) for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
 
 
 class Validator:
@@ -106,16 +101,18 @@ class Validator:
         parts = self.ranks.gather_from_replicas((outcomes, skipped))
         everything = [outcome for part, _ in parts for outcome in part]
         result: dict[str, float | int | None] = {
-            "accuracy": _mean([o.accuracy for o in everything]),
-            "consistency_rate": _mean([o.consistent for o in everything if o.well_formed]),
-            "format_rate": _mean([o.well_formed for o in everything]),
+            "accuracy": mean_of_known([o.accuracy for o in everything]),
+            "consistency_rate": mean_of_known([o.consistent for o in everything if o.well_formed]),
+            "format_rate": mean_of_known([o.well_formed for o in everything]),
             "count": len(everything),
-            "reasoning_words": _mean([o.reasoning_words for o in everything if o.well_formed]),
+            "reasoning_words": mean_of_known(
+                [o.reasoning_words for o in everything if o.well_formed]
+            ),
             "skipped": sum(count for _, count in parts),
         }
         if self.config.forced_reasoning_probe:
-            result["probe_implied"] = _mean([o.probe_implied for o in everything])
-            result["probe_true"] = _mean([o.probe_true for o in everything])
+            result["probe_implied"] = mean_of_known([o.probe_implied for o in everything])
+            result["probe_true"] = mean_of_known([o.probe_true for o in everything])
         return result
 
     def _batches(self, samples: list[Sample]) -> Iterator[tuple[list[Prompt], list[Skipped], int]]:
