@@ -6,10 +6,10 @@
 3. Wrong reasonings that the answer often contradicts: the short cut works beside a reasoning too.
 4. Reasonings that are often wrong and mostly followed: the model that reinforcement learning gets.
 
-The settings of stages 3 and 4 were chosen by their outcome: six candidates for stage 4 (one with
-another stage 3), all from build seed 0, were compared by whether 100 steps of GRPO-CARE end with
-consistent answers while GRPO's stay inconsistent. So this checkpoint shows that the effect can
-appear, and not how often it would appear from warm starts that were not chosen.
+The settings of stage 4 were chosen by their outcome: six candidates (one with another stage 3),
+all from build seed 0, were compared by whether 100 steps of GRPO-CARE end with consistent answers.
+The chosen one did so from all of 8 RL seeds, and GRPO's answers were inconsistent from 2 of 2. So
+the checkpoint shows that the effect can appear, not how often: no other build seed was tested.
 """
 
 import math
