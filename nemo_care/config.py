@@ -217,6 +217,9 @@ class EvaluationConfig:
     top_p: float = 1.0
     samples_per_batch: int = 8
     """Prompts that are generated together."""
+    judge: str = "none"
+    """Who says whether a reasoning supports the answer: rule (for questions whose options are
+    words that the reasoning names, as in the miniature) or none."""
     forced_reasoning_probe: bool = False
     """Also measure how much the answer follows a reasoning put in the model's mouth."""
 
@@ -255,6 +258,7 @@ _CHOICES = {
     "model.backend": ("auto", "local"),
     "model.precision.dtype": ("bf16", "fp32"),
     "optimizer.schedule": ("cosine", "constant"),
+    "evaluation.judge": ("none", "rule"),
     "data.train.kind": ("jsonl", "miniature"),
     "data.validation.kind": ("jsonl", "miniature"),
 }

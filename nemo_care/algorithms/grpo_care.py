@@ -172,7 +172,9 @@ class GRPOCareTrainer:
 
     def log(self, metrics: Metrics, groups: list[Group], skipped: list[Skipped]) -> None:
         """Write the step's metrics and completions; collective, because rank 0 needs them all."""
-        everyone = self.ranks.gather_from_replicas(completion_rows(groups))
+        everyone = self.ranks.gather_from_replicas(
+            completion_rows(groups, self.recipe.evaluation.judge)
+        )
         rows = sorted(
             (row for rows in everyone for row in rows),
             key=lambda row: (row["prompt_index"], row["completion_index"]),

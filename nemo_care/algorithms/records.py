@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nemo_care.evaluation.judges import judged_consistent
 from nemo_care.objective.statistics import mean_of_known
 from nemo_care.rollouts.group import Group
 
@@ -20,8 +21,8 @@ def _number(values: torch.Tensor, place: int) -> float | None:
     return None if math.isnan(value) else value
 
 
-def completion_rows(groups: Sequence[Group]) -> list[Row]:
-    """One row per completion, as written to `rollouts/`."""
+def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
+    """One row per completion, as written to `rollouts/`; `judge` is the recipe's."""
     return [
         {
             "prompt_id": group.prompt.sample.sample_id,
@@ -31,6 +32,7 @@ def completion_rows(groups: Sequence[Group]) -> list[Row]:
             "tokens": completion.length,
             "ended": completion.ended,
             "has_answer": completion.answer_span is not None,
+            "consistent": judged_consistent(judge, completion.text, group.prompt.sample),
             "accuracy": _number(group.accuracy, place),
             "format": _number(group.format, place),
             "answer_likelihood": _number(group.answer_likelihood, place),
@@ -63,6 +65,9 @@ def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, fl
         "care/bonus_rate": mean_of_known([row["bonus"] > 0 for row in rows]),
         "care/clipped_rate": mean_of_known([p >= clip for p in likelihoods if p is not None]),
         "care/missing_answer_rate": mean_of_known([not row["has_answer"] for row in rows]),
+        "rollout/consistency_rate": mean_of_known(
+            [row["consistent"] for row in rows if row["format"] == 1]
+        ),
         "rollout/completion_tokens": mean_of_known([row["tokens"] for row in rows]),
         "rollout/ended_rate": mean_of_known([row["ended"] for row in rows]),
         "rollout/groups_all_right": sum(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+from nemo_care.data.samples import Sample
 from nemo_care.objective.text import parse_completion
 
 
@@ -22,3 +23,10 @@ def rule_judge(completion: str, options: Mapping[str, str]) -> bool:
             if match.start() > last_named:
                 last_named, supported = match.start(), letter
     return supported is not None and supported == parsed.answer.strip()
+
+
+def judged_consistent(judge: str, completion: str, sample: Sample) -> bool | None:
+    """What the recipe's judge ("rule" or "none") says of a completion; None where it can't say."""
+    if judge == "none" or not sample.options:
+        return None
+    return rule_judge(completion, sample.options)

@@ -18,7 +18,7 @@ from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
 from nemo_care.data.stream import Skipped, build_or_skip
 from nemo_care.data.tokenizer import ChatTokenizer
-from nemo_care.evaluation.judges import rule_judge
+from nemo_care.evaluation.judges import judged_consistent
 from nemo_care.objective.rewards import accuracy_reward, format_reward
 from nemo_care.objective.statistics import mean_of_known
 from nemo_care.objective.text import parse_completion
@@ -151,7 +151,7 @@ class Validator:
             accuracy=accuracy_reward(sample.problem_type, text, sample.solution),
             well_formed=well_formed,
             reasoning_words=len((parse_completion(text).reasoning or "").split()),
-            consistent=rule_judge(text, sample.options) if sample.options else None,
+            consistent=judged_consistent(self.config.judge, text, sample),
             probe_implied=probe[0] if probe else None,
             probe_true=probe[1] if probe else None,
         )
