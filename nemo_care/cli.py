@@ -1,6 +1,7 @@
 """The command `nemo-care`: one subcommand per job, each documented by its own --help."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ def _export(arguments: list[str]) -> int:
     )
     parser.add_argument("out", type=Path, help="the directory to make")
     options = parser.parse_args(arguments)
+    # A model that many GPUs trained does not fit one of them; the host's memory is larger.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from nemo_care.export import export
     from nemo_care.parallel.launch import guarded
 

@@ -18,7 +18,7 @@ class TrainerConfig:
     """How long, on how many ranks, from which seed."""
 
     max_steps: int = MISSING  # type: ignore[assignment]
-    """Optimizer steps of the whole run."""
+    """Steps of the whole run, each one rollout and algorithm.updates_per_rollout updates."""
     devices: int = 1
     """Ranks on one machine: GPUs, or processes where there is no GPU."""
     num_nodes: int = 1
@@ -119,9 +119,9 @@ class RolloutConfig:
     max_completion_tokens: int = 768
     groups_per_batch: int = 1
     """Groups that are generated together."""
-    max_logprob_difference: float = 0.5
-    """In the first step the largest difference between a token's log-probability in rollout and
-    in training; above it the run stops, because weights or positions must be wrong."""
+    max_logprob_difference: float = 0.05
+    """In the first step the mean difference between a token's log-probability in rollout and in
+    training; above it the run stops, because weights or positions must be wrong on one side."""
 
 
 @dataclass
@@ -134,7 +134,7 @@ class OptimizerConfig:
     """cosine or constant, after the warm-up."""
     warmup_steps: int = 0
     decay_steps: int | None = None
-    """Steps until min_lr is reached; null: trainer.max_steps."""
+    """Optimizer steps until min_lr is reached; null: those of the whole run."""
     weight_decay: float = 0.01
     """On matrices only; biases and norms are left out."""
     beta1: float = 0.9
@@ -158,7 +158,7 @@ class CheckpointConfig:
 
 @dataclass
 class VideoConfig:
-    """How videos and images become patches."""
+    """How videos become patches."""
 
     fps: float = 2.0
     min_frames: int = 4
@@ -167,6 +167,14 @@ class VideoConfig:
     """Smallest number of pixels of a frame (4 * 28 * 28)."""
     max_pixels: int = 100352
     """Largest number of pixels of a frame (128 * 28 * 28)."""
+
+
+@dataclass
+class ImageConfig:
+    """Bounds of an image's size."""
+
+    min_pixels: int = 3136
+    max_pixels: int = 401408
 
 
 @dataclass
@@ -187,8 +195,8 @@ class ValidationDataConfig:
 
     kind: str = "jsonl"
     root: str = MISSING
-    annotations: dict[str, str] = field(default_factory=dict)
-    """Level name -> file relative to root; empty: no validation."""
+    annotations: dict[str, str] | None = None
+    """Level name -> file relative to root; null: no validation."""
     samples_per_level: int | None = None
     """Use only so many; null: all."""
 
@@ -200,6 +208,7 @@ class DataConfig:
     train: TrainDataConfig = field(default_factory=TrainDataConfig)
     validation: ValidationDataConfig = field(default_factory=ValidationDataConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
     prompt_template: str | None = None
     """Text of a prompt with {question}, {options} and {answer_hint}; null: our own wording."""
     max_prompt_tokens: int = 16384
@@ -309,6 +318,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "data.video.max_frames": (2, None),
     "data.video.min_pixels": (784, None),
     "data.video.max_pixels": (784, None),
+    "data.image.min_pixels": (784, None),
+    "data.image.max_pixels": (784, None),
     "data.validation.samples_per_level": (1, None),
     "data.max_prompt_tokens": (1, None),
     "data.max_skipped_fraction": (0, 1),
@@ -348,8 +359,9 @@ def _check_together(recipe: Recipe) -> None:
     trainer, model, algorithm = recipe.trainer, recipe.model, recipe.algorithm
     if recipe.data.video.min_frames > recipe.data.video.max_frames:
         raise InputError("data.video.min_frames is larger than data.video.max_frames")
-    if recipe.data.video.min_pixels > recipe.data.video.max_pixels:
-        raise InputError("data.video.min_pixels is larger than data.video.max_pixels")
+    for name, size in (("video", recipe.data.video), ("image", recipe.data.image)):
+        if size.min_pixels > size.max_pixels:
+            raise InputError(f"data.{name}.min_pixels is larger than data.{name}.max_pixels")
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise InputError(
             "model.sequence_parallel=true needs model.tensor_model_parallel_size above 1"

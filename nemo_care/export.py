@@ -13,7 +13,7 @@ def export(source: Path, out: Path) -> None:
         InputError: `source` holds no checkpoint, or `out` exists.
     """
     quiet_libraries()
-    from nemo_care.algorithms.build import load_model
+    from nemo_care.algorithms.build import build_model
     from nemo_care.algorithms.policy import PREFIX
     from nemo_care.models.weights import export_hf
     from nemo_care.parallel.checkpoints import list_checkpoints, load_checkpoint, sharding_metadata
@@ -30,7 +30,7 @@ def export(source: Path, out: Path) -> None:
     if out.exists():
         raise InputError(f"{out} exists already: remove it or choose another directory")
     ranks = Ranks(Layout())
-    model = load_model(recipe, ranks)
+    model = build_model(recipe, ranks)
     sharded = model.sharded_state_dict(prefix=PREFIX, metadata=sharding_metadata())
     state = load_checkpoint(checkpoint, {"policy": {"model": sharded}})["policy"]["model"]
     model.load_state_dict({name.removeprefix(PREFIX): value for name, value in state.items()})

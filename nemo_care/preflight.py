@@ -5,6 +5,7 @@ from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import check_layout, read_hf_config
 from nemo_care.models.weights import check_weights
 from nemo_care.parallel.process_groups import Layout
@@ -20,6 +21,21 @@ def layout_of(recipe: Recipe) -> Layout:
     )
 
 
+def check_world_size(recipe: Recipe, world_size: int) -> None:
+    """Refuse a number of started ranks that is not the recipe's.
+
+    Raises:
+        InputError: names the keys.
+    """
+    expected = recipe.trainer.devices * recipe.trainer.num_nodes
+    if world_size != expected:
+        raise InputError(
+            f"{world_size} ranks were started, but trainer.devices={recipe.trainer.devices} and "
+            f"trainer.num_nodes={recipe.trainer.num_nodes} make {expected}: set them to what "
+            "torchrun or srun starts"
+        )
+
+
 def read_levels(config: ValidationDataConfig) -> dict[str, list[Sample]]:
     """Validation samples by level.
 
@@ -28,7 +44,7 @@ def read_levels(config: ValidationDataConfig) -> dict[str, list[Sample]]:
     """
     return {
         level: read_jsonl(config.root, file)[: config.samples_per_level]
-        for level, file in config.annotations.items()
+        for level, file in (config.annotations or {}).items()
     }
 
 

@@ -82,9 +82,10 @@ def run_rank(recipe: Recipe, environment: "RankEnvironment") -> None:
     from nemo_care.data.jsonl import read_jsonl
     from nemo_care.experiment import start_experiment
     from nemo_care.parallel.process_groups import Ranks
-    from nemo_care.preflight import check_inputs, layout_of, read_levels
+    from nemo_care.preflight import check_inputs, check_world_size, layout_of, read_levels
     from nemo_care.run_files import RunFiles
 
+    check_world_size(recipe, environment.world_size)
     ranks = Ranks(layout_of(recipe), environment, cpu_threads=recipe.trainer.cpu_threads)
     # Under torchrun or srun nobody has checked yet; the files are the same for all ranks.
     ranks.from_rank_zero(lambda: check_inputs(recipe))
@@ -118,7 +119,8 @@ def _show_end(folder: Path, summary: dict[str, Any]) -> None:
 
     from nemo_care.reporting.tables import validation_table
 
-    console = Console(soft_wrap=True, highlight=False)
+    # Paths may hold brackets, which are no markup.
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     if summary["start"] and summary["end"]:
         console.print(validation_table(summary["start"], summary["end"]))
     if summary["skipped"]:

@@ -29,6 +29,7 @@ LAYOUTS = {
     "tp2_sequence_parallel": Layout(tensor=2, sequence_parallel=True),
     "pp2": Layout(pipeline=2),
     "dp2": Layout(),
+    "tp2_pp2_sequence_parallel": Layout(tensor=2, pipeline=2, sequence_parallel=True),
 }
 
 
@@ -134,7 +135,7 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
 
     # A run that one process began, resumed in this layout.
     begun, resumed = folder / "begun", folder / f"{name}-resumed"
-    if name == "tp1":
+    if not begun.exists():
         recipe.trainer.max_steps = 2
         small_trainer(recipe, ranks, begun).fit()
         recipe.trainer.max_steps = 4

@@ -43,6 +43,7 @@ def small_trainer(recipe: Recipe, ranks: Ranks, folder: Path) -> GRPOCareTrainer
     root = recipe.data.train.root
     samples = read_jsonl(root, recipe.data.train.annotations)
     levels = {
-        level: read_jsonl(root, file) for level, file in recipe.data.validation.annotations.items()
+        level: read_jsonl(root, file)
+        for level, file in (recipe.data.validation.annotations or {}).items()
     }
     return build_trainer(recipe, ranks, RunFiles(folder), [], samples=samples, levels=levels)

@@ -143,7 +143,7 @@ def test_unreadable_videos_end_with_status_2(train, world, tmp_path):
     shutil.copytree(world, root)
     for video in (root / "videos").glob("train*"):
         video.write_bytes(b"no video")
-    result = train(f"data.train.root={root}", "data.validation.annotations={}")
+    result = train(f"data.train.root={root}", "data.validation.annotations=null")
     assert_refused(result, "not readable", "data.max_skipped_fraction")
 
 
@@ -155,6 +155,25 @@ def test_malformed_annotation_is_named_by_its_line(train, world, tmp_path):
     content[2] = content[2][:20]
     file.write_text("\n".join(content))
     assert_refused(train(f"data.train.root={root}"), "train.jsonl:3", "JSON")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("problem_type", "free form"), ("options", {"A": 3}), ("videos", ["../x"])]
+)
+def test_unusable_field_is_named_before_training_starts(train, world, tmp_path, field, value):
+    root = tmp_path / "fields"
+    shutil.copytree(world, root)
+    file = root / "train.jsonl"
+    content = file.read_text().splitlines()
+    content[1] = json.dumps({**json.loads(content[1]), field: value})
+    file.write_text("\n".join(content))
+    assert_refused(train(f"data.train.root={root}"), "train.jsonl:2")
+
+
+def test_ranks_that_the_recipe_does_not_expect_are_refused(train, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(train(), "2 ranks were started", "trainer.devices=1")
 
 
 def test_unknown_command_is_refused(run):

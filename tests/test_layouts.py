@@ -116,6 +116,8 @@ def job(checkpoint, world, tmp_path_factory):
         "inputs": inputs,
     }
     torch.save(contents, folder / "job.pt")
+    # One process first: the other layouts are compared with it, and resume the run it begins.
+    assert start_ranks(1, [str(PROGRAM), str(folder), "tp1"]) == 0
     return folder, contents
 
 
@@ -129,8 +131,10 @@ def golden(job, checkpoint, world):
 def layout(request, job):
     """Name and results of one layout."""
     folder, _ = job
-    count = 1 if request.param == "tp1" else 2
-    assert start_ranks(count, [str(PROGRAM), str(folder), request.param]) == 0
+    if request.param != "tp1":
+        size = LAYOUTS[request.param]
+        count = max(2, size.tensor * size.pipeline)
+        assert start_ranks(count, [str(PROGRAM), str(folder), request.param]) == 0
     return request.param, torch.load(folder / f"{request.param}.pt", weights_only=False), folder
 
 

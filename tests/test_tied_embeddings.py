@@ -55,8 +55,6 @@ def test_both_copies_of_the_tied_weight_stay_equal(runs):
 
 
 def test_stages_train_a_tied_model_like_one_process(runs):
-    norms = []
-    for folder in runs.values():
-        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-        norms.append([json.loads(line)["train/grad_norm"] for line in lines])
+    norms = [torch.load(folder / "result.pt")["grad_norms"] for folder in runs.values()]
+    assert norms[0][0] > 0
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)

@@ -50,7 +50,15 @@ def without_timing(records: list[dict]) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.startswith("timing/")} for r in records]
 
 
-def test_resumed_run_equals_the_uninterrupted_one(recipe, ranks, tmp_path):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resumed_run_equals_the_uninterrupted_one(recipe, ranks, tmp_path, dtype):
+    recipe.model.precision.dtype = dtype
+    recipe.rollout.max_logprob_difference = 1.0
+    # A schedule that moves at every step, the same for both lengths of run.
+    recipe.optimizer.schedule = "cosine"
+    recipe.optimizer.warmup_steps = 1
+    recipe.optimizer.decay_steps = 5
+    recipe.algorithm.reference.ema_update_every = 3
     whole = small_trainer(recipe, ranks, tmp_path / "whole")
     whole.fit()
     recipe.trainer.max_steps = 2
@@ -64,6 +72,9 @@ def test_resumed_run_equals_the_uninterrupted_one(recipe, ranks, tmp_path):
         assert file.read_text() == (tmp_path / "parts" / "rollouts" / file.name).read_text()
     wanted = weights(whole)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(resumed).items())
+    averages = whole.reference.average.state, resumed.reference.average.state
+    assert all(torch.equal(tensor, averages[1][name]) for name, tensor in averages[0].items())
+    assert len({line["train/lr"] for line in first}) == 4
 
 
 def test_killed_run_repeats_the_steps_after_its_checkpoint_once(recipe, ranks, tmp_path):
@@ -212,3 +223,47 @@ def test_sampled_vision_tokens_are_ordinary_tokens(recipe, ranks, tmp_path):
     ]
     scores = trainer.reference.scorer.score(groups)
     assert all(torch.isfinite(v).all() for score in scores for v in score.log_probs)
+
+
+def test_reference_and_schedule_count_optimizer_steps(recipe, ranks, tmp_path):
+    recipe.trainer.max_steps = 2
+    recipe.algorithm.updates_per_rollout = 2
+    recipe.algorithm.reference.ema_update_every = 3
+    recipe.optimizer.schedule = "cosine"
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    updates = []
+    update = trainer.reference.average.update
+    trainer.reference.average.update = lambda policy: (
+        updates.append(trainer.policy.optimizer_steps),
+        update(policy),
+    )
+    trainer.fit()
+    assert updates == [3]
+    rates = [line["train/lr"] for line in lines(tmp_path / "metrics.jsonl")]
+    # The last of two updates: at half of the cosine, and at its end.
+    assert rates == [pytest.approx(recipe.optimizer.lr / 2), pytest.approx(0.0, abs=1e-12)]
+
+
+def test_validation_that_a_kill_prevented_is_made_up(recipe, ranks, tmp_path):
+    recipe.trainer.max_steps = 1
+    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    run_validation = trainer.run_validation
+
+    def killed_after_the_first():
+        if trainer.step:
+            raise KeyboardInterrupt
+        run_validation()
+
+    trainer.run_validation = killed_after_the_first
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    summary = small_trainer(recipe, ranks, tmp_path).fit()
+    assert summary["start"]["L1"]["count"] == summary["end"]["L1"]["count"] == 8
+
+
+def test_data_set_without_any_usable_sample_ends(recipe, ranks, tmp_path):
+    recipe.data.max_prompt_tokens = 5
+    recipe.data.max_skipped_fraction = 1.0
+    with pytest.raises(InputError, match="48 of 48"):
+        small_trainer(recipe, ranks, tmp_path).fit()

@@ -23,6 +23,24 @@ from nemo_care.models.pipeline import forward_only
 from nemo_care.models.qwen2_5_vl import ModelInputs
 from nemo_care.models.weights import export_hf
 from nemo_care.parallel.process_groups import Layout, RankEnvironment, Ranks
+from nemo_care.rollouts.group import Completion, Group
+
+
+def given_groups(trainer) -> list[Group]:
+    """Prompts with two fixed completions each, one to be learned and one to be unlearned: without
+    its output layer the model would never earn a reward."""
+    prompts, _ = trainer.prompts.next_step()
+    return [
+        Group(
+            prompt,
+            [
+                Completion(torch.tensor(ids), torch.zeros(4), "", True, None)
+                for ids in ([8, 20, 9, 2], [8, 30, 31, 2])
+            ],
+            advantage=torch.tensor([1.0, -1.0]),
+        )
+        for prompt in prompts
+    ]
 
 
 def main() -> None:
@@ -30,7 +48,7 @@ def main() -> None:
     environment = RankEnvironment.read()
     ranks = Ranks(Layout(pipeline=environment.world_size), environment)
     recipe = small_recipe(checkpoint, world)
-    recipe.trainer.max_steps = 2
+    recipe.algorithm.group_size = 2
     trainer = small_trainer(recipe, ranks, out / "run")
     model = trainer.policy.model
     ids = torch.arange(8, 40).reshape(2, 16)
@@ -43,7 +61,7 @@ def main() -> None:
     )
     logits = gather_vocabulary(logits[0] if logits else None, ranks)
     export_hf(model, checkpoint, out / "export")
-    trainer.fit()
+    norms = [trainer.policy.update(given_groups(trainer))["train/grad_norm"] for _ in range(2)]
     export_hf(model, checkpoint, out / "trained")
     shared = model.shared_embedding_or_output_weight().detach().clone()
     copies = [torch.empty_like(shared) for _ in range(ranks.world_size)]
@@ -62,6 +80,7 @@ def main() -> None:
                 "logits_difference": (logits[..., : wanted.shape[-1]] - wanted).abs().max().item(),
                 "export_equal": set(ours) == set(original)
                 and all(torch.equal(ours[key], original[key]) for key in original),
+                "grad_norms": norms,
                 "copies_apart": (copies[0] - copies[-1]).abs().max().item(),
             },
             out / "result.pt",

@@ -25,11 +25,16 @@ from nemo_care.scoring.score import Scorer
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_model(recipe: Recipe, ranks: Ranks) -> Qwen25VL:
-    """This rank's part of the recipe's checkpoint."""
+def build_model(recipe: Recipe, ranks: Ranks) -> Qwen25VL:
+    """This rank's part of the recipe's model, its weights still to be loaded."""
     hf = read_hf_config(recipe.model.hf_path)
     config = transformer_config(hf, ranks.layout, _DTYPES[recipe.model.precision.dtype])
-    model = Qwen25VL(hf, config, recipe.model.backend)
+    return Qwen25VL(hf, config, recipe.model.backend)
+
+
+def load_model(recipe: Recipe, ranks: Ranks) -> Qwen25VL:
+    """This rank's part of the recipe's checkpoint."""
+    model = build_model(recipe, ranks)
     load_hf_weights(model, recipe.model.hf_path)
     return model
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.text import Text
 from tqdm import tqdm
 
 from nemo_care.config import Recipe
@@ -64,7 +65,7 @@ class Console:
     ) -> None:
         """Show a finished step, and now and then one of its completions."""
         for item in skipped:
-            self._print(f"[yellow]skipped sample {item.sample_id}:[/] {item.reason}")
+            self._print(Text(f"skipped sample {item.sample_id}: {item.reason}", style="yellow"))
         if self._bar is not None:
             values = {
                 short: f"{metrics[name]:.2f}"
@@ -78,8 +79,6 @@ class Console:
             self._completion(step, rows[(step * 31) % len(rows)])
 
     def _completion(self, step: int, row: Mapping[str, Any]) -> None:
-        from rich.text import Text
-
         parts = [f"accuracy {row['accuracy']:.2f}", f"format {row['format']:.0f}"]
         if row["answer_likelihood"] is not None:
             parts.append(f"p {row['answer_likelihood']:.2f}")
@@ -90,7 +89,7 @@ class Console:
 
     def resumed(self, step: int, checkpoint: Path) -> None:
         """Say where the run goes on."""
-        self._print(f"resumed after step {step} from {checkpoint}")
+        self._print(Text(f"resumed after step {step} from {checkpoint}"))
 
     def validation(self, step: int, levels: Mapping[str, Mapping[str, Any]]) -> None:
         """Show a validation on one line."""

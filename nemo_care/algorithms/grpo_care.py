@@ -87,7 +87,7 @@ class GRPOCareTrainer:
         """
         started = time.perf_counter()
         self.resume()
-        if self.step == 0:
+        if self._validation_is_missing():
             self.run_validation()
         with self.console.steps(self.step):
             while self.step < self.recipe.trainer.max_steps:
@@ -115,9 +115,7 @@ class GRPOCareTrainer:
             add_consistency_bonus(groups, self.recipe.algorithm.consistency)
             set_advantages(groups)
             with self._phase("update"):
-                metrics = self.policy.update(groups)
-            if self.reference is not None:
-                self.reference.track(self.policy.model, self.step)
+                metrics = self.policy.update(groups, after_step=self.track_policy)
         self._check_first_step(metrics)
         return metrics, groups, skipped
 
@@ -134,6 +132,11 @@ class GRPOCareTrainer:
                 seed=(self.recipe.trainer.seed, _SEED_DOMAIN),
             ),
         )
+
+    def track_policy(self) -> None:
+        """Let the reference follow the policy, after an optimizer step (algorithm step 8)."""
+        if self.reference is not None:
+            self.reference.track(self.policy.model, self.policy.optimizer_steps)
 
     # ------------------------------------------------------------------ validation
 
@@ -153,6 +156,11 @@ class GRPOCareTrainer:
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=self.step)
             self.console.validation(self.step, levels)
+
+    def _validation_is_missing(self) -> bool:
+        """Before the first step, or when a kill came between a checkpoint and its validation."""
+        recorded = self.ranks.from_rank_zero(lambda: self.step in self.files.validations())
+        return (self.step == 0 or self._validation_is_due()) and not recorded
 
     def _validation_is_due(self) -> bool:
         interval = self.recipe.trainer.validation_interval
@@ -199,12 +207,12 @@ class GRPOCareTrainer:
 
     def _check_first_step(self, metrics: Metrics) -> None:
         """Rollout and training must agree on the same tokens before the first update."""
-        largest = metrics["rollout/logprob_difference_max"]
+        difference = metrics["rollout/logprob_difference"]
         bound = self.recipe.rollout.max_logprob_difference
-        if self.step == 1 and not (largest is not None and largest <= bound):
+        if self.step == 1 and not (difference is not None and difference <= bound):
             raise RuntimeError(
-                f"log-probabilities of rollout and training differ by up to {largest:.4f} in the "
-                f"first step, more than rollout.max_logprob_difference={bound}: weights or "
+                f"log-probabilities of rollout and training differ by {difference:.4f} on average "
+                f"in the first step, more than rollout.max_logprob_difference={bound}: weights or "
                 "positions are wrong on one side"
             )
 

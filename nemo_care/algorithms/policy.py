@@ -1,6 +1,6 @@
 """The policy: the model that is trained, with its optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,18 +35,31 @@ class Policy:
             model.visual.requires_grad_(False)
         self.wrapped = wrap_data_parallel(model)
         self.optimizer = build_optimizer(recipe.optimizer, self.wrapped)
-        self.scheduler = build_scheduler(recipe.optimizer, self.optimizer, recipe.trainer.max_steps)
+        self.scheduler = build_scheduler(
+            recipe.optimizer,
+            self.optimizer,
+            recipe.trainer.max_steps * recipe.algorithm.updates_per_rollout,
+        )
 
-    def update(self, groups: Sequence[Group]) -> dict[str, float | None]:
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps so far."""
+        return self.scheduler.num_steps
+
+    def update(
+        self, groups: Sequence[Group], after_step: Callable[[], None] = lambda: None
+    ) -> dict[str, float | None]:
         """Optimizer steps on these groups (algorithm step 7); the metrics of the last one.
 
         With several updates per rollout, the log-probabilities before the first one are the old
-        ones of the clipped surrogate. Metrics are equal on all ranks.
+        ones of the clipped surrogate. `after_step` is called after each. Metrics are equal on all
+        ranks.
         """
         old_log_probs: list[torch.Tensor] | None = None
         metrics: dict[str, float | None] = {}
         for number in range(self.algorithm.updates_per_rollout):
             step_metrics, log_probs = self._step(groups, old_log_probs)
+            after_step()
             if number == 0:
                 old_log_probs = log_probs
                 metrics = step_metrics
@@ -153,4 +166,6 @@ class Policy:
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in state["model"].items()}
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
+        # Megatron's scheduler adds the restored steps to those that it has.
+        self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(state["scheduler"])

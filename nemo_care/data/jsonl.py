@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_care.data.samples import Sample
 from nemo_care.errors import InputError
+from nemo_care.objective.rewards import PROBLEM_TYPES
 
 _TEXT_KEYS = ("id", "question", "solution", "problem_type", "forced_reasoning", "forced_answer")
 _KEYS = {*_TEXT_KEYS, "videos", "images", "options"}
@@ -49,14 +50,18 @@ def _parse(line: str, root: Path, where: str, number: int) -> Sample:
     for key in _TEXT_KEYS:
         if not isinstance(record.get(key, ""), str):
             raise InputError(f'{where}: "{key}" must be text')
+    kind = record.get("problem_type", "multiple choice")
+    if kind not in PROBLEM_TYPES:
+        known = ", ".join(PROBLEM_TYPES)
+        raise InputError(f'{where}: unknown "problem_type" {kind}; known: {known}')
     options = record.get("options", {})
-    if not isinstance(options, dict):
+    if not isinstance(options, dict) or not all(isinstance(o, str) for o in options.values()):
         raise InputError(f'{where}: "options" must map a letter to its text')
     return Sample(
         sample_id=record.get("id", str(number)),
         question=record["question"],
         solution=record["solution"],
-        problem_type=record.get("problem_type", "multiple choice"),
+        problem_type=kind,
         videos=_media(record, "videos", root, where),
         images=_media(record, "images", root, where),
         options=options,

@@ -1,7 +1,7 @@
 """A sample becomes a prompt: chat template, decoded vision patches, positions."""
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import Qwen2_5_VLConfig
@@ -96,6 +96,11 @@ class PromptBuilder:
             min_pixels=video.min_pixels,
             max_pixels=video.max_pixels,
         )
+        self.image_sampling = replace(
+            self.sampling,
+            min_pixels=config.image.min_pixels,
+            max_pixels=config.image.max_pixels,
+        )
 
     def build(self, index: int, sample: Sample) -> Prompt:
         """Decode and tokenise.
@@ -111,10 +116,10 @@ class PromptBuilder:
         for path in sample.videos:
             video = read_video(path, self.sampling)
             seconds.append(video.seconds_per_grid)
-            self._add_patches(video.frames, pixels, grids)
+            self._add_patches(video.frames, self.sampling, pixels, grids)
         for path in sample.images:
             seconds.append(0.0)
-            self._add_patches(read_image(path), pixels, grids)
+            self._add_patches(read_image(path), self.image_sampling, pixels, grids)
         token_ids = self._token_ids(sample, grids)
         if len(token_ids) > self.config.max_prompt_tokens:
             raise PromptTooLong(
@@ -143,12 +148,16 @@ class PromptBuilder:
         )
 
     def _add_patches(
-        self, frames: torch.Tensor, pixels: list[torch.Tensor], grids: list[Grid]
+        self,
+        frames: torch.Tensor,
+        sampling: VideoSampling,
+        pixels: list[torch.Tensor],
+        grids: list[Grid],
     ) -> None:
         vision = self.hf.vision_config
         patches, grid = frames_to_patches(
             frames,
-            self.sampling,
+            sampling,
             patch_size=vision.patch_size,
             merge_size=vision.spatial_merge_size,
             temporal_patch_size=vision.temporal_patch_size,

@@ -54,6 +54,7 @@ class PromptStream:
         max_skipped_fraction: float,
     ) -> None:
         """`build` makes a prompt of (stream index, sample); it is called on leaders only."""
+        assert prompts_per_step % ranks.data_size == 0, "check_recipe and check_world_size"
         self.samples = samples
         self.build = build
         self.ranks = ranks
@@ -111,7 +112,7 @@ class PromptStream:
 
     def _count(self, skipped: list[Skipped]) -> None:
         self._bad.update({item.sample_id: item.reason for item in skipped})
-        if len(self._bad) > self.max_skipped:
+        if len(self._bad) > self.max_skipped or len(self._bad) == len(self.samples):
             sample_id, reason = next(iter(self._bad.items()))
             raise InputError(
                 f"{len(self._bad)} of {len(self.samples)} training samples can't be used, more "

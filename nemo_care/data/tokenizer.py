@@ -35,7 +35,7 @@ def _eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]
     ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     file = folder / "generation_config.json"
     if file.is_file():
-        listed = json.loads(file.read_text()).get("eos_token_id", [])
+        listed = json.loads(file.read_text()).get("eos_token_id") or []
         ids.update([listed] if isinstance(listed, int) else listed)
     return frozenset(ids)
 

@@ -50,9 +50,9 @@ def choose_frames(total: int, average_fps: float, sampling: VideoSampling) -> li
     About `sampling.fps` frames per second, within min_frames, max_frames and `total`, an even
     count. Needs at least 2 frames in total.
     """
-    count = round(total / average_fps * sampling.fps)
-    count = min(max(count, sampling.min_frames), sampling.max_frames, total)
-    count = max(count // FRAME_FACTOR, 1) * FRAME_FACTOR
+    least = -(-sampling.min_frames // FRAME_FACTOR) * FRAME_FACTOR
+    wanted = min(max(total / average_fps * sampling.fps, least), sampling.max_frames, total)
+    count = max(int(wanted // FRAME_FACTOR), 1) * FRAME_FACTOR
     return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 

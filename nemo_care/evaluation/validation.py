@@ -19,7 +19,7 @@ from nemo_care.data.samples import Sample
 from nemo_care.data.stream import Skipped, build_or_skip
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.judges import judged_consistent
-from nemo_care.objective.rewards import accuracy_reward, format_reward
+from nemo_care.objective.rewards import evaluation_accuracy, format_reward
 from nemo_care.objective.statistics import mean_of_known
 from nemo_care.objective.text import parse_completion
 from nemo_care.parallel.process_groups import Ranks
@@ -148,7 +148,7 @@ class Validator:
         sample, text = group.prompt.sample, group.completions[0].text
         well_formed = format_reward(text, min_reasoning_words=self.min_reasoning_words) == 1.0
         return _Outcome(
-            accuracy=accuracy_reward(sample.problem_type, text, sample.solution),
+            accuracy=evaluation_accuracy(sample.problem_type, text, sample.solution),
             well_formed=well_formed,
             reasoning_words=len((parse_completion(text).reasoning or "").split()),
             consistent=judged_consistent(self.config.judge, text, sample),

@@ -18,8 +18,9 @@ def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor, vocab_size: i
     predicting = logits[:, :-1].float()
     width = predicting.shape[-1]
     first = parallel_state.get_tensor_model_parallel_rank() * width
-    columns = torch.arange(first, first + width, device=logits.device)
-    predicting = predicting.masked_fill(columns >= vocab_size, float("-inf"))
+    if first + width > vocab_size:
+        columns = torch.arange(first, first + width, device=logits.device)
+        predicting = predicting.masked_fill(columns >= vocab_size, float("-inf"))
     # Megatron's cross entropy works on [S, B, V / TP] and overwrites its input's storage.
     negative = tensor_parallel.vocab_parallel_cross_entropy(
         predicting.transpose(0, 1).contiguous(), token_ids[:, 1:].t().contiguous()

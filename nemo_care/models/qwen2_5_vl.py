@@ -192,6 +192,11 @@ class Qwen25VL(MegatronModule):
             self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(
                 hf.vision_config, attn_implementation="sdpa", dtype=config.params_dtype
             ).to(torch.cuda.current_device())
+            if torch.cuda.is_available():
+                # The copies on the tensor-parallel ranks see equal inputs, but CUDA's backward
+                # kernels are not deterministic: averaging keeps the copies equal.
+                for parameter in self.visual.parameters():
+                    parameter.average_gradients_across_tp_domain = True
 
     def _mark_tensor_parallel(self) -> None:
         """Mark the parameters that tensor parallelism cuts, as their initialisation would have.

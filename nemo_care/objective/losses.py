@@ -34,14 +34,12 @@ class PolicyLoss:
     ranks, to get the loss and the metrics of the step.
 
     `loss_sum` carries the gradient and includes the KL term. `kl_sum` (without its coefficient),
-    `clipped_sum` (the share of tokens at which the clip takes the gradient away) and `completions`
-    (those with at least one token) do not.
+    `clipped_sum` (the share of tokens at which the clip takes the gradient away) do not.
     """
 
     loss_sum: Tensor
     kl_sum: Tensor
     clipped_sum: Tensor
-    completions: Tensor
 
 
 def policy_loss(
@@ -93,7 +91,6 @@ def policy_loss(
         loss_sum=_sum_of_token_means(token_loss, mask),
         kl_sum=_sum_of_token_means(kl.detach(), mask),
         clipped_sum=_sum_of_token_means(clipped.float(), mask),
-        completions=mask.any(dim=-1).sum().float(),
     )
 
 

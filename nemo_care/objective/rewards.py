@@ -37,6 +37,19 @@ def accuracy_reward(problem_type: str, completion: str, solution: str) -> float:
     return score(answer, solution.strip() if wrapped is None else wrapped)
 
 
+def evaluation_accuracy(problem_type: str, completion: str, solution: str) -> float:
+    """Accuracy as evaluations report it: the reward, but for regression mean relative accuracy.
+
+    Arguments and errors as in `accuracy_reward`.
+    """
+    if problem_type != "regression":
+        return accuracy_reward(problem_type, completion, solution)
+    answer, wrapped = extract_answer(completion), extract_answer(solution)
+    out = None if answer is None else parse_number(answer)
+    truth = parse_number(solution.strip() if wrapped is None else wrapped)
+    return 0.0 if out is None or truth is None else mean_relative_accuracy(out, truth)
+
+
 def format_reward(completion: str, *, min_reasoning_words: int = 0) -> float:
     """1.0 where the whole completion is `<think>...</think> <answer>...</answer>`, else 0.0.
 

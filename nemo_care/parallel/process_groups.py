@@ -59,11 +59,11 @@ class RankEnvironment:
         if "RANK" in env and "WORLD_SIZE" in env:
             rank = int(env["RANK"])
             return cls(rank, int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", rank)))
-        # An interactive shell inside an allocation has SLURM_PROCID too, but no step of its own.
-        if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        # A batch script has SLURM_PROCID and SLURM_NTASKS too; only srun's tasks have a step.
+        if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
             return cls(
                 int(env["SLURM_PROCID"]),
-                int(env["SLURM_NTASKS"]),
+                int(env["SLURM_STEP_NUM_TASKS"]),
                 int(env.get("SLURM_LOCALID", "0")),
             )
         return None
@@ -129,7 +129,14 @@ class Ranks:
     def _init_distributed(env: RankEnvironment, cpu_threads: int) -> None:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
-            torch.cuda.set_device(env.local_rank)
+            # With one visible GPU per task, every task's GPU is number 0.
+            visible = torch.cuda.device_count()
+            if visible > 1 and env.local_rank >= visible:
+                raise InputError(
+                    f"rank {env.rank} is number {env.local_rank} on its machine, which has "
+                    f"{visible} GPUs: set trainer.devices to the GPUs of one machine"
+                )
+            torch.cuda.set_device(env.local_rank % visible)
         else:
             torch.set_num_threads(cpu_threads)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"

@@ -32,14 +32,17 @@ class BatchLayout:
 class SequenceBatch:
     """The N completions of some groups as right-padded sequences of S tokens.
 
-    `mask` bool [N, C] is True at completion tokens, `answer_mask` bool [N, C] at answer tokens,
-    `index` [N, C] says where in [N, S - 1] token log-probabilities each completion token lies.
+    `mask` bool [N, C] is True at completion tokens, `answer_mask` bool [N, C] at answer tokens.
+    The logits of columns `first` to `last` predict the completions' tokens; `index` [N, C] says
+    at which of those columns each one is predicted.
     """
 
     groups: Sequence[Group]
     inputs: ModelInputs
     mask: torch.Tensor
     answer_mask: torch.Tensor
+    first: int
+    last: int
     index: torch.Tensor
 
     def completion_log_probs(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -47,7 +50,11 @@ class SequenceBatch:
 
         `logits` are [N, S, V_padded / TP]; differentiable.
         """
-        log_probs = token_log_probs(logits, self.inputs.token_ids, vocab_size)
+        # Prompt columns are cut off before anything is computed in float32.
+        columns = slice(self.first, self.last + 2)
+        log_probs = token_log_probs(
+            logits[:, columns], self.inputs.token_ids[:, columns], vocab_size
+        )
         return torch.where(self.mask, log_probs.gather(1, self.index), 0.0)
 
     def advantages(self) -> torch.Tensor:
@@ -83,6 +90,9 @@ def _one_batch(groups: Sequence[Group], pad_id: int, multiple: int) -> SequenceB
     mask = torch.zeros(count, tokens, dtype=torch.bool)
     answer_mask = torch.zeros_like(mask)
     index = torch.zeros(count, tokens, dtype=torch.long)
+    # The token at column t is predicted at column t - 1.
+    first = min(prompt.length for prompt, _ in rows) - 1
+    last = longest - 2
     for row, (prompt, completion) in enumerate(rows):
         start, stop = prompt.length, prompt.length + completion.length
         ids[row, :start] = prompt.token_ids
@@ -91,8 +101,7 @@ def _one_batch(groups: Sequence[Group], pad_id: int, multiple: int) -> SequenceB
         positions[:, row, :start] = prompt.position_ids
         positions[:, row, start:stop] = prompt.continued_positions(completion.length)
         mask[row, : completion.length] = True
-        # The token at column t is predicted at column t - 1.
-        index[row, : completion.length] = torch.arange(start - 1, stop - 1)
+        index[row, : completion.length] = torch.arange(start - 1, stop - 1) - first
         if completion.answer_span is not None:
             answer_mask[row, slice(*completion.answer_span)] = True
     pixels = [p.pixel_values for p, _ in rows if p.pixel_values is not None]
@@ -107,7 +116,15 @@ def _one_batch(groups: Sequence[Group], pad_id: int, multiple: int) -> SequenceB
         # Padding lies behind every real token, so the causal mask hides it.
         attention_mask=None,
     )
-    return SequenceBatch(groups, inputs, mask.to(device), answer_mask.to(device), index.to(device))
+    return SequenceBatch(
+        groups,
+        inputs,
+        mask.to(device),
+        answer_mask.to(device),
+        first,
+        last,
+        index.to(device),
+    )
 
 
 def sequence_batches(groups: Sequence[Group], layout: BatchLayout) -> list[SequenceBatch]:
