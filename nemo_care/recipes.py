@@ -199,3 +199,14 @@ def read_recipe(file: Path) -> Recipe:
     if not isinstance(config, DictConfig):
         raise InputError(f"{file}: not a recipe")
     return to_recipe(config)
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """`key: old -> new` for each key in which two recipes differ."""
+    before, after = (OmegaConf.structured(recipe) for recipe in (old, new))
+    changes = []
+    for key in _all_keys(after):
+        values = [OmegaConf.select(config, key) for config in (before, after)]
+        if values[0] != values[1] and not isinstance(values[1], DictConfig):
+            changes.append(f"{key}: {values[0]} -> {values[1]}")
+    return changes

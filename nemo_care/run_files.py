@@ -44,6 +44,7 @@ class RunFiles:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.export = folder / "export"
+        self.recipe = folder / "recipe.yaml"
         self._metrics = folder / "metrics.jsonl"
         self._skipped = folder / "skipped.jsonl"
         self._validation = folder / "validation.jsonl"
@@ -52,7 +53,7 @@ class RunFiles:
 
     def write_recipe(self, text: str) -> None:
         """Write the resolved recipe, as YAML."""
-        _replace(self.folder / "recipe.yaml", text)
+        _replace(self.recipe, text)
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step`: those steps come again. 0 drops everything."""
@@ -98,8 +99,3 @@ class RunFiles:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary; its presence says that the run is done."""
         _replace(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-    def finished_steps(self) -> int | None:
-        """Steps of a finished run, None for one that is not."""
-        file = self.folder / "summary.json"
-        return json.loads(file.read_text())["steps"] if file.exists() else None

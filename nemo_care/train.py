@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_care.config import Recipe
 from nemo_care.errors import InputError
 from nemo_care.quiet import quiet_libraries
-from nemo_care.recipes import compose_recipe, read_recipe, save_recipe
+from nemo_care.recipes import changed_keys, compose_recipe, read_recipe, save_recipe
 
 if TYPE_CHECKING:
     from nemo_care.parallel.process_groups import RankEnvironment
@@ -98,6 +98,7 @@ def run_rank(recipe: Recipe, environment: "RankEnvironment") -> None:
 
     files = RunFiles(ranks.from_rank_zero(start))
     if ranks.rank == 0:
+        _tell_changes(files.recipe, recipe)
         files.write_recipe(save_recipe(recipe))
     trainer = build_trainer(
         recipe,
@@ -111,6 +112,15 @@ def run_rank(recipe: Recipe, environment: "RankEnvironment") -> None:
     if ranks.rank == 0:
         _show_end(files.folder, summary)
     ranks.close()
+
+
+def _tell_changes(old: Path, recipe: Recipe) -> None:
+    """Say which keys differ from those that the run in this directory began with."""
+    if not old.is_file():
+        return
+    changes = changed_keys(read_recipe(old), recipe)
+    if changes:
+        print(f"recipe changed since this run was last started: {'; '.join(changes)}")
 
 
 def _show_end(folder: Path, summary: dict[str, Any]) -> None:

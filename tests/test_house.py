@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import nemo_care
-from nemo_care.recipes import compose_recipe, recipes_folder
+from nemo_care.recipes import changed_keys, compose_recipe, recipes_folder
 
 PACKAGE = Path(nemo_care.__file__).parent
 FLOORS = {
@@ -53,3 +53,10 @@ def test_files_stay_small(file):
 @pytest.mark.parametrize("name", sorted(f.stem for f in recipes_folder().glob("tiny_*.yaml")))
 def test_recipe_composes_and_fits_the_schema(name):
     assert compose_recipe(["--config-name", name]) is not None
+
+
+def test_changed_keys_of_two_recipes_are_named():
+    old, new = (compose_recipe(["--config-name", "tiny_cpu"]) for _ in range(2))
+    assert changed_keys(old, new) == []
+    new.algorithm.consistency.margin = 0.1
+    assert changed_keys(old, new) == ["algorithm.consistency.margin: 0.01 -> 0.1"]
