@@ -26,7 +26,7 @@ train: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-# Minutes each: the miniature's whole warm start, torchrun, ...
+# What takes longer, such as a run under torchrun.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
