@@ -20,6 +20,9 @@ def export(source: Path, out: Path) -> None:
     from nemo_care.parallel.process_groups import Layout, Ranks
     from nemo_care.recipes import read_recipe
 
+    source = source.resolve()
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder; give a run directory or one of its step_...")
     checkpoint, run = source, source.parent.parent
     if (source / "checkpoints").is_dir():
         found = list_checkpoints(source / "checkpoints")

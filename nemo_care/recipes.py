@@ -29,6 +29,11 @@ def recipes_folder() -> Path:
     return checkout if checkout.is_dir() else _PACKAGE / "recipes"
 
 
+def recipe_names() -> list[str]:
+    """The recipes that come with the package, without the base that they inherit."""
+    return sorted(file.stem for file in recipes_folder().glob("*.yaml") if file.stem != "base")
+
+
 def _register() -> None:
     from hydra.core.config_store import ConfigStore
 
@@ -148,7 +153,7 @@ def compose_recipe(arguments: Sequence[str]) -> Recipe | None:
             `key=value`, and Hydra's own flags.
 
     Returns:
-        The recipe, or None where Hydra only printed something (`--cfg job`, `--help`).
+        The recipe, or None where Hydra only printed something (`--cfg job`).
 
     Raises:
         InputError: no such recipe, an unknown key, a value of the wrong type or out of range.
@@ -158,9 +163,8 @@ def compose_recipe(arguments: Sequence[str]) -> Recipe | None:
 
     _register()
     arguments = [*_own_folder(arguments), "hydra.job.chdir=false"]
-    if not any(a.split("=")[0] in ("--config-name", "-cn", "--help", "-h") for a in arguments):
-        names = sorted(file.stem for file in recipes_folder().glob("*.yaml"))
-        raise InputError(f"--config-name is missing; recipes: {', '.join(names)}")
+    if not any(a.split("=")[0] in ("--config-name", "-cn") for a in arguments):
+        raise InputError(f"--config-name is missing; recipes: {', '.join(recipe_names())}")
     composed: list[DictConfig] = []
 
     @hydra_runner(config_path=str(recipes_folder()))

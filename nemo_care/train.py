@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 from nemo_care.config import Recipe
 from nemo_care.errors import InputError
 from nemo_care.quiet import quiet_libraries
-from nemo_care.recipes import changed_keys, compose_recipe, read_recipe, save_recipe
+from nemo_care.recipes import (
+    changed_keys,
+    compose_recipe,
+    read_recipe,
+    recipe_names,
+    save_recipe,
+)
 
 if TYPE_CHECKING:
     from nemo_care.parallel.process_groups import RankEnvironment
@@ -29,10 +35,31 @@ _RESOLVED = "NEMO_CARE_RESOLVED_RECIPE"
 
 def train(arguments: Sequence[str]) -> int:
     """Run the command line of `nemo-care train`; returns the exit status."""
+    if {"-h", "--help"} & set(arguments):
+        print(_help())
+        return 0
     quiet_libraries()
     from nemo_care.parallel.launch import guarded
 
     return guarded(_main, list(arguments))
+
+
+def _help() -> str:
+    return f"""usage: nemo-care train --config-name RECIPE [--config-path FOLDER] [key=value ...]
+
+Train a policy with GRPO-CARE. A run goes on after the newest checkpoint of its run directory.
+
+  --config-name RECIPE  one of {", ".join(recipe_names())}, or a recipe of FOLDER
+  --config-path FOLDER  a folder with recipes of your own, which may inherit ours
+  --cfg job             print the resolved recipe and stop (all of its keys)
+  key=value             override a key, for example
+                          trainer.max_steps=500
+                          trainer.devices=2 model.tensor_model_parallel_size=2
+                          algorithm.consistency.margin=0
+                          exp_manager.explicit_log_dir=runs/mine
+
+Keys, types, defaults and ranges are in {Path(__file__).with_name("config.py")}.
+Exit status: 0 done; 1 failed; 2 a recipe or input that can't be used."""
 
 
 def _main(arguments: list[str]) -> None:

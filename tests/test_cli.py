@@ -201,6 +201,14 @@ def test_ranks_that_the_recipe_does_not_expect_are_refused(train, monkeypatch):
     assert_refused(train(), "2 ranks were started", "trainer.devices=1")
 
 
+def test_export_of_something_else_is_refused(run, tmp_path, monkeypatch):
+    # The command hides the GPUs from its process, which here is the tests'.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    missing = run("export", tmp_path / "none", tmp_path / "out")
+    assert_refused(missing, str(tmp_path / "none"), "no such folder")
+    assert_refused(run("export", tmp_path, tmp_path / "out"), "recipe.yaml")
+
+
 def test_unknown_command_is_refused(run):
     status, err = run("fly")
     assert status == 2
@@ -208,6 +216,7 @@ def test_unknown_command_is_refused(run):
 
 
 def test_every_command_has_help():
+    assert main(["train", "--help"]) == 0
     for command in ("export", "report", "compare", "miniature"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
