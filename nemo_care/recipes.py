@@ -85,6 +85,12 @@ def _all_keys(config: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
+def _hint(key: str, known: list[str]) -> str:
+    """The valid keys nearest to a mistyped one; nothing for a valid key."""
+    nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(nearest)}?" if nearest and key not in known else ""
+
+
 def _explain(error: Exception, arguments: Sequence[str]) -> str:
     """One line for a composition error: the key, and the nearest valid ones for a typo."""
     chain: list[BaseException] = []
@@ -100,17 +106,12 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str:
             parents = [name for name in known if key.startswith(name + ".")]
             if parents and _is_free_form(parents[-1]):
                 continue
-            nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-            hint = f"; did you mean {', '.join(nearest)}?" if nearest else ""
-            return f"unknown recipe key {key}{hint}"
+            return f"unknown recipe key {key}{_hint(key, known)}"
     for item in chain:
         full_key = getattr(item, "full_key", None)
         if full_key:
             detail = message.split(" full_key")[0]
-            nearest = difflib.get_close_matches(str(full_key), known, n=3, cutoff=0.5)
-            unknown = str(full_key) not in known and nearest
-            hint = f"; did you mean {', '.join(nearest)}?" if unknown else ""
-            return f"{full_key}: {detail}{hint}"
+            return f"{full_key}: {detail}{_hint(str(full_key), known)}"
     return message
 
 

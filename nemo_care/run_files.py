@@ -58,9 +58,8 @@ class RunFiles:
     def rewind(self, step: int) -> None:
         """Drop what was written after `step`: those steps come again. 0 drops everything."""
         for file in (self._metrics, self._validation, self._skipped):
-            kept = [record for record in _complete_lines(file) if record["step"] <= step]
-            if step == 0:
-                kept = []
+            records = _complete_lines(file) if step else []
+            kept = [record for record in records if record["step"] <= step]
             if file.exists() or file is self._skipped:
                 _replace(file, "".join(_line(record) for record in kept))
         for file in self._rollouts.glob("step_*.jsonl"):

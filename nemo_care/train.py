@@ -68,13 +68,13 @@ def _main(arguments: list[str]) -> None:
 
     environment = RankEnvironment.read()
     if environment is not None and _RESOLVED in os.environ:
-        run_rank(read_recipe(Path(os.environ[_RESOLVED])), environment)
+        run_rank(read_recipe(Path(os.environ[_RESOLVED])), environment, checked=True)
         return
     recipe = compose_recipe(arguments)
     if recipe is None:
         return
     if environment is not None:
-        run_rank(recipe, environment)
+        run_rank(recipe, environment, checked=False)
         return
     if recipe.trainer.num_nodes > 1:
         raise InputError(
@@ -83,7 +83,7 @@ def _main(arguments: list[str]) -> None:
         )
     check_inputs(recipe)
     if recipe.trainer.devices == 1:
-        run_rank(recipe, RankEnvironment(0, 1, 0))
+        run_rank(recipe, RankEnvironment(0, 1, 0), checked=True)
         return
     _start(recipe)
 
@@ -103,8 +103,12 @@ def _start(recipe: Recipe) -> None:
         sys.exit(status)
 
 
-def run_rank(recipe: Recipe, environment: "RankEnvironment") -> None:
-    """Train as one rank, from start to end."""
+def run_rank(recipe: Recipe, environment: "RankEnvironment", *, checked: bool) -> None:
+    """Train as one rank, from start to end.
+
+    `checked`: the process that started this rank has run `check_inputs`; torchrun and srun have
+    not.
+    """
     from nemo_care.algorithms.build import build_trainer
     from nemo_care.data.jsonl import read_jsonl
     from nemo_care.experiment import start_experiment
@@ -114,8 +118,9 @@ def run_rank(recipe: Recipe, environment: "RankEnvironment") -> None:
 
     check_world_size(recipe, environment.world_size)
     ranks = Ranks(layout_of(recipe), environment, cpu_threads=recipe.trainer.cpu_threads)
-    # Under torchrun or srun nobody has checked yet; the files are the same for all ranks.
-    ranks.from_rank_zero(lambda: check_inputs(recipe))
+    if not checked:
+        # The files are the same for all ranks, so one of them looks.
+        ranks.from_rank_zero(lambda: check_inputs(recipe))
     loggers: list = []
 
     def start() -> Path:

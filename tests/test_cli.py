@@ -32,15 +32,16 @@ def train(run, tmp_path, world):
             "--config-name",
             "tiny_cpu",
             f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
-            *(
-                f"data.{part}.{key}"
-                for part in ("train", "validation")
-                for key in ("kind=jsonl", f"root={world}")
-            ),
+            *world_overrides(world),
             *overrides,
         )
 
     return train
+
+
+def world_overrides(world: Path) -> list[str]:
+    parts, keys = ("train", "validation"), ("kind=jsonl", f"root={world}")
+    return [f"data.{part}.{key}" for part in parts for key in keys]
 
 
 def small_overrides(world: Path, run: Path) -> list[str]:
@@ -48,11 +49,7 @@ def small_overrides(world: Path, run: Path) -> list[str]:
         "trainer.max_steps=1",
         "algorithm.prompts_per_step=4",
         f"exp_manager.explicit_log_dir={run}",
-        *(
-            f"data.{part}.{key}"
-            for part in ("train", "validation")
-            for key in ("kind=jsonl", f"root={world}")
-        ),
+        *world_overrides(world),
     ]
 
 

@@ -119,8 +119,9 @@ class Validator:
         """This replica's prompts in batches, samples left out, samples asked by all replicas."""
         replicas = self.ranks.data_size
         size = self.config.samples_per_batch * replicas
-        for start in range(0, len(samples), size):
-            batch = list(enumerate(samples))[start : start + size]
+        numbered = list(enumerate(samples))
+        for start in range(0, len(numbered), size):
+            batch = numbered[start : start + size]
             mine = batch[self.ranks.data_rank :: replicas]
             made = self.ranks.from_leader(
                 lambda mine=mine: [  # type: ignore[misc]

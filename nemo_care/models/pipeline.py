@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_care.models.qwen2_5_vl import ModelInputs
@@ -17,6 +18,7 @@ def forward_only(
     batches: Sequence[B],
     inputs_of: Callable[[B], ModelInputs],
     result_of: Callable[[torch.Tensor, B], R],
+    inference_context: StaticInferenceContext | None = None,
 ) -> list[R]:
     """Forward all micro-batches without gradients.
 
@@ -26,6 +28,8 @@ def forward_only(
         inputs_of: the model's inputs of a micro-batch.
         result_of: called on the last stage with the logits [B, S, V_padded / TP] and the
             micro-batch.
+        inference_context: the key-value cache when decoding; the logits are then those of the
+            last position.
 
     Returns:
         One result per micro-batch on the last pipeline stage; an empty list on the others.
@@ -33,7 +37,7 @@ def forward_only(
 
     def step(iterator, stage):
         batch = next(iterator)
-        output = stage(inputs_of(batch))
+        output = stage(inputs_of(batch), inference_context=inference_context)
         # The schedule calls this with non_loss_data=True and collects what it returns.
         return output, lambda logits, non_loss_data: result_of(logits, batch)
 

@@ -151,16 +151,7 @@ class Ranks:
 
         An exception of `make` is raised on every rank of the replica, so that none waits forever.
         """
-        result: list[T | Exception | None] = [None]
-        if self.is_model_leader:
-            try:
-                result[0] = make()
-            except Exception as error:
-                result[0] = error
-        dist.broadcast_object_list(result, src=self.model_leader, group=self._model_group)
-        if isinstance(result[0], Exception):
-            raise result[0]
-        return result[0]  # type: ignore[return-value]
+        return self._from_source(make, self.model_leader, self._model_group)
 
     def gather_from_replicas(self, value: T) -> list[T]:
         """One value per model replica, in data-parallel order, on every rank."""
@@ -174,13 +165,19 @@ class Ranks:
 
     def from_rank_zero(self, make: Callable[[], T]) -> T:
         """Call `make` on rank 0 and give its result to every rank; its exception too."""
+        return self._from_source(make, 0, None)
+
+    def _from_source(
+        self, make: Callable[[], T], source: int, group: dist.ProcessGroup | None
+    ) -> T:
+        """Call `make` on rank `source`; its result, or its exception, reaches the whole group."""
         result: list[T | Exception | None] = [None]
-        if self.rank == 0:
+        if self.rank == source:
             try:
                 result[0] = make()
             except Exception as error:
                 result[0] = error
-        dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(result, src=source, group=group, device=torch.device("cpu"))
         if isinstance(result[0], Exception):
             raise result[0]
         return result[0]  # type: ignore[return-value]

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.models.pipeline import forward_only
 from nemo_care.models.qwen2_5_vl import ModelInputs, Qwen25VL
 from nemo_care.parallel.cpu_compat import compute_device
 from nemo_care.parallel.process_groups import Ranks
@@ -174,20 +174,12 @@ class _Decoding:
 
     def _forward(self, inputs: ModelInputs, advance: int) -> torch.Tensor:
         """Logits of the last position, float32 [rows, V]; meaningful on the last stage only."""
-
-        def step(iterator, stage):
-            output = stage(inputs, inference_context=self.context)
-            return output, lambda logits, non_loss_data: logits
-
-        results = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=None,
-            model=self.model,
-            num_microbatches=1,
-            seq_length=1,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
+        results = forward_only(
+            self.model,
+            [inputs],
+            inputs_of=lambda inputs: inputs,
+            result_of=lambda logits, _: logits,
+            inference_context=self.context,
         )
         self.context.sequence_len_offset += advance
         vocabulary = self.model.vocab_size

@@ -33,16 +33,15 @@ class SequenceBatch:
     """The N completions of some groups as right-padded sequences of S tokens.
 
     `mask` bool [N, C] is True at completion tokens, `answer_mask` bool [N, C] at answer tokens.
-    The logits of columns `first` to `last` predict the completions' tokens; `index` [N, C] says
-    at which of those columns each one is predicted.
+    `columns` of the sequences hold the completions' tokens and what predicts them; `index` [N, C]
+    says at which of those columns each token is predicted.
     """
 
     groups: Sequence[Group]
     inputs: ModelInputs
     mask: torch.Tensor
     answer_mask: torch.Tensor
-    first: int
-    last: int
+    columns: slice
     index: torch.Tensor
 
     def completion_log_probs(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -51,9 +50,8 @@ class SequenceBatch:
         `logits` are [N, S, V_padded / TP]; differentiable.
         """
         # Prompt columns are cut off before anything is computed in float32.
-        columns = slice(self.first, self.last + 2)
         log_probs = token_log_probs(
-            logits[:, columns], self.inputs.token_ids[:, columns], vocab_size
+            logits[:, self.columns], self.inputs.token_ids[:, self.columns], vocab_size
         )
         return torch.where(self.mask, log_probs.gather(1, self.index), 0.0)
 
@@ -92,7 +90,6 @@ def _one_batch(groups: Sequence[Group], pad_id: int, multiple: int) -> SequenceB
     index = torch.zeros(count, tokens, dtype=torch.long)
     # The token at column t is predicted at column t - 1.
     first = min(prompt.length for prompt, _ in rows) - 1
-    last = longest - 2
     for row, (prompt, completion) in enumerate(rows):
         start, stop = prompt.length, prompt.length + completion.length
         ids[row, :start] = prompt.token_ids
@@ -121,8 +118,7 @@ def _one_batch(groups: Sequence[Group], pad_id: int, multiple: int) -> SequenceB
         inputs,
         mask.to(device),
         answer_mask.to(device),
-        first,
-        last,
+        slice(first, longest),
         index.to(device),
     )
 
