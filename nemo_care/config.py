@@ -56,7 +56,11 @@ class ModelConfig:
     sequence_parallel: bool = False
     """Cut norms and residuals along the sequence too (with tensor parallelism)."""
     backend: str = "auto"
-    """Layer implementation: auto or local."""
+    """Attention kernels: local (torch), transformer_engine (its variable-length attention, on a
+    GPU) or auto (local)."""
+    recompute_granularity: str = "none"
+    """Activations to compute again in backward instead of keeping them: none, selective (those
+    inside attention), full (each layer's and the vision tower's)."""
     freeze_vision: bool = False
     """Leave the vision tower's weights as they are."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -84,6 +88,12 @@ class ReferenceConfig:
     """Share of the old reference that an update keeps."""
     ema_update_every: int = 10
     """Optimizer steps between updates; 0: the reference stays frozen."""
+    offload: bool = False
+    """Keep the reference in CPU memory and on the GPU only while it scores."""
+    max_logprob_difference: float = 0.01
+    """In the first step, where reference and policy are the same model, the mean difference
+    between a token's log-probability in the scoring pass and in the update; above it the run stops,
+    because one of the passes must be wrong."""
 
 
 @dataclass
@@ -96,6 +106,9 @@ class AlgorithmConfig:
     """B, prompts per optimizer step over all ranks; a multiple of the data-parallel size."""
     groups_per_micro_batch: int = 1
     """Groups computed together; more is faster for tiny models and takes more memory."""
+    shared_prompt: bool = True
+    """Compute each prompt once for its group; false: once for each completion (the slow, simple
+    way, for comparison)."""
     updates_per_rollout: int = 1
     """Optimizer steps on the same rollouts; above 1 the clipped surrogate applies."""
     clip_low: float = 0.2
@@ -264,7 +277,8 @@ class Recipe:
 
 _CHOICES = {
     "trainer.resume": ("auto", "never"),
-    "model.backend": ("auto", "local"),
+    "model.backend": ("auto", "local", "transformer_engine"),
+    "model.recompute_granularity": ("none", "selective", "full"),
     "model.precision.dtype": ("bf16", "fp32"),
     "optimizer.schedule": ("cosine", "constant"),
     "evaluation.judge": ("none", "rule"),
@@ -297,6 +311,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "algorithm.consistency.accuracy_threshold": (0, 1),
     "algorithm.reference.ema_decay": (0, 1),
     "algorithm.reference.ema_update_every": (0, None),
+    "algorithm.reference.max_logprob_difference": (0, None),
     "rollout.temperature": (1e-3, None),
     "rollout.top_p": (1e-6, 1),
     "rollout.max_completion_tokens": (1, None),

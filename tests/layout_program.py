@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.algorithms.rewards import add_consistency_bonus, set_advantages
 from nemo_care.models.pipeline import forward_only
 from nemo_care.models.weights import export_hf, iterate_hf_weights
 from nemo_care.parallel.process_groups import Layout, RankEnvironment, Ranks
@@ -97,7 +96,7 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
         model.eval(),
         [job["inputs"]],
         inputs_of=lambda inputs: inputs,
-        result_of=lambda logits, inputs: logits,
+        result_of=lambda hidden, inputs: model.logits(hidden),
     )
     result["logits"] = gather_vocabulary(logits[0] if logits else None, ranks)
     result["greedy"] = generate(trainer, job["prompts"], 0.0, ranks)
@@ -107,8 +106,6 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
     # One step on given completions.
     groups = share_of(job["groups"], ranks)
     trainer.reference.score_answers(groups)
-    add_consistency_bonus(groups, recipe.algorithm.consistency)
-    set_advantages(groups)
     gradients = record_gradients(trainer.policy)
     metrics = trainer.policy.update(groups)
     trainer.reference.track(model, 1)

@@ -57,7 +57,7 @@ def main() -> None:
         model.eval(),
         [ModelInputs(ids, positions)],
         inputs_of=lambda inputs: inputs,
-        result_of=lambda logits, inputs: logits,
+        result_of=lambda hidden, inputs: model.logits(hidden),
     )
     logits = gather_vocabulary(logits[0] if logits else None, ranks)
     export_hf(model, checkpoint, out / "export")

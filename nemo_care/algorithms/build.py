@@ -16,8 +16,8 @@ from nemo_care.evaluation.validation import Validator
 from nemo_care.models.qwen2_5_vl import Qwen25VL, read_hf_config, transformer_config
 from nemo_care.models.weights import load_hf_weights
 from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.megatron import MegatronGenerator
-from nemo_care.rollouts.sequences import BatchLayout
 from nemo_care.run_files import RunFiles
 from nemo_care.scoring.reference import Reference
 from nemo_care.scoring.score import Scorer
@@ -28,7 +28,12 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def build_model(recipe: Recipe, ranks: Ranks) -> Qwen25VL:
     """This rank's part of the recipe's model, its weights still to be loaded."""
     hf = read_hf_config(recipe.model.hf_path)
-    config = transformer_config(hf, ranks.layout, _DTYPES[recipe.model.precision.dtype])
+    config = transformer_config(
+        hf,
+        ranks.layout,
+        _DTYPES[recipe.model.precision.dtype],
+        recompute_granularity=recipe.model.recompute_granularity,
+    )
     return Qwen25VL(hf, config, recipe.model.backend)
 
 
@@ -56,21 +61,15 @@ def build_trainer(
     model = load_model(recipe, ranks)
     tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
     prompts = PromptBuilder(recipe.data, model.hf, tokenizer)
-    layout = BatchLayout(
-        groups_per_batch=algorithm.groups_per_micro_batch,
-        pad_id=tokenizer.pad_id,
-        multiple=ranks.layout.tensor if ranks.layout.sequence_parallel else 1,
+    layout = BatchLayout.of(
+        ranks.layout,
+        algorithm.groups_per_micro_batch,
+        tokenizer.pad_id,
+        shared_prompt=algorithm.shared_prompt,
     )
     reference = None
     if algorithm.consistency.bonus_coefficient > 0 or algorithm.kl_coefficient > 0:
-        reference = Reference(
-            load_model(recipe, ranks),
-            algorithm.reference,
-            ranks,
-            layout,
-            likelihood_clip=algorithm.consistency.likelihood_clip,
-            keep_log_probs=algorithm.kl_coefficient > 0,
-        )
+        reference = Reference(load_model(recipe, ranks), algorithm, ranks, layout)
     validator = Validator(
         levels,
         prompts.build,
@@ -98,7 +97,11 @@ def build_trainer(
             max_skipped_fraction=recipe.data.max_skipped_fraction,
         ),
         generator=MegatronGenerator(
-            model, tokenizer, ranks, groups_per_batch=recipe.rollout.groups_per_batch
+            model,
+            tokenizer,
+            ranks,
+            groups_per_batch=recipe.rollout.groups_per_batch,
+            shared_prompt=algorithm.shared_prompt,
         ),
         rewards=BaseRewards(algorithm, ranks),
         reference=reference,

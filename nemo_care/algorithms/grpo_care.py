@@ -13,7 +13,7 @@ import torch
 from nemo_care.algorithms.console import Console
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.records import completion_rows, rollout_metrics
-from nemo_care.algorithms.rewards import BaseRewards, add_consistency_bonus, set_advantages
+from nemo_care.algorithms.rewards import BaseRewards
 from nemo_care.config import Recipe
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.stream import PromptStream, Skipped
@@ -30,6 +30,7 @@ from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.generator import Generator, Sampling
 from nemo_care.rollouts.group import Group
 from nemo_care.run_files import RunFiles
+from nemo_care.scoring.advantages import add_consistency_bonus, set_advantage
 from nemo_care.scoring.reference import Reference
 
 # Tells training's random numbers from those of validation.
@@ -110,10 +111,7 @@ class GRPOCareTrainer:
             with self._phase("reward"):
                 self.rewards(groups)
             with self._phase("scoring"):
-                if self.reference is not None:
-                    self.reference.score_answers(groups)
-            add_consistency_bonus(groups, self.recipe.algorithm.consistency)
-            set_advantages(groups)
+                self.score(groups)
             with self._phase("update"):
                 metrics = self.policy.update(groups, after_step=self.track_policy)
         self._check_first_step(metrics)
@@ -132,6 +130,15 @@ class GRPOCareTrainer:
                 seed=(self.recipe.trainer.seed, _SEED_DOMAIN),
             ),
         )
+
+    def score(self, groups: list[Group]) -> None:
+        """Answer likelihood, bonus, reward and advantage of each completion (steps 3 to 6)."""
+        if self.reference is not None:
+            self.reference.score_answers(groups)
+            return
+        for group in groups:
+            add_consistency_bonus(group, self.recipe.algorithm.consistency)
+            set_advantage(group)
 
     def track_policy(self) -> None:
         """Let the reference follow the policy, after an optimizer step (algorithm step 8)."""
@@ -206,15 +213,31 @@ class GRPOCareTrainer:
         self.console.step(self.step, record, rows, skipped)
 
     def _check_first_step(self, metrics: Metrics) -> None:
-        """Rollout and training must agree on the same tokens before the first update."""
-        difference = metrics["rollout/logprob_difference"]
-        bound = self.recipe.rollout.max_logprob_difference
-        if self.step == 1 and not (difference is not None and difference <= bound):
-            raise RuntimeError(
-                f"log-probabilities of rollout and training differ by {difference:.4f} on average "
-                f"in the first step, more than rollout.max_logprob_difference={bound}: weights or "
-                "positions are wrong on one side"
-            )
+        """Rollout, scoring and update must agree on the same tokens before the first update."""
+        if self.step != 1:
+            return
+        bounds = [
+            (
+                "rollout and training",
+                metrics["rollout/logprob_difference"],
+                "rollout.max_logprob_difference",
+                self.recipe.rollout.max_logprob_difference,
+            ),
+            # The reference starts as the policy. No value: no completion has an answer.
+            (
+                "the scoring pass and training",
+                metrics["care/logprob_difference"] or 0.0,
+                "algorithm.reference.max_logprob_difference",
+                self.recipe.algorithm.reference.max_logprob_difference,
+            ),
+        ]
+        for passes, difference, key, bound in bounds:
+            if not (difference is not None and difference <= bound):
+                raise RuntimeError(
+                    f"log-probabilities of {passes} differ by {difference:.4f} on average in the "
+                    f"first step, more than {key}={bound}: weights or positions are wrong on one "
+                    "side"
+                )
 
     # ------------------------------------------------------------------ state
 

@@ -16,8 +16,9 @@ from nemo_care.parallel.optimizer import (
     wrap_data_parallel,
 )
 from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.group import Group
-from nemo_care.rollouts.sequences import BatchLayout, SequenceBatch, sequence_batches
+from nemo_care.rollouts.group_batch import GroupBatch
 
 PREFIX = "policy."
 
@@ -64,7 +65,7 @@ class Policy:
                 old_log_probs = log_probs
                 metrics = step_metrics
             else:
-                # The comparison with the rollout only means something before any update.
+                # Comparisons with rollout and reference only mean something before any update.
                 metrics.update({k: v for k, v in step_metrics.items() if k.startswith("train/")})
         return metrics
 
@@ -72,27 +73,30 @@ class Policy:
         self, groups: Sequence[Group], old_log_probs: list[torch.Tensor] | None
     ) -> tuple[dict[str, float | None], list[torch.Tensor]]:
         """One optimizer step; metrics, and each micro-batch's log-probs [N, C] (last stage)."""
-        batches = sequence_batches(groups, self.layout)
+        batches = self.layout.batches(groups)
         completions = self.algorithm.prompts_per_step * self.algorithm.group_size
         old_of = dict(zip(map(id, batches), old_log_probs or [], strict=False))
 
         def loss_of(
-            logits: torch.Tensor, batch: SequenceBatch
+            hidden: torch.Tensor, batch: GroupBatch
         ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-            log_probs = batch.completion_log_probs(logits, self.model.vocab_size)
+            log_probs = batch.log_probs(self.model, hidden, batch.mask)
+            reference = self._reference_log_probs(batch)
             loss = policy_loss(
                 PolicyLossInputs(
                     log_probs=log_probs,
                     advantages=batch.advantages(),
                     mask=batch.mask,
                     old_log_probs=old_of.get(id(batch)),
-                    reference_log_probs=self._reference_log_probs(batch),
+                    reference_log_probs=reference if self.algorithm.kl_coefficient else None,
                 ),
                 clip_low=self.algorithm.clip_low,
                 clip_high=self.algorithm.clip_high,
                 kl_coefficient=self.algorithm.kl_coefficient,
             )
             difference = self._rollout_difference(batch, log_probs.detach())
+            scored = batch.mask & ~reference.isnan()
+            from_reference = torch.where(scored, (reference - log_probs.detach()).abs(), 0.0)
             sums = torch.stack(
                 [
                     loss.loss_sum.detach(),
@@ -100,6 +104,8 @@ class Policy:
                     loss.clipped_sum,
                     difference.sum(),
                     batch.mask.sum(),
+                    from_reference.sum(),
+                    scored.sum(),
                 ]
             )
             # Megatron averages gradients over the data-parallel ranks; this step's loss is a mean
@@ -120,13 +126,16 @@ class Policy:
         metrics["train/lr"] = float(self.optimizer.param_groups[0]["lr"])
         return metrics, [log_probs for _, _, log_probs in results]
 
-    def _reference_log_probs(self, batch: SequenceBatch) -> torch.Tensor | None:
-        if self.algorithm.kl_coefficient == 0:
-            return None
+    @staticmethod
+    def _reference_log_probs(batch: GroupBatch) -> torch.Tensor:
+        """float32 [N, C]; NaN where the reference has not been asked."""
         vectors = [group.reference_log_probs for group in batch.groups]
+        if any(v is None for v in vectors):
+            return torch.full(batch.mask.shape, torch.nan, device=batch.mask.device)
         return batch.padded([v for v in vectors if v is not None])
 
-    def _rollout_difference(self, batch: SequenceBatch, log_probs: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _rollout_difference(batch: GroupBatch, log_probs: torch.Tensor) -> torch.Tensor:
         """|log-probability in the rollout - in training| of each token, [N, C]."""
         rollout = batch.padded([[c.log_probs for c in group.completions] for group in batch.groups])
         return torch.where(batch.mask, (rollout - log_probs).abs(), 0.0)
@@ -136,17 +145,20 @@ class Policy:
     ) -> dict[str, float | None]:
         """The step's metrics from the micro-batches of all replicas."""
         device = next(self.model.parameters()).device
-        sums, largest = torch.zeros(5, device=device), torch.zeros(1, device=device)
+        sums, largest = torch.zeros(7, device=device), torch.zeros(1, device=device)
         if results:
             sums = torch.stack([sums for sums, _, _ in results]).sum(0)
             largest = torch.stack([largest for _, largest, _ in results]).max().reshape(1)
         self.ranks.broadcast_from_last_stage(sums)
         self.ranks.broadcast_from_last_stage(largest)
-        loss, kl, clipped, difference, tokens = self.ranks.sum_over_data(sums).tolist()
+        loss, kl, clipped, difference, tokens, from_reference, scored = self.ranks.sum_over_data(
+            sums
+        ).tolist()
         return {
             "train/loss": loss / completions,
             "train/kl": kl / completions if self.algorithm.kl_coefficient else None,
             "train/clipped_fraction": clipped / completions,
+            "care/logprob_difference": from_reference / scored if scored else None,
             "rollout/logprob_difference": difference / tokens,
             "rollout/logprob_difference_max": float(self.ranks.max_over_data(largest)),
         }

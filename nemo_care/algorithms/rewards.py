@@ -1,12 +1,10 @@
-"""Rewards and advantages on groups: the pure formulas of `objective`, applied."""
+"""Base rewards of groups: the pure formulas of `objective`, applied."""
 
 from collections.abc import Sequence
 
 import torch
 
-from nemo_care.config import AlgorithmConfig, ConsistencyConfig
-from nemo_care.objective.advantages import group_advantages
-from nemo_care.objective.consistency import consistency_bonus
+from nemo_care.config import AlgorithmConfig
 from nemo_care.objective.rewards import accuracy_reward, format_reward
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.group import Group
@@ -34,30 +32,3 @@ class BaseRewards:
             [accuracy_reward(sample.problem_type, text, sample.solution) for text in texts],
             [format_reward(text, min_reasoning_words=self.min_reasoning_words) for text in texts],
         )
-
-
-def add_consistency_bonus(groups: Sequence[Group], config: ConsistencyConfig) -> None:
-    """Set `consistency_bonus` and the total `reward` of each group (algorithm steps 4 to 6).
-
-    With a bonus coefficient of 0 (the GRPO baseline) no answer likelihood is needed.
-    """
-    for group in groups:
-        if config.bonus_coefficient == 0:
-            bonus = torch.zeros_like(group.accuracy)
-        else:
-            bonus = consistency_bonus(
-                group.accuracy[None],
-                group.answer_likelihood[None],
-                bonus_coefficient=config.bonus_coefficient,
-                consistency_margin=config.margin,
-                likelihood_clip=config.likelihood_clip,
-                accuracy_threshold=config.accuracy_threshold,
-            )[0]
-        group.consistency_bonus = bonus
-        group.reward = group.accuracy + group.format + bonus
-
-
-def set_advantages(groups: Sequence[Group]) -> None:
-    """Set the group-relative `advantage` of each completion (algorithm step 6)."""
-    for group in groups:
-        group.advantage = group_advantages(group.reward[None])[0]

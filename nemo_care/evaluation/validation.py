@@ -172,10 +172,10 @@ class Validator:
         ]
         if not groups:
             return {}
-        scores = self.scorer.score(groups)
+        likelihoods = self.scorer.answer_likelihoods(groups)
         return {
-            prompt.index: (float(score.answer_likelihood[0]), float(score.answer_likelihood[1]))
-            for prompt, score in zip(probed, scores, strict=True)
+            prompt.index: (float(implied), float(true))
+            for prompt, (implied, true) in zip(probed, likelihoods, strict=True)
         }
 
     def _forced(self, reasoning: str, answer: str) -> Completion:

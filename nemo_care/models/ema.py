@@ -4,8 +4,13 @@ The released GRPO-CARE code averages bf16 weights in place: at a learning rate o
 (1 - decay) * (theta - phi) is below half a bf16 ulp and rounds away. Here the average is kept in
 float32, cut over the ranks exactly like the weights, and cast to the compute type after each
 update. Every rank updates its own shard; nothing is gathered.
+
+With `offload` the average lives in (pinned) CPU memory, and the model's parameters hold memory of
+the compute device only while they are in use.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,23 +25,57 @@ class WeightAverage:
     After an update phi = decay * phi + (1 - decay) * theta (algorithm step 8, arXiv 2506.16141).
     """
 
-    def __init__(self, model: torch.nn.Module, decay: float) -> None:
-        """`model` starts as the average; its parameters stop taking gradients."""
+    def __init__(self, model: torch.nn.Module, decay: float, *, offload: bool = False) -> None:
+        """`model` starts as the average; its parameters stop taking gradients.
+
+        `offload` keeps the average in CPU memory; use the model within `in_place` then.
+        """
         self.model = model.requires_grad_(False).eval()
         self.decay = decay
+        self.offload = offload
         # A float32 parameter is its own state; any other type gets a float32 twin.
         self.state: dict[str, torch.Tensor] = {
-            name: parameter.data if parameter.dtype == torch.float32 else parameter.data.float()
+            name: _home(parameter.data)
+            if offload
+            else parameter.data
+            if parameter.dtype == torch.float32
+            else parameter.data.float()
             for name, parameter in model.named_parameters()
         }
+        if offload:
+            self._release()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model's parameters hold the average, on the compute device."""
+        if not self.offload:
+            yield
+            return
+        for name, parameter in self.model.named_parameters():
+            state = self.state[name]
+            parameter.data = state.to(parameter.device, non_blocking=True).to(parameter.dtype)
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        """Give the parameters' memory back; shape, type and device stay (one element each)."""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)
 
     @torch.no_grad()
     def update(self, policy: torch.nn.Module) -> None:
         """Move towards `policy`, whose parameters must have the same names and shapes."""
         theta = dict(policy.named_parameters())
         for name, parameter in self.model.named_parameters():
-            average = self.state[name]
-            average.mul_(self.decay).add_(theta[name].float(), alpha=1.0 - self.decay)
+            average, target = self.state[name], theta[name].float()
+            if self.offload:
+                # One parameter at a time on the compute device, which does the arithmetic.
+                moved = average.to(target.device, non_blocking=True)
+                average.copy_(moved.mul(self.decay).add_(target, alpha=1.0 - self.decay))
+                continue
+            average.mul_(self.decay).add_(target, alpha=1.0 - self.decay)
             if average.data_ptr() != parameter.data_ptr():
                 parameter.copy_(average)
 
@@ -51,7 +90,7 @@ class WeightAverage:
         squares = torch.zeros(2, dtype=torch.float64, device=device)
         for name, theta in policy.named_parameters():
             if param_is_not_shared(theta) and param_is_not_tensor_parallel_duplicate(theta):
-                difference = theta.float() - self.state[name]
+                difference = theta.float() - self.state[name].to(device)
                 squares[0] += difference.square().sum(dtype=torch.float64)
                 squares[1] += theta.float().square().sum(dtype=torch.float64)
         return squares
@@ -72,5 +111,11 @@ class WeightAverage:
         """Take a float32 average that `sharded_state_dict` described."""
         for name, parameter in self.model.named_parameters():
             self.state[name].copy_(state[prefix + name])
-            if self.state[name].data_ptr() != parameter.data_ptr():
+            if not self.offload and self.state[name].data_ptr() != parameter.data_ptr():
                 parameter.copy_(self.state[name])
+
+
+def _home(weight: torch.Tensor) -> torch.Tensor:
+    """A float32 copy in CPU memory, pinned where there is a GPU to copy it to."""
+    home = torch.empty(weight.shape, dtype=torch.float32, pin_memory=torch.cuda.is_available())
+    return home.copy_(weight)

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from nemo_care.errors import InputError
-from nemo_care.models.attention import SDPACoreAttention
+from nemo_care.models.group_attention import GroupAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -38,7 +38,7 @@ def _local(config: TransformerConfig) -> TransformerBlockSubmodules:
     parts = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
-    parts.self_attention.submodules.core_attention = SDPACoreAttention
+    parts.self_attention.submodules.core_attention = GroupAttention
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
     )

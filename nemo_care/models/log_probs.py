@@ -1,28 +1,130 @@
-"""Log-probabilities of given tokens from logits that are cut along the vocabulary."""
+"""Log-probabilities of given tokens from hidden states, with the vocabulary cut over ranks.
+
+The output layer runs on the rows that are asked for and nowhere else, some rows at a time. Backward
+computes their logits again, so that no float32 tensor of all tokens times the vocabulary exists.
+Nothing is gathered along the vocabulary: ranks exchange one number per row.
+"""
+
+from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+# Elements of the float32 logits that exist at a time (128 MiB).
+_CHUNK_ELEMENTS = 2**25
 
 
-def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Log-probability of each next token, without gathering the vocabulary.
+def token_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    row_of: torch.Tensor,
+    token_ids: torch.Tensor,
+    vocab_size: int,
+    *,
+    chunk_elements: int = _CHUNK_ELEMENTS,
+) -> torch.Tensor:
+    """Log-probability of each token.
 
     Args:
-        logits: [B, S, V_padded / TP], this rank's slice of the vocabulary.
-        token_ids: [B, S]; the token at t is predicted by the logits at t - 1.
+        hidden: [R, H] hidden states; several tokens may be predicted from one of them.
+        weight: [V_padded / TP, H], this rank's slice of the output layer.
+        row_of: long [T], the row of `hidden` that predicts each token.
+        token_ids: long [T].
         vocab_size: V; the padding columns beyond it get no probability.
+        chunk_elements: rows at a time times vocabulary of a rank, at most.
 
     Returns:
-        float32 [B, S - 1]: entry t is log p(token t + 1 | tokens 0..t). Differentiable.
+        float32 [T], equal on all tensor-parallel ranks. Differentiable by `hidden` and `weight`;
+        the gradient by `hidden` is this rank's part, to be summed over the tensor-parallel ranks.
     """
-    predicting = logits[:, :-1].float()
-    width = predicting.shape[-1]
-    first = parallel_state.get_tensor_model_parallel_rank() * width
-    if first + width > vocab_size:
-        columns = torch.arange(first, first + width, device=logits.device)
-        predicting = predicting.masked_fill(columns >= vocab_size, float("-inf"))
-    # Megatron's cross entropy works on [S, B, V / TP] and overwrites its input's storage.
-    negative = tensor_parallel.vocab_parallel_cross_entropy(
-        predicting.transpose(0, 1).contiguous(), token_ids[:, 1:].t().contiguous()
-    )
-    return -negative.t()
+    return _TokenLogProbs.apply(hidden, weight, row_of, token_ids, vocab_size, chunk_elements)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        row_of: torch.Tensor,
+        token_ids: torch.Tensor,
+        vocab_size: int,
+        chunk_elements: int,
+    ) -> torch.Tensor:
+        slices = _Slices(weight, token_ids, vocab_size, chunk_elements)
+        log_sums = hidden.new_empty(len(hidden), dtype=torch.float32)
+        chosen = torch.zeros(len(token_ids), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), slices.rows):
+            logits = slices.logits(hidden, start)
+            log_sums[start : start + slices.rows] = torch.logsumexp(logits, dim=-1)
+            tokens, rows, columns = slices.owned(row_of, start)
+            chosen[tokens] = logits[rows, columns]
+        log_sums = _log_sum_over_ranks(log_sums)
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            dist.all_reduce(chosen, group=parallel_state.get_tensor_model_parallel_group())
+        ctx.save_for_backward(hidden, weight, row_of, token_ids, log_sums)
+        ctx.sizes = (vocab_size, chunk_elements)
+        return chosen - log_sums[row_of]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        hidden, weight, row_of, token_ids, log_sums = ctx.saved_tensors
+        slices = _Slices(weight, token_ids, *ctx.sizes)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        # d log p(token) / d logits = one-hot(token) - softmax, summed over the tokens of a row.
+        row_grads = torch.zeros_like(log_sums).index_add_(0, row_of, grad)
+        for start in range(0, len(hidden), slices.rows):
+            chunk = slice(start, start + slices.rows)
+            logits = slices.logits(hidden, start)
+            logits.sub_(log_sums[chunk, None]).exp_().mul_(-row_grads[chunk, None])
+            tokens, rows, columns = slices.owned(row_of, start)
+            logits.index_put_((rows, columns), grad[tokens], accumulate=True)
+            grad_logits = logits.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, slices.weight, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                grad_weight[: slices.width].addmm_(grad_logits.t(), hidden[chunk])
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+class _Slices:
+    """This rank's part of the vocabulary, and the rows that are computed at a time."""
+
+    def __init__(
+        self, weight: torch.Tensor, token_ids: torch.Tensor, vocab_size: int, chunk_elements: int
+    ) -> None:
+        padded_width = weight.shape[0]
+        first = parallel_state.get_tensor_model_parallel_rank() * padded_width
+        # Columns of the padded vocabulary are left out; a rank may have nothing else.
+        self.width = min(max(vocab_size - first, 0), padded_width)
+        self.weight = weight[: self.width]
+        self.rows = max(1, chunk_elements // padded_width)
+        self._columns = token_ids - first
+        self._mine = (self._columns >= 0) & (self._columns < self.width)
+
+    def logits(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
+        """float32 [rows, V / TP], a tensor of its own."""
+        return (hidden[start : start + self.rows] @ self.weight.t()).float()
+
+    def owned(
+        self, row_of: torch.Tensor, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens of this rank that the rows from `start` predict: which, in which row, column."""
+        here = self._mine & (row_of >= start) & (row_of < start + self.rows)
+        tokens = here.nonzero()[:, 0]
+        return tokens, row_of[tokens] - start, self._columns[tokens]
+
+
+def _log_sum_over_ranks(log_sums: torch.Tensor) -> torch.Tensor:
+    """log of the sum over tensor-parallel ranks of exp(log_sums)."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return log_sums
+    group = parallel_state.get_tensor_model_parallel_group()
+    largest = log_sums.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    sums = torch.exp(log_sums - largest)
+    dist.all_reduce(sums, group=group)
+    return largest + torch.log(sums)

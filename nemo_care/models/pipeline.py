@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_care.models.qwen2_5_vl import ModelInputs
@@ -18,7 +17,6 @@ def forward_only(
     batches: Sequence[B],
     inputs_of: Callable[[B], ModelInputs],
     result_of: Callable[[torch.Tensor, B], R],
-    inference_context: StaticInferenceContext | None = None,
 ) -> list[R]:
     """Forward all micro-batches without gradients.
 
@@ -26,10 +24,8 @@ def forward_only(
         model: this rank's stage.
         batches: the micro-batches, equal on all ranks of the model replica.
         inputs_of: the model's inputs of a micro-batch.
-        result_of: called on the last stage with the logits [B, S, V_padded / TP] and the
-            micro-batch.
-        inference_context: the key-value cache when decoding; the logits are then those of the
-            last position.
+        result_of: called on the last stage with the hidden states (see `Qwen25VL.forward`) and
+            the micro-batch.
 
     Returns:
         One result per micro-batch on the last pipeline stage; an empty list on the others.
@@ -37,9 +33,9 @@ def forward_only(
 
     def step(iterator, stage):
         batch = next(iterator)
-        output = stage(inputs_of(batch), inference_context=inference_context)
+        output = stage(inputs_of(batch))
         # The schedule calls this with non_loss_data=True and collects what it returns.
-        return output, lambda logits, non_loss_data: result_of(logits, batch)
+        return output, lambda hidden, non_loss_data: result_of(hidden, batch)
 
     with torch.no_grad():
         return get_forward_backward_func()(
@@ -72,8 +68,8 @@ def forward_backward(
         batch = next(iterator)
         output = stage(inputs_of(batch))
 
-        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, R]:
-            share, collected = loss_of(logits, batch)
+        def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, R]:
+            share, collected = loss_of(hidden, batch)
             # The schedule divides by the number of micro-batches: it expects means, not shares.
             return share * count, collected
 

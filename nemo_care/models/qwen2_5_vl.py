@@ -14,19 +14,23 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from transformers import AutoConfig, Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
+from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.layer_specs import layer_spec
+from nemo_care.models.log_probs import token_log_probs
+from nemo_care.models.segments import PackedSegments
 from nemo_care.parallel.process_groups import Layout
 
 # Independent of the tensor-parallel size, so that a checkpoint of any layout fits any other.
@@ -35,13 +39,14 @@ _VOCABULARY_MULTIPLE = 128
 
 @dataclass
 class ModelInputs:
-    """One micro-batch: B rows, padded to S tokens.
+    """One micro-batch: B rows, right-padded to S tokens.
 
-    `pixel_values` [patches, 3 * temporal_patch * patch * patch] and `grid_thw` [items, 3] hold the
-    images and videos of all rows in order of appearance, `is_vision` bool [B, S] says which tokens
-    their features replace; all None where there are none. A vision token that the model itself
-    has sampled is an ordinary token and not marked.
-    `attention_mask` is [B, 1, S_q, S_k] with True where a query may look; None means causal.
+    `token_ids` [B, S], `position_ids` [3, B, S]. `pixel_values` [patches, 3 * temporal_patch *
+    patch * patch] and `grid_thw` [items, 3] hold the images and videos of all rows in order of
+    appearance, `is_vision` bool [B, S] says which tokens their features replace; all None where
+    there are none. A vision token that the model itself has sampled is an ordinary token and not
+    marked. `packed` says what a token sees where the one row (B = 1) holds several segments, or
+    the next tokens of cached sequences; None: each row is one causal sequence.
     """
 
     token_ids: torch.Tensor
@@ -49,7 +54,7 @@ class ModelInputs:
     pixel_values: torch.Tensor | None = None
     grid_thw: torch.Tensor | None = None
     is_vision: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
+    packed: PackedSegments | DecodingCache | None = None
 
 
 def read_hf_config(path: str | Path) -> Qwen2_5_VLConfig:
@@ -113,10 +118,18 @@ def check_layout(hf: Qwen2_5_VLConfig, layout: Layout) -> None:
 
 
 def transformer_config(
-    hf: Qwen2_5_VLConfig, layout: Layout, dtype: torch.dtype
+    hf: Qwen2_5_VLConfig, layout: Layout, dtype: torch.dtype, recompute_granularity: str = "none"
 ) -> TransformerConfig:
-    """Megatron's configuration of the language model."""
+    """Megatron's configuration of the language model.
+
+    `recompute_granularity`: none, selective (the inside of attention) or full (whole layers).
+    """
     text = hf.text_config
+    recompute: dict[str, Any] = {}
+    if recompute_granularity != "none":
+        recompute["recompute_granularity"] = recompute_granularity
+    if recompute_granularity == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -151,7 +164,15 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **recompute,
     )
+
+
+class _LanguageModel(GPTModel):
+    """GPTModel that stops before its output layer, which runs on chosen positions only."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
 
 
 class Qwen25VL(MegatronModule):
@@ -169,7 +190,7 @@ class Qwen25VL(MegatronModule):
         self.share_embeddings_and_output_weights = bool(hf.tie_word_embeddings)
         self.hf = hf
         self.vocab_size = hf.text_config.vocab_size
-        self.language_model = GPTModel(
+        self.language_model = _LanguageModel(
             config,
             layer_spec(config, backend),
             vocab_size=padded_vocabulary(self.vocab_size),
@@ -192,6 +213,8 @@ class Qwen25VL(MegatronModule):
             self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(
                 hf.vision_config, attn_implementation="sdpa", dtype=config.params_dtype
             ).to(torch.cuda.current_device())
+            if config.recompute_granularity == "full":
+                self.visual.gradient_checkpointing_enable({"use_reentrant": False})
             if torch.cuda.is_available():
                 # The copies on the tensor-parallel ranks see equal inputs, but CUDA's backward
                 # kernels are not deterministic: averaging keeps the copies equal.
@@ -236,15 +259,12 @@ class Qwen25VL(MegatronModule):
         rows = rows.masked_scatter(where, features.to(rows.dtype))
         return rows.transpose(0, 1).contiguous()
 
-    def forward(
-        self, inputs: ModelInputs, inference_context: StaticInferenceContext | None = None
-    ) -> torch.Tensor:
+    def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Run this stage.
 
         Returns:
-            On the last stage logits: [B, S, V_padded / TP] of this rank's vocabulary slice, or
-            with an inference context [B, 1, V_padded] of the last position, gathered. On other
-            stages hidden states for the next one.
+            Hidden states [S, B, H] ([S / TP, B, H] with sequence parallelism): for the next stage,
+            or on the last one normed, for `token_log_probs`, `logits` and `next_token_logits`.
         """
         hidden = None
         if self.pre_process:
@@ -254,11 +274,51 @@ class Qwen25VL(MegatronModule):
         return self.language_model(
             input_ids=None,
             position_ids=inputs.position_ids,
-            attention_mask=inputs.attention_mask,
+            attention_mask=None,
             decoder_input=hidden,
-            inference_context=inference_context,
-            runtime_gather_output=True if inference_context is not None else None,
+            packed_seq_params=inputs.packed,
         )
+
+    def _output_weight(self) -> torch.Tensor:
+        """This rank's slice of the output layer, [V_padded / TP, H] (last stage)."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.language_model.output_layer.weight
+
+    def token_log_probs(
+        self, hidden: torch.Tensor, places: torch.Tensor, token_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Log-probabilities float32 [T] of chosen tokens, on the last stage; differentiable.
+
+        Args:
+            hidden: what `forward` returned.
+            places: long [T]: where each token is predicted, as s * B + b in `hidden` [S, B, H].
+            token_ids: long [T].
+        """
+        if self.config.sequence_parallel:
+            # Backward sums the ranks' parts of the gradient while it scatters them again.
+            hidden = gather_from_sequence_parallel_region(hidden)
+        rows, row_of = torch.unique(places, return_inverse=True)
+        chosen = hidden.flatten(0, 1).index_select(0, rows)
+        if not self.config.sequence_parallel:
+            chosen = copy_to_tensor_model_parallel_region(chosen)
+        return token_log_probs(chosen, self._output_weight(), row_of, token_ids, self.vocab_size)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [B, S, V_padded / TP] of every position, this rank's slice (last stage)."""
+        logits, _ = self.language_model.output_layer(hidden, weight=self._output_weight())
+        return logits.transpose(0, 1)
+
+    def next_token_logits(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [N, V] at `places` [N], gathered over the ranks (last stage).
+
+        `hidden` must be whole: use it with `without_sequence_parallel`.
+        """
+        chosen = hidden.flatten(0, 1).index_select(0, places)
+        logits, _ = self.language_model.output_layer(
+            chosen[:, None], weight=self._output_weight(), runtime_gather_output=True
+        )
+        return logits[:, 0, : self.vocab_size].float()
 
     @contextmanager
     def without_sequence_parallel(self) -> Iterator[None]:

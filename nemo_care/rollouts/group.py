@@ -37,8 +37,9 @@ class Group:
 
     Float32 [G] each, filled in this order: `accuracy`, `format` (rewards); `answer_likelihood`
     (the reference; clipped from above, NaN without an answer); `consistency_bonus`, `reward`,
-    `advantage`. `reference_log_probs`, one float32 [C] per completion, only when a KL term needs
-    them.
+    `advantage`. `reference_log_probs`, one float32 [C] per completion with NaN where the reference
+    was not asked (outside the answers, unless there is a KL term), are known on the last pipeline
+    stage only, where the loss is computed.
     """
 
     prompt: Prompt

@@ -1,24 +1,26 @@
 """Generation in the training shards: no second copy of the weights, no resharding.
 
-Prompts of a batch are padded on the left, so that all completions start at the same column. The
-prompt is computed once per group; its key-value cache is then expanded to the G completions.
+The prompts of a batch are computed once each, as one packed sequence, and cached once for all their
+completions. A completion that has ended leaves the batch, so that it costs nothing more.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.pipeline import forward_only
 from nemo_care.models.qwen2_5_vl import ModelInputs, Qwen25VL
+from nemo_care.models.segments import PackedSegments, Segment
 from nemo_care.parallel.cpu_compat import compute_device
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.answer_span import answer_token_span
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.group import Completion, Group
+from nemo_care.rollouts.group_batch import vision_inputs
 from nemo_care.rollouts.sampling import sample_tokens, uniform_numbers
 
 
@@ -26,13 +28,23 @@ class MegatronGenerator:
     """Samples from the model that is being trained, where it is."""
 
     def __init__(
-        self, model: Qwen25VL, tokenizer: ChatTokenizer, ranks: Ranks, *, groups_per_batch: int
+        self,
+        model: Qwen25VL,
+        tokenizer: ChatTokenizer,
+        ranks: Ranks,
+        *,
+        groups_per_batch: int,
+        shared_prompt: bool = True,
     ) -> None:
-        """`groups_per_batch` bounds the key-value cache: that many prompts times G rows."""
+        """`groups_per_batch` bounds the key-value cache: that many prompts, and G completions each.
+
+        Without `shared_prompt` every completion computes and caches the prompt for itself.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.ranks = ranks
         self.groups_per_batch = groups_per_batch
+        self.shared_prompt = shared_prompt
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group per prompt; all ranks of the model replica call it with equal prompts."""
@@ -55,8 +67,22 @@ class MegatronGenerator:
             self.model.train(was_training)
 
     def _generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        decoding = _Decoding(self.model, self.ranks, prompts, sampling, self.tokenizer)
-        tokens, log_probs = decoding.run()
+        copies = 1 if self.shared_prompt else sampling.group_size
+        uniforms = uniform_numbers(
+            sampling.seed,
+            [prompt.index for prompt in prompts],
+            sampling.group_size,
+            sampling.max_tokens,
+        )
+        decoding = _Decoding(
+            self.model,
+            self.ranks,
+            [prompt for prompt in prompts for _ in range(copies)],
+            sampling.group_size // copies,
+            sampling,
+            self.tokenizer,
+        )
+        tokens, log_probs = decoding.run(uniforms)
         groups = []
         for number, prompt in enumerate(prompts):
             rows = range(number * sampling.group_size, (number + 1) * sampling.group_size)
@@ -79,135 +105,112 @@ class MegatronGenerator:
 
 
 class _Decoding:
-    """One batch of B prompts with G completions each, decoded together: N = B * G rows."""
+    """B prompts with G completions each, decoded together: N = B * G rows."""
 
     def __init__(
         self,
         model: Qwen25VL,
         ranks: Ranks,
         prompts: Sequence[Prompt],
+        group_size: int,
         sampling: Sampling,
         tokenizer: ChatTokenizer,
     ) -> None:
         self.model = model
         self.ranks = ranks
         self.prompts = prompts
+        self.group_size = group_size
         self.sampling = sampling
         self.device = compute_device()
         self.eos = torch.tensor(sorted(tokenizer.eos_ids), device=self.device)
         self.pad_id = tokenizer.pad_id
-        self.width = max(prompt.length for prompt in prompts)
-        self.rows = len(prompts) * sampling.group_size
-        self.context = StaticInferenceContext(self.rows, self.width + sampling.max_tokens)
-        self.uniforms = uniform_numbers(
-            sampling.seed,
-            [prompt.index for prompt in prompts],
-            sampling.group_size,
-            sampling.max_tokens,
-        ).to(self.device)
+        self.packed = self._pack_prompts()
+        self.cache = DecodingCache(self.packed, group_size, sampling.max_tokens)
 
-    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [N, C_max] and their log-probabilities float32 [N, C_max], on the CPU."""
-        group_size = self.sampling.group_size
-        prompt_inputs, visible, positions = self._left_padded_prompts()
-        logits = self._forward(prompt_inputs, advance=self.width)
-        self._expand_cache(group_size)
-        logits = logits.repeat_interleave(group_size, dim=0)
-        positions = positions.repeat_interleave(group_size, dim=1)
-        visible = visible.repeat_interleave(group_size, dim=0)
-        ended = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
-        tokens, log_probs = [], []
-        for step in range(self.sampling.max_tokens):
-            token, log_prob = self._choose(logits, step, ended)
-            tokens.append(token)
-            log_probs.append(log_prob)
-            ended |= torch.isin(token, self.eos)
-            if bool(ended.all()) or step + 1 == self.sampling.max_tokens:
+    def run(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [N, C_max] (padding after the end) and log-probabilities float32 [N, C_max].
+
+        `uniforms` [N, C_max] are the random numbers to sample with. Results are on the CPU.
+        """
+        uniforms = uniforms.to(self.device)
+        count, longest = len(self.prompts) * self.group_size, self.sampling.max_tokens
+        tokens = torch.full((count, longest), self.pad_id, device=self.device)
+        log_probs = torch.zeros(count, longest, device=self.device)
+        first = [prompt.continued_positions(1)[:, 0] for prompt in self.prompts]
+        positions = torch.stack(first, dim=1).repeat_interleave(self.group_size, dim=1)
+        positions = positions.to(self.device)
+        # Rows that have not ended; the batch holds nothing else.
+        rows = torch.arange(count, device=self.device)
+        logits = self._prefill().repeat_interleave(self.group_size, dim=0)
+        for step in range(longest):
+            token, log_prob = self._choose(logits, uniforms[rows, step])
+            tokens[rows, step], log_probs[rows, step] = token, log_prob
+            going_on = (~torch.isin(token, self.eos)).nonzero()[:, 0]
+            if not len(going_on) or step + 1 == longest:
                 break
-            # The cache holds keys without rotary embedding, so the positions of the whole
-            # sequence so far go in at every step.
-            positions = self._next_positions(positions)
-            visible = torch.nn.functional.pad(visible, (0, 1), value=True)
-            inputs = ModelInputs(
-                token_ids=token[:, None],
-                position_ids=positions,
-                attention_mask=None if bool(visible.all()) else visible[:, None, None, :],
-            )
-            logits = self._forward(inputs, advance=1)
-        return torch.stack(tokens, dim=1).cpu(), torch.stack(log_probs, dim=1).cpu()
+            if len(going_on) < len(rows):
+                rows, token = rows[going_on], token[going_on]
+                positions = positions[:, going_on]
+                self.cache.keep(going_on)
+            logits = self._decode(token, positions + step)
+        return tokens.cpu(), log_probs.cpu()
 
-    def _left_padded_prompts(self) -> tuple[ModelInputs, torch.Tensor, torch.Tensor]:
-        """Inputs of the prefill, visible keys [B, P_max] and positions [3, B, P_max]."""
-        count, width = len(self.prompts), self.width
-        ids = torch.full((count, width), self.pad_id)
-        positions = torch.zeros(3, count, width, dtype=torch.long)
-        visible = torch.zeros(count, width, dtype=torch.bool)
-        is_vision = torch.zeros(count, width, dtype=torch.bool)
-        for row, prompt in enumerate(self.prompts):
-            start = width - prompt.length
-            ids[row, start:] = prompt.token_ids
-            positions[:, row, start:] = prompt.position_ids
-            visible[row, start:] = True
-            is_vision[row, start:] = prompt.is_vision
-        mask = None
-        if not bool(visible.all()):
-            causal = torch.ones(width, width, dtype=torch.bool).tril()
-            # A padding token sees itself, because a row without any key would give NaN.
-            itself = torch.eye(width, dtype=torch.bool)
-            mask = ((causal & visible[:, None, :]) | itself)[:, None].to(self.device)
-        pixels = [p.pixel_values for p in self.prompts if p.pixel_values is not None]
-        grids = [p.grid_thw for p in self.prompts if p.grid_thw is not None]
+    def _pack_prompts(self) -> PackedSegments:
+        segments, end = [], 0
+        for prompt in self.prompts:
+            segments.append(Segment(end, end + prompt.length))
+            end += prompt.length
+        return PackedSegments(segments=tuple(segments), length=end, device=self.device)
+
+    def _prefill(self) -> torch.Tensor:
+        """Compute the prompts; logits float32 [B, V] of their completions' first token."""
+        pixels, grids = vision_inputs(self.prompts, self.device)
+        token_ids = torch.cat([prompt.token_ids for prompt in self.prompts])
+        positions = torch.cat([prompt.position_ids for prompt in self.prompts], dim=1)
+        is_vision = torch.cat([prompt.is_vision for prompt in self.prompts])
         inputs = ModelInputs(
-            token_ids=ids.to(self.device),
-            position_ids=positions.to(self.device),
-            pixel_values=torch.cat(pixels).to(self.device) if pixels else None,
-            grid_thw=torch.cat(grids).to(self.device) if grids else None,
-            is_vision=is_vision.to(self.device) if pixels else None,
-            attention_mask=mask,
+            token_ids=token_ids[None].to(self.device),
+            position_ids=positions[:, None].to(self.device),
+            pixel_values=pixels,
+            grid_thw=grids,
+            is_vision=is_vision[None].to(self.device) if pixels is not None else None,
+            packed=self.cache,
         )
-        return inputs, visible.to(self.device), inputs.position_ids
+        last = [segment.stop - 1 for segment in self.packed.segments]
+        logits = self._forward(inputs, torch.tensor(last, device=self.device))
+        self.cache.begin_decoding()
+        return logits
 
-    def _next_positions(self, positions: torch.Tensor) -> torch.Tensor:
-        """Append one text position per row: one after the largest on any axis."""
-        following = positions.amax(dim=(0, 2)) + 1
-        return torch.cat([positions, following.expand(3, -1).unsqueeze(-1)], dim=2)
+    def _decode(self, token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """One token [R] of each row, at `positions` [3, R]; logits float32 [R, V] of the next."""
+        inputs = ModelInputs(
+            token_ids=token[None], position_ids=positions[:, None], packed=self.cache
+        )
+        logits = self._forward(inputs, torch.arange(len(token), device=self.device))
+        self.cache.advance()
+        return logits
 
-    def _forward(self, inputs: ModelInputs, advance: int) -> torch.Tensor:
-        """Logits of the last position, float32 [rows, V]; meaningful on the last stage only."""
+    def _forward(self, inputs: ModelInputs, places: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [N, V] at `places`; meaningful on the last stage only."""
         results = forward_only(
             self.model,
             [inputs],
             inputs_of=lambda inputs: inputs,
-            result_of=lambda logits, _: logits,
-            inference_context=self.context,
+            result_of=lambda hidden, _: self.model.next_token_logits(hidden, places),
         )
-        self.context.sequence_len_offset += advance
-        vocabulary = self.model.vocab_size
         if self.ranks.is_last_stage:
-            return results[0][:, -1, :vocabulary].float()
-        return torch.zeros(len(inputs.token_ids), vocabulary, device=self.device)
-
-    def _expand_cache(self, group_size: int) -> None:
-        """Repeat the prompts' keys and values for the completions of each group."""
-        prompts, width = len(self.prompts), self.width
-        for memories in self.context.key_value_memory_dict.values():
-            for memory in memories:  # [S_max, N, key-value heads, head_dim]
-                memory[:width] = memory[:width, :prompts].repeat_interleave(group_size, dim=1)
-        self.context.enable_decode_mode()
+            return results[0]
+        return torch.zeros(len(places), self.model.vocab_size, device=self.device)
 
     def _choose(
-        self, logits: torch.Tensor, step: int, ended: torch.Tensor
+        self, logits: torch.Tensor, uniforms: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next token [N] and its log-probability [N]; padding after the end."""
-        token = torch.full((self.rows,), self.pad_id, device=self.device)
-        log_prob = torch.zeros(self.rows, device=self.device)
+        """The next token [R] and its log-probability [R], equal on all stages."""
+        token = torch.zeros(len(logits), dtype=torch.long, device=self.device)
+        log_prob = torch.zeros(len(logits), device=self.device)
         if self.ranks.is_last_stage:
-            sampled = sample_tokens(
-                logits, self.uniforms[:, step], self.sampling.temperature, self.sampling.top_p
-            )
-            scored = torch.log_softmax(logits, dim=-1).gather(-1, sampled[:, None])[:, 0]
-            token = torch.where(ended, token, sampled)
-            log_prob = torch.where(ended, log_prob, scored)
+            token = sample_tokens(logits, uniforms, self.sampling.temperature, self.sampling.top_p)
+            log_prob = torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
         self.ranks.broadcast_from_last_stage(token)
         self.ranks.broadcast_from_last_stage(log_prob)
         return token, log_prob

@@ -5,13 +5,16 @@ from typing import Any
 
 import torch
 
-from nemo_care.config import ReferenceConfig
+from nemo_care.config import AlgorithmConfig
 from nemo_care.models.ema import WeightAverage
 from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.objective.consistency import answer_likelihood
 from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.group import Group
-from nemo_care.rollouts.sequences import BatchLayout
-from nemo_care.scoring.score import Scorer
+from nemo_care.rollouts.group_batch import GroupBatch
+from nemo_care.scoring.advantages import add_consistency_bonus, set_advantage
+from nemo_care.scoring.score import Scorer, Table
 
 PREFIX = "reference."
 
@@ -20,29 +23,54 @@ class Reference:
     """pi_phi of the paper: an EMA of the policy (or frozen), sharded like it."""
 
     def __init__(
-        self,
-        model: Qwen25VL,
-        config: ReferenceConfig,
-        ranks: Ranks,
-        layout: BatchLayout,
-        *,
-        likelihood_clip: float,
-        keep_log_probs: bool,
+        self, model: Qwen25VL, algorithm: AlgorithmConfig, ranks: Ranks, layout: BatchLayout
     ) -> None:
-        """`model` starts with the policy's weights. `keep_log_probs`: a KL term needs them."""
-        self.average = WeightAverage(model, config.ema_decay)
+        """`model` starts with the policy's weights."""
+        config = algorithm.reference
+        self.average = WeightAverage(model, config.ema_decay, offload=config.offload)
         self.update_every = config.ema_update_every
+        self.consistency = algorithm.consistency
+        self.needs_all_tokens = algorithm.kl_coefficient > 0
         self.ranks = ranks
         self.scorer = Scorer(model, ranks, layout)
-        self.likelihood_clip = likelihood_clip
-        self.keep_log_probs = keep_log_probs
 
     def score_answers(self, groups: Sequence[Group]) -> None:
-        """Set each group's answer likelihoods (algorithm step 3), and log-probs for a KL term."""
-        for group, scores in zip(groups, self.scorer.score(groups), strict=True):
-            group.answer_likelihood = scores.answer_likelihood.clamp(max=self.likelihood_clip)
-            if self.keep_log_probs:
-                group.reference_log_probs = scores.log_probs
+        """The fused pass: answer likelihood, bonus, reward and advantage (steps 3 to 6).
+
+        They are made on the last stage while the pass runs. There, where the loss is computed, the
+        reference's log-probabilities stay too.
+        """
+        with self.average.in_place():
+            tables = self.scorer.score(
+                groups, self._score_batch, rows=4, all_tokens=self.needs_all_tokens
+            )
+        for group, table in zip(groups, tables, strict=True):
+            (
+                group.answer_likelihood,
+                group.consistency_bonus,
+                group.reward,
+                group.advantage,
+            ) = table.unbind()
+
+    def _score_batch(self, batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
+        likelihoods = answer_likelihood(log_probs, batch.answer_mask)
+        likelihoods = likelihoods.clamp(max=self.consistency.likelihood_clip).cpu()
+        where = batch.mask if self.needs_all_tokens else batch.answer_mask
+        scored = batch.unpadded(torch.where(where, log_probs, torch.nan))
+        tables = []
+        for group, likelihood, vectors in zip(
+            batch.groups, likelihoods.split([g.size for g in batch.groups]), scored, strict=True
+        ):
+            group.reference_log_probs = vectors
+            group.answer_likelihood = likelihood
+            add_consistency_bonus(group, self.consistency)
+            set_advantage(group)
+            tables.append(
+                torch.stack(
+                    [likelihood, group.consistency_bonus, group.reward, group.advantage]
+                ).to(log_probs.device)
+            )
+        return tables
 
     def track(self, policy: torch.nn.Module, step: int) -> None:
         """Move towards the policy after every `ema_update_every` optimizer steps (step 8)."""

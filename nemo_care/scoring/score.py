@@ -1,7 +1,11 @@
-"""Score completions under a model: answer likelihoods, and all log-probabilities on request."""
+"""The scoring pass: completions under a model, without gradients.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A group's vision tower and prompt run once, the output layer only where a token is asked for, and
+what a caller makes of the log-probabilities is made on the last pipeline stage, micro-batch by
+micro-batch. One small broadcast then tells the other stages.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -10,54 +14,94 @@ from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.objective.consistency import answer_likelihood
 from nemo_care.parallel.cpu_compat import compute_device
 from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.group import Group
-from nemo_care.rollouts.sequences import BatchLayout, sequence_batches
+from nemo_care.rollouts.group_batch import GroupBatch
 
-
-@dataclass(frozen=True)
-class GroupScores:
-    """What a model says of one group.
-
-    `answer_likelihood` float32 [G], NaN without an answer, not clipped. `log_probs` float32 [C_i]
-    per completion.
-    """
-
-    answer_likelihood: torch.Tensor
-    log_probs: list[torch.Tensor]
+Table = torch.Tensor
+"""What is made of one group: float32 [K, G], a column per completion."""
 
 
 class Scorer:
     """Teacher-forced scoring of groups under one model; all ranks of the replica take part."""
 
     def __init__(self, model: Qwen25VL, ranks: Ranks, layout: BatchLayout) -> None:
-        """`layout` says how groups become micro-batches."""
+        """`layout` says how groups become micro-batches; several fill the pipeline."""
         self.model = model
         self.ranks = ranks
         self.layout = layout
 
-    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Scores of each group, equal on all ranks of the model replica."""
-        batches = sequence_batches(groups, self.layout)
-        results = forward_only(
-            self.model,
-            batches,
-            inputs_of=lambda batch: batch.inputs,
-            result_of=lambda logits, batch: batch.completion_log_probs(
-                logits, self.model.vocab_size
-            ),
+    def answer_likelihoods(self, groups: Sequence[Group]) -> list[torch.Tensor]:
+        """Likelihood of each completion's answer, not clipped, float32 [G] per group.
+
+        NaN without an answer.
+        """
+
+        def likelihood(batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
+            likelihoods = answer_likelihood(log_probs, batch.answer_mask)
+            return list(likelihoods[None].split([group.size for group in batch.groups], dim=1))
+
+        return [table[0] for table in self.score(groups, likelihood, rows=1)]
+
+    def pair_likelihoods(self, groups: Sequence[Group]) -> list[torch.Tensor]:
+        """Likelihood of each answer behind each reasoning of its group, float32 [G, G] per group.
+
+        Row i, column j: exp of the mean log-probability of the tokens of answer i behind the
+        reasoning of completion j; NaN where either has no answer.
+
+        Raises:
+            ValueError: the layout does not share the prompt.
+        """
+        batches = self.layout.batches(groups, answer_pairs=True)
+        return self._tables(
+            batches, lambda hidden, batch: batch.pair_likelihoods(self.model, hidden)
         )
-        scores: list[GroupScores] = []
-        for number, batch in enumerate(batches):
-            log_probs = (
-                results[number]
-                if self.ranks.is_last_stage
-                else torch.zeros(batch.mask.shape, device=compute_device())
-            )
-            self.ranks.broadcast_from_last_stage(log_probs)
-            likelihood = answer_likelihood(log_probs, batch.answer_mask).cpu()
-            sizes = [group.size for group in batch.groups]
-            for part, vectors in zip(
-                likelihood.split(sizes), batch.unpadded(log_probs), strict=True
-            ):
-                scores.append(GroupScores(part, vectors))
-        return scores
+
+    def score(
+        self,
+        groups: Sequence[Group],
+        table_of: Callable[[GroupBatch, torch.Tensor], list[Table]],
+        *,
+        rows: int,
+        all_tokens: bool = False,
+    ) -> list[Table]:
+        """One table per group, on the CPU, equal on all ranks of the model replica.
+
+        Args:
+            groups: to be scored.
+            table_of: called on the last stage with a micro-batch and the log-probabilities float32
+                [N, C] of its completions' answer tokens (zero elsewhere); gives a table [rows, G]
+                per group.
+            rows: K of those tables.
+            all_tokens: log-probabilities of all completion tokens, not only the answers'.
+        """
+
+        def result(hidden: torch.Tensor, batch: GroupBatch) -> list[Table]:
+            where = batch.mask if all_tokens else batch.answer_mask
+            return table_of(batch, batch.log_probs(self.model, hidden, where))
+
+        return self._tables(self.layout.batches(groups), result, rows)
+
+    def _tables(
+        self,
+        batches: Sequence[GroupBatch],
+        result: Callable[[torch.Tensor, GroupBatch], list[Table]],
+        rows: int | None = None,
+    ) -> list[Table]:
+        """Run the pass; `rows` of each table (None: G) tell the other stages what to expect."""
+        results = forward_only(
+            self.model, batches, inputs_of=lambda batch: batch.inputs, result_of=result
+        )
+        sizes = [
+            (group.size if rows is None else rows, group.size)
+            for batch in batches
+            for group in batch.groups
+        ]
+        counts = [height * width for height, width in sizes]
+        flat = (
+            torch.cat([table.reshape(-1) for tables in results for table in tables])
+            if self.ranks.is_last_stage
+            else torch.zeros(sum(counts), device=compute_device())
+        )
+        parts = self.ranks.broadcast_from_last_stage(flat).cpu().split(counts)
+        return [part.view(size) for part, size in zip(parts, sizes, strict=True)]

@@ -1,0 +1,55 @@
+"""Groups become micro-batches."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nemo_care.parallel.process_groups import Layout
+from nemo_care.rollouts.group import Group
+from nemo_care.rollouts.group_batch import GroupBatch
+from nemo_care.rollouts.packed import packed_groups
+from nemo_care.rollouts.sequences import separate_sequences
+
+# FP8 matrix products want their dimensions to be multiples of it.
+_PACKED_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How groups become micro-batches.
+
+    `groups_per_batch` groups make one. With `shared_prompt` each group is one sequence that holds
+    its prompt once, else each completion is a sequence of its own. Sequences are padded with
+    `pad_id` to a multiple of `multiple` tokens.
+    """
+
+    groups_per_batch: int
+    pad_id: int
+    shared_prompt: bool = True
+    multiple: int = 1
+
+    @classmethod
+    def of(
+        cls, parallel: Layout, groups_per_batch: int, pad_id: int, *, shared_prompt: bool
+    ) -> "BatchLayout":
+        """The layout whose lengths sequence parallelism and, packed, FP8 can divide."""
+        scattered = parallel.tensor if parallel.sequence_parallel else 1
+        multiple = math.lcm(scattered, _PACKED_MULTIPLE) if shared_prompt else scattered
+        return cls(groups_per_batch, pad_id, shared_prompt, multiple)
+
+    def batches(self, groups: Sequence[Group], *, answer_pairs: bool = False) -> list[GroupBatch]:
+        """The groups as micro-batches, with `answer_pairs` for `pair_likelihoods`.
+
+        Raises:
+            ValueError: answer pairs without a shared prompt.
+        """
+        if answer_pairs and not self.shared_prompt:
+            raise ValueError("answer pairs need the shared-prompt layout")
+        size = self.groups_per_batch
+        parts = [groups[start : start + size] for start in range(0, len(groups), size)]
+        if not self.shared_prompt:
+            return [separate_sequences(part, self.pad_id, self.multiple) for part in parts]
+        return [
+            packed_groups(part, self.pad_id, self.multiple, answer_pairs=answer_pairs)
+            for part in parts
+        ]

@@ -1,0 +1,183 @@
+"""The shared-prompt layout: one sequence [prompt | completion 1 | ... | completion G] per group.
+
+Vision tower and prompt are computed once per group, forward and backward. The completions' lengths
+may differ; each one's positions go on from the prompt's end, and it sees the prompt and itself.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nemo_care.models.qwen2_5_vl import ModelInputs
+from nemo_care.models.segments import PackedSegments, Range, Segment
+from nemo_care.parallel.cpu_compat import compute_device
+from nemo_care.rollouts.group import Group
+from nemo_care.rollouts.group_batch import (
+    AnswerPairs,
+    GroupBatch,
+    completion_tensors,
+    pad_rows,
+    vision_inputs,
+)
+
+
+@dataclass(frozen=True)
+class PackedGroup:
+    """One group as one sequence of S = P + sum of C_i tokens (and those of answer pairs).
+
+    `token_ids` [S], `position_ids` [3, S]. `segments` tell what sees what; `places` hold, per
+    completion, where its tokens are predicted, long [C_i]. All indices count from the group's
+    first token. `pairs` is None unless asked for.
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: tuple[Segment, ...]
+    places: list[torch.Tensor]
+    pairs: AnswerPairs | None
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return len(self.token_ids)
+
+
+def pack_group(group: Group, *, answer_pairs: bool = False) -> PackedGroup:
+    """Lay out one group; with `answer_pairs` so that each answer follows each reasoning too."""
+    return _Packer(group).pack(answer_pairs)
+
+
+class _Packer:
+    """Appends segment after segment."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.prompt: Range = (0, group.prompt.length)
+        self.token_ids = [group.prompt.token_ids]
+        self.position_ids = [group.prompt.position_ids]
+        self.segments = [Segment(*self.prompt)]
+
+    def pack(self, answer_pairs: bool) -> PackedGroup:
+        places = []
+        for completion in self.group.completions:
+            start = self._append(completion.token_ids, (self.prompt,), 0)
+            # The first token is predicted by the prompt's last one.
+            places.append(torch.arange(start - 1, start - 1 + completion.length))
+            places[-1][0] = self.prompt[1] - 1
+        pairs = self._answer_pairs(places) if answer_pairs else None
+        return PackedGroup(
+            torch.cat(self.token_ids),
+            torch.cat(self.position_ids, dim=1),
+            tuple(self.segments),
+            places,
+            pairs,
+        )
+
+    def _append(self, token_ids: torch.Tensor, context: tuple[Range, ...], offset: int) -> int:
+        """Add a segment that begins `offset` tokens behind the prompt's end; where it starts."""
+        start = self.segments[-1].stop
+        positions = self.group.prompt.continued_positions(offset + len(token_ids))
+        self.token_ids.append(token_ids)
+        self.position_ids.append(positions[:, offset:])
+        self.segments.append(Segment(start, start + len(token_ids), context))
+        return start
+
+    def _answer_pairs(self, places: list[torch.Tensor]) -> AnswerPairs:
+        """Every answer behind every reasoning.
+
+        An answer of n tokens adds n - 1 to the sequence (its last one predicts nothing): none for
+        a single letter, and none where two completions gave the same answer.
+        """
+        answers = [
+            c.token_ids[slice(*c.answer_span)] if c.answer_span else None
+            for c in self.group.completions
+        ]
+        ids, where, numbers = [], [], []
+        for j, completion in enumerate(self.group.completions):
+            if completion.answer_span is None:
+                continue
+            begin, end = completion.answer_span
+            own = completion.token_ids[begin:end]
+            known = {tuple(own.tolist()): places[j][begin:end]}
+            start = self.segments[1 + j].start
+            context = (self.prompt, (start, start + begin)) if begin else (self.prompt,)
+            for i, answer in enumerate(answers):
+                if answer is None:
+                    continue
+                key = tuple(answer.tolist())
+                if key not in known:
+                    known[key] = self._branch(answer, places[j][begin : begin + 1], context, begin)
+                ids.append(answer)
+                where.append(known[key])
+                numbers.append(torch.full((len(answer),), i * self.group.size + j))
+        nothing = torch.zeros(0, dtype=torch.long)
+        return AnswerPairs(
+            torch.cat([nothing, *ids]), torch.cat([nothing, *where]), torch.cat([nothing, *numbers])
+        )
+
+    def _branch(
+        self, answer: torch.Tensor, first: torch.Tensor, context: tuple[Range, ...], offset: int
+    ) -> torch.Tensor:
+        """Put an answer behind another reasoning; the places of its tokens."""
+        if len(answer) == 1:
+            return first
+        start = self._append(answer[:-1], context, offset)
+        return torch.cat([first, torch.arange(start, start + len(answer) - 1)])
+
+
+def packed_groups(
+    groups: Sequence[Group], pad_id: int, multiple: int, *, answer_pairs: bool = False
+) -> GroupBatch:
+    """The groups as one row (B = 1) of packed groups, S a multiple of `multiple` tokens."""
+    packed = [pack_group(group, answer_pairs=answer_pairs) for group in groups]
+    starts = [0, *itertools.accumulate(part.length for part in packed)]
+    used = starts[-1]
+    width = -(-used // multiple) * multiple
+    ids = torch.full((1, width), pad_id)
+    positions = torch.zeros(3, 1, width, dtype=torch.long)
+    is_vision = torch.zeros(1, width, dtype=torch.bool)
+    segments: list[Segment] = []
+    places: list[torch.Tensor] = []
+    for group, part, start in zip(groups, packed, starts, strict=False):
+        ids[0, start : start + part.length] = part.token_ids
+        positions[:, 0, start : start + part.length] = part.position_ids
+        is_vision[0, start : start + group.prompt.length] = group.prompt.is_vision
+        segments.extend(segment.moved(start) for segment in part.segments)
+        places.extend(place + start for place in part.places)
+    device = compute_device()
+    pixels, grids = vision_inputs([group.prompt for group in groups], device)
+    token_ids, mask, answer_mask = completion_tensors(groups, device)
+    return GroupBatch(
+        groups=groups,
+        inputs=ModelInputs(
+            token_ids=ids.to(device),
+            position_ids=positions.to(device),
+            pixel_values=pixels,
+            grid_thw=grids,
+            is_vision=is_vision.to(device) if pixels is not None else None,
+            packed=PackedSegments(segments=tuple(segments), length=width, device=device),
+        ),
+        token_ids=token_ids,
+        mask=mask,
+        answer_mask=answer_mask,
+        places=pad_rows(places, mask.shape[1]).to(device),
+        pairs=_joined_pairs(groups, packed, starts, device) if answer_pairs else None,
+    )
+
+
+def _joined_pairs(
+    groups: Sequence[Group],
+    packed: Sequence[PackedGroup],
+    starts: Sequence[int],
+    device: torch.device,
+) -> AnswerPairs:
+    """The groups' pairs with places and numbers of the whole row."""
+    parts = [part.pairs for part in packed if part.pairs is not None]
+    squares = [0, *itertools.accumulate(group.size**2 for group in groups)]
+    return AnswerPairs(
+        token_ids=torch.cat([part.token_ids for part in parts]).to(device),
+        places=torch.cat([p.places + s for p, s in zip(parts, starts, strict=False)]).to(device),
+        pair=torch.cat([p.pair + n for p, n in zip(parts, squares, strict=False)]).to(device),
+    )

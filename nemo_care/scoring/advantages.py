@@ -1,0 +1,33 @@
+"""Bonus, reward and advantage on groups: the pure formulas of `objective`, applied."""
+
+import torch
+
+from nemo_care.config import ConsistencyConfig
+from nemo_care.objective.advantages import group_advantages
+from nemo_care.objective.consistency import consistency_bonus
+from nemo_care.rollouts.group import Group
+
+
+def add_consistency_bonus(group: Group, config: ConsistencyConfig) -> None:
+    """Set `consistency_bonus` and the total `reward` (algorithm steps 4 to 6).
+
+    With a bonus coefficient of 0 (the GRPO baseline) no answer likelihood is needed.
+    """
+    if config.bonus_coefficient == 0:
+        bonus = torch.zeros_like(group.accuracy)
+    else:
+        bonus = consistency_bonus(
+            group.accuracy[None],
+            group.answer_likelihood[None],
+            bonus_coefficient=config.bonus_coefficient,
+            consistency_margin=config.margin,
+            likelihood_clip=config.likelihood_clip,
+            accuracy_threshold=config.accuracy_threshold,
+        )[0]
+    group.consistency_bonus = bonus
+    group.reward = group.accuracy + group.format + bonus
+
+
+def set_advantage(group: Group) -> None:
+    """Set the group-relative `advantage` of each completion (algorithm step 6)."""
+    group.advantage = group_advantages(group.reward[None])[0]
