@@ -221,8 +221,13 @@ def test_sampled_vision_tokens_are_ordinary_tokens(recipe, ranks, tmp_path):
         )
         for prompt in prompts
     ]
-    scores = trainer.reference.scorer.score(groups)
-    assert all(torch.isfinite(v).all() for score in scores for v in score.log_probs)
+    tables = trainer.reference.scorer.score(
+        groups,
+        lambda batch, log_probs: list(log_probs.sum(1)[None].split(2, dim=1)),
+        rows=1,
+        all_tokens=True,
+    )
+    assert all(torch.isfinite(table).all() for table in tables)
 
 
 def test_reference_and_schedule_count_optimizer_steps(recipe, ranks, tmp_path):

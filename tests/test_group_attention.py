@@ -1,0 +1,135 @@
+"""Attention of packed sequences equals that of separate ones: values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nemo_care.models.group_attention import GroupAttention
+from nemo_care.models.segments import PackedSegments, Segment
+
+HEADS, KEY_HEADS, WIDTH = 4, 2, 8
+# Two groups with prompts of 7 and 5 tokens, completions of unequal length, in the second group a
+# branch behind the first three tokens of its first completion; three tokens of padding.
+SEGMENTS = (
+    Segment(0, 7),
+    Segment(7, 11, ((0, 7),)),
+    Segment(11, 60, ((0, 7),)),
+    Segment(60, 61, ((0, 7),)),
+    Segment(61, 66),
+    Segment(66, 72, ((61, 66),)),
+    Segment(72, 75, ((61, 66),)),
+    Segment(75, 77, ((61, 66), (66, 69))),
+)
+LENGTH = 80
+
+
+@pytest.fixture
+def attention(ranks):
+    from types import SimpleNamespace
+
+    return GroupAttention(SimpleNamespace(), layer_number=1, attn_mask_type=None, attention_type="")
+
+
+def made_inputs() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(LENGTH, 1, heads, WIDTH, generator=generator, requires_grad=True)
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    ]
+
+
+def separately(q, k, v) -> torch.Tensor:
+    """Each segment with its context as a sequence of its own, by the plain formula."""
+    out = torch.zeros(LENGTH, 1, HEADS * WIDTH)
+    for segment in SEGMENTS:
+        own = range(segment.start, segment.stop)
+        tokens = [t for start, stop in segment.context for t in range(start, stop)] + [*own]
+        mask = torch.ones(len(tokens), len(tokens)).tril().bool()
+        rows = [x[tokens, 0].transpose(0, 1)[None] for x in (q, k, v)]
+        rows[1:] = [x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in rows[1:]]
+        values = F.scaled_dot_product_attention(*rows, attn_mask=mask)
+        values = values[0, :, -segment.length :].transpose(0, 1).flatten(1)
+        out = torch.cat([out[: segment.start], values[:, None], out[segment.stop :]])
+    return out
+
+
+def gradients(out, inputs) -> list[torch.Tensor]:
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    return list(torch.autograd.grad((out * weight).sum(), inputs))
+
+
+def test_packed_equals_separate_sequences(attention):
+    inputs = made_inputs()
+    packed = PackedSegments(segments=SEGMENTS, length=LENGTH)
+    ours = attention(*inputs, None, packed_seq_params=packed)
+    wanted = separately(*inputs)
+    torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-5)
+    for mine, other in zip(gradients(ours, inputs), gradients(wanted, inputs), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+
+def test_plain_causal_mask_over_the_packed_sequence_is_something_else(attention):
+    """The negative control of the comparison above."""
+    inputs = made_inputs()
+    plain, wanted = attention(*inputs, None), separately(*inputs)
+    prompt = slice(0, 11)
+    torch.testing.assert_close(plain[prompt], wanted[prompt], atol=1e-6, rtol=1e-5)
+    assert (plain[11:75] - wanted[11:75]).abs().amax(dim=(1, 2)).min() > 1e-3
+
+
+def test_padding_is_zero_and_touches_nothing(attention):
+    inputs = made_inputs()
+    out = attention(*inputs, None, packed_seq_params=PackedSegments(segments=SEGMENTS, length=80))
+    assert bool((out[77:] == 0).all())
+    assert all(bool((gradient[77:] == 0).all()) for gradient in gradients(out, inputs))
+
+
+def test_variable_length_rows_describe_the_same_attention(attention):
+    """What a variable-length kernel is given; the kernel is written out here."""
+    q, k, v = made_inputs()
+    packed = PackedSegments(segments=SEGMENTS, length=LENGTH)
+    rows = packed.variable_lengths
+    outputs = []
+    for row in range(len(SEGMENTS)):
+        queries = slice(rows.query_starts[row], rows.query_starts[row + 1])
+        keys = rows.keys[rows.key_starts[row] : rows.key_starts[row + 1]]
+        count, total = queries.stop - queries.start, len(keys)
+        mask = torch.ones(count, total).tril(total - count).bool()
+        part = [x[:, 0].transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys])]
+        outputs.append(F.scaled_dot_product_attention(*part, attn_mask=mask, enable_gqa=True))
+    ours = torch.cat([out[0].transpose(0, 1).flatten(1) for out in outputs])
+    torch.testing.assert_close(ours, separately(q, k, v)[: packed.used, 0], atol=1e-6, rtol=1e-5)
+    assert (rows.longest_query, rows.longest_key) == (49, 56)
+    assert rows.query_starts.dtype == rows.key_starts.dtype == torch.int32
+
+
+def test_completions_are_not_padded_to_the_longest():
+    lengths = [768, 760, 700, 300, 290, 40, 30, 25]
+    segments, end = [Segment(0, 100)], 100
+    for length in lengths:
+        segments.append(Segment(end, end + length, ((0, 100),)))
+        end += length
+    buckets = PackedSegments(segments=tuple(segments), length=end).buckets
+    computed = sum(bucket.count * bucket.length for bucket in buckets)
+    assert computed < 1.1 * end
+    assert len(buckets) == 4
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ((Segment(0, 4), Segment(5, 6)), "follow each other"),
+        ((Segment(0, 4), Segment(4, 4)), "not be empty"),
+        ((Segment(0, 4), Segment(4, 6, ((0, 5),))), "before its segment"),
+        ((Segment(0, 9),), "in a sequence of 8"),
+    ],
+)
+def test_impossible_segments_are_refused(segments, message):
+    with pytest.raises(ValueError, match=message):
+        PackedSegments(segments=segments, length=8)
+
+
+def test_a_packed_sequence_in_a_batch_is_refused(attention):
+    q, k, v = (x.expand(-1, 2, -1, -1) for x in made_inputs())
+    with pytest.raises(ValueError, match="batch of 2"):
+        attention(q, k, v, None, packed_seq_params=PackedSegments(segments=SEGMENTS, length=80))
