@@ -40,31 +40,34 @@ def gather_weights(model) -> dict[str, torch.Tensor]:
     return {name: tensor for part in everyone for name, tensor in part.items()}
 
 
-def gather_gradients(policy) -> dict[str, torch.Tensor]:
+def gather_gradients(model) -> dict[str, torch.Tensor]:
     """The whole gradient, before clipping, under Hugging Face's names."""
-    parameters = list(policy.model.parameters())
+    parameters = list(model.parameters())
     weights = [parameter.data for parameter in parameters]
     for parameter in parameters:
         parameter.data = parameter.main_grad.clone()
-    gradients = gather_weights(policy.model)
+    gradients = gather_weights(model)
     for parameter, weight in zip(parameters, weights, strict=True):
         parameter.data = weight
     return gradients
 
 
-def record_gradients(policy) -> dict[str, torch.Tensor]:
-    """Fill the returned dictionary at the policy's next optimizer step."""
-    config = policy.wrapped.config
-    # The distributed optimizer only reduces each rank's part unless told otherwise.
+def reduce_whole_gradients(config) -> None:
+    """The distributed optimizer only reduces each rank's part of a gradient unless told so."""
     finalize = config.finalize_model_grads_func
     config.finalize_model_grads_func = lambda *args, **kwargs: finalize(
         *args, **{**kwargs, "force_all_reduce": True}
     )
+
+
+def record_gradients(policy) -> dict[str, torch.Tensor]:
+    """Fill the returned dictionary at the policy's next optimizer step."""
+    reduce_whole_gradients(policy.wrapped.config)
     recorded: dict[str, torch.Tensor] = {}
     step = policy.optimizer.step
 
     def recording_step():
-        recorded.update(gather_gradients(policy))
+        recorded.update(gather_gradients(policy.model))
         return step()
 
     policy.optimizer.step = recording_step

@@ -152,6 +152,64 @@ def test_micro_batches_of_any_size_give_the_same_step(recipe, ranks, tmp_path):
         assert results[0][key] == pytest.approx(results[1][key], abs=1e-6, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("algorithm.shared_prompt", False),
+        ("algorithm.reference.offload", True),
+        ("model.recompute_granularity", "selective"),
+        ("model.recompute_granularity", "full"),
+    ],
+)
+def test_switches_of_speed_and_memory_leave_the_run_as_it_is(recipe, ranks, tmp_path, key, value):
+    recipe.trainer.max_steps = 3
+    recipe.algorithm.kl_coefficient = 0.02
+    results = []
+    for name in ("plain", "switched"):
+        if name == "switched":
+            owner = recipe
+            *path, last = key.split(".")
+            for part in path:
+                owner = getattr(owner, part)
+            setattr(owner, last, value)
+        small_trainer(recipe, ranks, tmp_path / name).fit()
+        results.append(lines(tmp_path / name / "metrics.jsonl"))
+    for plain, switched in zip(*results, strict=True):
+        for metric, wanted in plain.items():
+            if metric.startswith("timing/"):
+                continue
+            if wanted is None:
+                assert switched[metric] is None
+            else:
+                assert switched[metric] == pytest.approx(wanted, abs=2e-4, rel=2e-3), metric
+
+
+def test_reference_in_cpu_memory_equals_one_in_place_and_resumes(recipe, ranks, tmp_path):
+    recipe.trainer.max_steps = 2
+    recipe.model.precision.dtype = "bf16"
+    states = []
+    for offload in (False, True):
+        recipe.algorithm.reference.offload = offload
+        trainer = small_trainer(recipe, ranks, tmp_path / str(offload))
+        trainer.fit()
+        resumed = small_trainer(recipe, ranks, tmp_path / str(offload))
+        resumed.resume()
+        for average in (trainer.reference.average, resumed.reference.average):
+            with average.in_place():
+                weights = {n: p.clone() for n, p in average.model.named_parameters()}
+            states.append((average.state, weights))
+    for state, weights in states[1:]:
+        for name, wanted in states[0][0].items():
+            assert torch.equal(state[name], wanted)
+            assert torch.equal(weights[name], states[0][1][name])
+
+
+def test_reference_in_cpu_memory_holds_no_weights_between_passes(recipe, ranks, tmp_path):
+    recipe.algorithm.reference.offload = True
+    model = small_trainer(recipe, ranks, tmp_path).reference.average.model
+    assert {p.untyped_storage().nbytes() for p in model.parameters()} == {4}
+
+
 def test_rollout_that_disagrees_with_training_stops_the_first_step(recipe, ranks, tmp_path):
     recipe.rollout.max_logprob_difference = 0.0
     with pytest.raises(RuntimeError, match="max_logprob_difference"):
