@@ -18,7 +18,7 @@ TORCH := torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cp
 endif
 endif
 
-.PHONY: train test test-slow compare report lint format clean help
+.PHONY: train test test-slow compare bench report lint format clean help
 
 train: $(INSTALLED)
 	$(BIN)/nemo-care train --config-name tiny_cpu $(ARGS)
@@ -33,6 +33,12 @@ test-slow: $(INSTALLED)
 # GRPO and GRPO-CARE with three seeds each, and one table of both.
 compare: $(INSTALLED)
 	$(BIN)/nemo-care compare --recipes tiny_cpu_grpo tiny_cpu --seeds 1 2 3 $(if $(ARGS),--set $(ARGS))
+
+# Speed and memory against the simple way and against TRL, which gets an environment of its own.
+bench: $(INSTALLED) .venv-trl/.installed
+	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/versus_trl.py
 
 report: $(INSTALLED)
 	$(BIN)/nemo-care report runs/tiny_cpu
@@ -53,12 +59,19 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --editable ".[dev]"
 	touch $@
 
+.venv-trl/.installed:
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install $(TORCH)
+	.venv-trl/bin/python -m pip install "trl==1.16.0" "transformers>=5.16,<5.20" torchvision pillow
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-trl runs
 
 help:
 	@echo "make train     train the tiny model on this machine: 100 steps, minutes"
 	@echo "make compare   GRPO against GRPO-CARE, three seeds each"
+	@echo "make bench     benchmarks of scoring and step, and against TRL: 20 minutes"
 	@echo "make report    curves and a page of the last make train"
 	@echo "make test      the tests; make test-slow the long ones"
 	@echo "make lint      ruff and mypy; make format mends what can be mended"

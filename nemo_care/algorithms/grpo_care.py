@@ -77,7 +77,7 @@ class GRPOCareTrainer:
         self.loggers = loggers
         self.console = Console(recipe, active=ranks.rank == 0)
         self.step = 0
-        self._timing: dict[str, float] = {}
+        self.timing: dict[str, float] = {}
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -102,7 +102,7 @@ class GRPOCareTrainer:
 
     def run_training_step(self) -> tuple[Metrics, list[Group], list[Skipped]]:
         """One step of GRPO-CARE (arXiv 2506.16141)."""
-        self._timing = {}
+        self.timing = {}
         with self._phase("step"):
             with self._phase("data"):
                 prompts, skipped = self.prompts.next_step()
@@ -183,7 +183,7 @@ class GRPOCareTrainer:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._timing[name] = time.perf_counter() - started
+        self.timing[name] = time.perf_counter() - started
 
     def log(self, metrics: Metrics, groups: list[Group], skipped: list[Skipped]) -> None:
         """Write the step's metrics and completions; collective, because rank 0 needs them all."""
@@ -204,7 +204,7 @@ class GRPOCareTrainer:
             "care/ema_distance": distance,
             **metrics,
             "data/skipped": len(skipped),
-            **{f"timing/{name}": seconds for name, seconds in self._timing.items()},
+            **{f"timing/{name}": seconds for name, seconds in self.timing.items()},
         }
         self.files.append_step(self.step, record, rows, [asdict(item) for item in skipped])
         for logger in self.loggers:

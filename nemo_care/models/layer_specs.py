@@ -1,9 +1,9 @@
 """Which modules a transformer layer is made of: the seam between kernels and model.
 
-`local` runs everywhere and uses plain torch modules under Megatron's parallel linear layers.
+Both backends use plain torch modules under Megatron's parallel linear layers; they differ in the
+attention of packed groups: torch's (`local`, runs everywhere) or TransformerEngine's kernels.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import (
 
 from nemo_care.errors import InputError
 from nemo_care.models.group_attention import GroupAttention
+from nemo_care.models.te_attention import TransformerEngineGroupAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -33,22 +34,24 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _local(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _spec(
+    config: TransformerConfig, core_attention: type[GroupAttention]
+) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
-    parts.self_attention.submodules.core_attention = GroupAttention
+    parts.self_attention.submodules.core_attention = core_attention
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
     )
 
 
-_BACKENDS: dict[str, Callable[[TransformerConfig], TransformerBlockSubmodules]] = {"local": _local}
+_BACKENDS = {"local": GroupAttention, "transformer_engine": TransformerEngineGroupAttention}
 
 
 def layer_spec(config: TransformerConfig, backend: str = "auto") -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage for a backend ("auto" takes the best one available).
+    """The layers of this pipeline stage for a backend ("auto" is local).
 
     Raises:
         InputError: an unknown backend.
@@ -56,4 +59,4 @@ def layer_spec(config: TransformerConfig, backend: str = "auto") -> TransformerB
     name = "local" if backend == "auto" else backend
     if name not in _BACKENDS:
         raise InputError(f"model.backend={backend}: choose auto or {', '.join(_BACKENDS)}")
-    return _BACKENDS[name](config)
+    return _spec(config, _BACKENDS[name])

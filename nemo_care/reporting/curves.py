@@ -104,6 +104,11 @@ _SHEETS = (
                 "relative distance to the policy",
                 smooth=False,
             ),
+            _Panel(
+                "Answers under reference and policy",
+                {"care/logprob_difference": "difference"},
+                "log-probability difference",
+            ),
         ],
     ),
     _Sheet(

@@ -1,0 +1,146 @@
+"""One whole training step with the prompt shared and not shared, phase by phase, in one process.
+
+    .venv/bin/python benchmarks/step.py [--sizes 512,64,8 2048,256,8] [--threads 2] [--repeats 2]
+
+The trainer's own phases on given prompts (half of their tokens video): rollout, rewards, scoring,
+update. A random model writes no answers and hardly ends a completion, so the sampled completions
+are cut to C tokens, an answer is put near their end, and rewards are made up. The ideal ratio of
+the update is counted in FLOPs.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from made import Size, answer_span, video_prompt, write_checkpoint
+from measure import head_flops, trunk_flops, vision_flops
+
+from nemo_care.algorithms.build import build_trainer
+from nemo_care.algorithms.grpo_care import GRPOCareTrainer
+from nemo_care.config import Recipe
+from nemo_care.data.prompts import Prompt
+from nemo_care.data.samples import Sample
+from nemo_care.parallel.process_groups import Layout, Ranks
+from nemo_care.rollouts.group import Group
+from nemo_care.run_files import RunFiles
+
+PHASES = ("rollout", "reward", "scoring", "update", "step")
+
+
+class GivenPrompts:
+    """In place of the training stream."""
+
+    def __init__(self, prompts: list[Prompt]) -> None:
+        self.prompts = prompts
+
+    def next_step(self):
+        return self.prompts, []
+
+
+def made_up_rewards(groups: list[Group]) -> None:
+    """In place of the rewards: an answer in every completion, every other one right."""
+    for group in groups:
+        for completion in group.completions:
+            completion.answer_span = answer_span(completion.length)
+        group.accuracy = (torch.arange(group.size) % 2).float()
+        group.format = torch.ones(group.size)
+
+
+def made_trainer(
+    checkpoint: Path, ranks: Ranks, size: tuple[int, int, int], prompts: int, *, shared: bool
+) -> GRPOCareTrainer:
+    """A trainer of the checkpoint on prompts of that size."""
+    prompt_tokens, completion_tokens, group_size = size
+    recipe = Recipe()
+    recipe.trainer.max_steps = 1000
+    recipe.model.hf_path = str(checkpoint)
+    recipe.model.precision.dtype = "fp32"
+    recipe.algorithm.group_size = group_size
+    recipe.algorithm.prompts_per_step = prompts
+    recipe.algorithm.shared_prompt = shared
+    recipe.rollout.max_completion_tokens = completion_tokens
+    recipe.rollout.top_p = 1.0
+    trainer = build_trainer(
+        recipe,
+        ranks,
+        RunFiles(checkpoint / "run"),
+        [],
+        samples=[Sample("none", "", "A")] * prompts,
+        levels={},
+    )
+    config = trainer.policy.model.hf
+    trainer.prompts = GivenPrompts(
+        [video_prompt(config, prompt_tokens, index) for index in range(prompts)]
+    )
+    trainer.rewards = made_up_rewards
+    return trainer
+
+
+def timings(trainer: GRPOCareTrainer, repeats: int) -> tuple[dict[str, float], float]:
+    """The shortest time of each phase, in seconds, and the mean length of the completions."""
+    best: dict[str, float] = {}
+    for _ in range(repeats):
+        trainer.step += 1
+        _, groups, _ = trainer.run_training_step()
+        for phase in PHASES:
+            seconds = trainer.timing[phase]
+            best[phase] = min(best.get(phase, seconds), seconds)
+    lengths = [c.length for group in groups for c in group.completions]
+    return best, sum(lengths) / len(lengths)
+
+
+def update_flops(size: Size, shape: tuple[int, int, int], *, shared: bool) -> float:
+    """FLOPs of forward and backward of one group (the output layer's logits are made twice)."""
+    prompt, completion, group = shape
+    return (
+        3 * trunk_flops(size, prompt, completion, group, shared=shared)
+        + 3 * (1 if shared else group) * vision_flops(size, prompt)
+        + 4 * head_flops(size, group * completion)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=["512,64,8", "2048,256,8"], metavar="P,C,G")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=1, help="prompts per step")
+    args = parser.parse_args()
+    ranks = Ranks(Layout(), cpu_threads=args.threads)
+    size = Size()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder)
+        write_checkpoint(checkpoint, size)
+        print(f"{size}, {args.threads} threads, {args.prompts} prompts a step")
+        print(
+            f"{'P':>5}{'C':>5}{'G':>3}  prompt    " + "".join(f"{p:>9}" for p in PHASES) + "  (s)"
+        )
+        for text in args.sizes:
+            prompt, completion, group = map(int, text.split(","))
+            shape = (prompt, completion, group)
+            results = {}
+            for name, shared in (("shared", True), ("copied", False)):
+                trainer = made_trainer(checkpoint, ranks, shape, args.prompts, shared=shared)
+                results[name], length = timings(trainer, args.repeats)
+                del trainer
+                print(
+                    f"{prompt:>5}{completion:>5}{group:>3}  {name:<10}"
+                    + "".join(f"{results[name][phase]:>9.3f}" for phase in PHASES)
+                    + f"  mean length {length:.1f}",
+                    flush=True,
+                )
+            ideal = update_flops(size, shape, shared=False) / update_flops(size, shape, shared=True)
+            print(
+                f"{prompt:>5}{completion:>5}{group:>3}  {'ratio':<10}"
+                + "".join(
+                    f"{results['copied'][phase] / max(results['shared'][phase], 1e-9):>9.2f}"
+                    for phase in PHASES
+                )
+                + f"  ideal of the update {ideal:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

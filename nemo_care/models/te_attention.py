@@ -1,0 +1,62 @@
+"""GroupAttention with TransformerEngine's variable-length kernels, for GPUs.
+
+All segments of a packed sequence are the rows of one kernel call, none of them padded. The keys of
+a context are gathered once per segment that sees it. Not run on a GPU yet: `tests/
+test_te_attention.py` checks what the kernel is given, with the kernel written out in torch.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from nemo_care.errors import InputError
+from nemo_care.models.group_attention import GroupAttention
+from nemo_care.models.segments import PackedSegments
+
+
+class TransformerEngineGroupAttention(GroupAttention):
+    """Packed sequences by TransformerEngine ("thd", causal from the bottom right).
+
+    Separate sequences and decoding stay with torch's kernels.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **arguments: Any) -> None:
+        """Raises InputError where TransformerEngine can't be imported."""
+        super().__init__(config, layer_number, **arguments)
+        try:
+            from transformer_engine.pytorch import DotProductAttention
+        except (ImportError, OSError) as error:
+            raise InputError(
+                "model.backend=transformer_engine: TransformerEngine can't be imported "
+                f"({error}); install it with pip install 'nemo-care[gpu]' on a machine with CUDA, "
+                "or set model.backend=local"
+            ) from error
+        # Heads of this rank: TransformerEngine need not know that there are others.
+        ranks = config.tensor_model_parallel_size
+        self.kernel = DotProductAttention(
+            num_attention_heads=config.num_attention_heads // ranks,
+            kv_channels=config.kv_channels,
+            num_gqa_groups=config.num_query_groups // ranks,
+            attention_dropout=0.0,
+            qkv_format="thd",
+            attn_mask_type="padding_causal_bottom_right",
+            layer_number=layer_number,
+            softmax_scale=self.softmax_scale,
+        )
+
+    def _attend_segments(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSegments
+    ) -> torch.Tensor:
+        rows = packed.variable_lengths
+        out = self.kernel(
+            query[: packed.used, 0],
+            key[:, 0].index_select(0, rows.keys),
+            value[:, 0].index_select(0, rows.keys),
+            cu_seqlens_q=rows.query_starts,
+            cu_seqlens_kv=rows.key_starts,
+            max_seqlen_q=rows.longest_query,
+            max_seqlen_kv=rows.longest_key,
+        )
+        out = out.reshape(packed.used, -1)
+        return torch.nn.functional.pad(out, (0, 0, 0, packed.length - packed.used))[:, None]

@@ -1,0 +1,76 @@
+"""What TransformerEngine's kernel is given for packed groups.
+
+TransformerEngine is not on a machine without CUDA. Its `DotProductAttention` is replaced by what
+its documentation says it computes, row by row; the kernel itself is not run here.
+"""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_group_attention import LENGTH, SEGMENTS, gradients, made_inputs
+
+from nemo_care.errors import InputError
+from nemo_care.models.group_attention import GroupAttention
+from nemo_care.models.segments import PackedSegments
+from nemo_care.models.te_attention import TransformerEngineGroupAttention
+
+CONFIG = SimpleNamespace(
+    tensor_model_parallel_size=2, num_attention_heads=8, num_query_groups=4, kv_channels=8
+)
+
+
+class WrittenOutKernel(torch.nn.Module):
+    def __init__(self, **arguments):
+        super().__init__()
+        self.arguments = arguments
+
+    def forward(self, q, k, v, *, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv):
+        assert self.arguments["qkv_format"] == "thd"
+        assert self.arguments["attn_mask_type"] == "padding_causal_bottom_right"
+        assert q.shape[1] == self.arguments["num_attention_heads"]
+        assert k.shape[1] == v.shape[1] == self.arguments["num_gqa_groups"]
+        assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32
+        assert len(q) == cu_seqlens_q[-1]
+        assert len(k) == len(v) == cu_seqlens_kv[-1]
+        assert int(cu_seqlens_q.diff().max()) == max_seqlen_q
+        assert int(cu_seqlens_kv.diff().max()) == max_seqlen_kv
+        outputs = []
+        for row in range(len(cu_seqlens_q) - 1):
+            queries = slice(cu_seqlens_q[row], cu_seqlens_q[row + 1])
+            keys = slice(cu_seqlens_kv[row], cu_seqlens_kv[row + 1])
+            count, total = queries.stop - queries.start, keys.stop - keys.start
+            mask = torch.ones(count, total).tril(total - count).bool()
+            part = [x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys])]
+            out = F.scaled_dot_product_attention(*part, attn_mask=mask, enable_gqa=True)
+            outputs.append(out[0].transpose(0, 1).flatten(1))
+        return torch.cat(outputs)
+
+
+def build(kind):
+    return kind(CONFIG, layer_number=1, attn_mask_type=None, attention_type="")
+
+
+def test_kernel_is_given_rows_that_make_the_same_attention(ranks, monkeypatch):
+    module = ModuleType("transformer_engine.pytorch")
+    module.DotProductAttention = WrittenOutKernel
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
+    inputs = made_inputs()
+    packed = PackedSegments(segments=SEGMENTS, length=LENGTH)
+    ours, wanted = (
+        build(kind)(*inputs, None, packed_seq_params=packed)
+        for kind in (TransformerEngineGroupAttention, GroupAttention)
+    )
+    torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-5)
+    for mine, other in zip(gradients(ours, inputs), gradients(wanted, inputs), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+
+def test_missing_transformer_engine_is_an_error_that_says_what_to_install(ranks, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
+    with pytest.raises(InputError, match=r"nemo-care\[gpu\]"):
+        build(TransformerEngineGroupAttention)
