@@ -42,7 +42,7 @@ def naive_likelihoods(model: Qwen25VL, group: Group) -> torch.Tensor:
         log_probs = torch.log_softmax(row[:-1, : model.vocab_size].float(), dim=-1)
         rows.append(log_probs.gather(-1, ids[1:, None])[:, 0])
     log_probs = torch.stack(rows)[:, group.prompt.length - 1 :]
-    return answer_likelihood(log_probs, batch.answer_mask)
+    return answer_likelihood(log_probs, batch.answer_mask).cpu()
 
 
 def likelihoods_of(scorer: Scorer, group: Group) -> torch.Tensor:

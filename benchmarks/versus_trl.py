@@ -116,7 +116,7 @@ def main() -> None:
                 command = [args.trl_python, str(Path(__file__).with_name("trl_step.py"))]
                 values = (checkpoint, image, words, tokens, group_size, beta, args.threads,
                           args.steps, out)  # fmt: skip
-                subprocess.run([*command, *map(str, values)], check=True, capture_output=True)
+                subprocess.run([*command, *map(str, values)], check=True, stdout=subprocess.DEVNULL)
                 records = {
                     "TRL": json.loads(out.read_text()),
                     "nemo-care": our_steps(

@@ -40,7 +40,8 @@ class PrecisionConfig:
     """Number formats."""
 
     dtype: str = "bf16"
-    """bf16 (float32 master weights and gradients) or fp32."""
+    """bf16 (float32 master weights and gradients) or fp32 (for the CPU: on a GPU torch has no fused
+    attention for packed groups in float32)."""
 
 
 @dataclass
@@ -377,6 +378,11 @@ def _check_together(recipe: Recipe) -> None:
     for name, size in (("video", recipe.data.video), ("image", recipe.data.image)):
         if size.min_pixels > size.max_pixels:
             raise InputError(f"data.{name}.min_pixels is larger than data.{name}.max_pixels")
+    if model.backend == "transformer_engine" and model.precision.dtype != "bf16":
+        raise InputError(
+            f"model.precision.dtype={model.precision.dtype}: the attention of "
+            "model.backend=transformer_engine takes bf16 only; set model.backend=local or bf16"
+        )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise InputError(
             "model.sequence_parallel=true needs model.tensor_model_parallel_size above 1"

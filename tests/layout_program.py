@@ -68,6 +68,7 @@ def record_gradients(policy) -> dict[str, torch.Tensor]:
 
     def recording_step():
         recorded.update(gather_gradients(policy.model))
+        policy.optimizer.step = step
         return step()
 
     policy.optimizer.step = recording_step
@@ -125,6 +126,13 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
         "weights": gather_weights(model),
         "average": gather_weights(trainer.reference.average.model),
     }
+
+    # Another step with a KL term, now that reference and policy differ.
+    recipe.algorithm.kl_coefficient = 0.04
+    trainer.reference.all_tokens = True
+    trainer.reference.score_answers(groups)
+    result["with_kl"] = trainer.policy.update(groups)
+    recipe.algorithm.kl_coefficient = 0.0
 
     # A trainer's own first step, from prompts to EMA.
     trainer = small_trainer(recipe, ranks, folder / f"{name}-step")

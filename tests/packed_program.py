@@ -101,6 +101,12 @@ def main() -> None:
     control = [causal(batch) for batch in packed.batches(job["groups"])]
     results["control"] = compute(wrapped, control, ranks)
     results["pairs"] = Scorer(wrapped.module, ranks, packed).pair_likelihoods(job["groups"])
+    for group in job["groups"]:
+        group.completions = [
+            dataclasses.replace(completion, answer_span=None) for completion in group.completions
+        ]
+    scorer = Scorer(wrapped.module, ranks, packed)
+    results["unanswered"] = scorer.answer_likelihoods(job["groups"])
     if ranks.rank == 0:
         torch.save(results, folder / f"packed-{name}.pt")
     ranks.close()

@@ -5,6 +5,8 @@ import torch
 from made_groups import make_prompts
 from small_runs import small_recipe, small_trainer
 
+from nemo_care.models.decoding_cache import DecodingCache
+from nemo_care.models.segments import PackedSegments, Segment
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.megatron import MegatronGenerator
 
@@ -95,3 +97,30 @@ def test_prompts_are_cached_once_per_group(trainer, prompts, monkeypatch):
     for keys, values in made._prompt.values():
         assert keys.shape == values.shape
         assert keys.shape[:3] == (len(prompts), config.num_query_groups, longest)
+
+
+def test_scores_of_large_bf16_keys_are_not_rounded(ranks):
+    """Qwen2.5's key biases make large scores: rounded to bf16 they would move the weights."""
+    generator = torch.Generator().manual_seed(0)
+    length, heads, key_heads, width = 20, 4, 2, 16
+    packed = PackedSegments(segments=(Segment(0, length),), length=length)
+    cache = DecodingCache(packed, group_size=3, max_tokens=2)
+    shapes = [(length, 1, key_heads, width)] * 2 + [(3, 1, heads, width)]
+    shapes += [(3, 1, key_heads, width)] * 2
+    prompt_k, prompt_v, q, k, v = (
+        torch.randn(shape, generator=generator).bfloat16() for shape in shapes
+    )
+    prompt_k, k, q = prompt_k + 12, k + 12, q + 4
+    cache.store_prompts(1, prompt_k, prompt_v)
+    cache.begin_decoding()
+    ours = cache.attend(1, q, k, v, None).float()
+    wanted = []
+    for row in range(3):
+        keys, values = (
+            torch.cat([p[:, 0], own[row]]).float().repeat_interleave(2, dim=1)
+            for p, own in ((prompt_k, k), (prompt_v, v))
+        )
+        scores = torch.einsum("hd,khd->hk", q[row, 0].float(), keys) * width**-0.5
+        assert scores.max() > 128
+        wanted.append(torch.einsum("hk,khd->hd", scores.softmax(-1), values).flatten())
+    torch.testing.assert_close(ours[:, 0], torch.stack(wanted), atol=2e-2, rtol=2e-2)

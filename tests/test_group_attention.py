@@ -3,24 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from made_segments import HEADS, KEY_HEADS, LENGTH, SEGMENTS, WIDTH, gradients, made_inputs
 
 from nemo_care.models.group_attention import GroupAttention
 from nemo_care.models.segments import PackedSegments, Segment
-
-HEADS, KEY_HEADS, WIDTH = 4, 2, 8
-# Two groups with prompts of 7 and 5 tokens, completions of unequal length, in the second group a
-# branch behind the first three tokens of its first completion; three tokens of padding.
-SEGMENTS = (
-    Segment(0, 7),
-    Segment(7, 11, ((0, 7),)),
-    Segment(11, 60, ((0, 7),)),
-    Segment(60, 61, ((0, 7),)),
-    Segment(61, 66),
-    Segment(66, 72, ((61, 66),)),
-    Segment(72, 75, ((61, 66),)),
-    Segment(75, 77, ((61, 66), (66, 69))),
-)
-LENGTH = 80
 
 
 @pytest.fixture
@@ -28,14 +14,6 @@ def attention(ranks):
     from types import SimpleNamespace
 
     return GroupAttention(SimpleNamespace(), layer_number=1, attn_mask_type=None, attention_type="")
-
-
-def made_inputs() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(LENGTH, 1, heads, WIDTH, generator=generator, requires_grad=True)
-        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
-    ]
 
 
 def separately(q, k, v) -> torch.Tensor:
@@ -51,11 +29,6 @@ def separately(q, k, v) -> torch.Tensor:
         values = values[0, :, -segment.length :].transpose(0, 1).flatten(1)
         out = torch.cat([out[: segment.start], values[:, None], out[segment.stop :]])
     return out
-
-
-def gradients(out, inputs) -> list[torch.Tensor]:
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    return list(torch.autograd.grad((out * weight).sum(), inputs))
 
 
 def test_packed_equals_separate_sequences(attention):

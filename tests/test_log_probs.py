@@ -43,6 +43,28 @@ def test_chunks_equal_log_softmax(ranks, rows, dtype):
         torch.testing.assert_close(mine, other, atol=tolerance, rtol=tolerance)
 
 
+def test_gradients_of_many_bf16_chunks_are_as_good_as_one_rounding(ranks):
+    generator = torch.Generator().manual_seed(0)
+    rows, vocabulary = 2048, 8
+    hidden = (1 + 0.1 * torch.randn(rows, 4, generator=generator)).bfloat16()
+    weight = torch.randn(vocabulary, 4, generator=generator).bfloat16().requires_grad_()
+    tokens = torch.zeros(rows, dtype=torch.long)
+    exact = weight.detach().double().requires_grad_()
+    torch.log_softmax(hidden.double() @ exact.t(), dim=-1)[:, 0].sum().backward()
+    for chunk in (1, 16, rows):
+        weight.grad = None
+        token_log_probs(
+            hidden,
+            weight,
+            torch.arange(rows),
+            tokens,
+            vocabulary,
+            chunk_elements=chunk * vocabulary,
+        ).sum().backward()
+        error = (weight.grad - exact.grad).abs().max() / exact.grad.abs().max()
+        assert error < 2**-7, chunk
+
+
 def test_only_what_is_asked_for_gets_a_gradient(ranks):
     hidden, weight = made_inputs()
     log_probs = token_log_probs(hidden.detach(), weight, ROW_OF, TOKENS, V)

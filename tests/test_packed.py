@@ -118,6 +118,13 @@ def test_longer_answers_add_their_tokens_but_the_last_once_per_other_reasoning()
         assert packed.position_ids[0, branch.start] == 8 + 1 + 2
 
 
+def test_without_the_shared_prompt_every_completion_is_a_sequence(groups):
+    layout = BatchLayout.of(Layout(), 2, pad_id=0, shared_prompt=False)
+    for batch in layout.batches(groups):
+        assert batch.inputs.packed is None
+        assert len(batch.inputs.token_ids) == sum(group.size for group in batch.groups)
+
+
 def test_pairs_need_the_shared_prompt(groups):
     layout = BatchLayout.of(Layout(), 1, pad_id=0, shared_prompt=False)
     with pytest.raises(ValueError, match="shared-prompt"):

@@ -71,6 +71,10 @@ def test_a_plain_causal_mask_gives_something_else(results):
     assert difference > 1e-2 * largest
 
 
+def test_groups_without_any_answer_are_scored_too(results):
+    assert all(bool(likelihood.isnan().all()) for likelihood in results["unanswered"])
+
+
 def test_values_and_gradients_do_not_depend_on_the_layout(results, folder):
     base = torch.load(folder / "packed-tp1.pt", weights_only=False)
     for what in ("logits", "log_probs", "likelihood"):

@@ -105,6 +105,39 @@ def test_every_answer_behind_every_reasoning(trainer, groups, long_answers):
         assert (known.nan_to_num(0).amax(dim=1) - known.nan_to_num(2).amin(dim=1)).max() > 0.01
 
 
+def test_groups_of_unequal_size_and_without_answers_share_a_batch(trainer, groups):
+    del groups[0].completions[1:]
+    del groups[2].completions[:1]
+    groups[1].completions = [
+        dataclasses.replace(completion, answer_span=None) for completion in groups[1].completions
+    ]
+    one_batch = [
+        Scorer(
+            trainer.policy.model,
+            trainer.ranks,
+            BatchLayout.of(trainer.ranks.layout, 4, pad_id=0, shared_prompt=shared),
+        )
+        for shared in (True, False)
+    ]
+    ours, wanted = (scorer.answer_likelihoods(groups) for scorer in one_batch)
+    assert [len(p) for p in ours] == [1, 4, 3, 4]
+    assert bool(ours[1].isnan().all())
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5, equal_nan=True)
+    for table, group, p in zip(one_batch[0].pair_likelihoods(groups), groups, ours, strict=True):
+        assert table.shape == (group.size, group.size)
+        torch.testing.assert_close(table.diagonal(), p, atol=1e-6, rtol=1e-5, equal_nan=True)
+
+
+def test_a_scoring_pass_that_is_no_number_stops_the_run(trainer, groups):
+    """Not a number must not pass for "no answer"."""
+    weight = trainer.reference.average.model.language_model.output_layer.weight
+    kept = weight.data.clone()
+    weight.data[0] = math.nan
+    with pytest.raises(RuntimeError, match="not numbers"):
+        trainer.reference.score_answers(groups)
+    weight.data.copy_(kept)
+
+
 def test_reference_keeps_log_probs_of_answers_only_unless_a_kl_term_needs_all(
     checkpoint, world, ranks, tmp_path, groups
 ):

@@ -184,6 +184,30 @@ def test_switches_of_speed_and_memory_leave_the_run_as_it_is(recipe, ranks, tmp_
                 assert switched[metric] == pytest.approx(wanted, abs=2e-4, rel=2e-3), metric
 
 
+@pytest.mark.parametrize(("granularity", "times"), [("none", 1), ("selective", 2), ("full", 2)])
+def test_recomputation_computes_attention_again(recipe, ranks, tmp_path, granularity, times):
+    recipe.model.recompute_granularity = granularity
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    prompts, _ = trainer.prompts.next_step()
+    groups = trainer.generate_rollouts(prompts)
+    for group in groups:
+        group.advantage = torch.linspace(-1, 1, group.size)
+    calls = []
+    layers = trainer.policy.model.language_model.decoder.layers
+    for layer in layers:
+        layer.self_attention.core_attention.register_forward_hook(lambda *_: calls.append(1))
+    trainer.policy.update(groups)
+    assert len(calls) == times * len(layers) * len(groups)
+
+
+def test_switch_of_the_shared_prompt_reaches_every_phase(recipe, ranks, tmp_path):
+    for shared in (True, False):
+        recipe.algorithm.shared_prompt = shared
+        trainer = small_trainer(recipe, ranks, tmp_path / str(shared))
+        parts = (trainer.generator, trainer.reference.scorer.layout, trainer.policy.layout)
+        assert [part.shared_prompt for part in parts] == [shared] * 3
+
+
 def test_reference_in_cpu_memory_equals_one_in_place_and_resumes(recipe, ranks, tmp_path):
     recipe.trainer.max_steps = 2
     recipe.model.precision.dtype = "bf16"

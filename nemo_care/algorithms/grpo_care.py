@@ -30,7 +30,7 @@ from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.generator import Generator, Sampling
 from nemo_care.rollouts.group import Group
 from nemo_care.run_files import RunFiles
-from nemo_care.scoring.advantages import add_consistency_bonus, set_advantage
+from nemo_care.scoring.group_rewards import add_consistency_bonus, set_advantage
 from nemo_care.scoring.reference import Reference
 
 # Tells training's random numbers from those of validation.
@@ -194,9 +194,10 @@ class GRPOCareTrainer:
             (row for rows in everyone for row in rows),
             key=lambda row: (row["prompt_index"], row["completion_index"]),
         )
-        distance = (
-            self.reference.distance(self.policy.model) if self.reference is not None else None
-        )
+        distance = None
+        if self.reference is not None:
+            with self._phase("ema_distance"):
+                distance = self.reference.distance(self.policy.model)
         if self.ranks.rank != 0:
             return
         record: dict[str, Any] = {

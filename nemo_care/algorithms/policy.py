@@ -81,7 +81,7 @@ class Policy:
             hidden: torch.Tensor, batch: GroupBatch
         ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
             log_probs = batch.log_probs(self.model, hidden, batch.mask)
-            reference = self._reference_log_probs(batch)
+            reference, asked = self._reference_log_probs(batch)
             loss = policy_loss(
                 PolicyLossInputs(
                     log_probs=log_probs,
@@ -95,8 +95,8 @@ class Policy:
                 kl_coefficient=self.algorithm.kl_coefficient,
             )
             difference = self._rollout_difference(batch, log_probs.detach())
-            scored = batch.mask & ~reference.isnan()
-            from_reference = torch.where(scored, (reference - log_probs.detach()).abs(), 0.0)
+            # A NaN of the scoring pass stays one, so that the first step's check sees it.
+            from_reference = torch.where(asked, (reference - log_probs.detach()).abs(), 0.0)
             sums = torch.stack(
                 [
                     loss.loss_sum.detach(),
@@ -105,7 +105,7 @@ class Policy:
                     difference.sum(),
                     batch.mask.sum(),
                     from_reference.sum(),
-                    scored.sum(),
+                    asked.sum(),
                 ]
             )
             # Megatron averages gradients over the data-parallel ranks; this step's loss is a mean
@@ -126,13 +126,14 @@ class Policy:
         metrics["train/lr"] = float(self.optimizer.param_groups[0]["lr"])
         return metrics, [log_probs for _, _, log_probs in results]
 
-    @staticmethod
-    def _reference_log_probs(batch: GroupBatch) -> torch.Tensor:
-        """float32 [N, C]; NaN where the reference has not been asked."""
+    def _reference_log_probs(self, batch: GroupBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference's log-probabilities float32 [N, C], and for which tokens it was asked."""
         vectors = [group.reference_log_probs for group in batch.groups]
-        if any(v is None for v in vectors):
-            return torch.full(batch.mask.shape, torch.nan, device=batch.mask.device)
-        return batch.padded([v for v in vectors if v is not None])
+        known = [v for v in vectors if v is not None]
+        if len(known) < len(vectors):
+            return torch.zeros_like(batch.mask, dtype=torch.float32), torch.zeros_like(batch.mask)
+        asked = batch.asked_of_reference(all_tokens=self.algorithm.kl_coefficient > 0)
+        return batch.padded(known), asked
 
     @staticmethod
     def _rollout_difference(batch: GroupBatch, log_probs: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,9 @@ class BaseRewards:
         for group, (accuracy, well_formed) in zip(groups, values, strict=True):
             group.accuracy = torch.tensor(accuracy)
             group.format = torch.tensor(well_formed)
+            # Here, where every rank sees it: later only the last pipeline stage would stop.
+            if not (group.accuracy.isfinite().all() and group.format.isfinite().all()):
+                raise ValueError(f"a reward of prompt {group.prompt.sample.sample_id} is no number")
 
     def _score(self, group: Group) -> tuple[list[float], list[float]]:
         sample = group.prompt.sample

@@ -77,17 +77,17 @@ class DecodingCache(PackedSeqParams):
         prompt_k, prompt_v = self._prompt[layer]
         prompts, key_heads = prompt_k.shape[:2]
         q = query[:, 0].view(rows, key_heads, heads // key_heads, width)
-        q = q * (width**-0.5 if scale is None else scale)
+        scale = width**-0.5 if scale is None else scale
 
         # The queries of a group side by side: one product with the prompt's keys for all of them.
         grouped = self._to_places(q).view(prompts, self._group_size, key_heads, -1, width)
         grouped = grouped.transpose(1, 2).flatten(2, 3)
-        scores = grouped @ prompt_k.transpose(2, 3)
+        scores = _product(grouped, prompt_k.transpose(2, 3))
         if self._any_hidden:
             scores = scores.masked_fill(self._hidden[:, None, None], float("-inf"))
-        scores = self._from_groups(scores)
-        weights = torch.cat([scores, q @ own_k.transpose(2, 3)], dim=-1)
-        weights = torch.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
+        own_scores = _product(q, own_k.transpose(2, 3))
+        weights = torch.cat([self._from_groups(scores), own_scores], dim=-1)
+        weights = torch.softmax(weights * scale, dim=-1).to(q.dtype)
         on_prompt, on_own = weights.split([self._width, self.tokens + 1], dim=-1)
         grouped = self._to_places(on_prompt).view(
             prompts, self._group_size, key_heads, -1, self._width
@@ -106,7 +106,9 @@ class DecodingCache(PackedSeqParams):
         if len(groups) < len(self._hidden):
             self._places = renumbered * self._group_size + self._places % self._group_size
             self._hidden = self._hidden[groups]
-            self._prompt = {layer: (k[groups], v[groups]) for layer, (k, v) in self._prompt.items()}
+            # One layer at a time: all at once would hold the cache twice.
+            for layer, (k, v) in self._prompt.items():
+                self._prompt[layer] = (k[groups], v[groups])
         self._all_places = len(self._places) == len(self._hidden) * self._group_size
 
     def _own_memory(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,3 +130,14 @@ class DecodingCache(PackedSeqParams):
         """[B, key heads, G * Q, ...] to [R, key heads, Q, ...]."""
         x = x.unflatten(2, (self._group_size, -1)).transpose(1, 2).flatten(0, 1)
         return x if self._all_places else x[self._places]
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Batched a @ b in float32: scores of large keys, rounded to 16 bits, would move a token's
+    probability away from what training's kernels compute."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        flat = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+        return flat.unflatten(0, a.shape[:2])
+    return a.float() @ b.float()

@@ -33,14 +33,10 @@ class WeightAverage:
         self.model = model.requires_grad_(False).eval()
         self.decay = decay
         self.offload = offload
-        # A float32 parameter is its own state; any other type gets a float32 twin.
+        # In place, a float32 parameter is its own state; any other type gets a float32 twin.
+        state_of = _cpu_copy if offload else torch.Tensor.float
         self.state: dict[str, torch.Tensor] = {
-            name: _home(parameter.data)
-            if offload
-            else parameter.data
-            if parameter.dtype == torch.float32
-            else parameter.data.float()
-            for name, parameter in model.named_parameters()
+            name: state_of(parameter.data) for name, parameter in model.named_parameters()
         }
         if offload:
             self._release()
@@ -51,10 +47,10 @@ class WeightAverage:
         if not self.offload:
             yield
             return
-        for name, parameter in self.model.named_parameters():
-            state = self.state[name]
-            parameter.data = state.to(parameter.device, non_blocking=True).to(parameter.dtype)
         try:
+            for name, parameter in self.model.named_parameters():
+                state = self.state[name].to(parameter.device, non_blocking=True)
+                parameter.data = state.to(parameter.dtype)
             yield
         finally:
             self._release()
@@ -115,7 +111,11 @@ class WeightAverage:
                 parameter.copy_(self.state[name])
 
 
-def _home(weight: torch.Tensor) -> torch.Tensor:
+def _cpu_copy(weight: torch.Tensor) -> torch.Tensor:
     """A float32 copy in CPU memory, pinned where there is a GPU to copy it to."""
-    home = torch.empty(weight.shape, dtype=torch.float32, pin_memory=torch.cuda.is_available())
-    return home.copy_(weight)
+    copy = torch.empty(weight.shape, dtype=torch.float32, device="cpu").copy_(weight)
+    if torch.cuda.is_available():
+        # Not pin_memory(): torch's allocator rounds every tensor up to a power of two.
+        status = torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)
+        torch.cuda.check_error(int(status))
+    return copy

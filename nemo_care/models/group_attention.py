@@ -1,9 +1,10 @@
 """Attention of the layer spec: over whole sequences, and over groups that share their prompt.
 
 In a packed sequence (see `segments.py`) every segment attends to its context and causally to
-itself. The result and all gradients equal those of separate sequences, but the prompt's keys and
-queries are there once. A masked attention over the whole packed sequence would compute all pairs
-of completions only to throw them away.
+itself. The result and all gradients equal those of separate sequences. A masked attention over the
+whole packed sequence would compute all pairs of completions only to throw them away. What the
+kernels are given holds a prompt's keys and values once per completion; backward keeps these copies
+unless `model.recompute_granularity` is selective or full.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
 from nemo_care.models.decoding_cache import DecodingCache
-from nemo_care.models.segments import PackedSegments
+from nemo_care.models.segments import Bucket, PackedSegments
 
 
 class GroupAttention(torch.nn.Module):
@@ -99,7 +100,7 @@ class GroupAttention(torch.nn.Module):
         return torch.cat(outputs).index_select(0, packed.places)[:, None]
 
 
-def _with_context(x: torch.Tensor, bucket: Any) -> torch.Tensor:
+def _with_context(x: torch.Tensor, bucket: Bucket) -> torch.Tensor:
     """Keys or values [S, heads, head_dim] of a bucket: [n, heads, context + L, head_dim]."""
     own = x.index_select(0, bucket.tokens).view(bucket.count, bucket.length, *x.shape[1:])
     context = [x[start:stop].expand(bucket.count, -1, -1, -1) for start, stop in bucket.context]

@@ -73,7 +73,10 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, row_of, token_ids, log_sums = ctx.saved_tensors
         slices = _Slices(weight, token_ids, *ctx.sizes)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        # Chunk after chunk in float32: in bf16 the late ones would be rounded away.
+        grad_weight = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
         # d log p(token) / d logits = one-hot(token) - softmax, summed over the tokens of a row.
         row_grads = torch.zeros_like(log_sums).index_add_(0, row_of, grad)
         for start in range(0, len(hidden), slices.rows):
@@ -86,7 +89,9 @@ class _TokenLogProbs(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, slices.weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                grad_weight[: slices.width].addmm_(grad_logits.t(), hidden[chunk])
+                grad_weight[: slices.width] += grad_logits.t() @ hidden[chunk]
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 

@@ -1,8 +1,8 @@
 """GroupAttention with TransformerEngine's variable-length kernels, for GPUs.
 
 All segments of a packed sequence are the rows of one kernel call, none of them padded. The keys of
-a context are gathered once per segment that sees it. Not run on a GPU yet: `tests/
-test_te_attention.py` checks what the kernel is given, with the kernel written out in torch.
+a context are gathered once per segment that sees it. Not run on a GPU yet: the tests in
+`tests/test_te_attention.py` check what the kernel is given, with the kernel written out in torch.
 """
 
 from typing import Any
@@ -21,6 +21,8 @@ class TransformerEngineGroupAttention(GroupAttention):
     Separate sequences and decoding stay with torch's kernels.
     """
 
+    kernel: Any
+
     def __init__(self, config: TransformerConfig, layer_number: int, **arguments: Any) -> None:
         """Raises InputError where TransformerEngine can't be imported."""
         super().__init__(config, layer_number, **arguments)
@@ -29,12 +31,12 @@ class TransformerEngineGroupAttention(GroupAttention):
         except (ImportError, OSError) as error:
             raise InputError(
                 "model.backend=transformer_engine: TransformerEngine can't be imported "
-                f"({error}); install it with pip install 'nemo-care[gpu]' on a machine with CUDA, "
+                f"({error}); install it with pip install -e '.[gpu]' on a machine with CUDA, "
                 "or set model.backend=local"
             ) from error
         # Heads of this rank: TransformerEngine need not know that there are others.
         ranks = config.tensor_model_parallel_size
-        self.kernel = DotProductAttention(
+        kernel = DotProductAttention(
             num_attention_heads=config.num_attention_heads // ranks,
             kv_channels=config.kv_channels,
             num_gqa_groups=config.num_query_groups // ranks,
@@ -44,6 +46,8 @@ class TransformerEngineGroupAttention(GroupAttention):
             layer_number=layer_number,
             softmax_scale=self.softmax_scale,
         )
+        # Not a submodule: its extra state would make checkpoints differ from those of `local`.
+        object.__setattr__(self, "kernel", kernel)
 
     def _attend_segments(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSegments

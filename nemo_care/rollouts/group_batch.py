@@ -40,6 +40,10 @@ class GroupBatch:
     places: torch.Tensor
     pairs: AnswerPairs | None = None
 
+    def asked_of_reference(self, *, all_tokens: bool) -> torch.Tensor:
+        """Tokens that the reference scores, bool [N, C]: the answers', or with a KL term all."""
+        return self.mask if all_tokens else self.answer_mask
+
     def log_probs(self, model: Qwen25VL, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the tokens in `where` (bool [N, C]), float32 [N, C], zero elsewhere.
 

@@ -13,10 +13,12 @@ from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.group import Group
 from nemo_care.rollouts.group_batch import GroupBatch
-from nemo_care.scoring.advantages import add_consistency_bonus, set_advantage
+from nemo_care.scoring.group_rewards import add_consistency_bonus, set_advantage
 from nemo_care.scoring.score import Scorer, Table
 
 PREFIX = "reference."
+# What the fused pass finds out about each completion, in this order.
+_FOUND = ("answer_likelihood", "consistency_bonus", "reward", "advantage")
 
 
 class Reference:
@@ -30,7 +32,7 @@ class Reference:
         self.average = WeightAverage(model, config.ema_decay, offload=config.offload)
         self.update_every = config.ema_update_every
         self.consistency = algorithm.consistency
-        self.needs_all_tokens = algorithm.kl_coefficient > 0
+        self.all_tokens = algorithm.kl_coefficient > 0
         self.ranks = ranks
         self.scorer = Scorer(model, ranks, layout)
 
@@ -39,37 +41,43 @@ class Reference:
 
         They are made on the last stage while the pass runs. There, where the loss is computed, the
         reference's log-probabilities stay too.
+
+        Raises:
+            RuntimeError: an answer's likelihood is not a number.
         """
         with self.average.in_place():
             tables = self.scorer.score(
-                groups, self._score_batch, rows=4, all_tokens=self.needs_all_tokens
+                groups, self._score_batch, rows=len(_FOUND), all_tokens=self.all_tokens
             )
         for group, table in zip(groups, tables, strict=True):
-            (
-                group.answer_likelihood,
-                group.consistency_bonus,
-                group.reward,
-                group.advantage,
-            ) = table.unbind()
+            for name, values in zip(_FOUND, table, strict=True):
+                setattr(group, name, values)
+            for completion, likelihood in zip(
+                group.completions, group.answer_likelihood, strict=True
+            ):
+                # NaN also means "no answer": a broken pass must not look like that.
+                if completion.answer_span is not None and bool(likelihood.isnan()):
+                    raise RuntimeError(
+                        "the reference's log-probabilities are not numbers: look for infinities "
+                        "in its weights, or set model.precision.dtype=fp32"
+                    )
 
     def _score_batch(self, batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
         likelihoods = answer_likelihood(log_probs, batch.answer_mask)
         likelihoods = likelihoods.clamp(max=self.consistency.likelihood_clip).cpu()
-        where = batch.mask if self.needs_all_tokens else batch.answer_mask
-        scored = batch.unpadded(torch.where(where, log_probs, torch.nan))
+        asked = batch.asked_of_reference(all_tokens=self.all_tokens)
+        vectors = batch.unpadded(torch.where(asked, log_probs, torch.nan))
+        sizes = [group.size for group in batch.groups]
         tables = []
-        for group, likelihood, vectors in zip(
-            batch.groups, likelihoods.split([g.size for g in batch.groups]), scored, strict=True
+        for group, likelihood, scored in zip(
+            batch.groups, likelihoods.split(sizes), vectors, strict=True
         ):
-            group.reference_log_probs = vectors
+            group.reference_log_probs = scored
             group.answer_likelihood = likelihood
             add_consistency_bonus(group, self.consistency)
             set_advantage(group)
-            tables.append(
-                torch.stack(
-                    [likelihood, group.consistency_bonus, group.reward, group.advantage]
-                ).to(log_probs.device)
-            )
+            table = torch.stack([getattr(group, name) for name in _FOUND])
+            tables.append(table.to(log_probs.device))
         return tables
 
     def track(self, policy: torch.nn.Module, step: int) -> None:

@@ -52,9 +52,10 @@ class Scorer:
         Raises:
             ValueError: the layout does not share the prompt.
         """
-        batches = self.layout.batches(groups, answer_pairs=True)
         return self._tables(
-            batches, lambda hidden, batch: batch.pair_likelihoods(self.model, hidden)
+            self.layout.batches(groups, answer_pairs=True),
+            lambda hidden, batch: batch.pair_likelihoods(self.model, hidden),
+            [(group.size, group.size) for group in groups],
         )
 
     def score(
@@ -77,31 +78,27 @@ class Scorer:
         """
 
         def result(hidden: torch.Tensor, batch: GroupBatch) -> list[Table]:
-            where = batch.mask if all_tokens else batch.answer_mask
-            return table_of(batch, batch.log_probs(self.model, hidden, where))
+            asked = batch.asked_of_reference(all_tokens=all_tokens)
+            return table_of(batch, batch.log_probs(self.model, hidden, asked))
 
-        return self._tables(self.layout.batches(groups), result, rows)
+        shapes = [(rows, group.size) for group in groups]
+        return self._tables(self.layout.batches(groups), result, shapes)
 
     def _tables(
         self,
         batches: Sequence[GroupBatch],
         result: Callable[[torch.Tensor, GroupBatch], list[Table]],
-        rows: int | None = None,
+        shapes: Sequence[tuple[int, int]],
     ) -> list[Table]:
-        """Run the pass; `rows` of each table (None: G) tell the other stages what to expect."""
+        """Run the pass. `shapes` of the groups' tables tell the other stages what to expect."""
         results = forward_only(
             self.model, batches, inputs_of=lambda batch: batch.inputs, result_of=result
         )
-        sizes = [
-            (group.size if rows is None else rows, group.size)
-            for batch in batches
-            for group in batch.groups
-        ]
-        counts = [height * width for height, width in sizes]
+        counts = [height * width for height, width in shapes]
         flat = (
             torch.cat([table.reshape(-1) for tables in results for table in tables])
             if self.ranks.is_last_stage
             else torch.zeros(sum(counts), device=compute_device())
         )
         parts = self.ranks.broadcast_from_last_stage(flat).cpu().split(counts)
-        return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
