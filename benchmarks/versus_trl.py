@@ -2,7 +2,7 @@
 
     make bench        # makes .venv-trl and runs this and the other benchmarks
     .venv/bin/python benchmarks/versus_trl.py [--trl-python .venv-trl/bin/python]
-        [--sizes 512,64,8 2048,256,8] [--threads 2] [--steps 3]
+        [--sizes 512,64,8 2048,256,8] [--threads 2] [--steps 2]
 
 The same random Qwen2.5-VL checkpoint, one image prompt (TRL takes no videos), the same G and
 lengths, one process each, one after the other, float32, no recomputation. beta = 0.04 makes both
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["512,64,8", "2048,256,8"], metavar="P,C,G")
     parser.add_argument("--betas", nargs="+", type=float, default=[0.0, 0.04])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     args = parser.parse_args()
     if not Path(args.trl_python).exists():
         sys.exit(f"{args.trl_python} does not exist: make it with `make bench`, or name another")
