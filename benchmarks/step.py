@@ -43,8 +43,9 @@ def made_up_rewards(groups: list[Group]) -> None:
     for group in groups:
         for completion in group.completions:
             completion.answer_span = answer_span(completion.length)
-        group.accuracy = (torch.arange(group.size) % 2).float()
-        group.format = torch.ones(group.size)
+        accuracy = (torch.arange(group.size) % 2).float()
+        group.rewards = {"accuracy": accuracy, "format": torch.ones(group.size)}
+        group.base_reward = accuracy + 1
 
 
 def made_trainer(

@@ -1,5 +1,6 @@
-"""What can be refused before any rank starts: checkpoint, tokenizer, layout, annotations."""
+"""What can be refused before any rank starts: checkpoint, tokenizer, layout, rewards, data."""
 
+from nemo_care.algorithms.reward_functions import load_rewards
 from nemo_care.config import Recipe, ValidationDataConfig
 from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import PromptBuilder
@@ -53,12 +54,14 @@ def check_inputs(recipe: Recipe) -> None:
 
     Raises:
         InputError: a missing or foreign checkpoint or tokenizer, a layout that does not divide the
-            model, unusable annotations or prompt template.
+            model, rewards that can't be imported or called, unusable annotations or prompt
+            template.
     """
     hf = read_hf_config(recipe.model.hf_path)
     check_weights(recipe.model.hf_path)
     check_layout(hf, layout_of(recipe))
     PromptBuilder(recipe.data, hf, load_tokenizer(recipe.model.hf_path, hf))
+    load_rewards(recipe.algorithm)
     for source in (recipe.data.train, recipe.data.validation):
         if source.kind == "miniature":
             from nemo_care.miniature.files import ensure_world

@@ -39,9 +39,21 @@ def train(arguments: Sequence[str]) -> int:
         print(_help())
         return 0
     quiet_libraries()
+    _import_from_working_directory()
     from nemo_care.parallel.launch import guarded
 
     return guarded(_main, list(arguments))
+
+
+def _import_from_working_directory() -> None:
+    """Let a recipe name rewards that lie where the command is started, however it is started.
+
+    `python -m`, and so torchrun and our own ranks, begin their path there; the command
+    `nemo-care` begins it with the folder that holds the command.
+    """
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def _help() -> str:

@@ -99,7 +99,8 @@ def golden_step(path, groups: list[Group], recipe) -> GoldenStep:
                 if p[i] >= m - algorithm.consistency.margin:
                     bonus[i] = algorithm.consistency.bonus_coefficient * accuracy[i]
         rewards = [
-            a + f + b for a, f, b in zip(accuracy, group.format.tolist(), bonus, strict=True)
+            a + f + b
+            for a, f, b in zip(accuracy, group.rewards["format"].tolist(), bonus, strict=True)
         ]
         center = sum(rewards) / len(rewards)
         std = math.sqrt(sum((r - center) ** 2 for r in rewards) / (len(rewards) - 1))

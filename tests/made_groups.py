@@ -67,13 +67,14 @@ def make_groups(prompts, checkpoint):
                 )
             )
         texts = [completion.text for completion in completions]
-        accuracy = [accuracy_reward("multiple choice", text, right) for text in texts]
+        accuracy = torch.tensor([accuracy_reward("multiple choice", t, right) for t in texts])
+        well_formed = torch.tensor([format_reward(text) for text in texts])
         groups.append(
             Group(
                 prompt,
                 completions,
-                accuracy=torch.tensor(accuracy),
-                format=torch.tensor([format_reward(text) for text in texts]),
+                rewards={"accuracy": accuracy, "format": well_formed},
+                base_reward=accuracy + well_formed,
             )
         )
     return groups

@@ -79,9 +79,14 @@ class Console:
             self._completion(step, rows[(step * 31) % len(rows)])
 
     def _completion(self, step: int, row: Mapping[str, Any]) -> None:
-        parts = [f"accuracy {row['accuracy']:.2f}", f"format {row['format']:.0f}"]
-        if row["answer_likelihood"] is not None:
-            parts.append(f"p {row['answer_likelihood']:.2f}")
+        shown = {"accuracy": ("accuracy", ".2f"), "format": ("format", ".0f")}
+        shown |= {key: (key, ".2f") for key in row if key.startswith("reward/")}
+        shown["answer_likelihood"] = ("p", ".2f")
+        parts = [
+            f"{name} {row[key]:{form}}"
+            for key, (name, form) in shown.items()
+            if row[key] is not None
+        ]
         parts.append(f"bonus {row['bonus']:.2f}")
         head = f"step {step}, prompt {row['prompt_id']} ({', '.join(parts)}): "
         # A Text, not markup: a completion may hold brackets.

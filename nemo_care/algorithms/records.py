@@ -1,7 +1,7 @@
 """What a step leaves behind: one row per completion, and metrics made from the rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +13,24 @@ from nemo_care.rollouts.group import Group
 Row = dict[str, Any]
 
 
-def _number(values: torch.Tensor, place: int) -> float | None:
+# Our rewards have columns of their own, whether the recipe uses them or not.
+_OUR_REWARDS = ("accuracy", "format")
+_CUSTOM = "reward/"
+
+
+def _number(values: torch.Tensor | None, place: int) -> float | None:
     """A JSON number; None for NaN (no answer) and where the value was never set."""
-    if not len(values):
+    if values is None or not len(values):
         return None
     value = float(values[place])
     return None if math.isnan(value) else value
 
 
 def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
-    """One row per completion, as written to `rollouts/`; `judge` is the recipe's."""
+    """One row per completion, as written to `rollouts/`; `judge` is the recipe's.
+
+    `accuracy` and `format` are None where the recipe leaves them out of its rewards.
+    """
     return [
         {
             "prompt_id": group.prompt.sample.sample_id,
@@ -33,8 +41,12 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
             "ended": completion.ended,
             "has_answer": completion.answer_span is not None,
             "consistent": judged_consistent(judge, completion.text, group.prompt.sample),
-            "accuracy": _number(group.accuracy, place),
-            "format": _number(group.format, place),
+            **{name: _number(group.rewards.get(name), place) for name in _OUR_REWARDS},
+            **{
+                _CUSTOM + name: _number(values, place)
+                for name, values in group.rewards.items()
+                if name not in _OUR_REWARDS
+            },
             "answer_likelihood": _number(group.answer_likelihood, place),
             "bonus": _number(group.consistency_bonus, place),
             "reward": _number(group.reward, place),
@@ -48,8 +60,9 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
 def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, float | None]:
     """Metrics of a step's completions (None where nothing has a value).
 
-    Rates and rewards are means over completions, `groups_*` count groups, `completion_tokens` is
-    the mean length.
+    `reward/NAME` is the unweighted mean of a reward, `reward/total` the mean of the weighted sum
+    and the bonus. Rates and rewards are means over completions, `groups_*` count groups,
+    `completion_tokens` is the mean length.
     """
     groups: dict[int, list[Row]] = {}
     for row in rows:
@@ -60,6 +73,11 @@ def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, fl
     return {
         "reward/accuracy": mean_of_known([row["accuracy"] for row in rows]),
         "reward/format": mean_of_known([row["format"] for row in rows]),
+        **{
+            key: mean_of_known([row[key] for row in rows])
+            for key in (rows[0] if rows else ())
+            if key.startswith(_CUSTOM)
+        },
         "reward/total": mean_of_known([row["reward"] for row in rows]),
         "care/answer_likelihood": mean_of_known(likelihoods),
         "care/bonus_rate": mean_of_known([row["bonus"] > 0 for row in rows]),
@@ -70,13 +88,17 @@ def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, fl
         ),
         "rollout/completion_tokens": mean_of_known([row["tokens"] for row in rows]),
         "rollout/ended_rate": mean_of_known([row["ended"] for row in rows]),
-        "rollout/groups_all_right": sum(
-            all(row["accuracy"] == 1 for row in group) for group in groups.values()
-        ),
-        "rollout/groups_all_wrong": sum(
-            all(row["accuracy"] == 0 for row in group) for group in groups.values()
-        ),
+        "rollout/groups_all_right": _groups_of_accuracy(groups.values(), 1),
+        "rollout/groups_all_wrong": _groups_of_accuracy(groups.values(), 0),
         "rollout/groups_without_signal": sum(
             all(row["advantage"] == 0 for row in group) for group in groups.values()
         ),
     }
+
+
+def _groups_of_accuracy(groups: Iterable[list[Row]], accuracy: int) -> int | None:
+    """Groups whose completions all have that accuracy; None where it is not among the rewards."""
+    values = [[row["accuracy"] for row in group] for group in groups]
+    if any(None in group for group in values):
+        return None
+    return sum(set(group) == {accuracy} for group in values)

@@ -1,37 +1,63 @@
-"""Base rewards of groups: the pure formulas of `objective`, applied."""
+"""Base rewards of groups: the rewards that the recipe names, applied."""
 
 from collections.abc import Sequence
 
 import torch
 
+from nemo_care.algorithms.reward_functions import (
+    Reward,
+    load_rewards,
+    reward_name,
+    reward_value,
+    reward_weights,
+)
 from nemo_care.config import AlgorithmConfig
-from nemo_care.objective.rewards import accuracy_reward, format_reward
+from nemo_care.objective.rewards import base_reward
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.group import Group
 
 
 class BaseRewards:
-    """Accuracy and format of each completion (algorithm step 2)."""
+    """Accuracy, format and the user's rewards of each completion (algorithm step 2)."""
 
     def __init__(self, config: AlgorithmConfig, ranks: Ranks) -> None:
-        """Rewards are computed on the leader of each replica, so that its ranks agree."""
-        self.min_reasoning_words = config.min_reasoning_words
+        """Rewards are computed on the leader of each replica, so that its ranks agree.
+
+        Raises:
+            InputError: see `load_rewards`.
+        """
+        self.names = [reward_name(entry) for entry in config.rewards]
+        self.weights = reward_weights(config)
         self.ranks = ranks
+        self.functions: dict[str, Reward] = {}
+        # Only there: importing a user's reward may load a model, which the other ranks never need.
+        ranks.from_leader(lambda: self.functions.update(load_rewards(config)))
 
     def __call__(self, groups: Sequence[Group]) -> None:
-        """Set `accuracy` and `format` of each group."""
-        values = self.ranks.from_leader(lambda: [self._score(group) for group in groups])
-        for group, (accuracy, well_formed) in zip(groups, values, strict=True):
-            group.accuracy = torch.tensor(accuracy)
-            group.format = torch.tensor(well_formed)
-            # Here, where every rank sees it: later only the last pipeline stage would stop.
-            if not (group.accuracy.isfinite().all() and group.format.isfinite().all()):
-                raise ValueError(f"a reward of prompt {group.prompt.sample.sample_id} is no number")
+        """Set `rewards` and `base_reward` of each group.
 
-    def _score(self, group: Group) -> tuple[list[float], list[float]]:
-        sample = group.prompt.sample
-        texts = [completion.text for completion in group.completions]
-        return (
-            [accuracy_reward(sample.problem_type, text, sample.solution) for text in texts],
-            [format_reward(text, min_reasoning_words=self.min_reasoning_words) for text in texts],
-        )
+        Raises:
+            RuntimeError: a user's reward raised something; names reward and prompt.
+            ValueError: a reward is not one finite number; names reward and prompt.
+        """
+        tables = self.ranks.from_leader(lambda: [self._score(group) for group in groups])
+        for group, table in zip(groups, tables, strict=True):
+            values = torch.tensor(table, dtype=torch.float32)
+            group.rewards = dict(zip(self.names, values, strict=True))
+            group.base_reward = base_reward(values, self.weights)
+            # Here, where every rank sees it: later only the last pipeline stage would stop.
+            if not group.base_reward.isfinite().all():
+                raise ValueError(
+                    f"the weighted sum of the rewards of prompt {group.prompt.sample.sample_id} is "
+                    "no finite number: lower algorithm.reward_weights"
+                )
+
+    def _score(self, group: Group) -> list[list[float]]:
+        """Each reward of each completion, K lists of G."""
+        return [
+            [
+                reward_value(name, function, completion.text, group.prompt.sample)
+                for completion in group.completions
+            ]
+            for name, function in self.functions.items()
+        ]

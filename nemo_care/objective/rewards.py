@@ -2,12 +2,15 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_care.errors import InputError
 from nemo_care.objective.text import extract_answer, parse_completion
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 """What a whole completion has to look like."""
@@ -62,6 +65,15 @@ def format_reward(completion: str, *, min_reasoning_words: int = 0) -> float:
         return 0.0
     reasoning = parse_completion(completion).reasoning or ""
     return float(len(reasoning.split()) >= min_reasoning_words)
+
+
+def base_reward(rewards: "Tensor", weights: Sequence[float]) -> "Tensor":
+    """r^b of each completion: the weighted sum of its rewards (arXiv 2506.16141, step 2).
+
+    `rewards` float [K, G], a row per reward; `weights` K numbers, all 1 in the paper, whose
+    rewards are accuracy and format. Returns [G].
+    """
+    return (rewards * rewards.new_tensor(weights)[:, None]).sum(dim=0)
 
 
 def parse_number(text: str) -> float | None:

@@ -35,17 +35,18 @@ def _unset() -> torch.Tensor:
 class Group:
     """One prompt, its completions, and what each phase of the step finds out about them.
 
-    Float32 [G] each, filled in this order: `accuracy`, `format` (rewards); `answer_likelihood`
-    (the reference; clipped from above, NaN without an answer); `consistency_bonus`, `reward`,
-    `advantage`. `reference_log_probs`, one float32 [C] per completion with NaN where the reference
-    was not asked (outside the answers, unless there is a KL term), are known on the last pipeline
-    stage only, where the loss is computed.
+    Float32 [G] each, filled in this order: `rewards` (by name, such as accuracy and format) and
+    `base_reward` (their weighted sum); `answer_likelihood` (the reference; clipped from above, NaN
+    without an answer); `consistency_bonus`, `reward`, `advantage`. `reference_log_probs`, one
+    float32 [C] per completion with NaN where the reference was not asked (outside the answers,
+    unless there is a KL term), are known on the last pipeline stage only, where the loss is
+    computed.
     """
 
     prompt: Prompt
     completions: list[Completion]
-    accuracy: torch.Tensor = field(default_factory=_unset)
-    format: torch.Tensor = field(default_factory=_unset)
+    rewards: dict[str, torch.Tensor] = field(default_factory=dict)
+    base_reward: torch.Tensor = field(default_factory=_unset)
     answer_likelihood: torch.Tensor = field(default_factory=_unset)
     reference_log_probs: list[torch.Tensor] | None = None
     consistency_bonus: torch.Tensor = field(default_factory=_unset)
@@ -56,3 +57,8 @@ class Group:
     def size(self) -> int:
         """G, the number of completions."""
         return len(self.completions)
+
+    @property
+    def accuracy(self) -> torch.Tensor:
+        """Unweighted accuracy, float32 [G], which selects completions and sizes their bonus."""
+        return self.rewards["accuracy"]

@@ -14,7 +14,7 @@ def add_consistency_bonus(group: Group, config: ConsistencyConfig) -> None:
     With a bonus coefficient of 0 (the GRPO baseline) no answer likelihood is needed.
     """
     if config.bonus_coefficient == 0:
-        bonus = torch.zeros_like(group.accuracy)
+        bonus = torch.zeros_like(group.base_reward)
     else:
         bonus = consistency_bonus(
             group.accuracy[None],
@@ -25,7 +25,7 @@ def add_consistency_bonus(group: Group, config: ConsistencyConfig) -> None:
             accuracy_threshold=config.accuracy_threshold,
         )[0]
     group.consistency_bonus = bonus
-    group.reward = group.accuracy + group.format + bonus
+    group.reward = group.base_reward + bonus
 
 
 def set_advantage(group: Group) -> None:
