@@ -447,3 +447,21 @@ def test_ending_compare_ends_its_children(tmp_path, fake, number):
     assert parent.wait(20) != 0
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+def test_report_shows_rewards_of_the_users_own(tmp_path):
+    from PIL import Image
+
+    width = {}
+    for name, own in (("plain", {}), ("own", {"reward/mine": -0.5, "reward/total": -0.25})):
+        folder = make_run(tmp_path / name)
+        (folder / "metrics.jsonl").write_text(
+            lines({**metric(step), **own} for step in range(1, 6))
+        )
+        rollouts = folder / "rollouts" / "step_000001.jsonl"
+        rollouts.write_text(lines([{**completion(0, 0, -0.25), **own}]))
+        text = write_report(folder).read_text()
+        assert ("reward/mine -0.5" in text) == bool(own)
+        width[name] = Image.open(folder / "report" / "reward.png").width
+    # A panel of their own.
+    assert width["own"] > width["plain"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -198,7 +199,7 @@ def _finish(axes: Axes, title: str, unit: str, *, share: bool, from_zero: bool, 
         axes.spines[side].set_visible(False)
     if share:
         axes.set_ylim(-0.02, 1.02)
-    elif from_zero:
+    elif from_zero and axes.dataLim.ymin >= 0:
         axes.set_ylim(0, max(axes.get_ylim()[1], 1e-12))
     if keys > 1:
         # Under the axes: inside, it would hide curves that lie at 0 or 1.
@@ -241,8 +242,22 @@ def _save(figure: Figure, folder: Path, name: str, title: str) -> Curve:
     return Curve(file, title, figure.get_figwidth() / widest)
 
 
+def _panels(run: RunRecord, sheet: _Sheet) -> list[_Panel]:
+    """The sheet's panels; the user's own rewards, which only the run names, go with the rewards."""
+    if sheet.name != "reward":
+        return sheet.panels
+    named = {key for panel in sheet.panels for key in panel.lines}
+    own = {
+        key: key.removeprefix("reward/")
+        for record in run.metrics
+        for key in record
+        if key.startswith("reward/") and key not in named
+    }
+    return [*sheet.panels, _Panel("Own rewards", own, "mean reward")]
+
+
 def _metric_sheet(run: RunRecord, sheet: _Sheet, folder: Path) -> Curve | None:
-    panels = [p for p in sheet.panels if any(_known(run.series(key)) for key in p.lines)]
+    panels = [p for p in _panels(run, sheet) if any(_known(run.series(key)) for key in p.lines)]
     if run.setting("algorithm.kl_coefficient") == 0:
         # Not computed then: a line at 0 would say that the policy has not moved.
         panels = [p for p in panels if "train/kl" not in p.lines]
@@ -251,7 +266,7 @@ def _metric_sheet(run: RunRecord, sheet: _Sheet, folder: Path) -> Curve | None:
     figure, places = _sheet(len(panels))
     for axes, panel in zip(places, panels, strict=True):
         drawn = 0
-        for colour, (key, label) in zip(_COLOURS, panel.lines.items(), strict=False):
+        for colour, (key, label) in zip(cycle(_COLOURS), panel.lines.items(), strict=False):
             values = run.series(key)
             if _known(values):
                 _line(axes, run.steps(), values, label, colour, smooth=panel.smooth)

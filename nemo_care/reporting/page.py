@@ -153,7 +153,8 @@ def _sample(row: Record) -> str:
         left = len(text) - _LONGEST_COMPLETION
         text = f"{text[:_LONGEST_COMPLETION]} … ({left} more characters)"
     parts = [f"prompt {row.get('prompt_id', '?')}"]
-    for key, name in _PARTS.items():
+    own = {key: key for key in row if key.startswith("reward/")}
+    for key, name in (_PARTS | own).items():
         value = number(row.get(key))
         if not math.isnan(value):
             parts.append(f"{name} {value:.3g}")
