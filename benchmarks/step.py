@@ -19,6 +19,7 @@ from measure import head_flops, trunk_flops, vision_flops
 from nemo_care.algorithms.build import build_trainer
 from nemo_care.algorithms.grpo_care import GRPOCareTrainer
 from nemo_care.config import Recipe
+from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
 from nemo_care.parallel.process_groups import Layout, Ranks
@@ -67,7 +68,7 @@ def made_trainer(
         ranks,
         RunFiles(checkpoint / "run"),
         [],
-        samples=[Sample("none", "", "A")] * prompts,
+        training=TrainingData.of([Sample("none", "", "A")] * prompts),
         levels={},
     )
     config = trainer.policy.model.hf

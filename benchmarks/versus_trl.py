@@ -25,6 +25,7 @@ from step import GivenPrompts, made_up_rewards
 
 from nemo_care.algorithms.build import build_trainer
 from nemo_care.config import Recipe
+from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import load_tokenizer
@@ -65,7 +66,12 @@ def our_steps(
     recipe.data.image.max_pixels = 28 * 28 * 16384
     sample = Sample("noise", " ".join(f"w{n}" for n in range(words)), "A", images=(image,))
     trainer = build_trainer(
-        recipe, ranks, RunFiles(checkpoint / "run"), [], samples=[sample], levels={}
+        recipe,
+        ranks,
+        RunFiles(checkpoint / "run"),
+        [],
+        training=TrainingData.of([sample]),
+        levels={},
     )
     hf = trainer.policy.model.hf
     prompt = PromptBuilder(recipe.data, hf, load_tokenizer(checkpoint, hf)).build(0, sample)

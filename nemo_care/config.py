@@ -3,14 +3,14 @@
 A recipe is a YAML file (see `recipes/`) merged over these dataclasses by Hydra and OmegaConf, so
 an unknown key or a value of the wrong type is refused before anything starts. `check_recipe` then
 checks ranges and the keys against each other. Sizes are counts, lengths are tokens unless said.
+The keys under `data` are in `data_config.py`.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_care.data_config import DATA_KINDS, MISSING, DataConfig, check_data
 from nemo_care.errors import InputError
-
-MISSING = "???"  # OmegaConf's mark for a key that a recipe has to give.
 
 
 @dataclass
@@ -176,67 +176,6 @@ class CheckpointConfig:
 
 
 @dataclass
-class VideoConfig:
-    """How videos become patches."""
-
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 16
-    min_pixels: int = 3136
-    """Smallest number of pixels of a frame (4 * 28 * 28)."""
-    max_pixels: int = 100352
-    """Largest number of pixels of a frame (128 * 28 * 28)."""
-
-
-@dataclass
-class ImageConfig:
-    """Bounds of an image's size."""
-
-    min_pixels: int = 3136
-    max_pixels: int = 401408
-
-
-@dataclass
-class TrainDataConfig:
-    """Training prompts."""
-
-    kind: str = "jsonl"
-    """jsonl: one JSON object a line; miniature: the same, written by us where missing."""
-    root: str = MISSING
-    """Directory that the paths in the annotations are relative to."""
-    annotations: str = "train.jsonl"
-    shuffle: bool = True
-
-
-@dataclass
-class ValidationDataConfig:
-    """Validation prompts, by level."""
-
-    kind: str = "jsonl"
-    root: str = MISSING
-    annotations: dict[str, str] | None = None
-    """Level name -> file relative to root; null: no validation."""
-    samples_per_level: int | None = None
-    """Use only so many; null: all."""
-
-
-@dataclass
-class DataConfig:
-    """Where prompts come from and what they look like."""
-
-    train: TrainDataConfig = field(default_factory=TrainDataConfig)
-    validation: ValidationDataConfig = field(default_factory=ValidationDataConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
-    image: ImageConfig = field(default_factory=ImageConfig)
-    prompt_template: str | None = None
-    """Text of a prompt with {question}, {options} and {answer_hint}; null: our own wording."""
-    max_prompt_tokens: int = 16384
-    """A longer prompt is skipped and listed."""
-    max_skipped_fraction: float = 0.05
-    """The run stops when more of the data set than this can't be used."""
-
-
-@dataclass
 class EvaluationConfig:
     """How validation samples its completions."""
 
@@ -288,8 +227,8 @@ _CHOICES = {
     "model.precision.dtype": ("bf16", "fp32"),
     "optimizer.schedule": ("cosine", "constant"),
     "evaluation.judge": ("none", "rule"),
-    "data.train.kind": ("jsonl", "miniature"),
-    "data.validation.kind": ("jsonl", "miniature"),
+    "data.train.kind": DATA_KINDS,
+    "data.validation.kind": DATA_KINDS,
 }
 
 # Inclusive bounds; None is no bound.
@@ -378,11 +317,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_together(recipe: Recipe) -> None:
     trainer, model, algorithm = recipe.trainer, recipe.model, recipe.algorithm
-    if recipe.data.video.min_frames > recipe.data.video.max_frames:
-        raise InputError("data.video.min_frames is larger than data.video.max_frames")
-    for name, size in (("video", recipe.data.video), ("image", recipe.data.image)):
-        if size.min_pixels > size.max_pixels:
-            raise InputError(f"data.{name}.min_pixels is larger than data.{name}.max_pixels")
+    check_data(recipe.data)
     if model.backend == "transformer_engine" and model.precision.dtype != "bf16":
         raise InputError(
             f"model.precision.dtype={model.precision.dtype}: the attention of "

@@ -1,10 +1,9 @@
 """What can be refused before any rank starts: checkpoint, tokenizer, layout, rewards, data."""
 
 from nemo_care.algorithms.reward_functions import load_rewards
-from nemo_care.config import Recipe, ValidationDataConfig
-from nemo_care.data.jsonl import read_jsonl
+from nemo_care.config import Recipe
 from nemo_care.data.prompts import PromptBuilder
-from nemo_care.data.samples import Sample
+from nemo_care.data.sources import read_levels, read_training, training_sources
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import check_layout, read_hf_config
@@ -37,18 +36,6 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
         )
 
 
-def read_levels(config: ValidationDataConfig) -> dict[str, list[Sample]]:
-    """Validation samples by level.
-
-    Raises:
-        InputError: annotations are missing or malformed.
-    """
-    return {
-        level: read_jsonl(config.root, file)[: config.samples_per_level]
-        for level, file in (config.annotations or {}).items()
-    }
-
-
 def check_inputs(recipe: Recipe) -> None:
     """Refuse what can't work, and write the miniature's files where they are missing.
 
@@ -62,11 +49,11 @@ def check_inputs(recipe: Recipe) -> None:
     check_layout(hf, layout_of(recipe))
     PromptBuilder(recipe.data, hf, load_tokenizer(recipe.model.hf_path, hf))
     load_rewards(recipe.algorithm)
-    for source in (recipe.data.train, recipe.data.validation):
-        if source.kind == "miniature":
+    sources = [(source.kind, source.root) for source in training_sources(recipe.data)]
+    for kind, root in (*sources, (recipe.data.validation.kind, recipe.data.validation.root)):
+        if kind == "miniature":
             from nemo_care.miniature.files import ensure_world
 
-            ensure_world(source.root)
-    read_jsonl(recipe.data.train.root, recipe.data.train.annotations)
-    if recipe.data.validation.annotations:
-        read_levels(recipe.data.validation)
+            ensure_world(root)
+    read_training(recipe.data, seed=recipe.trainer.seed)
+    read_levels(recipe.data, seed=recipe.trainer.seed)

@@ -4,7 +4,7 @@ recipe.yaml                 the resolved recipe
 metrics.jsonl               one JSON object per optimizer step
 rollouts/step_000001.jsonl  one line per completion
 validation.jsonl            one JSON object per validation
-skipped.jsonl               samples left out, and why
+skipped.jsonl               samples and lines of the annotations left out, and why
 checkpoints/step_000010/    see parallel/checkpoints.py
 export/                     the trained model as a Hugging Face directory
 summary.json                written when the run is done
@@ -66,6 +66,18 @@ class RunFiles:
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
         (self.folder / "summary.json").unlink(missing_ok=True)
+
+    def list_bad_lines(self, step: int, bad_lines: Iterable[Mapping[str, Any]]) -> None:
+        """List lines of the annotations that gave no sample, each once however often a run starts.
+
+        A line that became bad, or moved, since the run was last started is listed with that step.
+        """
+        listed = {record["reason"] for record in _complete_lines(self._skipped)}
+        with self._skipped.open("a") as file:
+            for record in bad_lines:
+                if record["reason"] not in listed:
+                    file.write(_line({"step": step, **record}))
+                    listed.add(record["reason"])
 
     def append_step(
         self,

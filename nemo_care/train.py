@@ -70,7 +70,8 @@ Train a policy with GRPO-CARE. A run goes on after the newest checkpoint of its 
                           algorithm.consistency.margin=0
                           exp_manager.explicit_log_dir=runs/mine
 
-Keys, types, defaults and ranges are in {Path(__file__).with_name("config.py")}.
+Keys, types, defaults and ranges are in {Path(__file__).with_name("config.py")}
+and, those under data, in data_config.py beside it.
 Exit status: 0 done; 1 failed; 2 a recipe or input that can't be used."""
 
 
@@ -122,10 +123,10 @@ def run_rank(recipe: Recipe, environment: "RankEnvironment", *, checked: bool) -
     not.
     """
     from nemo_care.algorithms.build import build_trainer
-    from nemo_care.data.jsonl import read_jsonl
+    from nemo_care.data.sources import read_levels, read_training
     from nemo_care.experiment import start_experiment
     from nemo_care.parallel.process_groups import Ranks
-    from nemo_care.preflight import check_inputs, check_world_size, layout_of, read_levels
+    from nemo_care.preflight import check_inputs, check_world_size, layout_of
     from nemo_care.run_files import RunFiles
 
     check_world_size(recipe, environment.world_size)
@@ -149,8 +150,8 @@ def run_rank(recipe: Recipe, environment: "RankEnvironment", *, checked: bool) -
         ranks,
         files,
         loggers,
-        samples=read_jsonl(recipe.data.train.root, recipe.data.train.annotations),
-        levels=read_levels(recipe.data.validation),
+        training=read_training(recipe.data, seed=recipe.trainer.seed),
+        levels=read_levels(recipe.data, seed=recipe.trainer.seed),
     )
     summary = trainer.fit()
     if ranks.rank == 0:

@@ -1,11 +1,17 @@
 """What several tests need: the tiny checkpoint, small files of the miniature, one-rank groups."""
 
+import sys
 from pathlib import Path
 
 import pytest
+from absl import logging as absl_logging
 
 import nemo_care
 from nemo_care.parallel.process_groups import Layout, Ranks
+
+# rouge-score brings absl, whose log handler closes a stderr that is not the process's own, such as
+# pytest's, as soon as Hydra sets up its logging while composing a recipe.
+absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 CHECKPOINT = Path(nemo_care.__file__).parent / "miniature" / "checkpoint_warm"
 

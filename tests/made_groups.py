@@ -22,7 +22,7 @@ def make_prompts(checkpoint, world, folder):
     builder = PromptBuilder(recipe.data, hf, load_tokenizer(checkpoint, hf))
     image = folder / "image.png"
     Image.linear_gradient("L").resize((28, 28)).convert("RGB").save(image)
-    plain = read_jsonl(world, "train.jsonl")[:4]
+    plain = read_jsonl(world, "train.jsonl").samples[:4]
     samples = [
         plain[0],
         Sample(

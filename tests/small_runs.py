@@ -5,7 +5,7 @@ from pathlib import Path
 from nemo_care.algorithms.build import build_trainer
 from nemo_care.algorithms.grpo_care import GRPOCareTrainer
 from nemo_care.config import Recipe
-from nemo_care.data.jsonl import read_jsonl
+from nemo_care.data.sources import read_levels, read_training
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.run_files import RunFiles
 
@@ -40,10 +40,11 @@ def small_recipe(checkpoint: Path, world: Path) -> Recipe:
 
 def small_trainer(recipe: Recipe, ranks: Ranks, folder: Path) -> GRPOCareTrainer:
     """A trainer of the recipe without NeMo's loggers."""
-    root = recipe.data.train.root
-    samples = read_jsonl(root, recipe.data.train.annotations)
-    levels = {
-        level: read_jsonl(root, file)
-        for level, file in (recipe.data.validation.annotations or {}).items()
-    }
-    return build_trainer(recipe, ranks, RunFiles(folder), [], samples=samples, levels=levels)
+    return build_trainer(
+        recipe,
+        ranks,
+        RunFiles(folder),
+        [],
+        training=read_training(recipe.data, seed=recipe.trainer.seed),
+        levels=read_levels(recipe.data, seed=recipe.trainer.seed),
+    )

@@ -77,6 +77,15 @@ def assert_refused(result: tuple[int, str], *parts: str) -> None:
         ("trainer.devices=3", ["algorithm.prompts_per_step=16", "3"]),
         ("data.train.annotations=none.jsonl", ["none.jsonl", "data.*.root"]),
         ("data.prompt_template=hello", ["data.prompt_template", "{question}"]),
+        ("data.train.kind=parquet", ["data.train.kind=parquet", "seed_bench_r1", "video_r1"]),
+        ("data.train.root=null", ["data.train.root", "data.train.sources"]),
+        ("data.train.sources=[]", ["data.train.sources is empty"]),
+        ("data.train.sources=[{kind:jsonl}]", ["data.train.sources[0].root"]),
+        ("data.train.sources=[{root:x,wait:1}]", ["wait"]),
+        ("data.train.sources=[{root:x,weight:0}]", ["data.train.sources[0].weight=0", "above 0"]),
+        ("data.train.sources=[{root:x,weight:nan}]", ["data.train.sources[0].weight=nan"]),
+        ("data.train.sources=[{root:x,kind:csv}]", ["data.train.sources[0].kind=csv", "video_r1"]),
+        ("data.train.sources=[{root:/no/such}]", ["/no/such/train.jsonl"]),
         ("trainer.num_nodes=2", ["trainer.num_nodes=2", "torchrun"]),
         ("model.sequence_parallel=true", ["model.sequence_parallel"]),
     ],
@@ -176,7 +185,8 @@ def test_malformed_annotation_is_named_by_its_line(train, world, tmp_path):
     content = file.read_text().splitlines()
     content[2] = content[2][:20]
     file.write_text("\n".join(content))
-    assert_refused(train(f"data.train.root={root}"), "train.jsonl:3", "JSON")
+    overrides = [f"data.train.root={root}", "data.max_skipped_fraction=0"]
+    assert_refused(train(*overrides), "1 of 48", "max_skipped_fraction=0", "train.jsonl:3", "JSON")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +199,8 @@ def test_unusable_field_is_named_before_training_starts(train, world, tmp_path, 
     content = file.read_text().splitlines()
     content[1] = json.dumps({**json.loads(content[1]), field: value})
     file.write_text("\n".join(content))
-    assert_refused(train(f"data.train.root={root}"), "train.jsonl:2")
+    overrides = [f"data.train.root={root}", "data.max_skipped_fraction=0"]
+    assert_refused(train(*overrides), "train.jsonl:2")
 
 
 def test_ranks_that_the_recipe_does_not_expect_are_refused(train, monkeypatch):

@@ -1,20 +1,26 @@
 """The training stream: seeded epochs, and one that goes on where it stopped."""
 
+import pytest
+
+from nemo_care.data.annotations import Annotations
+from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import Prompt
-from nemo_care.data.samples import Sample
+from nemo_care.data.samples import Sample, Skipped
 from nemo_care.data.stream import PromptStream
 from nemo_care.data.video import UnreadableMedia
+from nemo_care.errors import InputError
+
+SAMPLES = [Sample(str(number), "?", "A") for number in range(10)]
 
 
-def make_stream(ranks, *, seed=1, shuffle=True, broken=(), fraction=0.5) -> PromptStream:
+def make_stream(ranks, *, data=None, seed=1, shuffle=True, broken=(), fraction=0.5) -> PromptStream:
     def build(index: int, sample: Sample) -> Prompt:
         if sample.sample_id in broken:
             raise UnreadableMedia("broken.mp4: video not readable")
         return Prompt(index, sample, *[None] * 5)
 
-    samples = [Sample(str(number), "?", "A") for number in range(10)]
     return PromptStream(
-        samples,
+        data or TrainingData.of(SAMPLES),
         build,
         ranks,
         prompts_per_step=4,
@@ -56,3 +62,44 @@ def test_broken_samples_give_way_to_the_next_ones(ranks):
     assert [item.sample_id for item in skipped] == ["1", "4", "5"]
     assert [p.index for p in prompts] == [0, 2, 3, 6]
     assert take(stream, 1) == ["7", "8", "9", "0"]
+
+
+def with_bad_lines(count: int) -> Annotations:
+    return Annotations(SAMPLES, [Skipped(None, f"a.jsonl:{n}", "torn") for n in range(count)])
+
+
+def test_bad_lines_of_the_annotations_count_with_the_broken_samples(ranks):
+    data = TrainingData((with_bad_lines(2),), (1.0,))
+    # 3 of 12 are a quarter.
+    make_stream(ranks, data=data, broken={"3"}, fraction=0.25).next_step()
+    stream = make_stream(ranks, data=data, broken={"3", "4"}, fraction=0.25)
+    with pytest.raises(InputError, match=r"4 of 12 training samples.*the first is [34]: broken"):
+        take(stream, 3)
+
+
+def test_sample_that_comes_again_counts_once_and_equal_names_count_apart(ranks):
+    stream = make_stream(ranks, broken={"3"}, fraction=0.1)
+    take(stream, 8)
+    twins = [Sample("twin", "?", "A"), Sample("twin", "?", "B"), *SAMPLES[:8]]
+    stream = make_stream(ranks, data=TrainingData.of(twins), broken={"twin"}, fraction=0.1)
+    with pytest.raises(InputError, match="2 of 10"):
+        take(stream, 3)
+
+
+def test_each_source_of_a_mixture_is_held_to_the_fraction(ranks):
+    small = Annotations([Sample("x", "?", "A"), Sample("y", "?", "A")], [])
+    data = TrainingData((Annotations(SAMPLES, []), small), (5.0, 1.0))
+    with pytest.raises(InputError, match="1 of 2 training samples"):
+        take(make_stream(ranks, data=data, broken={"x"}, fraction=0.25), 6)
+
+
+def test_position_is_all_that_a_resumed_mixture_needs(ranks):
+    small = Annotations([Sample(name, "?", "A") for name in "xyz"], [])
+    data = TrainingData((Annotations(SAMPLES, []), small), (1.0, 1.0))
+    broken = {"y", "4"}
+    whole = take(make_stream(ranks, data=data, broken=broken), 10)
+    first = make_stream(ranks, data=data, broken=broken)
+    take(first, 4)
+    second = make_stream(ranks, data=data, broken=broken)
+    second.position = first.position
+    assert take(second, 6) == whole[16:]

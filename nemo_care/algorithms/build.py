@@ -8,8 +8,9 @@ from nemo_care.algorithms.grpo_care import GRPOCareTrainer, MetricLogger
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.rewards import BaseRewards
 from nemo_care.config import Recipe
+from nemo_care.data.annotations import Annotations
+from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
-from nemo_care.data.samples import Sample
 from nemo_care.data.stream import PromptStream
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.evaluation.validation import Validator
@@ -50,12 +51,12 @@ def build_trainer(
     files: RunFiles,
     loggers: Sequence[MetricLogger],
     *,
-    samples: list[Sample],
-    levels: Mapping[str, list[Sample]],
+    training: TrainingData,
+    levels: Mapping[str, Annotations],
 ) -> GRPOCareTrainer:
     """The trainer with everything it needs; collective over all ranks.
 
-    `samples` are the training samples, `levels` the validation samples by level.
+    `training` are the training samples, `levels` the validation samples by level.
     """
     algorithm = recipe.algorithm
     model = load_model(recipe, ranks)
@@ -71,7 +72,7 @@ def build_trainer(
     if algorithm.consistency.bonus_coefficient > 0 or algorithm.kl_coefficient > 0:
         reference = Reference(load_model(recipe, ranks), algorithm, ranks, layout)
     validator = Validator(
-        levels,
+        {level: annotations.samples for level, annotations in levels.items()},
         prompts.build,
         MegatronGenerator(
             model, tokenizer, ranks, groups_per_batch=recipe.evaluation.samples_per_batch
@@ -88,7 +89,7 @@ def build_trainer(
         recipe,
         ranks,
         prompts=PromptStream(
-            samples,
+            training,
             prompts.build,
             ranks,
             prompts_per_step=algorithm.prompts_per_step,
@@ -109,4 +110,5 @@ def build_trainer(
         validator=validator,
         files=files,
         loggers=loggers,
+        bad_lines=[item for read in (*training.sources, *levels.values()) for item in read.bad],
     )

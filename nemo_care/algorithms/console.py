@@ -10,7 +10,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from nemo_care.config import Recipe
-from nemo_care.data.stream import Skipped
+from nemo_care.data.samples import Skipped
 
 _SHOWN = {
     "reward": "reward/total",
@@ -91,6 +91,12 @@ class Console:
         head = f"step {step}, prompt {row['prompt_id']} ({', '.join(parts)}): "
         # A Text, not markup: a completion may hold brackets.
         self._print(Text(head, style="dim").append(row["completion"], style="not dim"))
+
+    def bad_lines(self, bad_lines: Sequence[Skipped]) -> None:
+        """Say that lines of the annotations can't be used; a large file may have thousands."""
+        if bad_lines:
+            text = f"skipped {len(bad_lines)} lines of the annotations; the first: "
+            self._print(Text(text + bad_lines[0].reason, style="yellow"))
 
     def resumed(self, step: int, checkpoint: Path) -> None:
         """Say where the run goes on."""

@@ -16,7 +16,8 @@ from nemo_care.algorithms.records import completion_rows, rollout_metrics
 from nemo_care.algorithms.rewards import BaseRewards
 from nemo_care.config import Recipe
 from nemo_care.data.prompts import Prompt
-from nemo_care.data.stream import PromptStream, Skipped
+from nemo_care.data.samples import Skipped
+from nemo_care.data.stream import PromptStream
 from nemo_care.errors import InputError
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.weights import export_hf
@@ -63,8 +64,10 @@ class GRPOCareTrainer:
         validator: Validator,
         files: RunFiles,
         loggers: Sequence[MetricLogger],
+        bad_lines: Sequence[Skipped] = (),
     ) -> None:
-        """`reference` is None where neither a bonus nor a KL term needs one."""
+        """`reference` is None where neither a bonus nor a KL term needs one; `bad_lines` are the
+        lines of the annotations that gave no sample."""
         self.recipe = recipe
         self.ranks = ranks
         self.prompts = prompts
@@ -75,6 +78,7 @@ class GRPOCareTrainer:
         self.validator = validator
         self.files = files
         self.loggers = loggers
+        self.bad_lines = bad_lines
         self.console = Console(recipe, active=ranks.rank == 0)
         self.step = 0
         self.timing: dict[str, float] = {}
@@ -294,6 +298,8 @@ class GRPOCareTrainer:
             self.console.resumed(self.step, found[-1])
         if self.ranks.rank == 0:
             self.files.rewind(self.step)
+            self.files.list_bad_lines(self.step, [asdict(item) for item in self.bad_lines])
+            self.console.bad_lines(self.bad_lines)
         self.ranks.barrier()
 
     def finish(self, seconds: float) -> dict[str, Any]:

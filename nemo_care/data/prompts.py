@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.config import DataConfig
 from nemo_care.data.positions import Grid, mrope_positions
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.data.video import VideoSampling, frames_to_patches, read_image, read_video
+from nemo_care.data_config import DataConfig
 from nemo_care.errors import InputError
 
 # Our own wording; a recipe replaces it with data.prompt_template.

@@ -12,6 +12,8 @@ class Sample:
     `options` maps an option letter to its text and is empty for open questions.
     `forced_reasoning` and `forced_answer` belong to the forced-reasoning probe: a reasoning to put
     in the model's mouth, and the option letter it implies. They are empty where there is no probe.
+    `task_type` says what kind of task the question belongs to, for results by kind; empty where the
+    annotations do not say.
     """
 
     sample_id: str
@@ -23,3 +25,17 @@ class Sample:
     options: Mapping[str, str] = field(default_factory=dict)
     forced_reasoning: str = ""
     forced_answer: str = ""
+    task_type: str = ""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that was left out, and why.
+
+    `index` is its place in the training stream or the validation file. A line of an annotations
+    file that gave no sample has none, and its `sample_id` is FILE:LINE.
+    """
+
+    index: int | None
+    sample_id: str
+    reason: str

@@ -1,29 +1,18 @@
 """The training prompts of each step, the same ones for every parallel layout.
 
-The stream is an endless sequence of samples: one seeded permutation per epoch. A step takes the
-next B samples that can be used; one that can't (a broken video, a prompt that is too long) is
-skipped, counted and listed, and the next one takes its place. Each model replica decodes its
-share; the replicas tell each other which failed.
+The stream is an endless sequence of samples (`SampleOrder`: one seeded permutation per epoch). A
+step takes the next B samples that can be used; one that can't (a broken video, a prompt that is
+too long) is skipped, counted and listed, and the next one takes its place. Each model replica
+decodes its share; the replicas tell each other which failed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
-
+from nemo_care.data.mixing import SampleOrder, TrainingData
 from nemo_care.data.prompts import Prompt
-from nemo_care.data.samples import Sample
+from nemo_care.data.samples import Sample, Skipped
 from nemo_care.errors import InputError
 from nemo_care.parallel.process_groups import Ranks
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A sample that was left out, and why."""
-
-    index: int
-    sample_id: str
-    reason: str
 
 
 def build_or_skip(
@@ -44,7 +33,7 @@ class PromptStream:
 
     def __init__(
         self,
-        samples: list[Sample],
+        data: TrainingData,
         build: Callable[[int, Sample], Prompt],
         ranks: Ranks,
         *,
@@ -53,27 +42,21 @@ class PromptStream:
         shuffle: bool,
         max_skipped_fraction: float,
     ) -> None:
-        """`build` makes a prompt of (stream index, sample); it is called on leaders only."""
+        """`build` makes a prompt of (stream index, sample); it is called on leaders only.
+
+        Raises:
+            InputError: a source of the mixture would get no prompt.
+        """
         assert prompts_per_step % ranks.data_size == 0, "check_recipe and check_world_size"
-        self.samples = samples
+        self.data = data
+        self.order = SampleOrder(data, seed=seed, shuffle=shuffle)
         self.build = build
         self.ranks = ranks
         self.prompts_per_step = prompts_per_step
-        self.seed = seed
-        self.shuffle = shuffle
-        self.max_skipped = max_skipped_fraction * len(samples)
+        self.max_skipped_fraction = max_skipped_fraction
         self.position = 0
-        self._bad: dict[str, str] = {}
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-
-    def _sample(self, index: int) -> Sample:
-        epoch, place = divmod(index, len(self.samples))
-        if epoch != self._order[0]:
-            order = np.arange(len(self.samples))
-            if self.shuffle:
-                order = np.random.default_rng([self.seed, epoch]).permutation(order)
-            self._order = (epoch, order)
-        return self.samples[self._order[1][place]]
+        # By source, and there by place: what has turned out unusable so far.
+        self._unusable: list[dict[int, Skipped]] = [{} for _ in data.sources]
 
     def next_step(self) -> tuple[list[Prompt], list[Skipped]]:
         """This replica's prompts of the next step, and the samples that all replicas skipped.
@@ -81,7 +64,7 @@ class PromptStream:
         Collective over all ranks; the ranks of a replica get equal prompts.
 
         Raises:
-            InputError: more of the data set than data.max_skipped_fraction can't be used.
+            InputError: more of a data set than data.max_skipped_fraction can't be used.
         """
         replicas = self.ranks.data_size
         share = self.prompts_per_step // replicas
@@ -98,7 +81,7 @@ class PromptStream:
             ]
             made = self.ranks.from_leader(
                 lambda mine=mine: [  # type: ignore[misc]
-                    build_or_skip(self.build, index, self._sample(index)) for index in mine
+                    build_or_skip(self.build, index, self.order.sample(index)) for index in mine
                 ]
             )
             self.position += len(owners)
@@ -111,10 +94,17 @@ class PromptStream:
         return prompts, skipped
 
     def _count(self, skipped: list[Skipped]) -> None:
-        self._bad.update({item.sample_id: item.reason for item in skipped})
-        if len(self._bad) > self.max_skipped or len(self._bad) == len(self.samples):
-            sample_id, reason = next(iter(self._bad.items()))
-            raise InputError(
-                f"{len(self._bad)} of {len(self.samples)} training samples can't be used, more "
-                f"than data.max_skipped_fraction allows; the first is {sample_id}: {reason}"
-            )
+        for item in skipped:
+            assert item.index is not None, "it came from the stream"
+            source, place = self.order.at(item.index)
+            self._unusable[source].setdefault(place, item)
+        for annotations, unusable in zip(self.data.sources, self._unusable, strict=True):
+            count = len(annotations.bad) + len(unusable)
+            too_many = count > self.max_skipped_fraction * annotations.total
+            if unusable and (too_many or count == annotations.total):
+                first = next(iter(unusable.values()))
+                raise InputError(
+                    f"{count} of {annotations.total} training samples can't be used, more "
+                    f"than data.max_skipped_fraction allows; the first is {first.sample_id}: "
+                    f"{first.reason}"
+                )

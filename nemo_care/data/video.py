@@ -169,9 +169,13 @@ def frames_to_patches(
 
 
 def _check_file(path: Path, kind: str) -> None:
-    if not path.is_file():
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise _unreadable(path, kind, str(error.strerror)) from error
+    if size is None:
         raise _unreadable(path, kind, "there is no such file")
-    if path.stat().st_size == 0:
+    if size == 0:
         raise _unreadable(path, kind, "the file is empty")
 
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from nemo_care.config import EvaluationConfig
 from nemo_care.data.prompts import Prompt
-from nemo_care.data.samples import Sample
-from nemo_care.data.stream import Skipped, build_or_skip
+from nemo_care.data.samples import Sample, Skipped
+from nemo_care.data.stream import build_or_skip
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.judges import judged_consistent
 from nemo_care.objective.rewards import evaluation_accuracy, format_reward

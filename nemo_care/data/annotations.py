@@ -1,0 +1,230 @@
+"""Annotations files of any layout: what can be used becomes samples, the rest is set aside.
+
+A data set of 260,000 lines always has a few bad ones. A loader says how one record becomes a
+sample and raises InputError for a record that can't; `read_annotations` does the rest, so that
+every layout treats bad lines and paths alike.
+"""
+
+import json
+import os
+import re
+import reprlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nemo_care.data.samples import Sample, Skipped
+from nemo_care.errors import InputError
+
+# GIF is in neither: some data sets hold GIF videos.
+_SUFFIXES = {
+    "video": {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"},
+    "image": {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"},
+}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
+_WHITE_SPACE = re.compile(r"\s*")
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The usable samples of an annotations file in its order, and its bad lines with reasons."""
+
+    samples: list[Sample]
+    bad: list[Skipped]
+
+    @property
+    def total(self) -> int:
+        """Samples that the file means to hold."""
+        return len(self.samples) + len(self.bad)
+
+
+class Record:
+    """One JSON object of an annotations file, with checked access to its fields.
+
+    Every method raises InputError with a line that names file, line and field.
+    """
+
+    def __init__(self, content: Any, root: Path, where: str) -> None:
+        """`where` is FILE:LINE. Raises InputError for content that is no JSON object."""
+        self.root = root
+        self.where = where
+        if not isinstance(content, dict):
+            raise self.error(f"must be a JSON object, not {shown(content)}")
+        self.content: dict[str, Any] = content
+
+    def error(self, reason: str) -> InputError:
+        """What to raise for a record that can't be used."""
+        return InputError(f"{self.where}: {reason}")
+
+    def has(self, key: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.content.get(key) is not None
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A text field; required, and not empty, where no default is given. null is missing."""
+        value = self.content[key] if self.has(key) else default
+        if value is None or (default is None and value == ""):
+            raise self.error(f'"{key}" is missing')
+        return self._checked_text(key, value)
+
+    def identifier(self, key: str) -> str:
+        """A required field that names the sample: text or a whole number."""
+        value = self.content.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        return self.text(key)
+
+    def choice(self, key: str, known: Collection[str], default: str | None = None) -> str:
+        """A text field with one of the known values."""
+        value = self.text(key, default)
+        if value not in known:
+            raise self.error(f'unknown "{key}" {shown(value)}; known: {", ".join(known)}')
+        return value
+
+    def texts(self, key: str, default: list[str] | None = None) -> list[str]:
+        """A list of texts; required where no default is given."""
+        values = self.content[key] if self.has(key) else default
+        if values is None:
+            raise self.error(f'"{key}" is missing')
+        if not isinstance(values, list):
+            raise self.error(f'"{key}" must be a list')
+        return [self._checked_text(key, value) for value in values]
+
+    def mapping(self, key: str) -> dict[str, str]:
+        """An object of texts, empty where the field is missing."""
+        value = self.content[key] if self.has(key) else {}
+        if not isinstance(value, dict):
+            raise self.error(f'"{key}" must be a JSON object')
+        return {name: self._checked_text(key, text) for name, text in value.items()}
+
+    def media(self, name: str, kind: Literal["video", "image"]) -> Path:
+        """The path of a video or image, given relative to the data root; it must stay in it.
+
+        Only the text of the path counts: `videos` may well be a symbolic link to another disk, and
+        the path returned holds no `..` that could leave through such a link.
+        """
+        if "\0" in name:
+            raise self.error(f"the path {shown(name)} is not a path")
+        path = Path(os.path.normpath(self.root / name))
+        if not path.is_relative_to(self.root):
+            raise self.error(f"the path {shown(name)} leaves the data root {self.root}")
+        other = "image" if kind == "video" else "video"
+        if path.suffix.lower() in _SUFFIXES[other]:
+            raise self.error(f"the path {shown(name)} is of type {other}, but {kind} is asked for")
+        return path
+
+    def _checked_text(self, key: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise self.error(f'"{key}" must be text, not {shown(value)}')
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            # JSON allows half of a surrogate pair; no tokenizer and no file does.
+            raise self.error(f'"{key}" holds half of a surrogate pair') from None
+        return value
+
+
+def read_annotations(
+    root: str | Path, annotations: str, parse: Callable[[Record], Sample]
+) -> Annotations:
+    """The samples and the bad lines of `root/annotations`.
+
+    The file holds one JSON object a line, or, with a name that ends in `.json`, one JSON array of
+    objects. `parse` makes a sample of a record, or raises InputError.
+
+    Raises:
+        InputError: the file is missing, unreadable, empty or without any usable sample, or an array
+            whose JSON is malformed: nothing can be known of what follows the mistake.
+    """
+    folder = Path(root).resolve()
+    file = folder / annotations
+    if not file.is_file():
+        raise InputError(f"{file}: no such annotations file; check data.*.root and annotations")
+    samples: list[Sample] = []
+    bad: list[Skipped] = []
+    try:
+        for number, entry in _entries(file):
+            where = f"{file}:{number}"
+            try:
+                content = _decoded(entry, where) if isinstance(entry, bytes) else entry
+                samples.append(parse(Record(content, folder, where)))
+            except InputError as error:
+                bad.append(Skipped(None, f"{file.name}:{number}", str(error)))
+    except OSError as error:
+        raise InputError(f"{file}: can't be read ({error.strerror})") from error
+    if not samples and not bad:
+        raise InputError(f"{file}: holds no samples")
+    if not samples:
+        raise InputError(
+            f"{len(bad)} of {len(bad)} samples of {file} can't be used; is its kind the right one? "
+            f"The first: {bad[0].reason}"
+        )
+    return Annotations(samples, bad)
+
+
+def _entries(file: Path) -> Iterator[tuple[int, Any]]:
+    """Line numbers from 1 with what stands there: the line's bytes, or an array's element."""
+    with file.open("rb") as lines:
+        first = next((line for line in lines if line.strip()), b"")
+        if file.suffix != ".json" or not first.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            lines.seek(0)
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, line
+            return
+    yield from _array_elements(file)
+
+
+def _decoded(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        cause = error.msg
+    except UnicodeDecodeError:
+        cause = "not UTF-8"
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 5000 brackets
+        cause = str(error)
+    raise InputError(f"{where}: not valid JSON ({cause}); mend or remove the line")
+
+
+def _array_elements(file: Path) -> Iterator[tuple[int, Any]]:
+    """The elements of a JSON array one by one, with the line on which each begins."""
+
+    def malformed(position: int, cause: str) -> InputError:
+        number = text.count("\n", 0, position) + 1
+        return InputError(
+            f"{file}:{number}: not valid JSON ({cause}); mend the file, or write one object a line"
+        )
+
+    def after_white_space(position: int) -> int:
+        return _WHITE_SPACE.match(text, position).end()  # type: ignore[union-attr]
+
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 ({error.reason}); convert the file") from error
+    decoder = json.JSONDecoder()
+    number, counted = 1, 0
+    position = after_white_space(text.index("[") + 1)
+    while not text.startswith("]", position):
+        number += text.count("\n", counted, position)
+        counted = position
+        try:
+            element, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise malformed(error.pos, error.msg) from error
+        except (ValueError, RecursionError) as error:
+            raise malformed(position, str(error)) from error
+        yield number, element
+        position = after_white_space(end)
+        if text.startswith(",", position):
+            position = after_white_space(position + 1)
+        elif not text.startswith("]", position):
+            raise malformed(position, "expecting ',' or ']'")
+
+
+def shown(value: Any) -> str:
+    """A value of the user's file on one line, and not too much of it."""
+    return _SHORT.repr(value)

@@ -1,0 +1,80 @@
+"""From the recipe's data keys to samples: the one place that knows the loader of each kind."""
+
+from nemo_care.data.annotations import Annotations
+from nemo_care.data.jsonl import read_jsonl
+from nemo_care.data.mixing import TrainingData, epoch_shares
+from nemo_care.data.seed_bench_r1 import read_seed_bench_r1
+from nemo_care.data.video_r1 import read_video_r1
+from nemo_care.data_config import DataConfig, SourceConfig
+from nemo_care.errors import InputError
+
+
+def read_source(kind: str, root: str, annotations: str, *, seed: int) -> Annotations:
+    """The samples and the bad lines of one annotations file.
+
+    `seed` is the run's; it draws the options of SEED-Bench-R1's training questions.
+
+    Raises:
+        InputError: the file is missing, empty or without any usable sample.
+    """
+    if kind == "seed_bench_r1":
+        return read_seed_bench_r1(root, annotations, seed=seed)
+    if kind == "video_r1":
+        return read_video_r1(root, annotations)
+    assert kind in ("jsonl", "miniature"), "check_recipe"
+    return read_jsonl(root, annotations)
+
+
+def training_sources(config: DataConfig) -> list[SourceConfig]:
+    """The sources of the mixture; one where the recipe has none."""
+    train = config.train
+    if train.sources is not None:
+        return train.sources
+    assert train.root is not None, "check_recipe"
+    return [SourceConfig(train.kind, train.root, train.annotations)]
+
+
+def read_training(config: DataConfig, *, seed: int) -> TrainingData:
+    """The training data sets of a recipe.
+
+    Raises:
+        InputError: unusable annotations, more bad lines than data.max_skipped_fraction allows, or a
+            source whose weight gives it no prompt.
+    """
+    sources = training_sources(config)
+    data = TrainingData(
+        tuple(
+            _read_checked(source.kind, source.root, source.annotations, config, seed)
+            for source in sources
+        ),
+        tuple(source.weight for source in sources),
+    )
+    epoch_shares([len(source.samples) for source in data.sources], data.weights)
+    return data
+
+
+def read_levels(config: DataConfig, *, seed: int) -> dict[str, Annotations]:
+    """Validation samples by level, data.validation.samples_per_level of each, and its bad lines.
+
+    Raises:
+        InputError: as `read_training`.
+    """
+    validation = config.validation
+    levels = {}
+    for level, file in (validation.annotations or {}).items():
+        read = _read_checked(validation.kind, validation.root, file, config, seed)
+        levels[level] = Annotations(read.samples[: validation.samples_per_level], read.bad)
+    return levels
+
+
+def _read_checked(
+    kind: str, root: str, annotations: str, config: DataConfig, seed: int
+) -> Annotations:
+    read = read_source(kind, root, annotations, seed=seed)
+    if len(read.bad) > config.max_skipped_fraction * read.total:
+        raise InputError(
+            f"{len(read.bad)} of {read.total} samples of {annotations} can't be used, more than "
+            f"data.max_skipped_fraction={config.max_skipped_fraction:g} allows; the first: "
+            f"{read.bad[0].reason}"
+        )
+    return read

@@ -1,0 +1,63 @@
+"""The layout of Video-R1-260k, in which general video benchmarks come too: an array, or lines.
+
+    {"problem_id": 2, "problem": "...", "data_type": "video", "problem_type": "multiple choice",
+     "options": ["A. a cup", "B. a knife"], "solution": "<answer>B</answer>", "path": "./dir/x.mp4"}
+
+`path` is relative to the data root. Other fields (`process`, `data_source`, ...) are left alone.
+"""
+
+import re
+from pathlib import Path
+
+from nemo_care.data.annotations import Annotations, Record, read_annotations, shown
+from nemo_care.data.samples import Sample
+from nemo_care.objective.rewards import PROBLEM_TYPES
+from nemo_care.objective.text import extract_answer
+
+_OPTION = re.compile(r"\s*\(?([A-Z])[.:)]\s*(.*)", re.DOTALL)
+
+
+def read_video_r1(root: str | Path, annotations: str) -> Annotations:
+    """The samples and the bad entries of `root/annotations`.
+
+    Raises:
+        InputError: as `read_annotations`.
+    """
+    return read_annotations(root, annotations, parse_video_r1)
+
+
+def parse_video_r1(record: Record) -> Sample:
+    """One record as a sample; raises InputError for a record that can't be used."""
+    problem_type = record.choice("problem_type", PROBLEM_TYPES)
+    data_type = record.choice("data_type", ("video", "image"))
+    name = record.text("path")
+    solution = (extract_answer(record.text("solution")) or "").strip()
+    if not solution:
+        raise record.error('"solution" must hold the answer as <answer>...</answer>')
+    options = _options(record)
+    if problem_type == "multiple choice" and options and solution not in options:
+        letters = ", ".join(options)
+        raise record.error(f'"solution" is none of the option letters {letters}: {shown(solution)}')
+    return Sample(
+        sample_id=record.identifier("problem_id"),
+        question=record.text("problem"),
+        solution=solution,
+        problem_type=problem_type,
+        videos=(record.media(name, "video"),) if data_type == "video" else (),
+        images=(record.media(name, "image"),) if data_type == "image" else (),
+        options=options,
+        task_type=record.text("task_type", default=""),
+    )
+
+
+def _options(record: Record) -> dict[str, str]:
+    """Options by letter; none for an open question."""
+    options: dict[str, str] = {}
+    for entry in record.texts("options") if record.has("options") else []:
+        match = _OPTION.fullmatch(entry)
+        if match is None or match[1] in options:
+            raise record.error(
+                f'"options" must be a list such as ["A. ...", "B. ..."], not {shown(entry)}'
+            )
+        options[match[1]] = match[2].strip()
+    return options

@@ -1,0 +1,120 @@
+"""The keys under `data` of the recipe's schema, and their checks (see config.py)."""
+
+import math
+from dataclasses import dataclass, field
+
+from nemo_care.errors import InputError
+
+MISSING = "???"  # OmegaConf's mark for a key that a recipe has to give.
+DATA_KINDS = ("jsonl", "miniature", "seed_bench_r1", "video_r1")
+
+
+@dataclass
+class VideoConfig:
+    """How videos become patches."""
+
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 16
+    min_pixels: int = 3136
+    """Smallest number of pixels of a frame (4 * 28 * 28)."""
+    max_pixels: int = 100352
+    """Largest number of pixels of a frame (128 * 28 * 28)."""
+
+
+@dataclass
+class ImageConfig:
+    """Bounds of an image's size."""
+
+    min_pixels: int = 3136
+    max_pixels: int = 401408
+
+
+@dataclass
+class SourceConfig:
+    """One data set of a mixture."""
+
+    kind: str = "jsonl"
+    """As in data.train.kind."""
+    root: str = MISSING
+    annotations: str = "train.jsonl"
+    weight: float = 1.0
+    """Share of an epoch's prompts, relative to the other sources."""
+
+
+@dataclass
+class TrainDataConfig:
+    """Training prompts: one data set, or a mixture."""
+
+    kind: str = "jsonl"
+    """jsonl: one JSON object a line; miniature: the same, written by us where missing;
+    seed_bench_r1: as published; video_r1: as published, and general video benchmarks."""
+    root: str | None = None
+    """Directory that the paths in the annotations are relative to; needed without sources."""
+    annotations: str = "train.jsonl"
+    """File relative to root."""
+    sources: list[SourceConfig] | None = None
+    """Data sets to mix, each with kind, root, annotations and weight, in place of the three keys
+    above. An epoch has as many prompts as all sources have samples together, and each source's
+    share of them is weight / sum of weights, whole prompts by largest remainder. A source gives all
+    of its samples once before any of them again, and goes on in the next epoch where it stopped."""
+    shuffle: bool = True
+    """Draw an order for each epoch; false: the files' order, sources spread evenly."""
+
+
+@dataclass
+class ValidationDataConfig:
+    """Validation prompts, by level."""
+
+    kind: str = "jsonl"
+    """As in data.train.kind."""
+    root: str = MISSING
+    annotations: dict[str, str] | None = None
+    """Level name -> file relative to root; null: no validation."""
+    samples_per_level: int | None = None
+    """Use only so many; null: all."""
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from and what they look like."""
+
+    train: TrainDataConfig = field(default_factory=TrainDataConfig)
+    validation: ValidationDataConfig = field(default_factory=ValidationDataConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    prompt_template: str | None = None
+    """Text of a prompt with {question}, {options} and {answer_hint}; null: our own wording."""
+    max_prompt_tokens: int = 16384
+    """A longer prompt is skipped and listed."""
+    max_skipped_fraction: float = 0.05
+    """The run stops when more of a data set than this can't be used: bad lines of its annotations,
+    media that can't be read, prompts that are too long."""
+
+
+def check_data(data: DataConfig) -> None:
+    """Check the keys under `data` against each other; their ranges are in config.py.
+
+    Raises:
+        InputError: names the key, its value and what it may be.
+    """
+    if data.video.min_frames > data.video.max_frames:
+        raise InputError("data.video.min_frames is larger than data.video.max_frames")
+    for name, size in (("video", data.video), ("image", data.image)):
+        if size.min_pixels > size.max_pixels:
+            raise InputError(f"data.{name}.min_pixels is larger than data.{name}.max_pixels")
+    if data.train.sources is None:
+        if data.train.root is None:
+            raise InputError(
+                "data.train.root has no value: give it, or data.train.sources, in the recipe or as "
+                "an override"
+            )
+        return
+    if not data.train.sources:
+        raise InputError("data.train.sources is empty: name a source, or set it to null")
+    for number, source in enumerate(data.train.sources):
+        key = f"data.train.sources[{number}]"
+        if source.kind not in DATA_KINDS:
+            raise InputError(f"{key}.kind={source.kind}: choose {' or '.join(DATA_KINDS)}")
+        if not (source.weight > 0 and math.isfinite(source.weight)):
+            raise InputError(f"{key}.weight={source.weight}: must be a number above 0")
