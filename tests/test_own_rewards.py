@@ -333,7 +333,7 @@ def test_failing_reward_stops_the_run(module, recipe, ranks, tmp_path, reward, e
     # Not even weight 0 hides it.
     recipe.algorithm.reward_weights = [1.0, 1.0, 0.0]
     trainer = small_trainer(recipe, ranks, tmp_path)
-    prompt = trainer.prompts.samples[0].sample_id
+    prompt = trainer.prompts.order.sample(0).sample_id
     with pytest.raises(error, match=message.format(prompt=re.escape(prompt))) as caught:
         trainer.fit()
     if reward == "fails":
@@ -395,6 +395,7 @@ def test_bad_import_path_ends_with_status_2_and_one_line(module, world, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_ranks_find_rewards_of_the_working_directory_and_agree(module, world, tmp_path):
     """Two ranks of one model: the leader calls the reward, both learn from it."""
     done = command(
