@@ -61,8 +61,7 @@ $(INSTALLED): pyproject.toml
 
 .venv-trl/.installed:
 	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
-	.venv-trl/bin/python -m pip install $(TORCH)
-	.venv-trl/bin/python -m pip install "trl==1.16.0" "transformers>=5.16,<5.20" torchvision pillow
+	.venv-trl/bin/python -m pip install $(TORCH) torchvision "trl==1.16.0" "transformers>=5.16,<5.20" pillow
 	touch $@
 
 clean:

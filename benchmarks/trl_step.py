@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
-if not torch.cuda.is_available():
-    # torchvision's wheel does not load beside a CPU build of torch, which lacks two operators.
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    # A wheel that does not fit a CPU build of torch misses two operators.
     _operators = torch.library.Library("torchvision", "DEF")
     _operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
