@@ -61,7 +61,8 @@ $(INSTALLED): pyproject.toml
 
 .venv-trl/.installed:
 	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
-	.venv-trl/bin/python -m pip install $(TORCH) torchvision "trl==1.16.0" "transformers>=5.16,<5.20" pillow
+	.venv-trl/bin/python -m pip install $(TORCH)
+	.venv-trl/bin/python -m pip install torch==2.13.0 torchvision "trl==1.16.0" "transformers>=5.16,<5.20" pillow
 	touch $@
 
 clean:
