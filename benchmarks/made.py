@@ -4,11 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
@@ -16,7 +12,7 @@ from transformers import (
 from nemo_care.data.positions import mrope_positions
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
-from nemo_care.miniature.tokenizer import CHAT_TEMPLATE
+from nemo_care.miniature.tokenizer import build_tokenizer
 from nemo_care.miniature.vocabulary import SPECIAL_TOKENS, TAGS, UNKNOWN
 from nemo_care.rollouts.group import Completion, Group
 
@@ -90,21 +86,7 @@ def write_checkpoint(folder: Path, size: Size) -> None:
     model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)
     words = [*WORDS, *(f"w{number}" for number in range(size.vocabulary - len(WORDS)))]
-    ids = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(WordLevel(ids, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token=UNKNOWN,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+    build_tokenizer({word: number for number, word in enumerate(words)}).save_pretrained(folder)
 
 
 def video_grid(prompt_tokens: int) -> tuple[int, int, int]:

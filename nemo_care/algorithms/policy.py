@@ -56,10 +56,11 @@ class Policy:
         ones of the clipped surrogate. `after_step` is called after each. Metrics are equal on all
         ranks.
         """
-        old_log_probs: list[torch.Tensor] | None = None
+        batches = self.layout.batches(groups)
+        old_log_probs: list[torch.Tensor] = []
         metrics: dict[str, float | None] = {}
         for number in range(self.algorithm.updates_per_rollout):
-            step_metrics, log_probs = self._step(groups, old_log_probs)
+            step_metrics, log_probs = self._step(batches, old_log_probs)
             after_step()
             if number == 0:
                 old_log_probs = log_probs
@@ -70,12 +71,11 @@ class Policy:
         return metrics
 
     def _step(
-        self, groups: Sequence[Group], old_log_probs: list[torch.Tensor] | None
+        self, batches: Sequence[GroupBatch], old_log_probs: Sequence[torch.Tensor]
     ) -> tuple[dict[str, float | None], list[torch.Tensor]]:
         """One optimizer step; metrics, and each micro-batch's log-probs [N, C] (last stage)."""
-        batches = self.layout.batches(groups)
         completions = self.algorithm.prompts_per_step * self.algorithm.group_size
-        old_of = dict(zip(map(id, batches), old_log_probs or [], strict=False))
+        old_of = dict(zip(map(id, batches), old_log_probs, strict=False))
 
         def loss_of(
             hidden: torch.Tensor, batch: GroupBatch

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nemo_care.algorithms.reward_functions import OURS
 from nemo_care.evaluation.judges import judged_consistent
 from nemo_care.objective.statistics import mean_of_known
 from nemo_care.rollouts.group import Group
@@ -13,8 +14,6 @@ from nemo_care.rollouts.group import Group
 Row = dict[str, Any]
 
 
-# Our rewards have columns of their own, whether the recipe uses them or not.
-_OUR_REWARDS = ("accuracy", "format")
 _CUSTOM = "reward/"
 
 
@@ -41,11 +40,12 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
             "ended": completion.ended,
             "has_answer": completion.answer_span is not None,
             "consistent": judged_consistent(judge, completion.text, group.prompt.sample),
-            **{name: _number(group.rewards.get(name), place) for name in _OUR_REWARDS},
+            # Ours have columns of their own, whether the recipe uses them or not.
+            **{name: _number(group.rewards.get(name), place) for name in OURS},
             **{
                 _CUSTOM + name: _number(values, place)
                 for name, values in group.rewards.items()
-                if name not in _OUR_REWARDS
+                if name not in OURS
             },
             "answer_likelihood": _number(group.answer_likelihood, place),
             "bonus": _number(group.consistency_bonus, place),

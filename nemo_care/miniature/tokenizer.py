@@ -1,5 +1,7 @@
 """A Hugging Face tokenizer of the miniature's words, with a chat template like Qwen2.5-VL's."""
 
+from collections.abc import Mapping
+
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -21,13 +23,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(token_ids: Mapping[str, int] = TOKEN_ID) -> PreTrainedTokenizerFast:
     """The tokenizer: one token per word, split at white space, tags and special tokens anywhere.
 
     The think and answer tags are ordinary tokens, so that decoding with `skip_special_tokens` keeps
-    them: the rewards read them.
+    them: the rewards read them. `token_ids` are the words' ids, special tokens and tags among them.
     """
-    words = Tokenizer(WordLevel(dict(TOKEN_ID), unk_token=UNKNOWN))
+    words = Tokenizer(WordLevel(dict(token_ids), unk_token=UNKNOWN))
     words.pre_tokenizer = WhitespaceSplit()
     words.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]

@@ -7,7 +7,7 @@ token would read its own copy. Here the G new tokens of a group read one.
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from nemo_care.models.segments import PackedSegments, Segment
+from nemo_care.models.segments import PackedSegments
 
 
 class DecodingCache(PackedSeqParams):
@@ -21,10 +21,10 @@ class DecodingCache(PackedSeqParams):
     def __init__(self, prompts: PackedSegments, group_size: int, max_tokens: int) -> None:
         """`prompts` are B segments without context; each gets `group_size` completions."""
         super().__init__(qkv_format="sbhd")
-        self.prompts: PackedSegments | None = prompts
+        self.prompts = prompts
+        self.decoding = False
         self.max_tokens = max_tokens
         self.tokens = 0
-        self._segments: tuple[Segment, ...] = prompts.segments
         lengths = torch.tensor([segment.length for segment in prompts.segments])
         self._width = int(lengths.max())
         self._hidden = (torch.arange(self._width) >= lengths[:, None]).to(prompts.device)
@@ -32,7 +32,6 @@ class DecodingCache(PackedSeqParams):
         self._group_size = group_size
         # Place of each row among the B * G completions of the prompts in the cache.
         self._places = torch.arange(len(lengths) * group_size, device=prompts.device)
-        self._all_places = True
         # By layer: prompts [B, key heads, P_max, head_dim], completions [N, key heads, C_max, ..].
         self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -41,7 +40,7 @@ class DecodingCache(PackedSeqParams):
         """Keep keys and values [S, 1, key heads, head_dim] of the packed prompts."""
         self._prompt[layer] = tuple(  # type: ignore[assignment]
             torch.nn.utils.rnn.pad_sequence(
-                [x[s.start : s.stop, 0] for s in self._segments], batch_first=True
+                [x[s.start : s.stop, 0] for s in self.prompts.segments], batch_first=True
             )
             .transpose(1, 2)
             .contiguous()
@@ -50,7 +49,7 @@ class DecodingCache(PackedSeqParams):
 
     def begin_decoding(self) -> None:
         """All prompts are stored; from now on new tokens come."""
-        self.prompts = None
+        self.decoding = True
 
     def advance(self) -> None:
         """One more token of each completion has gone through all layers."""
@@ -109,7 +108,11 @@ class DecodingCache(PackedSeqParams):
             # One layer at a time: all at once would hold the cache twice.
             for layer, (k, v) in self._prompt.items():
                 self._prompt[layer] = (k[groups], v[groups])
-        self._all_places = len(self._places) == len(self._hidden) * self._group_size
+
+    @property
+    def _all_places(self) -> bool:
+        """Whether no completion of the prompts in the cache has ended."""
+        return len(self._places) == len(self._hidden) * self._group_size
 
     def _own_memory(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer not in self._own:

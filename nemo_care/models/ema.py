@@ -66,14 +66,15 @@ class WeightAverage:
         theta = dict(policy.named_parameters())
         for name, parameter in self.model.named_parameters():
             average, target = self.state[name], theta[name].float()
-            if self.offload:
-                # One parameter at a time on the compute device, which does the arithmetic.
-                moved = average.to(target.device, non_blocking=True)
-                average.copy_(moved.mul(self.decay).add_(target, alpha=1.0 - self.decay))
-                continue
-            average.mul_(self.decay).add_(target, alpha=1.0 - self.decay)
-            if average.data_ptr() != parameter.data_ptr():
-                parameter.copy_(average)
+            # Offloaded: one parameter at a time on the compute device, which does the arithmetic.
+            moved = average.to(target.device, non_blocking=True)
+            average.copy_(moved.mul_(self.decay).add_(target, alpha=1.0 - self.decay))
+            self._show(name, parameter)
+
+    def _show(self, name: str, parameter: torch.Tensor) -> None:
+        """Bring a parameter of the model up to its average, unless `in_place` does that."""
+        if not self.offload and self.state[name].data_ptr() != parameter.data_ptr():
+            parameter.copy_(self.state[name])
 
     @torch.no_grad()
     def squared_distance(self, policy: torch.nn.Module) -> torch.Tensor:
@@ -107,8 +108,7 @@ class WeightAverage:
         """Take a float32 average that `sharded_state_dict` described."""
         for name, parameter in self.model.named_parameters():
             self.state[name].copy_(state[prefix + name])
-            if not self.offload and self.state[name].data_ptr() != parameter.data_ptr():
-                parameter.copy_(self.state[name])
+            self._show(name, parameter)
 
 
 def _cpu_copy(weight: torch.Tensor) -> torch.Tensor:

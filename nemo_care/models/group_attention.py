@@ -61,7 +61,7 @@ class GroupAttention(torch.nn.Module):
         """
         if isinstance(packed_seq_params, DecodingCache):
             cache = packed_seq_params
-            if cache.prompts is None:
+            if cache.decoding:
                 return cache.attend(self.layer_number, query, key, value, self.softmax_scale)
             cache.store_prompts(self.layer_number, key, value)
             return self._attend_segments(query, key, value, cache.prompts)

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from nemo_care.data.prompts import Prompt
+from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.qwen2_5_vl import ModelInputs, Qwen25VL
+from nemo_care.models.segments import PackedSegments
+from nemo_care.parallel.cpu_compat import compute_device
 from nemo_care.rollouts.group import Group
 
 
@@ -39,6 +42,33 @@ class GroupBatch:
     answer_mask: torch.Tensor
     places: torch.Tensor
     pairs: AnswerPairs | None = None
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Group],
+        inputs: ModelInputs,
+        places: Sequence[torch.Tensor],
+        pairs: AnswerPairs | None = None,
+    ) -> "GroupBatch":
+        """The batch of these groups; `places` are one vector [C_i] per completion."""
+        completions = [completion for group in groups for completion in group.completions]
+        width = max(completion.length for completion in completions)
+        mask = [torch.ones(completion.length, dtype=torch.bool) for completion in completions]
+        answers = [torch.zeros(completion.length, dtype=torch.bool) for completion in completions]
+        for row, completion in zip(answers, completions, strict=True):
+            if completion.answer_span is not None:
+                row[slice(*completion.answer_span)] = True
+        device = compute_device()
+        return cls(
+            groups=groups,
+            inputs=inputs,
+            token_ids=_pad_rows([c.token_ids for c in completions], width).to(device),
+            mask=_pad_rows(mask, width).to(device),
+            answer_mask=_pad_rows(answers, width).to(device),
+            places=_pad_rows(places, width).to(device),
+            pairs=pairs,
+        )
 
     def asked_of_reference(self, *, all_tokens: bool) -> torch.Tensor:
         """Tokens that the reference scores, bool [N, C]: the answers', or with a KL term all."""
@@ -80,7 +110,7 @@ class GroupBatch:
     def padded(self, per_group: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Per-completion vectors [C_i] of each group as one float32 [N, C], zero-padded."""
         vectors = [vector for vectors in per_group for vector in vectors]
-        return pad_rows(vectors, self.mask.shape[1]).to(self.mask.device)
+        return _pad_rows(vectors, self.mask.shape[1]).to(self.mask.device)
 
     def unpadded(self, values: torch.Tensor) -> list[list[torch.Tensor]]:
         """The inverse of `padded`: [N, C] as per-completion vectors of each group, on the CPU."""
@@ -92,7 +122,7 @@ class GroupBatch:
         ]
 
 
-def pad_rows(rows: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+def _pad_rows(rows: Sequence[torch.Tensor], width: int) -> torch.Tensor:
     """Vectors [C_i] as one tensor [N, width] of their type, zero-padded."""
     out = torch.zeros(len(rows), width, dtype=rows[0].dtype)
     for number, row in enumerate(rows):
@@ -100,30 +130,26 @@ def pad_rows(rows: Sequence[torch.Tensor], width: int) -> torch.Tensor:
     return out
 
 
-def completion_tensors(
-    groups: Sequence[Group], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`token_ids`, `mask` and `answer_mask` of a batch of these groups."""
-    completions = [completion for group in groups for completion in group.completions]
-    width = max(completion.length for completion in completions)
-    mask = [torch.ones(completion.length, dtype=torch.bool) for completion in completions]
-    answers = [torch.zeros(completion.length, dtype=torch.bool) for completion in completions]
-    for row, completion in zip(answers, completions, strict=True):
-        if completion.answer_span is not None:
-            row[slice(*completion.answer_span)] = True
-    return (
-        pad_rows([completion.token_ids for completion in completions], width).to(device),
-        pad_rows(mask, width).to(device),
-        pad_rows(answers, width).to(device),
-    )
+def model_inputs(
+    prompts: Sequence[Prompt],
+    token_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    is_vision: torch.Tensor,
+    packed: PackedSegments | DecodingCache | None = None,
+) -> ModelInputs:
+    """What the model takes of rows laid out on the CPU, on the compute device.
 
-
-def vision_inputs(
-    prompts: Sequence[Prompt], device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """`pixel_values` and `grid_thw` of the prompts in this order; None without any."""
+    `prompts` in the order in which their images and videos appear in the rows; the rest as in
+    `ModelInputs`.
+    """
+    device = compute_device()
     pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
     grids = [p.grid_thw for p in prompts if p.grid_thw is not None]
-    if not pixels:
-        return None, None
-    return torch.cat(pixels).to(device), torch.cat(grids).to(device)
+    return ModelInputs(
+        token_ids=token_ids.to(device),
+        position_ids=position_ids.to(device),
+        pixel_values=torch.cat(pixels).to(device) if pixels else None,
+        grid_thw=torch.cat(grids).to(device) if grids else None,
+        is_vision=is_vision.to(device) if pixels else None,
+        packed=packed,
+    )

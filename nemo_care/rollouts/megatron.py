@@ -20,7 +20,7 @@ from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.answer_span import answer_token_span
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.group import Completion, Group
-from nemo_care.rollouts.group_batch import vision_inputs
+from nemo_care.rollouts.group_batch import model_inputs
 from nemo_care.rollouts.sampling import sample_tokens, uniform_numbers
 
 
@@ -164,17 +164,12 @@ class _Decoding:
 
     def _prefill(self) -> torch.Tensor:
         """Compute the prompts; logits float32 [B, V] of their completions' first token."""
-        pixels, grids = vision_inputs(self.prompts, self.device)
-        token_ids = torch.cat([prompt.token_ids for prompt in self.prompts])
-        positions = torch.cat([prompt.position_ids for prompt in self.prompts], dim=1)
-        is_vision = torch.cat([prompt.is_vision for prompt in self.prompts])
-        inputs = ModelInputs(
-            token_ids=token_ids[None].to(self.device),
-            position_ids=positions[:, None].to(self.device),
-            pixel_values=pixels,
-            grid_thw=grids,
-            is_vision=is_vision[None].to(self.device) if pixels is not None else None,
-            packed=self.cache,
+        inputs = model_inputs(
+            self.prompts,
+            torch.cat([prompt.token_ids for prompt in self.prompts])[None],
+            torch.cat([prompt.position_ids for prompt in self.prompts], dim=1)[:, None],
+            torch.cat([prompt.is_vision for prompt in self.prompts])[None],
+            self.cache,
         )
         last = [segment.stop - 1 for segment in self.packed.segments]
         logits = self._forward(inputs, torch.tensor(last, device=self.device))

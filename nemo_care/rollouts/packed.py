@@ -10,17 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_care.models.qwen2_5_vl import ModelInputs
 from nemo_care.models.segments import PackedSegments, Range, Segment
 from nemo_care.parallel.cpu_compat import compute_device
 from nemo_care.rollouts.group import Group
-from nemo_care.rollouts.group_batch import (
-    AnswerPairs,
-    GroupBatch,
-    completion_tensors,
-    pad_rows,
-    vision_inputs,
-)
+from nemo_care.rollouts.group_batch import AnswerPairs, GroupBatch, model_inputs
 
 
 @dataclass(frozen=True)
@@ -147,24 +140,15 @@ def packed_groups(
         segments.extend(segment.moved(start) for segment in part.segments)
         places.extend(place + start for place in part.places)
     device = compute_device()
-    pixels, grids = vision_inputs([group.prompt for group in groups], device)
-    token_ids, mask, answer_mask = completion_tensors(groups, device)
-    return GroupBatch(
-        groups=groups,
-        inputs=ModelInputs(
-            token_ids=ids.to(device),
-            position_ids=positions.to(device),
-            pixel_values=pixels,
-            grid_thw=grids,
-            is_vision=is_vision.to(device) if pixels is not None else None,
-            packed=PackedSegments(segments=tuple(segments), length=width, device=device),
-        ),
-        token_ids=token_ids,
-        mask=mask,
-        answer_mask=answer_mask,
-        places=pad_rows(places, mask.shape[1]).to(device),
-        pairs=_joined_pairs(groups, packed, starts, device) if answer_pairs else None,
+    inputs = model_inputs(
+        [group.prompt for group in groups],
+        ids,
+        positions,
+        is_vision,
+        PackedSegments(segments=tuple(segments), length=width, device=device),
     )
+    pairs = _joined_pairs(groups, packed, starts, device) if answer_pairs else None
+    return GroupBatch.of(groups, inputs, places, pairs)
 
 
 def _joined_pairs(

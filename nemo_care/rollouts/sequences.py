@@ -8,15 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_care.models.qwen2_5_vl import ModelInputs
-from nemo_care.parallel.cpu_compat import compute_device
 from nemo_care.rollouts.group import Group
-from nemo_care.rollouts.group_batch import (
-    GroupBatch,
-    completion_tensors,
-    pad_rows,
-    vision_inputs,
-)
+from nemo_care.rollouts.group_batch import GroupBatch, model_inputs
 
 
 def separate_sequences(groups: Sequence[Group], pad_id: int, multiple: int) -> GroupBatch:
@@ -38,15 +31,5 @@ def separate_sequences(groups: Sequence[Group], pad_id: int, multiple: int) -> G
         positions[:, row, start:stop] = prompt.continued_positions(completion.length)
         # The token at s is predicted at s - 1. Padding behind it is hidden by the causal mask.
         places.append(torch.arange(start - 1, stop - 1) * count + row)
-    device = compute_device()
-    pixels, grids = vision_inputs([prompt for prompt, _ in rows], device)
-    token_ids, mask, answer_mask = completion_tensors(groups, device)
-    inputs = ModelInputs(
-        token_ids=ids.to(device),
-        position_ids=positions.to(device),
-        pixel_values=pixels,
-        grid_thw=grids,
-        is_vision=is_vision.to(device) if pixels is not None else None,
-    )
-    places_table = pad_rows(places, mask.shape[1]).to(device)
-    return GroupBatch(groups, inputs, token_ids, mask, answer_mask, places_table)
+    inputs = model_inputs([prompt for prompt, _ in rows], ids, positions, is_vision)
+    return GroupBatch.of(groups, inputs, places)
