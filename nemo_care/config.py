@@ -3,7 +3,7 @@
 A recipe is a YAML file (see `recipes/`) merged over these dataclasses by Hydra and OmegaConf, so
 an unknown key or a value of the wrong type is refused before anything starts. `check_recipe` then
 checks ranges and the keys against each other. Sizes are counts, lengths are tokens unless said.
-The keys under `data` are in `data_config.py`.
+The keys under `data` are in `data_config.py`, those under `evaluation` in `evaluation_config.py`.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_care.data_config import DATA_KINDS, MISSING, DataConfig, check_data
 from nemo_care.errors import InputError
+from nemo_care.evaluation_config import JUDGES, EvaluationConfig, check_evaluation
 
 
 @dataclass
@@ -176,22 +177,6 @@ class CheckpointConfig:
 
 
 @dataclass
-class EvaluationConfig:
-    """How validation samples its completions."""
-
-    temperature: float = 0.0
-    """0: greedy."""
-    top_p: float = 1.0
-    samples_per_batch: int = 8
-    """Prompts that are generated together."""
-    judge: str = "none"
-    """Who says whether a reasoning supports the answer: rule (for questions whose options are
-    words that the reasoning names, as in the miniature) or none."""
-    forced_reasoning_probe: bool = False
-    """Also measure how much the answer follows a reasoning put in the model's mouth."""
-
-
-@dataclass
 class ExpManagerConfig:
     """NeMo's experiment manager: run directory and loggers."""
 
@@ -226,7 +211,7 @@ _CHOICES = {
     "model.recompute_granularity": ("none", "selective", "full"),
     "model.precision.dtype": ("bf16", "fp32"),
     "optimizer.schedule": ("cosine", "constant"),
-    "evaluation.judge": ("none", "rule"),
+    "evaluation.judge": JUDGES,
     "data.train.kind": DATA_KINDS,
     "data.validation.kind": DATA_KINDS,
 }
@@ -286,6 +271,10 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "evaluation.temperature": (0, None),
     "evaluation.top_p": (1e-6, 1),
     "evaluation.samples_per_batch": (1, None),
+    "evaluation.llm.temperature": (0, None),
+    "evaluation.llm.concurrency": (1, None),
+    "evaluation.llm.max_retries": (0, None),
+    "evaluation.llm.timeout_seconds": (1e-3, None),
 }
 
 
@@ -318,6 +307,7 @@ def check_recipe(recipe: Recipe) -> None:
 def _check_together(recipe: Recipe) -> None:
     trainer, model, algorithm = recipe.trainer, recipe.model, recipe.algorithm
     check_data(recipe.data)
+    check_evaluation(recipe.evaluation)
     if model.backend == "transformer_engine" and model.precision.dtype != "bf16":
         raise InputError(
             f"model.precision.dtype={model.precision.dtype}: the attention of "

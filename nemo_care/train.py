@@ -71,7 +71,7 @@ Train a policy with GRPO-CARE. A run goes on after the newest checkpoint of its 
                           exp_manager.explicit_log_dir=runs/mine
 
 Keys, types, defaults and ranges are in {Path(__file__).with_name("config.py")}
-and, those under data, in data_config.py beside it.
+and, those under data and evaluation, in data_config.py and evaluation_config.py beside it.
 Exit status: 0 done; 1 failed; 2 a recipe or input that can't be used."""
 
 

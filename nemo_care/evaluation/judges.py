@@ -2,9 +2,23 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from nemo_care.data.samples import Sample
 from nemo_care.objective.text import parse_completion
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of one completion.
+
+    `consistent` is None where it can't say. `details` are what it goes by, as JSON values: columns
+    of the completion's row beside the verdict.
+    """
+
+    consistent: bool | None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 def rule_judge(completion: str, options: Mapping[str, str]) -> bool:

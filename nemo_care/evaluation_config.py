@@ -1,0 +1,71 @@
+"""The keys under `evaluation` of the recipe's schema, and their checks (see config.py)."""
+
+from dataclasses import dataclass, field
+
+from nemo_care.errors import InputError
+
+JUDGES = ("none", "rule", "likelihood", "llm")
+
+
+@dataclass
+class LLMJudgeConfig:
+    """The judge behind an OpenAI-compatible endpoint (evaluation.judge=llm)."""
+
+    base_url: str | None = None
+    """Address of the endpoint up to and with /v1, such as http://localhost:8000/v1."""
+    model: str | None = None
+    """Name of the model there."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; null: the endpoint asks for none."""
+    prompt_template: str | None = None
+    """What the judge is asked, with {question}, {options}, {reasoning} and {answer}; null: our own
+    wording. The last CONSISTENT or INCONSISTENT of the reply is the verdict."""
+    temperature: float | None = 0.0
+    """null: not sent, for models that refuse it."""
+    concurrency: int = 8
+    """Requests at the same time, of each model replica."""
+    max_retries: int = 5
+    """Further attempts, with growing pauses, after a refusal that may pass (overload, time-out)."""
+    timeout_seconds: float = 120.0
+    """Longest time of one attempt."""
+    cache: str | None = None
+    """File that keeps the replies, so that no question is asked twice; null: llm_judge.sqlite in
+    the run directory."""
+
+
+@dataclass
+class EvaluationConfig:
+    """How completions are sampled and judged, in `nemo-care evaluate` and in validation."""
+
+    checkpoint: str | None = None
+    """What `nemo-care evaluate` evaluates: a Hugging Face directory, a run directory (its newest
+    checkpoint) or one of its checkpoints; null: model.hf_path."""
+    temperature: float = 0.0
+    """0: greedy."""
+    top_p: float = 1.0
+    samples_per_batch: int = 8
+    """Prompts that are generated together."""
+    judge: str = "none"
+    """Who says whether a reasoning supports the answer: rule (for questions whose options are
+    words that the reasoning names, as in the miniature), likelihood (the answer is the likeliest of
+    the options behind that reasoning under a reference model), llm (a language model is asked) or
+    none."""
+    reference: str | None = None
+    """The model of evaluation.judge=likelihood in `nemo-care evaluate`: a Hugging Face directory,
+    or a run directory or checkpoint, whose EMA reference it then is; null: model.hf_path.
+    Validation in training takes the run's reference as it is at that step."""
+    llm: LLMJudgeConfig = field(default_factory=LLMJudgeConfig)
+    forced_reasoning_probe: bool = False
+    """Also measure how much the answer follows a reasoning put in the model's mouth."""
+
+
+def check_evaluation(evaluation: EvaluationConfig) -> None:
+    """Check the keys under `evaluation` against each other; their ranges are in config.py.
+
+    Raises:
+        InputError: names the key and what it may be.
+    """
+    if evaluation.judge == "llm":
+        for key in ("base_url", "model"):
+            if not getattr(evaluation.llm, key):
+                raise InputError(f"evaluation.judge=llm needs evaluation.llm.{key}")
