@@ -12,6 +12,7 @@ or srun, it is one of them.
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,7 @@ def run_rank(recipe: Recipe, environment: "RankEnvironment", *, checked: bool) -
     not.
     """
     from nemo_care.algorithms.build import build_trainer
+    from nemo_care.data.decoding import DecodingWorkers
     from nemo_care.data.sources import read_levels, read_training
     from nemo_care.experiment import start_experiment
     from nemo_care.parallel.process_groups import Ranks
@@ -142,18 +144,21 @@ def run_rank(recipe: Recipe, environment: "RankEnvironment", *, checked: bool) -
         return folder
 
     files = RunFiles(ranks.from_rank_zero(start))
+    workers = DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader)
     if ranks.rank == 0:
         _tell_changes(files.recipe, recipe)
         files.write_recipe(save_recipe(recipe))
-    trainer = build_trainer(
-        recipe,
-        ranks,
-        files,
-        loggers,
-        training=read_training(recipe.data, seed=recipe.trainer.seed),
-        levels=read_levels(recipe.data, seed=recipe.trainer.seed),
-    )
-    summary = trainer.fit()
+    with closing(workers):
+        trainer = build_trainer(
+            recipe,
+            ranks,
+            files,
+            loggers,
+            training=read_training(recipe.data, seed=recipe.trainer.seed),
+            levels=read_levels(recipe.data, seed=recipe.trainer.seed),
+            workers=workers,
+        )
+        summary = trainer.fit()
     if ranks.rank == 0:
         _show_end(files.folder, summary)
     ranks.close()

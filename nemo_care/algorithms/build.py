@@ -9,6 +9,8 @@ from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.rewards import BaseRewards
 from nemo_care.config import Recipe
 from nemo_care.data.annotations import Annotations
+from nemo_care.data.decoding import DecodingWorkers
+from nemo_care.data.loader import PromptLoader
 from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.stream import PromptStream
@@ -53,10 +55,12 @@ def build_trainer(
     *,
     training: TrainingData,
     levels: Mapping[str, Annotations],
+    workers: DecodingWorkers,
 ) -> GRPOCareTrainer:
     """The trainer with everything it needs; collective over all ranks.
 
-    `training` are the training samples, `levels` the validation samples by level.
+    `training` are the training samples, `levels` the validation samples by level; `workers` decode
+    both.
     """
     algorithm = recipe.algorithm
     model = load_model(recipe, ranks)
@@ -73,7 +77,7 @@ def build_trainer(
         reference = Reference(load_model(recipe, ranks), algorithm, ranks, layout)
     validator = Validator(
         {level: annotations.samples for level, annotations in levels.items()},
-        prompts.build,
+        PromptLoader(prompts, workers),
         MegatronGenerator(
             model, tokenizer, ranks, groups_per_batch=recipe.evaluation.samples_per_batch
         ),
@@ -90,12 +94,13 @@ def build_trainer(
         ranks,
         prompts=PromptStream(
             training,
-            prompts.build,
+            PromptLoader(prompts, workers),
             ranks,
             prompts_per_step=algorithm.prompts_per_step,
             seed=recipe.trainer.seed,
             shuffle=recipe.data.train.shuffle,
             max_skipped_fraction=recipe.data.max_skipped_fraction,
+            prefetch_steps=recipe.data.prefetch_steps,
         ),
         generator=MegatronGenerator(
             model,

@@ -192,10 +192,14 @@ class GRPOCareTrainer:
     def log(self, metrics: Metrics, groups: list[Group], skipped: list[Skipped]) -> None:
         """Write the step's metrics and completions; collective, because rank 0 needs them all."""
         everyone = self.ranks.gather_from_replicas(
-            completion_rows(groups, self.recipe.evaluation.judge)
+            (
+                completion_rows(groups, self.recipe.evaluation.judge),
+                self.prompts.worker_memory_gib,
+            )
         )
+        memory = [peak for _, peak in everyone if peak is not None]
         rows = sorted(
-            (row for rows in everyone for row in rows),
+            (row for rows, _ in everyone for row in rows),
             key=lambda row: (row["prompt_index"], row["completion_index"]),
         )
         distance = None
@@ -209,6 +213,7 @@ class GRPOCareTrainer:
             "care/ema_distance": distance,
             **metrics,
             "data/skipped": len(skipped),
+            "data/worker_memory_gib": max(memory, default=None),
             **{f"timing/{name}": seconds for name, seconds in self.timing.items()},
         }
         self.files.append_step(self.step, record, rows, [asdict(item) for item in skipped])
@@ -300,7 +305,10 @@ class GRPOCareTrainer:
             self.files.rewind(self.step)
             self.files.list_bad_lines(self.step, [asdict(item) for item in self.bad_lines])
             self.console.bad_lines(self.bad_lines)
-        self.ranks.barrier()
+        self.prompts.count_again(
+            Skipped(**record)
+            for record in self.ranks.from_rank_zero(self.files.skipped_in_training)
+        )
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Export the trained model and write the summary."""

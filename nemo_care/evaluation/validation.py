@@ -6,7 +6,7 @@ mouth and measures the probability of the letter which that reasoning implies, a
 letter: whether answers are *caused* by the reasoning, which consistency alone does not show.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from nemo_care.config import EvaluationConfig
+from nemo_care.data.loader import PromptLoader
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample, Skipped
-from nemo_care.data.stream import build_or_skip
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.judges import judged_consistent
 from nemo_care.objective.rewards import evaluation_accuracy, format_reward
@@ -51,7 +51,7 @@ class Validator:
     def __init__(
         self,
         levels: Mapping[str, list[Sample]],
-        build: Callable[[int, Sample], Prompt],
+        loader: PromptLoader,
         generator: Generator,
         scorer: Scorer,
         tokenizer: ChatTokenizer,
@@ -64,7 +64,7 @@ class Validator:
     ) -> None:
         """`scorer` scores under the model to validate: the probe reads probabilities from it."""
         self.levels = levels
-        self.build = build
+        self.loader = loader
         self.generator = generator
         self.scorer = scorer
         self.tokenizer = tokenizer
@@ -123,11 +123,7 @@ class Validator:
         for start in range(0, len(numbered), size):
             batch = numbered[start : start + size]
             mine = batch[self.ranks.data_rank :: replicas]
-            made = self.ranks.from_leader(
-                lambda mine=mine: [  # type: ignore[misc]
-                    build_or_skip(self.build, index, sample) for index, sample in mine
-                ]
-            )
+            made = self.ranks.from_leader(lambda mine=mine: self.loader.load(mine))  # type: ignore[misc]
             prompts = [item for item in made if isinstance(item, Prompt)]
             yield prompts, [item for item in made if isinstance(item, Skipped)], len(batch)
 
