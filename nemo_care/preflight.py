@@ -3,10 +3,12 @@
 from nemo_care.algorithms.reward_functions import load_rewards
 from nemo_care.config import Recipe
 from nemo_care.data.prompts import PromptBuilder
-from nemo_care.data.sources import read_levels, read_training, training_sources
+from nemo_care.data.sources import read_levels, read_training
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
-from nemo_care.models.qwen2_5_vl import check_layout, read_hf_config
+from nemo_care.miniature import write_missing_worlds
+from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.models.weights import check_weights
 from nemo_care.parallel.process_groups import Layout
 
@@ -49,11 +51,6 @@ def check_inputs(recipe: Recipe) -> None:
     check_layout(hf, layout_of(recipe))
     PromptBuilder(recipe.data, hf, load_tokenizer(recipe.model.hf_path, hf))
     load_rewards(recipe.algorithm)
-    sources = [(source.kind, source.root) for source in training_sources(recipe.data)]
-    for kind, root in (*sources, (recipe.data.validation.kind, recipe.data.validation.root)):
-        if kind == "miniature":
-            from nemo_care.miniature.files import ensure_world
-
-            ensure_world(root)
+    write_missing_worlds(recipe.data)
     read_training(recipe.data, seed=recipe.trainer.seed)
     read_levels(recipe.data, seed=recipe.trainer.seed)

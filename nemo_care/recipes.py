@@ -1,13 +1,15 @@
 """From a recipe's name and overrides to a checked `Recipe`.
 
 Composition is NeMo's: `hydra_runner` with the `recipes/` folder as search path, overrides as
-`key=value`, and the user's own folder with `--config-path`.
+`key=value`, and the user's own folder with `--config-path`. NeMo takes seconds to import, so a
+command that needs nothing else of it composes with Hydra alone, to the same recipe.
 """
 
 import difflib
+import operator
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -21,6 +23,13 @@ from nemo_care.errors import InputError
 
 SCHEMA_NAME = "nemo_care_schema"
 _PACKAGE = Path(__file__).resolve().parent
+# Hydra is to compose, and to leave folders and logs alone; NeMo's runner sets the last three too.
+_HYDRA_OVERRIDES = (
+    "hydra.job.chdir=false",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=stdout",
+    "hydra.run.dir=.",
+)
 
 
 def recipes_folder() -> Path:
@@ -146,12 +155,28 @@ def to_recipe(config: DictConfig) -> Recipe:
     return recipe
 
 
-def compose_recipe(arguments: Sequence[str]) -> Recipe | None:
+def _runner(with_nemo: bool) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Hydra's decorator for the function that gets the composed configuration."""
+    folder = str(recipes_folder())
+    if with_nemo:
+        from nemo.core.config import hydra_runner
+
+        return hydra_runner(config_path=folder)
+    import hydra
+
+    # The resolvers that NeMo offers to recipes; its own replace them.
+    OmegaConf.register_new_resolver("multiply", operator.mul, replace=True)
+    OmegaConf.register_new_resolver("sum", operator.add, replace=True)
+    return hydra.main(version_base=None, config_path=folder)
+
+
+def compose_recipe(arguments: Sequence[str], *, with_nemo: bool = True) -> Recipe | None:
     """Compose and check the recipe that a command line names.
 
     Args:
         arguments: as after `nemo-care train`: `--config-name NAME`, `--config-path DIR`,
             `key=value`, and Hydra's own flags.
+        with_nemo: compose with NeMo's `hydra_runner`, or with Hydra alone.
 
     Returns:
         The recipe, or None where Hydra only printed something (`--cfg job`).
@@ -160,15 +185,14 @@ def compose_recipe(arguments: Sequence[str]) -> Recipe | None:
         InputError: no such recipe, an unknown key, a value of the wrong type or out of range.
     """
     from hydra.errors import HydraException
-    from nemo.core.config import hydra_runner
 
     _register()
-    arguments = [*_own_folder(arguments), "hydra.job.chdir=false"]
+    arguments = [*_own_folder(arguments), *_HYDRA_OVERRIDES]
     if not any(a.split("=")[0] in ("--config-name", "-cn") for a in arguments):
         raise InputError(f"--config-name is missing; recipes: {', '.join(recipe_names())}")
     composed: list[DictConfig] = []
 
-    @hydra_runner(config_path=str(recipes_folder()))
+    @_runner(with_nemo)
     def capture(config: DictConfig) -> None:
         composed.append(config)
 

@@ -56,6 +56,17 @@ def test_recipe_composes_and_fits_the_schema(name):
     assert compose_recipe(["--config-name", name]) is not None
 
 
+def test_hydra_alone_composes_what_nemo_s_runner_does(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [tiny_cpu, _self_]\ntrainer: {max_steps: '${multiply:2,21}'}\n"
+    )
+    command = ["--config-path", str(tmp_path), "--config-name", "mine", "rollout.top_p=0.5"]
+    alone = compose_recipe(command, with_nemo=False)
+    assert alone is not None
+    assert (alone.trainer.max_steps, alone.rollout.top_p) == (42, 0.5)
+    assert alone == compose_recipe(command)
+
+
 def test_changed_keys_of_two_recipes_are_named():
     old, new = (compose_recipe(["--config-name", "tiny_cpu"]) for _ in range(2))
     assert changed_keys(old, new) == []

@@ -13,7 +13,7 @@ from nemo_care.data.media import load_media
 from nemo_care.data.prompts import Prompt, PromptBuilder
 from nemo_care.data.samples import Sample, Skipped
 from nemo_care.data.tokenizer import load_tokenizer
-from nemo_care.models.qwen2_5_vl import read_hf_config
+from nemo_care.models.hf_config import read_hf_config
 
 
 class Workers:

@@ -16,7 +16,8 @@ from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.stream import PromptStream
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.evaluation.validation import Validator
-from nemo_care.models.qwen2_5_vl import Qwen25VL, read_hf_config, transformer_config
+from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.qwen2_5_vl import Qwen25VL, transformer_config
 from nemo_care.models.weights import load_hf_weights
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.batches import BatchLayout

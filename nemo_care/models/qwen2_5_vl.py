@@ -7,7 +7,6 @@ language model is cut by Megatron. Both are trained.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from transformers import AutoConfig, Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
 from nemo_care.models.decoding_cache import DecodingCache
@@ -55,26 +54,6 @@ class ModelInputs:
     grid_thw: torch.Tensor | None = None
     is_vision: torch.Tensor | None = None
     packed: PackedSegments | DecodingCache | None = None
-
-
-def read_hf_config(path: str | Path) -> Qwen2_5_VLConfig:
-    """The configuration of a Hugging Face Qwen2.5-VL checkpoint directory.
-
-    Raises:
-        InputError: the directory is missing or holds another kind of model.
-    """
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"model.hf_path={path}: no config.json there; give the directory of a Hugging Face "
-            "Qwen2.5-VL checkpoint"
-        )
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if not isinstance(config, Qwen2_5_VLConfig):
-        raise InputError(
-            f"model.hf_path={path}: holds a {config.model_type} model; only qwen2_5_vl is supported"
-        )
-    return config
 
 
 def padded_vocabulary(size: int) -> int:
