@@ -6,6 +6,8 @@ Errors still show. NEMO_CARE_VERBOSE=1 brings everything back.
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _LOGGERS = (
     "lightning.fabric",
@@ -21,7 +23,7 @@ _LOGGERS = (
 
 def quiet_libraries() -> None:
     """Hide warnings and information of Megatron, NeMo, Lightning and torch in this process."""
-    if os.environ.get("NEMO_CARE_VERBOSE") == "1":
+    if _verbose():
         return
     warnings.filterwarnings("ignore")
     # transformers shows a bar for each load of a few tensors.
@@ -29,3 +31,26 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Hide what this process, C libraries included, writes to stderr meanwhile.
+
+    For the only thread that writes there.
+    """
+    if _verbose():
+        yield
+        return
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _verbose() -> bool:
+    return os.environ.get("NEMO_CARE_VERBOSE") == "1"

@@ -23,8 +23,9 @@ from multiprocessing.connection import Connection
 import psutil
 import torch
 
+from nemo_care.data.fork_server import fork_context
 from nemo_care.data.media import Media, MediaRequest, load_media
-from nemo_care.data.video import UnreadableMedia
+from nemo_care.data.video import FatalMedia, SlowMedia, UnreadableMedia
 from nemo_care.data_config import DataConfig
 from nemo_care.errors import InputError
 
@@ -33,7 +34,6 @@ Load = Callable[[MediaRequest], Media]
 _GIB = 2**30
 # For a fork server that has to import torch and transformers on a busy machine.
 _START_SECONDS = 300.0
-_PRELOADED = ["nemo_care.data.decoding", "decord"]
 
 
 class DecodingWorkers:
@@ -127,8 +127,7 @@ class _Process:
         """
         if self._connection is not None:
             return
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context = fork_context()
         ours, theirs = context.Pipe()
         process = context.Process(
             target=_serve, args=(theirs, self._load, self.memory), daemon=True, name="decoding"
@@ -151,7 +150,9 @@ class _Process:
         """The media of a request.
 
         Raises:
-            InputError: they can't be used: unreadable, or the process hung or died over them.
+            SlowMedia: the process hung over them.
+            FatalMedia: the process died over them.
+            InputError: they can't be used for another reason.
         """
         outcome = None
         # Another process of the machine may be to blame for one death, but hardly for two.
@@ -163,7 +164,7 @@ class _Process:
                 outcome = self._receive(self.seconds)
             except TimeoutError:
                 self._kill()
-                raise UnreadableMedia(
+                raise SlowMedia(
                     f"{_names(request)}: not decoded after data.seconds_per_sample="
                     f"{self.seconds:g} seconds; replace the file, or raise the key if the disk is "
                     "slow"
@@ -174,7 +175,7 @@ class _Process:
                 break
             code = self._kill()
         if outcome is None:
-            raise UnreadableMedia(
+            raise FatalMedia(
                 f"{_names(request)}: the decoding process died over it (exit code {code}); replace "
                 "the file, or raise data.worker_memory_gib if it is only large"
             )

@@ -12,6 +12,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from nemo_care.data.patches import Grid, PatchSize, PixelBounds, frames_to_patches, grid_of
 from nemo_care.data.video import FrameChoice, ImageFile, VideoFile
 from nemo_care.data_config import DataConfig
+from nemo_care.quiet import silent_stderr
 
 
 @dataclass(frozen=True)
@@ -88,4 +89,20 @@ def load_media(request: MediaRequest) -> Media:
         *(patches([image.frame()], settings.image_pixels) for image in images),
     ]
     media.pixel_values = torch.cat(parts).numpy()
+    return media
+
+
+def measure_media(request: MediaRequest) -> Media:
+    """As `load_media`, for who asks whether files can be read, and not what is in them.
+
+    Pixel values are large and would have to travel between processes: they are left behind. So is
+    what ffmpeg writes to stderr about files that are broken.
+
+    Raises:
+        UnreadableMedia: a file can't be decoded.
+        InputError: a frame too narrow to resize.
+    """
+    with silent_stderr():
+        media = load_media(request)
+    media.pixel_values = None
     return media

@@ -32,6 +32,11 @@ ANSWER_HINTS = {
 class PromptTooLong(InputError):
     """A prompt with more tokens than data.max_prompt_tokens."""
 
+    def __init__(self, message: str, tokens: int = 0) -> None:
+        """`tokens`: how many it has. (Unpickling passes the message alone, and sets them after.)"""
+        super().__init__(message)
+        self.tokens = tokens
+
 
 @dataclass
 class Prompt:
@@ -134,7 +139,8 @@ class PromptBuilder:
             raise PromptTooLong(
                 f"prompt {draft.sample.sample_id} has {len(token_ids)} tokens, more than "
                 f"data.max_prompt_tokens={self.max_tokens}; lower "
-                "data.video.max_frames or data.video.max_pixels"
+                "data.video.max_frames or data.video.max_pixels",
+                len(token_ids),
             )
         ids = torch.tensor(token_ids)
         pixels = media.pixel_values

@@ -25,6 +25,18 @@ class UnreadableMedia(InputError):
     """A video or image that can't be decoded; the message names the file and the cause."""
 
 
+class MissingMedia(UnreadableMedia):
+    """There is no such file."""
+
+
+class SlowMedia(UnreadableMedia):
+    """It was given up after data.seconds_per_sample."""
+
+
+class FatalMedia(UnreadableMedia):
+    """The process that decoded it died."""
+
+
 @dataclass(frozen=True)
 class FrameChoice:
     """How many frames of a video the model sees."""
@@ -57,8 +69,9 @@ class VideoFile:
         """Open the file.
 
         Raises:
-            UnreadableMedia: it is missing, empty, not a video, broken, has fewer than two frames,
-                or frames whose timestamps are not in order.
+            MissingMedia: there is no such file.
+            UnreadableMedia: it is empty, not a video, broken, has fewer than two frames, or frames
+                whose timestamps are not in order.
         """
         import decord  # loads ffmpeg; only processes that decode need it
 
@@ -118,7 +131,8 @@ class ImageFile:
         """Open the file.
 
         Raises:
-            UnreadableMedia: it is missing, empty, or not an image that PIL can read.
+            MissingMedia: there is no such file.
+            UnreadableMedia: it is empty, or not an image that PIL can read.
         """
         self.path = Path(path)
         _check_file(self.path, "image")
@@ -152,12 +166,12 @@ def _check_file(path: Path, kind: str) -> None:
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise _unreadable(path, kind, str(error.strerror)) from error
     if size is None:
-        raise _unreadable(path, kind, "there is no such file")
+        raise _unreadable(path, kind, "there is no such file", MissingMedia)
     if size == 0:
         raise _unreadable(path, kind, "the file is empty")
 
 
-def _unreadable(path: Path, kind: str, cause: str) -> UnreadableMedia:
-    return UnreadableMedia(
-        f"{path}: {kind} not readable: {cause}; replace the file or remove its sample"
-    )
+def _unreadable(
+    path: Path, kind: str, cause: str, error: type[UnreadableMedia] = UnreadableMedia
+) -> UnreadableMedia:
+    return error(f"{path}: {kind} not readable: {cause}; replace the file or remove its sample")
