@@ -111,8 +111,19 @@ def _miniature(arguments: list[str]) -> int:
     return guarded(lambda: write_world(given.pop("root"), **given))
 
 
+def _data(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="nemo-care data", description="Look after data sets.")
+    jobs = parser.add_subparsers(dest="job", required=True)
+    jobs.add_parser("check", help="find what can't be used in a recipe's data", add_help=False)
+    parser.parse_args(arguments[:1])  # check is the only job, and reads the rest itself
+    from nemo_care.data_check import main
+
+    return main(arguments[1:])
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a policy: --config-name RECIPE [key=value ...]"),
+    "data": (_data, "data check: find what can't be used in a recipe's data"),
     "export": (_export, "write a trained model as a Hugging Face directory"),
     "report": (_report, "draw a run's curves and a page that holds them"),
     "compare": (_compare, "train several recipes and seeds, and print one table"),

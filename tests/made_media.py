@@ -1,12 +1,17 @@
 """Video and image files as they should and should not be."""
 
+import os
+import signal
 import struct
+import time
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+
+from nemo_care.data.media import Media, MediaRequest, measure_media
 
 _ROTATED = {
     90: (0, 65536, 0, -65536, 0, 0),
@@ -113,3 +118,13 @@ DAMAGES = {
     "timestamps": "several frames have the same timestamp",
 }
 """Ways to damage a video, with what the error says of it."""
+
+
+def load_or_misbehave(request: MediaRequest) -> Media:
+    """For decoding processes: what a file named "hang" or "crash" says, else what is usual."""
+    names = {path.stem for path in request.videos}
+    if "hang" in names:
+        time.sleep(600)
+    if "crash" in names:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return measure_media(request)

@@ -1,0 +1,235 @@
+"""What a check of the data found: tables and a histogram for the terminal, all of it as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise, zip_longest
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_care.data.check import CAUSES, FileReport, Length, Problem
+from nemo_care.data_config import DataConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_PROBLEMS_SHOWN = 20
+_MOST_BINS = 16
+_LONGEST_BAR = 40
+
+
+def check_record(reports: Sequence[FileReport], config: DataConfig) -> dict[str, Any]:
+    """Everything that was found, ready for JSON."""
+    return {
+        "usable": not any(report.error or report.problems for report in reports),
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "max_skipped_fraction": config.max_skipped_fraction,
+        "prompt_tokens": _tokens_record(
+            [length for report in reports for length in report.lengths]
+        ),
+        "files": [_file_record(report, config.max_skipped_fraction) for report in reports],
+        "problems": [
+            {"file": report.file.name, **asdict(problem)}
+            for report in reports
+            for problem in report.problems
+        ],
+    }
+
+
+def _file_record(report: FileReport, max_skipped_fraction: float) -> dict[str, Any]:
+    return {
+        "name": report.file.name,
+        "kind": report.file.kind,
+        "path": str(report.file.path),
+        "error": report.error,
+        "lines": report.lines,
+        "samples": report.samples,
+        "checked": len(report.checked),
+        "usable": report.usable,
+        "unusable": {cause: report.causes[cause] for cause in CAUSES},
+        "unusable_fraction": report.unusable_fraction,
+        "stops_a_run": report.stops_a_run(max_skipped_fraction),
+        "missing_files": sorted(map(str, report.missing_files)),
+        "problem_types": dict(_problem_types(report)),
+        "media": _media(report),
+        "prompt_tokens": _tokens_record(report.lengths),
+    }
+
+
+def _problem_types(report: FileReport) -> Counter[str]:
+    return Counter(sample.problem_type for sample in report.checked)
+
+
+def _media(report: FileReport) -> dict[str, int]:
+    """Checked samples with videos, with images, with neither; one may have both."""
+    return {
+        "videos": sum(bool(sample.videos) for sample in report.checked),
+        "images": sum(bool(sample.images) for sample in report.checked),
+        "text only": sum(not (sample.videos or sample.images) for sample in report.checked),
+    }
+
+
+def _tokens_record(lengths: Sequence[Length]) -> dict[str, Any] | None:
+    """Of all prompts whose length is known, those that are too long among them."""
+    if not lengths:
+        return None
+    tokens = np.array([length.tokens for length in lengths])
+    usable = [length for length in lengths if length.vision_tokens is not None]
+    edges, counts = token_histogram(tokens)
+    return {
+        "min": int(tokens.min()),
+        "median": float(np.median(tokens)),
+        "mean": float(tokens.mean()),
+        "p95": float(np.percentile(tokens, 95)),
+        "max": int(tokens.max()),
+        "vision_share": (
+            sum(length.vision_tokens or 0 for length in usable)
+            / sum(length.tokens for length in usable)
+            if usable
+            else None
+        ),
+        "histogram": {"edges": edges, "counts": counts},
+    }
+
+
+def token_histogram(tokens: np.ndarray) -> tuple[list[int], list[int]]:
+    """Edges and counts of at most 16 bins; a bin holds its lower edge and not its upper one.
+
+    Edges are multiples of a round width: 1, 2 or 5 times a power of ten.
+    """
+    low, high = int(tokens.min()), int(tokens.max())
+    widths = (factor * 10**power for power in range(20) for factor in (1, 2, 5))
+    width = next(w for w in widths if high // w - low // w < _MOST_BINS)
+    first, last = low // width, high // width
+    edges = [width * number for number in range(first, last + 2)]
+    counts = np.bincount(tokens // width - first, minlength=last - first + 1)
+    return edges, counts.tolist()
+
+
+def print_report(
+    console: Console, reports: Sequence[FileReport], config: DataConfig, *, whole: bool
+) -> None:
+    """Print tables, the histogram and the first problems.
+
+    `whole`: every sample was looked at, and decoded.
+    """
+    console.print(_usability_table(reports, config.max_skipped_fraction))
+    if not whole:
+        console.print("Not everything was looked at: a whole check may find more.\n")
+    read = [report for report in reports if report.checked]
+    if read:
+        console.print(_contents_table(read))
+    measured = [report for report in read if report.lengths]
+    if measured:
+        console.print(_tokens_table(measured))
+        lengths = [length.tokens for report in measured for length in report.lengths]
+        for line in _histogram_lines(np.array(lengths), config.max_prompt_tokens):
+            console.print(line)
+        console.print()
+    for line in _problem_lines(reports):
+        console.print(line)
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _usability_table(reports: Sequence[FileReport], max_skipped_fraction: float) -> Table:
+    table = _table(
+        f"Samples (a run skips up to {100 * max_skipped_fraction:g}%)",
+        *("lines", "checked", "usable", "unusable", "a run"),
+    )
+    table.add_column("what is wrong")
+    for report in reports:
+        numbers = (report.lines, len(report.checked), report.usable)
+        table.add_row(
+            report.file.name,
+            *(f"{number:,}" for number in numbers),
+            f"{100 * report.unusable_fraction:.1f}%",
+            "stops" if report.stops_a_run(max_skipped_fraction) else "goes on",
+            "the file" if report.error else _counts(report.causes) or "–",
+        )
+    return table
+
+
+def _counts(found: Counter[str]) -> str:
+    """The most frequent first."""
+    return ", ".join(f"{name} {count:,}" for name, count in found.most_common())
+
+
+def _contents_table(reports: Sequence[FileReport]) -> Table:
+    table = _table("Contents", "videos", "images", "text only")
+    table.add_column("problem types")
+    for report in reports:
+        table.add_row(
+            report.file.name,
+            *(f"{count:,}" for count in _media(report).values()),
+            _counts(_problem_types(report)),
+        )
+    return table
+
+
+def _tokens_table(reports: Sequence[FileReport]) -> Table:
+    table = _table("Tokens of a prompt", "min", "median", "mean", "p95", "max", "vision")
+    for report in reports:
+        record = _tokens_record(report.lengths)
+        assert record is not None, "only files with lengths"
+        vision = record["vision_share"]
+        table.add_row(
+            report.file.name,
+            *(f"{record[key]:,.0f}" for key in ("min", "median", "mean", "p95", "max")),
+            "–" if vision is None else f"{100 * vision:.0f}%",
+        )
+    return table
+
+
+def _histogram_lines(tokens: np.ndarray, max_prompt_tokens: int) -> list[str]:
+    edges, counts = token_histogram(tokens)
+    ranges = [
+        f"{low:,}" if high - low == 1 else f"{low:,} to {high - 1:,}"
+        for low, high in pairwise(edges)
+    ]
+    width = max(map(len, ranges))
+    lines = []
+    for text, (low, high), count in zip(ranges, pairwise(edges), counts, strict=True):
+        bar = "█" * -(-count * _LONGEST_BAR // max(counts))
+        limit = " <- data.max_prompt_tokens" if low <= max_prompt_tokens < high else ""
+        lines.append(f"{text:>{width}} {bar} {count:,}{limit}")
+    return lines
+
+
+def _problem_lines(reports: Sequence[FileReport]) -> list[str]:
+    """The first problems of each file and cause, and how many more there are."""
+    groups = {
+        (report.file.name, cause): [p for p in report.problems if p.cause == cause]
+        for report in reports
+        for cause in report.causes
+    }
+    # One of each group, then the next of each, until there are enough.
+    turns = [problem for turn in zip_longest(*groups.values()) for problem in turn if problem]
+    shown = turns[:_PROBLEMS_SHOWN]
+    lines = [f"{report.file.name}: {report.error}" for report in reports if report.error]
+    for (name, cause), problems in groups.items():
+        first = [problem for problem in problems if any(problem is other for other in shown)]
+        lines.append(f"{name}, {cause}: {len(problems):,}")
+        lines += [f"  {_problem_line(problem)}" for problem in first]
+        if first and len(problems) > len(first):
+            lines.append(f"  ... and {len(problems) - len(first):,} more")
+    return lines
+
+
+def _problem_line(problem: Problem) -> str:
+    # What is said of a line names it; what is said of a file does not name the sample.
+    of = "" if problem.place is None else f"sample {problem.sample_id}: "
+    return of + problem.reason
