@@ -121,11 +121,15 @@ def _written_at_the_end(file: Path) -> Iterator[Path]:
     Raises:
         InputError: it can't be written; known before hours have gone into its content.
     """
+    if file.is_dir():
+        raise InputError(f"--out {file}: is a folder; name a file in it")
     partial = file.with_name(file.name + ".partial")
     try:
         partial.touch()
     except OSError as error:
-        raise InputError(f"--out {file}: can't be written ({error.strerror})") from error
+        raise InputError(
+            f"--out {file}: can't be written ({error.strerror}); choose another"
+        ) from error
     try:
         yield partial
         os.replace(partial, file)

@@ -324,6 +324,7 @@ def test_an_interrupted_check_leaves_the_last_report_alone(capfd, tmp_path, monk
         (["--limit", "0"], ["--limit 0", "1 or more"]),
         (["--workers", "-1"], ["--workers -1", "0 or more"]),
         (["--out", "/no/such/folder/report.json"], ["--out /no/such/folder/report.json"]),
+        (["--out", "/"], ["--out /: is a folder"]),
         (["data.max_prompt_tokns=3"], ["did you mean data.max_prompt_tokens"]),
         (["model.hf_path=/no/such"], ["model.hf_path=/no/such", "config.json"]),
         (
