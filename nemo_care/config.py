@@ -205,6 +205,11 @@ class Recipe:
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
 
 
+def needs_reference(algorithm: AlgorithmConfig) -> bool:
+    """Whether a training run keeps a reference: for the bonus or for the KL term."""
+    return algorithm.consistency.bonus_coefficient > 0 or algorithm.kl_coefficient > 0
+
+
 _CHOICES = {
     "trainer.resume": ("auto", "never"),
     "model.backend": ("auto", "local", "transformer_engine"),
@@ -305,7 +310,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _check_together(recipe: Recipe) -> None:
-    trainer, model, algorithm = recipe.trainer, recipe.model, recipe.algorithm
+    trainer, model = recipe.trainer, recipe.model
     check_data(recipe.data)
     check_evaluation(recipe.evaluation)
     if model.backend == "transformer_engine" and model.precision.dtype != "bf16":
@@ -325,9 +330,33 @@ def _check_together(recipe: Recipe) -> None:
             f"model.tensor_model_parallel_size * model.pipeline_model_parallel_size = {ranks}: "
             f"set trainer.devices={ranks} or change the layout"
         )
-    replicas = world // ranks
-    if algorithm.prompts_per_step % replicas:
+
+
+def check_training(recipe: Recipe) -> None:
+    """Check what only a training run needs, beyond `check_recipe`.
+
+    Raises:
+        InputError: names the key, its value and what it may be.
+    """
+    model, world = recipe.model, recipe.trainer.devices * recipe.trainer.num_nodes
+    replicas = world // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
+    if recipe.algorithm.prompts_per_step % replicas:
         raise InputError(
-            f"algorithm.prompts_per_step={algorithm.prompts_per_step} is not a multiple of the "
-            f"data-parallel size {replicas}"
+            f"algorithm.prompts_per_step={recipe.algorithm.prompts_per_step} is not a multiple of "
+            f"the data-parallel size {replicas}"
+        )
+    if recipe.data.train.root is None and recipe.data.train.sources is None:
+        raise InputError(
+            "data.train.root has no value: give it, or data.train.sources, in the recipe or as "
+            "an override"
+        )
+    if (
+        recipe.evaluation.judge == "likelihood"
+        and recipe.data.validation.annotations
+        and not needs_reference(recipe.algorithm)
+    ):
+        raise InputError(
+            "evaluation.judge=likelihood judges with the run's reference, and this run has none: "
+            "algorithm.consistency.bonus_coefficient and algorithm.kl_coefficient are 0; choose "
+            "another judge, or validate with nemo-care evaluate and evaluation.reference"
         )

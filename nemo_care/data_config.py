@@ -68,7 +68,8 @@ class ValidationDataConfig:
 
     kind: str = "jsonl"
     """As in data.train.kind."""
-    root: str = MISSING
+    root: str | None = None
+    """Directory that the paths in the annotations are relative to; needed with annotations."""
     annotations: dict[str, str] | None = None
     """Level name -> file relative to root; null: no validation."""
     samples_per_level: int | None = None
@@ -103,12 +104,12 @@ def check_data(data: DataConfig) -> None:
     for name, size in (("video", data.video), ("image", data.image)):
         if size.min_pixels > size.max_pixels:
             raise InputError(f"data.{name}.min_pixels is larger than data.{name}.max_pixels")
+    if data.validation.annotations and data.validation.root is None:
+        raise InputError(
+            "data.validation.root has no value: give the directory of "
+            "data.validation.annotations, or set those to null"
+        )
     if data.train.sources is None:
-        if data.train.root is None:
-            raise InputError(
-                "data.train.root has no value: give it, or data.train.sources, in the recipe or as "
-                "an override"
-            )
         return
     if not data.train.sources:
         raise InputError("data.train.sources is empty: name a source, or set it to null")

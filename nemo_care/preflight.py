@@ -1,7 +1,7 @@
 """What can be refused before any rank starts: checkpoint, tokenizer, layout, rewards, data."""
 
 from nemo_care.algorithms.reward_functions import load_rewards
-from nemo_care.config import Recipe
+from nemo_care.config import Recipe, check_training
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.sources import read_levels, read_training, training_sources
 from nemo_care.data.tokenizer import load_tokenizer
@@ -36,24 +36,39 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
         )
 
 
-def check_inputs(recipe: Recipe) -> None:
-    """Refuse what can't work, and write the miniature's files where they are missing.
+def check_training_inputs(recipe: Recipe) -> None:
+    """Refuse what a training run can't work with, and write the miniature's files where missing.
 
     Raises:
         InputError: a missing or foreign checkpoint or tokenizer, a layout that does not divide the
             model, rewards that can't be imported or called, unusable annotations or prompt
             template.
     """
+    check_training(recipe)
+    _check_model(recipe)
+    load_rewards(recipe.algorithm)
+    for source in training_sources(recipe.data):
+        _ensure_files(source.kind, source.root)
+    read_training(recipe.data, seed=recipe.trainer.seed)
+    _check_levels(recipe)
+
+
+def _check_model(recipe: Recipe) -> None:
     hf = read_hf_config(recipe.model.hf_path)
     check_weights(recipe.model.hf_path)
     check_layout(hf, layout_of(recipe))
     PromptBuilder(recipe.data, hf, load_tokenizer(recipe.model.hf_path, hf))
-    load_rewards(recipe.algorithm)
-    sources = [(source.kind, source.root) for source in training_sources(recipe.data)]
-    for kind, root in (*sources, (recipe.data.validation.kind, recipe.data.validation.root)):
-        if kind == "miniature":
-            from nemo_care.miniature.files import ensure_world
 
-            ensure_world(root)
-    read_training(recipe.data, seed=recipe.trainer.seed)
+
+def _check_levels(recipe: Recipe) -> None:
+    validation = recipe.data.validation
+    if validation.annotations and validation.root is not None:
+        _ensure_files(validation.kind, validation.root)
     read_levels(recipe.data, seed=recipe.trainer.seed)
+
+
+def _ensure_files(kind: str, root: str) -> None:
+    if kind == "miniature":
+        from nemo_care.miniature.files import ensure_world
+
+        ensure_world(root)

@@ -11,13 +11,13 @@ from nemo_care.recipes import changed_keys, compose_recipe, recipes_folder
 PACKAGE = Path(nemo_care.__file__).parent
 FLOORS = {
     "errors": 1, "config": 1, "data_config": 1, "evaluation_config": 1, "objective": 1,
-    "run_files": 1, "quiet": 1,
+    "json_lines": 1, "run_files": 1, "quiet": 1,
     "parallel": 2,
     "data": 3,
     "models": 4,
     "rollouts": 5, "scoring": 5,
     "algorithms": 6, "evaluation": 6,
-    "cli": 7, "train": 7, "export": 7, "preflight": 7, "recipes": 7, "experiment": 7,
+    "cli": 7, "start": 7, "train": 7, "export": 7, "preflight": 7, "recipes": 7, "experiment": 7,
     "reporting": 7,
     # Beside the house: it makes data and a checkpoint, and uses what it needs.
     "miniature": 7,

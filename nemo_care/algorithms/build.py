@@ -7,7 +7,7 @@ import torch
 from nemo_care.algorithms.grpo_care import GRPOCareTrainer, MetricLogger
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.rewards import BaseRewards
-from nemo_care.config import Recipe
+from nemo_care.config import Recipe, needs_reference
 from nemo_care.data.annotations import Annotations
 from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
@@ -69,7 +69,7 @@ def build_trainer(
         shared_prompt=algorithm.shared_prompt,
     )
     reference = None
-    if algorithm.consistency.bonus_coefficient > 0 or algorithm.kl_coefficient > 0:
+    if needs_reference(algorithm):
         reference = Reference(load_model(recipe, ranks), algorithm, ranks, layout)
     validator = Validator(
         {level: annotations.samples for level, annotations in levels.items()},

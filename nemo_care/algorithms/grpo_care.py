@@ -298,7 +298,7 @@ class GRPOCareTrainer:
             self.console.resumed(self.step, found[-1])
         if self.ranks.rank == 0:
             self.files.rewind(self.step)
-            self.files.list_bad_lines(self.step, [asdict(item) for item in self.bad_lines])
+            self.files.list_skipped_once(self.step, [asdict(item) for item in self.bad_lines])
             self.console.bad_lines(self.bad_lines)
         self.ranks.barrier()
 
