@@ -350,11 +350,7 @@ def check_training(recipe: Recipe) -> None:
             "data.train.root has no value: give it, or data.train.sources, in the recipe or as "
             "an override"
         )
-    if (
-        recipe.evaluation.judge == "likelihood"
-        and recipe.data.validation.annotations
-        and not needs_reference(recipe.algorithm)
-    ):
+    if recipe.evaluation.judge == "likelihood" and not needs_reference(recipe.algorithm):
         raise InputError(
             "evaluation.judge=likelihood judges with the run's reference, and this run has none: "
             "algorithm.consistency.bonus_coefficient and algorithm.kl_coefficient are 0; choose "

@@ -49,7 +49,7 @@ class EvaluationConfig:
     """Who says whether a reasoning supports the answer: rule (for questions whose options are
     words that the reasoning names, as in the miniature), likelihood (the answer is the likeliest of
     the options behind that reasoning under a reference model), llm (a language model is asked) or
-    none."""
+    none. The completions of training's rollouts are judged by the rule only: it costs nothing."""
     reference: str | None = None
     """The model of evaluation.judge=likelihood in `nemo-care evaluate`: a Hugging Face directory,
     or a run directory or checkpoint, whose EMA reference it then is; null: model.hf_path.

@@ -1,6 +1,7 @@
 """Where a model's weights come from: a Hugging Face directory, or a checkpoint of a run."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -10,6 +11,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.algorithms.policy import PREFIX as POLICY
+from nemo_care.config import Recipe
 from nemo_care.errors import InputError
 from nemo_care.models.ema import WeightAverage
 from nemo_care.models.qwen2_5_vl import Qwen25VL, read_hf_config
@@ -23,8 +25,8 @@ from nemo_care.parallel.checkpoints import (
 )
 from nemo_care.scoring.reference import PREFIX as REFERENCE
 
-# Files whose change makes other weights or other prompts.
-_COUNTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.distcp", "*.pt", ".metadata")
+_WEIGHT_FILES = ("*.safetensors", "config.json", "*.distcp", "*.pt", ".metadata", "metadata.json")
+_PROMPT_FILES = ("*.json", "*.jinja", "*.txt")
 # What has to be equal in two configurations for the weights of one to fit the other.
 _SIZES = (
     "tie_word_embeddings",
@@ -156,17 +158,45 @@ class ModelSource:
             "model.hf_path to the Hugging Face directory that it was trained from"
         )
 
-    def identity(self) -> dict[str, Any]:
-        """What tells these weights from others, without reading them, as JSON values."""
-        return {
-            "folder": str(self.folder),
-            "weights": "reference" if self.is_reference else "policy",
-            "files": fingerprint(self.folder),
-        }
+    def identity(self) -> dict[str, str]:
+        """What tells these weights from others, without reading them."""
+        identity = {"folder": str(self.folder), "files": _digest(self.folder, _WEIGHT_FILES)}
+        if self.is_checkpoint:
+            identity["weights"] = "reference" if self.is_reference else "policy"
+        return identity
 
 
-def fingerprint(folder: Path) -> str:
+def prompt_files_identity(folder: Path) -> str:
+    """What tells one model's configuration and tokenizer from another's, without reading them."""
+    return _digest(folder, _PROMPT_FILES)
+
+
+def _digest(folder: Path, patterns: Sequence[str]) -> str:
     """A digest of names, sizes and times of change of a model directory's files."""
-    files = sorted({file for pattern in _COUNTED for file in folder.glob(pattern)})
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def evaluated_model(recipe: Recipe) -> ModelSource:
+    """The model of `nemo-care evaluate`.
+
+    Raises:
+        InputError: evaluation.checkpoint names none.
+    """
+    given = recipe.evaluation.checkpoint
+    return ModelSource.find("evaluation.checkpoint", given or recipe.model.hf_path)
+
+
+def judging_model(recipe: Recipe) -> ModelSource | None:
+    """The reference of the likelihood judge in `nemo-care evaluate`; None for other judges.
+
+    Raises:
+        InputError: evaluation.reference names none.
+    """
+    if recipe.evaluation.judge != "likelihood":
+        return None
+    given = recipe.evaluation.reference
+    return ModelSource.find(
+        "evaluation.reference", given or recipe.model.hf_path, is_reference=True
+    )

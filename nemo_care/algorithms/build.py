@@ -13,6 +13,7 @@ from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.stream import PromptStream
 from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.evaluation.build import build_evaluator
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.qwen2_5_vl import Qwen25VL, read_hf_config, transformer_config
 from nemo_care.models.weights import load_hf_weights
@@ -71,19 +72,13 @@ def build_trainer(
     reference = None
     if needs_reference(algorithm):
         reference = Reference(load_model(recipe, ranks), algorithm, ranks, layout)
-    validator = Validator(
-        {level: annotations.samples for level, annotations in levels.items()},
-        prompts.build,
-        MegatronGenerator(
-            model, tokenizer, ranks, groups_per_batch=recipe.evaluation.samples_per_batch
-        ),
-        Scorer(model, ranks, layout),
-        tokenizer,
+    evaluator = build_evaluator(
+        recipe,
         ranks,
-        recipe.evaluation,
-        max_tokens=recipe.rollout.max_completion_tokens,
-        min_reasoning_words=algorithm.min_reasoning_words,
-        seed=recipe.trainer.seed,
+        Scorer(model, ranks, layout),
+        prompts,
+        likelihoods=reference.answer_likelihoods if reference is not None else None,
+        folder=files.folder,
     )
     return GRPOCareTrainer(
         recipe,
@@ -107,7 +102,9 @@ def build_trainer(
         rewards=BaseRewards(algorithm, ranks),
         reference=reference,
         policy=Policy(model, recipe, ranks, layout),
-        validator=validator,
+        validator=Validator(
+            {level: annotations.samples for level, annotations in levels.items()}, evaluator
+        ),
         files=files,
         loggers=loggers,
         bad_lines=[item for read in (*training.sources, *levels.values()) for item in read.bad],

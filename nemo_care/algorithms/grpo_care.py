@@ -155,14 +155,22 @@ class GRPOCareTrainer:
         """Validate on all levels and record the result."""
         if not self.validator.levels:
             return
-        levels = self.validator.run()
+        levels, left_out = self.validator.run()
         if self.ranks.rank == 0:
+            self.files.list_skipped_once(
+                self.step,
+                [
+                    {"level": level, **asdict(item)}
+                    for level, skipped in left_out.items()
+                    for item in skipped
+                ],
+            )
             self.files.append_validation(self.step, levels)
             metrics = {
                 f"validation/{level}/{name}": float(value)
                 for level, results in levels.items()
                 for name, value in results.items()
-                if value is not None
+                if isinstance(value, int | float)
             }
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=self.step)
@@ -304,6 +312,7 @@ class GRPOCareTrainer:
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Export the trained model and write the summary."""
+        self.validator.evaluator.close()
         export = self.files.export if self.recipe.checkpoint.export else None
         if export is not None:
             self._export(export)
