@@ -52,8 +52,9 @@ class EvaluationConfig:
     none. The completions of training's rollouts are judged by the rule only: it costs nothing."""
     reference: str | None = None
     """The model of evaluation.judge=likelihood in `nemo-care evaluate`: a Hugging Face directory,
-    or a run directory or checkpoint, whose EMA reference it then is; null: model.hf_path.
-    Validation in training takes the run's reference as it is at that step."""
+    or a run directory or checkpoint, whose EMA reference it then is; null: model.hf_path. It should
+    not be the model that is evaluated, which finds its own answers likely. Validation in training
+    takes the run's reference as it is at that step."""
     llm: LLMJudgeConfig = field(default_factory=LLMJudgeConfig)
     forced_reasoning_probe: bool = False
     """Also measure how much the answer follows a reasoning put in the model's mouth."""

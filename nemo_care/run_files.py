@@ -5,6 +5,7 @@ metrics.jsonl               one JSON object per optimizer step
 rollouts/step_000001.jsonl  one line per completion
 validation.jsonl            one JSON object per validation
 skipped.jsonl               samples and lines of the annotations left out, and why
+evaluation/                 see evaluation/files.py
 checkpoints/step_000010/    see parallel/checkpoints.py
 export/                     the trained model as a Hugging Face directory
 summary.json                written when the run is done

@@ -224,7 +224,8 @@ def test_unknown_command_is_refused(run):
 
 
 def test_every_command_has_help():
-    assert main(["train", "--help"]) == 0
+    for command in ("train", "evaluate"):
+        assert main([command, "--help"]) == 0
     for command in ("export", "report", "compare", "miniature"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
