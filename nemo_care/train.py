@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_care.config import Recipe
+from nemo_care.config import Recipe, seconds_of
 from nemo_care.errors import InputError
 from nemo_care.quiet import quiet_libraries
 from nemo_care.recipes import (
@@ -73,7 +73,8 @@ Train a policy with GRPO-CARE. A run goes on after the newest checkpoint of its 
 
 Keys, types, defaults and ranges are in {Path(__file__).with_name("config.py")}
 and, those under data and evaluation, in data_config.py and evaluation_config.py beside it.
-Exit status: 0 done; 1 failed; 2 a recipe or input that can't be used."""
+Exit status: 0 done; 1 failed; 2 a recipe or input that can't be used; 75 stopped as asked (SIGTERM,
+SIGUSR1, trainer.max_time_per_run) with a checkpoint from which the same command goes on."""
 
 
 def _main(arguments: list[str]) -> None:
@@ -128,6 +129,7 @@ def run_rank(recipe: Recipe, environment: "RankEnvironment", *, checked: bool) -
     from nemo_care.data.sources import read_levels, read_training
     from nemo_care.experiment import start_experiment
     from nemo_care.parallel.process_groups import Ranks
+    from nemo_care.parallel.stop_request import StopRequest
     from nemo_care.preflight import check_inputs, check_world_size, layout_of
     from nemo_care.run_files import RunFiles
 
@@ -144,6 +146,9 @@ def run_rank(recipe: Recipe, environment: "RankEnvironment", *, checked: bool) -
         return folder
 
     files = RunFiles(ranks.from_rank_zero(start))
+    limit = recipe.trainer.max_time_per_run
+    stop = StopRequest(None if limit is None else seconds_of(limit))
+    stop.catch_signals()
     workers = DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader)
     if ranks.rank == 0:
         _tell_changes(files.recipe, recipe)
@@ -157,6 +162,7 @@ def run_rank(recipe: Recipe, environment: "RankEnvironment", *, checked: bool) -
             training=read_training(recipe.data, seed=recipe.trainer.seed),
             levels=read_levels(recipe.data, seed=recipe.trainer.seed),
             workers=workers,
+            stop=stop,
         )
         summary = trainer.fit()
     if ranks.rank == 0:

@@ -19,6 +19,7 @@ from nemo_care.evaluation.validation import Validator
 from nemo_care.models.qwen2_5_vl import Qwen25VL, read_hf_config, transformer_config
 from nemo_care.models.weights import load_hf_weights
 from nemo_care.parallel.process_groups import Ranks
+from nemo_care.parallel.stop_request import StopRequest
 from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.run_files import RunFiles
@@ -56,11 +57,12 @@ def build_trainer(
     training: TrainingData,
     levels: Mapping[str, Annotations],
     workers: DecodingWorkers,
+    stop: StopRequest | None = None,
 ) -> GRPOCareTrainer:
     """The trainer with everything it needs; collective over all ranks.
 
     `training` are the training samples, `levels` the validation samples by level; `workers` decode
-    both.
+    both; `stop` is asked after each step whether to go on.
     """
     algorithm = recipe.algorithm
     model = load_model(recipe, ranks)
@@ -116,4 +118,5 @@ def build_trainer(
         files=files,
         loggers=loggers,
         bad_lines=[item for read in (*training.sources, *levels.values()) for item in read.bad],
+        stop=stop,
     )
