@@ -38,6 +38,7 @@ compare: $(INSTALLED)
 bench: $(INSTALLED) .venv-trl/.installed
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/versus_trl.py
 
 report: $(INSTALLED)
@@ -71,7 +72,7 @@ clean:
 help:
 	@echo "make train     train the tiny model on this machine: 100 steps, minutes"
 	@echo "make compare   GRPO against GRPO-CARE, three seeds each"
-	@echo "make bench     benchmarks of scoring and step, and against TRL: 20 minutes"
+	@echo "make bench     benchmarks of scoring, step and data, and against TRL: 20 minutes"
 	@echo "make report    curves and a page of the last make train"
 	@echo "make test      the tests; make test-slow the long ones"
 	@echo "make lint      ruff and mypy; make format mends what can be mended"

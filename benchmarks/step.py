@@ -19,6 +19,7 @@ from measure import head_flops, trunk_flops, vision_flops
 from nemo_care.algorithms.build import build_trainer
 from nemo_care.algorithms.grpo_care import GRPOCareTrainer
 from nemo_care.config import Recipe
+from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
@@ -70,6 +71,7 @@ def made_trainer(
         [],
         training=TrainingData.of([Sample("none", "", "A")] * prompts),
         levels={},
+        workers=DecodingWorkers.of(recipe.data, leads=False),
     )
     config = trainer.policy.model.hf
     trainer.prompts = GivenPrompts(

@@ -25,6 +25,7 @@ from step import GivenPrompts, made_up_rewards
 
 from nemo_care.algorithms.build import build_trainer
 from nemo_care.config import Recipe
+from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.samples import Sample
@@ -72,6 +73,7 @@ def our_steps(
         [],
         training=TrainingData.of([sample]),
         levels={},
+        workers=DecodingWorkers.of(recipe.data, leads=False),
     )
     hf = trainer.policy.model.hf
     prompt = PromptBuilder(recipe.data, hf, load_tokenizer(checkpoint, hf)).build(0, sample)

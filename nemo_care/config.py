@@ -6,6 +6,7 @@ checks ranges and the keys against each other. Sizes are counts, lengths are tok
 The keys under `data` are in `data_config.py`, those under `evaluation` in `evaluation_config.py`.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,9 @@ class TrainerConfig:
     """auto: go on from the run directory's newest checkpoint; never: refuse if there is one."""
     validation_interval: int = 0
     """Validate every so many steps; 0: only before the first and after the last step."""
+    max_time_per_run: str | None = None
+    """days:hours:minutes:seconds after which the run saves and exits with status 75, to be started
+    again; null: no limit."""
     show_completion_every: int = 20
     """Print one sampled completion every so many steps; 0: never."""
 
@@ -273,6 +277,10 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "data.validation.samples_per_level": (1, None),
     "data.max_prompt_tokens": (1, None),
     "data.max_skipped_fraction": (0, 1),
+    "data.workers": (0, None),
+    "data.prefetch_steps": (1, None),
+    "data.seconds_per_sample": (1e-3, None),
+    "data.worker_memory_gib": (0.25, None),
     "evaluation.temperature": (0, None),
     "evaluation.top_p": (1e-6, 1),
     "evaluation.samples_per_batch": (1, None),
@@ -309,8 +317,29 @@ def check_recipe(recipe: Recipe) -> None:
     _check_together(recipe)
 
 
+_DURATION = re.compile(r"(\d+):(\d\d):(\d\d):(\d\d)")
+
+
+def seconds_of(duration: str) -> float:
+    """Seconds of "days:hours:minutes:seconds", NeMo's way to write a duration.
+
+    Raises:
+        InputError: it is written otherwise.
+    """
+    match = _DURATION.fullmatch(duration)
+    if match is None:
+        raise InputError(
+            f"trainer.max_time_per_run={duration}: write days:hours:minutes:seconds, such as "
+            "00:03:45:00"
+        )
+    days, hours, minutes, seconds = map(int, match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def _check_together(recipe: Recipe) -> None:
     trainer, model = recipe.trainer, recipe.model
+    if trainer.max_time_per_run is not None:
+        seconds_of(trainer.max_time_per_run)
     check_data(recipe.data)
     check_evaluation(recipe.evaluation)
     if model.backend == "transformer_engine" and model.precision.dtype != "bf16":

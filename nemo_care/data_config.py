@@ -91,6 +91,15 @@ class DataConfig:
     max_skipped_fraction: float = 0.05
     """The run stops when more of a data set than this can't be used: bad lines of its annotations,
     media that can't be read, prompts that are too long."""
+    workers: int = 2
+    """Processes of each model replica that decode the next step's media during this one; 0: decode
+    between the steps, without the two bounds below."""
+    prefetch_steps: int = 1
+    """Steps whose media are decoded ahead, and kept in memory."""
+    seconds_per_sample: float = 60.0
+    """A prompt whose media take longer to decode is skipped and listed."""
+    worker_memory_gib: float = 8.0
+    """Memory that one decoding process may use; a prompt that needs more is skipped and listed."""
 
 
 def check_data(data: DataConfig) -> None:

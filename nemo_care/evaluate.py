@@ -19,6 +19,7 @@ from nemo_care.start import Command, start
 
 if TYPE_CHECKING:
     from nemo_care.data.annotations import Annotations
+    from nemo_care.data.decoding import DecodingWorkers
     from nemo_care.data.samples import Skipped
     from nemo_care.evaluation.evaluator import Evaluator
     from nemo_care.evaluation.files import EvaluationFiles
@@ -45,6 +46,7 @@ def run_evaluation(recipe: Recipe, ranks: "Ranks") -> None:
         InputError: the run directory holds rows that other settings made, a model does not fit, or
             more of a level than data.max_skipped_fraction can't be used.
     """
+    from nemo_care.data.decoding import DecodingWorkers
     from nemo_care.data.sources import read_levels
     from nemo_care.evaluation.files import EvaluationFiles
     from nemo_care.evaluation.settings import evaluation_settings
@@ -67,7 +69,11 @@ def run_evaluation(recipe: Recipe, ranks: "Ranks") -> None:
         return files.results() is None
 
     if ranks.from_rank_zero(begin):
-        with closing(_build(recipe, ranks, files, model, reference)) as evaluator:
+        workers = DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader)
+        with (
+            closing(workers),
+            closing(_build(recipe, ranks, files, workers, model, reference)) as evaluator,
+        ):
             _ask_all(recipe, ranks, files, levels, evaluator)
         if ranks.rank == 0:
             files.finish(judged=recipe.evaluation.judge != "none")
@@ -79,10 +85,12 @@ def _build(
     recipe: Recipe,
     ranks: "Ranks",
     files: "EvaluationFiles",
+    workers: "DecodingWorkers",
     source: "ModelSource",
     reference: "ModelSource | None",
 ) -> "Evaluator":
     """The evaluator of the checkpoint, with its judge; collective over all ranks."""
+    from nemo_care.data.loader import PromptLoader
     from nemo_care.data.prompts import PromptBuilder
     from nemo_care.data.tokenizer import load_tokenizer
     from nemo_care.evaluation.build import build_evaluator
@@ -106,7 +114,7 @@ def _build(
         recipe,
         ranks,
         scorer,
-        PromptBuilder(recipe.data, model.hf, tokenizer),
+        PromptLoader(PromptBuilder(recipe.data, model.hf, tokenizer), workers),
         likelihoods=judging.answer_likelihoods if judging is not None else None,
         folder=files.folder.parent,
     )
@@ -183,8 +191,9 @@ def _show(files: "EvaluationFiles") -> None:
 
 _COMMAND = Command(
     name="evaluate",
-    purpose="Evaluate a model on the samples of data.validation: one completion each, its accuracy "
-    "and\nwhether its reasoning supports its answer. An evaluation goes on where it was stopped.",
+    purpose="""\
+Evaluate a model on the samples of data.validation: one completion each, its accuracy and whether
+its reasoning supports its answer. An evaluation goes on where it was stopped.""",
     examples=(
         "evaluation.checkpoint=runs/mine",
         "evaluation.judge=likelihood evaluation.temperature=0",

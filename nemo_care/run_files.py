@@ -84,6 +84,15 @@ class RunFiles:
         """Results by level of each validation so far, by step."""
         return {record["step"]: record["levels"] for record in complete_lines(self._validation)}
 
+    def skipped_in_training(self) -> list[dict[str, Any]]:
+        """`index`, `sample_id` and `reason` of the training samples left out so far."""
+        return [
+            {key: record[key] for key in ("index", "sample_id", "reason")}
+            for record in complete_lines(self._skipped)
+            # Lines of annotations have no index, and validation's samples have a level.
+            if record["index"] is not None and "level" not in record
+        ]
+
     def skipped_count(self) -> int:
         """Samples left out so far."""
         return len(complete_lines(self._skipped))

@@ -8,10 +8,11 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_care.config import Recipe
+from nemo_care.config import Recipe, seconds_of
 from nemo_care.recipes import changed_keys, read_recipe, save_recipe
 from nemo_care.start import Command, start
 
@@ -33,8 +34,10 @@ def _check(recipe: Recipe) -> None:
 def _train(recipe: Recipe, ranks: "Ranks") -> None:
     """Train as one rank, from start to end."""
     from nemo_care.algorithms.build import build_trainer
+    from nemo_care.data.decoding import DecodingWorkers
     from nemo_care.data.sources import read_levels, read_training
     from nemo_care.experiment import start_experiment
+    from nemo_care.parallel.stop_request import StopRequest
     from nemo_care.run_files import RunFiles
 
     loggers: list = []
@@ -45,18 +48,25 @@ def _train(recipe: Recipe, ranks: "Ranks") -> None:
         return folder
 
     files = RunFiles(ranks.from_rank_zero(begin))
+    limit = recipe.trainer.max_time_per_run
+    stop = StopRequest(None if limit is None else seconds_of(limit))
+    stop.catch_signals()
+    workers = DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader)
     if ranks.rank == 0:
         _tell_changes(files.recipe, recipe)
         files.write_recipe(save_recipe(recipe))
-    trainer = build_trainer(
-        recipe,
-        ranks,
-        files,
-        loggers,
-        training=read_training(recipe.data, seed=recipe.trainer.seed),
-        levels=read_levels(recipe.data, seed=recipe.trainer.seed),
-    )
-    summary = trainer.fit()
+    with closing(workers):
+        trainer = build_trainer(
+            recipe,
+            ranks,
+            files,
+            loggers,
+            training=read_training(recipe.data, seed=recipe.trainer.seed),
+            levels=read_levels(recipe.data, seed=recipe.trainer.seed),
+            workers=workers,
+            stop=stop,
+        )
+        summary = trainer.fit()
     if ranks.rank == 0:
         _show_end(files.folder, summary)
 
@@ -89,8 +99,10 @@ def _show_end(folder: Path, summary: dict[str, Any]) -> None:
 
 _COMMAND = Command(
     name="train",
-    purpose="Train a policy with GRPO-CARE. A run goes on after the newest checkpoint of its run "
-    "directory.",
+    purpose="""\
+Train a policy with GRPO-CARE. A run goes on after the newest checkpoint of its run directory.
+Asked to stop (SIGTERM, SIGUSR1, trainer.max_time_per_run), it saves and exits with status 75; the
+same command goes on from there.""",
     examples=(
         "trainer.max_steps=500",
         "trainer.devices=2 model.tensor_model_parallel_size=2",

@@ -5,6 +5,7 @@ from pathlib import Path
 from nemo_care.algorithms.build import build_trainer
 from nemo_care.algorithms.grpo_care import GRPOCareTrainer
 from nemo_care.config import Recipe
+from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.sources import read_levels, read_training
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.run_files import RunFiles
@@ -35,6 +36,7 @@ def small_recipe(checkpoint: Path, world: Path) -> Recipe:
     recipe.data.validation.root = str(world)
     recipe.data.video.min_pixels = recipe.data.video.max_pixels = 784
     recipe.data.video.max_frames = 8
+    recipe.data.workers = 0
     return recipe
 
 
@@ -47,4 +49,5 @@ def small_trainer(recipe: Recipe, ranks: Ranks, folder: Path) -> GRPOCareTrainer
         [],
         training=read_training(recipe.data, seed=recipe.trainer.seed),
         levels=read_levels(recipe.data, seed=recipe.trainer.seed),
+        workers=DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader),
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from made_data import write_lines, write_seed_bench_r1, write_video_r1
+from made_endpoint import says
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.cli import main
@@ -38,7 +39,7 @@ def command(world: Path, folder: Path, *overrides: str) -> list[str]:
         *("evaluate", "--config-name", "tiny_cpu"),
         *("data.validation.kind=jsonl", f"data.validation.root={world}"),
         f"exp_manager.explicit_log_dir={folder}",
-        "evaluation.samples_per_batch=4",
+        *("evaluation.samples_per_batch=4", "data.workers=0"),
         *map(str, overrides),
     ]
 
@@ -197,6 +198,24 @@ def test_killed_evaluation_goes_on_where_it_was_and_equals_an_uninterrupted_one(
     for file in (tmp_path / "whole" / "evaluation").glob("*.jsonl"):
         assert file.read_text() == (tmp_path / "killed" / "evaluation" / file.name).read_text()
     assert results_of(tmp_path / "whole") == results_of(tmp_path / "killed")
+
+
+def test_language_model_judges_and_is_not_asked_twice(evaluate, endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    endpoint.answer = lambda request: says("The reasoning names it. CONSISTENT")
+    asked = ["evaluation.judge=llm", "evaluation.llm.model=judge-1"]
+    asked.append(f"evaluation.llm.base_url={endpoint.url}")
+    status, _, err = evaluate(tmp_path, *asked)
+    assert status == 0, err
+    rows = [row for level in LEVELS for row in lines(tmp_path / f"evaluation/{level}.jsonl")]
+    assert {row["consistent"] for row in rows if row["format"]} == {True}
+    assert rows[0]["judge_reply"] == "The reasoning names it. CONSISTENT"
+    count = len(endpoint.requests)
+    assert 0 < count <= len(rows)
+    shutil.rmtree(tmp_path / "evaluation")
+    assert evaluate(tmp_path, *asked)[0] == 0
+    assert len(endpoint.requests) == count
+    assert_results_follow_from_rows(tmp_path, {})
 
 
 def test_complete_evaluation_only_shows_its_table_again(evaluate, tmp_path, monkeypatch):
@@ -416,9 +435,10 @@ def evaluate_on_two_ranks(world: Path, folder: Path, *overrides: str) -> None:
 
 
 def test_two_replicas_share_the_samples(evaluate, world, tmp_path):
-    """The last batch of a level leaves the second replica nothing to do."""
+    """The last batch of a level leaves the second replica nothing to do; media come ahead."""
     overrides = ["data.validation.samples_per_level=5", "evaluation.judge=likelihood"]
-    evaluate_on_two_ranks(world, tmp_path / "two", *overrides, "evaluation.samples_per_batch=2")
+    two = ["evaluation.samples_per_batch=2", "data.workers=1"]
+    evaluate_on_two_ranks(world, tmp_path / "two", *overrides, *two)
     assert evaluate(tmp_path / "one", *overrides)[0] == 0
     assert_same_evaluation(tmp_path / "two", tmp_path / "one")
 

@@ -1,14 +1,14 @@
 """Results of a level are a pure function of its rows; rows wait for slow judges, in order."""
 
-import sys
 from concurrent.futures import Future
-from types import SimpleNamespace
 
 import pytest
 from small_runs import small_recipe
 
 from nemo_care.algorithms.build import load_model
+from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.jsonl import read_jsonl
+from nemo_care.data.loader import PromptLoader
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.evaluation.build import build_evaluator
@@ -123,9 +123,8 @@ class SlowJudge:
 
 @pytest.fixture
 def llm_judge(monkeypatch):
-    """The language model's module, with a judge that needs no endpoint."""
-    module = SimpleNamespace(LLMJudge=SlowJudge)
-    monkeypatch.setitem(sys.modules, "nemo_care.evaluation.llm_judge", module)
+    """A language model that needs no endpoint."""
+    monkeypatch.setattr("nemo_care.evaluation.build.LLMJudge", SlowJudge)
 
 
 def test_rows_come_in_order_while_a_slow_judge_lags_behind(
@@ -136,11 +135,12 @@ def test_rows_come_in_order_while_a_slow_judge_lags_behind(
     model = load_model(recipe, ranks)
     tokenizer = load_tokenizer(checkpoint, model.hf)
     layout = BatchLayout.of(ranks.layout, 1, tokenizer.pad_id, shared_prompt=True)
+    workers = DecodingWorkers.of(recipe.data, leads=True)
     evaluator = build_evaluator(
         recipe,
         ranks,
         Scorer(model, ranks, layout),
-        PromptBuilder(recipe.data, model.hf, tokenizer),
+        PromptLoader(PromptBuilder(recipe.data, model.hf, tokenizer), workers),
         likelihoods=None,
         folder=tmp_path,
     )

@@ -7,26 +7,44 @@ from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample, Skipped
 from nemo_care.data.stream import PromptStream
-from nemo_care.data.video import UnreadableMedia
 from nemo_care.errors import InputError
 
 SAMPLES = [Sample(str(number), "?", "A") for number in range(10)]
 
 
-def make_stream(ranks, *, data=None, seed=1, shuffle=True, broken=(), fraction=0.5) -> PromptStream:
-    def build(index: int, sample: Sample) -> Prompt:
-        if sample.sample_id in broken:
-            raise UnreadableMedia("broken.mp4: video not readable")
-        return Prompt(index, sample, *[None] * 5)
+class Loader:
+    """Prompts without content; remembers what was announced and what was asked for."""
 
+    def __init__(self, broken=()):
+        self.broken = broken
+        self.announced: list[int] = []
+        self.loaded: list[int] = []
+
+    def prefetch(self, samples):
+        self.announced = [index for index, _ in samples]
+
+    def load(self, samples):
+        self.loaded += [index for index, _ in samples]
+        return [
+            Skipped(index, sample.sample_id, "broken.mp4: video not readable")
+            if sample.sample_id in self.broken
+            else Prompt(index, sample, *[None] * 5)
+            for index, sample in samples
+        ]
+
+
+def make_stream(
+    ranks, *, data=None, seed=1, shuffle=True, broken=(), fraction=0.5, prefetch_steps=1
+) -> PromptStream:
     return PromptStream(
         data or TrainingData.of(SAMPLES),
-        build,
+        Loader(broken),
         ranks,
         prompts_per_step=4,
         seed=seed,
         shuffle=shuffle,
         max_skipped_fraction=fraction,
+        prefetch_steps=prefetch_steps,
     )
 
 
@@ -62,6 +80,52 @@ def test_broken_samples_give_way_to_the_next_ones(ranks):
     assert [item.sample_id for item in skipped] == ["1", "4", "5"]
     assert [p.index for p in prompts] == [0, 2, 3, 6]
     assert take(stream, 1) == ["7", "8", "9", "0"]
+
+
+def test_next_steps_are_announced_while_this_one_runs(ranks):
+    stream = make_stream(ranks, broken={"3"}, prefetch_steps=2, fraction=1)
+    for _ in range(4):
+        announced = stream.loader.announced
+        already = len(stream.loader.loaded)
+        stream.next_step()
+        # What a step takes was announced before, but for what takes the place of a broken sample.
+        assert stream.loader.loaded[already:][: len(announced[:4])] == announced[:4]
+        first = stream.position
+        assert stream.loader.announced == list(range(first, first + 8))
+
+
+class TwoReplicas:
+    """The second of two replicas, of which the first has lost some of its samples."""
+
+    data_size, data_rank, is_model_leader = 2, 1, True
+
+    def __init__(self, failed_elsewhere):
+        self.failed_elsewhere = iter(failed_elsewhere)
+
+    def from_leader(self, make):
+        return make()
+
+    def gather_from_replicas(self, failed):
+        return [next(self.failed_elsewhere), failed]
+
+
+def test_samples_are_dealt_to_the_replicas_that_lack_prompts(ranks):
+    first_has_lost = [[Skipped(1, "1", "broken")], [], []]
+    stream = make_stream(TwoReplicas(first_has_lost), shuffle=False, fraction=1)
+    prompts, skipped = stream.next_step()
+    # 0 and 1 were the first replica's, and so was 4 in place of 1.
+    assert [prompt.index for prompt in prompts] == [2, 3]
+    assert [item.index for item in skipped] == [1]
+    assert stream.loader.announced == [7, 8]
+    assert [prompt.index for prompt in stream.next_step()[0]] == [7, 8]
+
+
+def test_samples_skipped_before_a_kill_count_after_it(ranks):
+    stream = make_stream(ranks, broken={"3"}, fraction=0.1)
+    stream.count_again([Skipped(0, stream.order.sample(0).sample_id, "cut off")])
+    assert stream.order.sample(0).sample_id != "3"
+    with pytest.raises(InputError, match="2 of 10"):
+        take(stream, 3)
 
 
 def with_bad_lines(count: int) -> Annotations:

@@ -9,6 +9,8 @@ from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.rewards import BaseRewards
 from nemo_care.config import Recipe, needs_reference
 from nemo_care.data.annotations import Annotations
+from nemo_care.data.decoding import DecodingWorkers
+from nemo_care.data.loader import PromptLoader
 from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.stream import PromptStream
@@ -18,6 +20,7 @@ from nemo_care.evaluation.validation import Validator
 from nemo_care.models.qwen2_5_vl import Qwen25VL, read_hf_config, transformer_config
 from nemo_care.models.weights import load_hf_weights
 from nemo_care.parallel.process_groups import Ranks
+from nemo_care.parallel.stop_request import StopRequest
 from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.run_files import RunFiles
@@ -54,10 +57,13 @@ def build_trainer(
     *,
     training: TrainingData,
     levels: Mapping[str, Annotations],
+    workers: DecodingWorkers,
+    stop: StopRequest | None = None,
 ) -> GRPOCareTrainer:
     """The trainer with everything it needs; collective over all ranks.
 
-    `training` are the training samples, `levels` the validation samples by level.
+    `training` are the training samples, `levels` the validation samples by level; `workers` decode
+    both; `stop` is asked after each step whether to go on.
     """
     algorithm = recipe.algorithm
     model = load_model(recipe, ranks)
@@ -76,7 +82,7 @@ def build_trainer(
         recipe,
         ranks,
         Scorer(model, ranks, layout),
-        prompts,
+        PromptLoader(prompts, workers),
         likelihoods=reference.answer_likelihoods if reference is not None else None,
         folder=files.folder,
     )
@@ -85,12 +91,13 @@ def build_trainer(
         ranks,
         prompts=PromptStream(
             training,
-            prompts.build,
+            PromptLoader(prompts, workers),
             ranks,
             prompts_per_step=algorithm.prompts_per_step,
             seed=recipe.trainer.seed,
             shuffle=recipe.data.train.shuffle,
             max_skipped_fraction=recipe.data.max_skipped_fraction,
+            prefetch_steps=recipe.data.prefetch_steps,
         ),
         generator=MegatronGenerator(
             model,
@@ -108,4 +115,5 @@ def build_trainer(
         files=files,
         loggers=loggers,
         bad_lines=[item for read in (*training.sources, *levels.values()) for item in read.bad],
+        stop=stop,
     )

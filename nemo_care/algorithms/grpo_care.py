@@ -18,7 +18,7 @@ from nemo_care.config import Recipe
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Skipped
 from nemo_care.data.stream import PromptStream
-from nemo_care.errors import InputError
+from nemo_care.errors import InputError, RunStopped
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.weights import export_hf
 from nemo_care.parallel.checkpoints import (
@@ -28,6 +28,7 @@ from nemo_care.parallel.checkpoints import (
     sharding_metadata,
 )
 from nemo_care.parallel.process_groups import Ranks
+from nemo_care.parallel.stop_request import StopRequest
 from nemo_care.rollouts.generator import Generator, Sampling
 from nemo_care.rollouts.group import Group
 from nemo_care.run_files import RunFiles
@@ -65,9 +66,10 @@ class GRPOCareTrainer:
         files: RunFiles,
         loggers: Sequence[MetricLogger],
         bad_lines: Sequence[Skipped] = (),
+        stop: StopRequest | None = None,
     ) -> None:
         """`reference` is None where neither a bonus nor a KL term needs one; `bad_lines` are the
-        lines of the annotations that gave no sample."""
+        lines of the annotations that gave no sample; `stop` is asked after each step."""
         self.recipe = recipe
         self.ranks = ranks
         self.prompts = prompts
@@ -79,8 +81,10 @@ class GRPOCareTrainer:
         self.files = files
         self.loggers = loggers
         self.bad_lines = bad_lines
+        self.stop = stop or StopRequest()
         self.console = Console(recipe, active=ranks.rank == 0)
         self.step = 0
+        self.saved_step = 0
         self.timing: dict[str, float] = {}
 
     # ------------------------------------------------------------------ the algorithm
@@ -88,7 +92,11 @@ class GRPOCareTrainer:
     def fit(self) -> dict[str, Any]:
         """Train until `trainer.max_steps`; goes on where the run directory's checkpoint ends.
 
-        Returns the run's summary (rank 0; empty on the others).
+        Returns:
+            The run's summary (rank 0; empty on the others).
+
+        Raises:
+            RunStopped: it was asked to stop, and has saved a checkpoint.
         """
         started = time.perf_counter()
         self.resume()
@@ -100,6 +108,7 @@ class GRPOCareTrainer:
                 metrics, groups, skipped = self.run_training_step()
                 self.log(metrics, groups, skipped)
                 self.save_if_due()
+                self.stop_if_asked()
                 if self._validation_is_due():
                     self.run_validation()
         return self.finish(time.perf_counter() - started)
@@ -200,10 +209,14 @@ class GRPOCareTrainer:
     def log(self, metrics: Metrics, groups: list[Group], skipped: list[Skipped]) -> None:
         """Write the step's metrics and completions; collective, because rank 0 needs them all."""
         everyone = self.ranks.gather_from_replicas(
-            completion_rows(groups, self.recipe.evaluation.judge)
+            (
+                completion_rows(groups, self.recipe.evaluation.judge),
+                self.prompts.worker_memory_gib,
+            )
         )
+        memory = [peak for _, peak in everyone if peak is not None]
         rows = sorted(
-            (row for rows in everyone for row in rows),
+            (row for rows, _ in everyone for row in rows),
             key=lambda row: (row["prompt_index"], row["completion_index"]),
         )
         distance = None
@@ -217,6 +230,7 @@ class GRPOCareTrainer:
             "care/ema_distance": distance,
             **metrics,
             "data/skipped": len(skipped),
+            "data/worker_memory_gib": max(memory, default=None),
             **{f"timing/{name}": seconds for name, seconds in self.timing.items()},
         }
         self.files.append_step(self.step, record, rows, [asdict(item) for item in skipped])
@@ -279,6 +293,22 @@ class GRPOCareTrainer:
         if last or self.step % self.recipe.checkpoint.save_interval == 0:
             self.save()
 
+    def stop_if_asked(self) -> None:
+        """Save and leave, before the last step; all ranks call it.
+
+        Raises:
+            RunStopped: a signal asked for it, or trainer.max_time_per_run is over.
+        """
+        last = self.step == self.recipe.trainer.max_steps
+        reason = None if last else self.stop.agreed()
+        if reason is None:
+            return
+        if self.saved_step != self.step:
+            self.save()
+        raise RunStopped(
+            f"stopped after step {self.step}, because {reason}; the same command goes on from there"
+        )
+
     def save(self) -> None:
         """Write a checkpoint of this step; all ranks call it."""
         self.console.phase("checkpoint")
@@ -288,6 +318,7 @@ class GRPOCareTrainer:
             self.state_dict(),
             keep_last=self.recipe.checkpoint.keep_last,
         )
+        self.saved_step = self.step
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run directory, if there is one.
@@ -303,12 +334,16 @@ class GRPOCareTrainer:
             )
         if found:
             self.load_state_dict(load_checkpoint(found[-1], self.state_dict(is_loading=True)))
+            self.saved_step = self.step
             self.console.resumed(self.step, found[-1])
         if self.ranks.rank == 0:
             self.files.rewind(self.step)
             self.files.list_skipped_once(self.step, [asdict(item) for item in self.bad_lines])
             self.console.bad_lines(self.bad_lines)
-        self.ranks.barrier()
+        self.prompts.count_again(
+            Skipped(**record)
+            for record in self.ranks.from_rank_zero(self.files.skipped_in_training)
+        )
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Export the trained model and write the summary."""

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nemo_care.data.patches import Grid
 from nemo_care.errors import InputError
-
-Grid = tuple[int, int, int]
 
 
 def mrope_positions(

@@ -1,15 +1,15 @@
 """A sample becomes a prompt: chat template, decoded vision patches, positions."""
 
 import string
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.data.positions import Grid, mrope_positions
+from nemo_care.data.media import Media, MediaRequest, MediaSettings, load_media
+from nemo_care.data.positions import mrope_positions
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import ChatTokenizer
-from nemo_care.data.video import VideoSampling, frames_to_patches, read_image, read_video
 from nemo_care.data_config import DataConfig
 from nemo_care.errors import InputError
 
@@ -79,94 +79,85 @@ def check_template(template: str) -> str:
     return template
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A prompt whose videos and images have not been read: `token_ids` holds one token for each.
+
+    `request` asks for them.
+    """
+
+    index: int
+    sample: Sample
+    token_ids: list[int]
+    request: MediaRequest
+
+
 class PromptBuilder:
     """Makes prompts for one model."""
 
     def __init__(self, config: DataConfig, hf: Qwen2_5_VLConfig, tokenizer: ChatTokenizer) -> None:
         """Raises InputError for an unusable template."""
-        self.config = config
+        self.max_tokens = config.max_prompt_tokens
         self.hf = hf
         self.tokenizer = tokenizer
         self.template = check_template(config.prompt_template or DEFAULT_TEMPLATE)
-        video = config.video
-        self.sampling = VideoSampling(
-            fps=video.fps,
-            min_frames=video.min_frames,
-            max_frames=video.max_frames,
-            min_pixels=video.min_pixels,
-            max_pixels=video.max_pixels,
-        )
-        self.image_sampling = replace(
-            self.sampling,
-            min_pixels=config.image.min_pixels,
-            max_pixels=config.image.max_pixels,
-        )
+        self.media = MediaSettings.of(config, hf.vision_config)
+        self.vision_ids = (hf.video_token_id, hf.image_token_id)
 
     def build(self, index: int, sample: Sample) -> Prompt:
-        """Decode and tokenise.
+        """Tokenise and decode, here and now.
 
         Raises:
             UnreadableMedia: a video or image can't be decoded.
             PromptTooLong: more tokens than data.max_prompt_tokens; nothing is ever cut.
         """
-        vision = self.hf.vision_config
-        pixels: list[torch.Tensor] = []
-        grids: list[Grid] = []
-        seconds: list[float] = []
-        for path in sample.videos:
-            video = read_video(path, self.sampling)
-            seconds.append(video.seconds_per_grid)
-            self._add_patches(video.frames, self.sampling, pixels, grids)
-        for path in sample.images:
-            seconds.append(0.0)
-            self._add_patches(read_image(path), self.image_sampling, pixels, grids)
-        token_ids = self._token_ids(sample, grids)
-        if len(token_ids) > self.config.max_prompt_tokens:
+        draft = self.draft(index, sample)
+        return self.finish(draft, load_media(draft.request))
+
+    def draft(self, index: int, sample: Sample) -> Draft:
+        """The text, and what to ask for to finish the prompt."""
+        token_ids = self._token_ids(sample)
+        text = sum(token not in self.vision_ids for token in token_ids)
+        room = self.max_tokens - text
+        return Draft(
+            index, sample, token_ids, MediaRequest(self.media, sample.videos, sample.images, room)
+        )
+
+    def finish(self, draft: Draft, media: Media) -> Prompt:
+        """The prompt with its videos and images; raises PromptTooLong as `build`."""
+        counts = iter([self.media.patch.tokens(grid) for grid in media.grids])
+        token_ids = []
+        for token in draft.token_ids:
+            # A question may hold such a token as text; the tokenizer does not tell them apart.
+            token_ids.extend([token] * (next(counts, 1) if token in self.vision_ids else 1))
+        if len(token_ids) > self.max_tokens:
             raise PromptTooLong(
-                f"prompt {sample.sample_id} has {len(token_ids)} tokens, more than "
-                f"data.max_prompt_tokens={self.config.max_prompt_tokens}; lower "
+                f"prompt {draft.sample.sample_id} has {len(token_ids)} tokens, more than "
+                f"data.max_prompt_tokens={self.max_tokens}; lower "
                 "data.video.max_frames or data.video.max_pixels"
             )
         ids = torch.tensor(token_ids)
-        positions = mrope_positions(
-            ids,
-            grids,
-            seconds,
-            image_token_id=self.hf.image_token_id,
-            video_token_id=self.hf.video_token_id,
-            merge_size=vision.spatial_merge_size,
-            tokens_per_second=vision.tokens_per_second,
-        )
+        pixels = media.pixel_values
         return Prompt(
-            index=index,
-            sample=sample,
+            index=draft.index,
+            sample=draft.sample,
             token_ids=ids,
-            position_ids=positions,
+            position_ids=mrope_positions(
+                ids,
+                media.grids,
+                media.seconds_per_grid,
+                image_token_id=self.hf.image_token_id,
+                video_token_id=self.hf.video_token_id,
+                merge_size=self.media.patch.merge,
+                tokens_per_second=self.hf.vision_config.tokens_per_second,
+            ),
             is_vision=(ids == self.hf.video_token_id) | (ids == self.hf.image_token_id),
-            pixel_values=torch.cat(pixels) if pixels else None,
-            grid_thw=torch.tensor(grids) if grids else None,
+            pixel_values=None if pixels is None else torch.from_numpy(pixels),
+            grid_thw=torch.tensor(media.grids) if media.grids else None,
         )
 
-    def _add_patches(
-        self,
-        frames: torch.Tensor,
-        sampling: VideoSampling,
-        pixels: list[torch.Tensor],
-        grids: list[Grid],
-    ) -> None:
-        vision = self.hf.vision_config
-        patches, grid = frames_to_patches(
-            frames,
-            sampling,
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-        )
-        pixels.append(patches)
-        grids.append(grid)
-
-    def _token_ids(self, sample: Sample, grids: list[Grid]) -> list[int]:
-        """The chat with one vision token per merged patch; videos come before images and text."""
+    def _token_ids(self, sample: Sample) -> list[int]:
+        """The chat with one token per video and image; videos come before images and text."""
         text = self.template.format(
             question=sample.question,
             options="\n".join(f"{letter}. {text}" for letter, text in sample.options.items()),
@@ -180,9 +171,4 @@ class PromptBuilder:
         chat = self.tokenizer.base.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        counts = iter(t * h * w // self.hf.vision_config.spatial_merge_size**2 for t, h, w in grids)
-        expanded: list[int] = []
-        for token in self.tokenizer.encode(chat):
-            is_vision = token in (self.hf.video_token_id, self.hf.image_token_id)
-            expanded.extend([token] * (next(counts, 1) if is_vision else 1))
-        return expanded
+        return self.tokenizer.encode(chat)

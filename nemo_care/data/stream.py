@@ -3,26 +3,17 @@
 The stream is an endless sequence of samples (`SampleOrder`: one seeded permutation per epoch). A
 step takes the next B samples that can be used; one that can't (a broken video, a prompt that is
 too long) is skipped, counted and listed, and the next one takes its place. Each model replica
-decodes its share; the replicas tell each other which failed.
+decodes its share, while the step before it runs; the replicas tell each other which failed.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 
+from nemo_care.data.loader import Numbered, PromptLoader
 from nemo_care.data.mixing import SampleOrder, TrainingData
 from nemo_care.data.prompts import Prompt
-from nemo_care.data.samples import Sample, Skipped
+from nemo_care.data.samples import Skipped
 from nemo_care.errors import InputError
 from nemo_care.parallel.process_groups import Ranks
-
-
-def build_or_skip(
-    build: Callable[[int, Sample], Prompt], index: int, sample: Sample
-) -> Prompt | Skipped:
-    """The prompt, or the reason why the sample can't be used."""
-    try:
-        return build(index, sample)
-    except InputError as error:
-        return Skipped(index, sample.sample_id, str(error))
 
 
 class PromptStream:
@@ -34,15 +25,16 @@ class PromptStream:
     def __init__(
         self,
         data: TrainingData,
-        build: Callable[[int, Sample], Prompt],
+        loader: PromptLoader,
         ranks: Ranks,
         *,
         prompts_per_step: int,
         seed: int,
         shuffle: bool,
         max_skipped_fraction: float,
+        prefetch_steps: int = 1,
     ) -> None:
-        """`build` makes a prompt of (stream index, sample); it is called on leaders only.
+        """`loader` makes the prompts, on leaders only, `prefetch_steps` steps ahead.
 
         Raises:
             InputError: a source of the mixture would get no prompt.
@@ -50,10 +42,11 @@ class PromptStream:
         assert prompts_per_step % ranks.data_size == 0, "check_recipe and check_world_size"
         self.data = data
         self.order = SampleOrder(data, seed=seed, shuffle=shuffle)
-        self.build = build
+        self.loader = loader
         self.ranks = ranks
         self.prompts_per_step = prompts_per_step
         self.max_skipped_fraction = max_skipped_fraction
+        self.prefetch_steps = prefetch_steps
         self.position = 0
         # By source, and there by place: what has turned out unusable so far.
         self._unusable: list[dict[int, Skipped]] = [{} for _ in data.sources]
@@ -67,33 +60,56 @@ class PromptStream:
             InputError: more of a data set than data.max_skipped_fraction can't be used.
         """
         replicas = self.ranks.data_size
-        share = self.prompts_per_step // replicas
-        missing = [share] * replicas
+        missing = [self.prompts_per_step // replicas] * replicas
         prompts: list[Prompt] = []
         skipped: list[Skipped] = []
         while sum(missing):
-            # The next samples are dealt to the replicas that lack prompts, in order.
-            owners = [replica for replica in range(replicas) for _ in range(missing[replica])]
-            mine = [
-                self.position + offset
-                for offset, owner in enumerate(owners)
-                if owner == self.ranks.data_rank
-            ]
-            made = self.ranks.from_leader(
-                lambda mine=mine: [  # type: ignore[misc]
-                    build_or_skip(self.build, index, self.order.sample(index)) for index in mine
-                ]
-            )
-            self.position += len(owners)
+            mine = self._dealt(self.position, missing)
+            made = self.ranks.from_leader(lambda mine=mine: self.loader.load(mine))  # type: ignore[misc]
+            self.position += sum(missing)
             failed = [item for item in made if isinstance(item, Skipped)]
             prompts.extend(item for item in made if isinstance(item, Prompt))
             everyone = self.ranks.gather_from_replicas(failed)
             missing = [len(items) for items in everyone]
             skipped.extend(item for items in everyone for item in items)
             self._count(skipped)
+        if self.ranks.is_model_leader:
+            self.loader.prefetch(self._next_samples())
         return prompts, skipped
 
-    def _count(self, skipped: list[Skipped]) -> None:
+    def _dealt(self, position: int, missing: Sequence[int]) -> list[Numbered]:
+        """This replica's part of the samples from `position` on, dealt to those that lack prompts.
+
+        `missing` says how many each replica lacks.
+        """
+        first = position + sum(missing[: self.ranks.data_rank])
+        places = range(first, first + missing[self.ranks.data_rank])
+        return [(place, self.order.sample(place)) for place in places]
+
+    def _next_samples(self) -> list[Numbered]:
+        """What this replica will be dealt in the next steps, unless a sample can't be used."""
+        replicas = self.ranks.data_size
+        missing = [self.prompts_per_step // replicas] * replicas
+        return [
+            item
+            for step in range(self.prefetch_steps)
+            for item in self._dealt(self.position + step * self.prompts_per_step, missing)
+        ]
+
+    @property
+    def worker_memory_gib(self) -> float | None:
+        """Most memory that a process which decodes for this replica has used; None without any."""
+        return self.loader.workers.peak_memory_gib
+
+    def count_again(self, skipped: Iterable[Skipped]) -> None:
+        """Count what a run had skipped before it was killed.
+
+        Raises:
+            InputError: as `next_step`, where the fraction has been lowered since.
+        """
+        self._count(skipped)
+
+    def _count(self, skipped: Iterable[Skipped]) -> None:
         for item in skipped:
             assert item.index is not None, "it came from the stream"
             source, place = self.order.at(item.index)

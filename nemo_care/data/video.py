@@ -1,9 +1,10 @@
-"""Videos and images as patches for the vision tower, without torchvision.
+"""Video and image files as frames.
 
-torchvision is avoided because its wheel does not load beside a CPU build of torch; Hugging Face's
-own video processor needs it.
+A `VideoFile` knows how many frames of which size it will give before it has decoded them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from nemo_care.errors import InputError
 
 # Two frames share a temporal patch, so frame counts are even.
 FRAME_FACTOR = 2
-_CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
-_CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+_EXIF_ORIENTATION = 0x0112
+_EXIF_SIDEWAYS = (5, 6, 7, 8)
 
 
 class UnreadableMedia(InputError):
@@ -26,146 +26,124 @@ class UnreadableMedia(InputError):
 
 
 @dataclass(frozen=True)
-class VideoSampling:
-    """How many frames of a video the model sees, and how large each may be, in pixels."""
+class FrameChoice:
+    """How many frames of a video the model sees."""
 
     fps: float = 2.0
     min_frames: int = 4
     max_frames: int = 16
-    min_pixels: int = 4 * 28 * 28
-    max_pixels: int = 128 * 28 * 28
 
 
-@dataclass(frozen=True)
-class DecodedVideo:
-    """Frames uint8 [T, H, W, 3] of a video, and the seconds covered by one temporal patch."""
-
-    frames: Tensor
-    seconds_per_grid: float
-
-
-def choose_frames(total: int, average_fps: float, sampling: VideoSampling) -> list[int]:
+def choose_frames(total: int, average_fps: float, choice: FrameChoice) -> list[int]:
     """Indices of the frames to read, evenly spread: Qwen's `smart_nframes` rule.
 
-    About `sampling.fps` frames per second, within min_frames, max_frames and `total`, an even
-    count. Needs at least 2 frames in total.
+    About `choice.fps` frames per second, within min_frames, max_frames and `total`, an even count.
+    Needs at least 2 frames in total.
     """
-    least = -(-sampling.min_frames // FRAME_FACTOR) * FRAME_FACTOR
-    wanted = min(max(total / average_fps * sampling.fps, least), sampling.max_frames, total)
+    least = -(-choice.min_frames // FRAME_FACTOR) * FRAME_FACTOR
+    wanted = min(max(total / average_fps * choice.fps, least), choice.max_frames, total)
     count = max(int(wanted // FRAME_FACTOR), 1) * FRAME_FACTOR
     return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 
-def read_video(path: str | Path, sampling: VideoSampling) -> DecodedVideo:
-    """Decodes the frames that `sampling` chooses.
+class VideoFile:
+    """A video whose first frame has been decoded, and no other yet.
 
-    Raises:
-        UnreadableMedia: the file is missing, empty, not a video, broken, or has fewer than two
-            frames.
+    `count` frames of `height` x `width` pixels, turned as the file's rotation says, will be read;
+    `seconds_per_grid` is the time that one temporal patch covers.
     """
-    import decord  # loads ffmpeg; only processes that decode need it
 
-    path = Path(path)
-    _check_file(path, "video")
-    try:
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        total, average_fps = len(reader), float(reader.get_avg_fps())
-    except (RuntimeError, AssertionError, decord.DECORDError) as error:
-        raise _unreadable(path, "video", "it can't be opened as a video") from error
-    if total < FRAME_FACTOR:
-        raise _unreadable(path, "video", f"it has {total} frame(s), at least 2 are needed")
-    if not 0 < average_fps < float("inf"):
-        raise _unreadable(path, "video", f"its frame rate is {average_fps}")
-    indices = choose_frames(total, average_fps, sampling)
-    try:
-        frames = torch.from_numpy(reader.get_batch(indices).asnumpy())
-    except (RuntimeError, decord.DECORDError) as error:
-        raise _unreadable(path, "video", "its frames can't be decoded") from error
-    sampled_fps = len(indices) / total * average_fps
-    return DecodedVideo(frames, FRAME_FACTOR / sampled_fps)
+    def __init__(self, path: str | Path, choice: FrameChoice) -> None:
+        """Open the file.
+
+        Raises:
+            UnreadableMedia: it is missing, empty, not a video, broken, has fewer than two frames,
+                or frames whose timestamps are not in order.
+        """
+        import decord  # loads ffmpeg; only processes that decode need it
+
+        self.path = Path(path)
+        self._error = decord.DECORDError
+        _check_file(self.path, "video")
+        try:
+            self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+            total, average_fps = len(self._reader), float(self._reader.get_avg_fps())
+        except (RuntimeError, AssertionError, self._error) as error:
+            raise self._unreadable("it can't be opened as a video") from error
+        if total < FRAME_FACTOR:
+            raise self._unreadable(f"it has {total} frame(s), at least {FRAME_FACTOR} are needed")
+        if not 0 < average_fps < float("inf"):
+            raise self._unreadable(f"its frame rate is {average_fps}")
+        # decord finds a frame by its time. In a file put together from others, whose clocks each
+        # begin at 0, it gives wrong frames without a word.
+        starts = self._reader.get_frame_timestamp(np.arange(total))[:, 0]
+        if not (np.diff(starts) > 0).all():
+            raise self._unreadable(
+                "several frames have the same timestamp, so which is which can't be known; "
+                "encode it again"
+            )
+        self._indices = choose_frames(total, average_fps, choice)
+        self.count = len(self._indices)
+        self.seconds_per_grid = FRAME_FACTOR / (self.count / total * average_fps)
+        self._first = self._read(self._indices[0])
+        self.height, self.width = self._first.shape[:2]
+
+    def frames(self) -> Iterator[Tensor]:
+        """The frames, uint8 [H, W, 3] each, decoded one by one.
+
+        Raises:
+            UnreadableMedia: one can't be decoded.
+        """
+        yield self._first
+        for index in self._indices[1:]:
+            yield self._read(index)
+
+    def _read(self, index: int) -> Tensor:
+        try:
+            frame = torch.from_numpy(self._reader[index].asnumpy())
+        except (RuntimeError, self._error) as error:
+            raise self._unreadable("its frames can't be decoded") from error
+        if frame.shape[2] != 3:  # decord takes the padding of its rows for a colour
+            raise self._unreadable("turned frames narrower than 64 pixels can't be read")
+        return frame
+
+    def _unreadable(self, cause: str) -> UnreadableMedia:
+        return _unreadable(self.path, "video", cause)
 
 
-def read_image(path: str | Path) -> Tensor:
-    """An image as one RGB frame, uint8 [1, H, W, 3], turned as its EXIF orientation says.
+class ImageFile:
+    """An image whose size is known and whose pixels have not been decoded yet."""
 
-    Raises:
-        UnreadableMedia: the file is missing, empty, or not an image that PIL can read.
-    """
-    path = Path(path)
-    _check_file(path, "image")
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        cause = "it can't be decoded as an image"
-        raise _unreadable(path, "image", cause) from error
-    return torch.from_numpy(pixels)[None]
+    def __init__(self, path: str | Path) -> None:
+        """Open the file.
 
+        Raises:
+            UnreadableMedia: it is missing, empty, or not an image that PIL can read.
+        """
+        self.path = Path(path)
+        _check_file(self.path, "image")
+        with self._readable():
+            self._image = Image.open(path)
+            size = self._image.size
+            turned = self._image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
+        self.width, self.height = reversed(size) if turned else size
 
-def frames_to_patches(
-    frames: Tensor,
-    sampling: VideoSampling,
-    *,
-    patch_size: int = 14,
-    merge_size: int = 2,
-    temporal_patch_size: int = 2,
-) -> tuple[Tensor, tuple[int, int, int]]:
-    """Resizes, normalises and cuts frames into patches, in Qwen's order.
+    def frame(self) -> Tensor:
+        """The image as RGB, uint8 [H, W, 3], turned as its EXIF orientation says.
 
-    Patches that are merged into one vision token lie next to each other. A number of frames that
-    does not fill the last temporal patch (an image) is filled with the last frame.
+        Raises:
+            UnreadableMedia: it can't be decoded.
+        """
+        with self._readable(), self._image as image:
+            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
 
-    Args:
-        frames: uint8 [T, H, W, 3].
-        sampling: gives the bounds of a frame's area.
-        patch_size, merge_size, temporal_patch_size: as in the model's vision config.
-
-    Returns:
-        pixel_values: float32 [t * h * w, 3 * temporal_patch_size * patch_size ** 2].
-        grid: (t, h, w), the number of patches along time, height and width.
-
-    Raises:
-        InputError: one side of the frames is more than 200 times the other.
-    """
-    images = frames.permute(0, 3, 1, 2)
-    height, width = images.shape[2:]
-    try:
-        new_height, new_width = smart_resize(
-            height,
-            width,
-            factor=patch_size * merge_size,
-            min_pixels=sampling.min_pixels,
-            max_pixels=sampling.max_pixels,
-        )
-    except ValueError as error:
-        raise InputError(
-            f"frames of {width}x{height} pixels: too narrow to resize ({error}); crop them"
-        ) from error
-    if (new_height, new_width) != (height, width):
-        # On uint8, torch rounds between the two passes as PIL and torchvision do.
-        images = torch.nn.functional.interpolate(
-            images, (new_height, new_width), mode="bicubic", antialias=True
-        )
-    images = (images.float() / 255 - _CLIP_MEAN) / _CLIP_STD
-    missing = -len(images) % temporal_patch_size
-    if missing:
-        images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
-    t = len(images) // temporal_patch_size
-    h, w = new_height // patch_size, new_width // patch_size
-    cut = images.reshape(
-        t,
-        temporal_patch_size,
-        3,
-        h // merge_size,
-        merge_size,
-        patch_size,
-        w // merge_size,
-        merge_size,
-        patch_size,
-    )
-    # -> t, merged row, merged column, row and column inside it | channel, time, pixel row, column
-    patches = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return patches.reshape(t * h * w, -1), (t, h, w)
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            cause = "it can't be decoded as an image"
+            raise _unreadable(self.path, "image", cause) from error
 
 
 def _check_file(path: Path, kind: str) -> None:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from nemo_care.config import Recipe
-from nemo_care.data.prompts import PromptBuilder
+from nemo_care.data.loader import PromptLoader
+from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.evaluator import Evaluator
-from nemo_care.evaluation.judges import AnswersQuestions, Judge, LeaderJudge, NoJudge, RuleJudge
+from nemo_care.evaluation.judges import Judge, LeaderJudge, NoJudge, RuleJudge
 from nemo_care.evaluation.likelihood_judge import LikelihoodJudge, Likelihoods
+from nemo_care.evaluation.llm_judge import LLMJudge
 from nemo_care.evaluation.probe import ForcedReasoningProbe
-from nemo_care.evaluation_config import LLMJudgeConfig
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.scoring.score import Scorer
@@ -18,7 +19,7 @@ def build_evaluator(
     recipe: Recipe,
     ranks: Ranks,
     scorer: Scorer,
-    prompts: PromptBuilder,
+    prompts: PromptLoader,
     *,
     likelihoods: Likelihoods | None,
     folder: Path,
@@ -28,14 +29,14 @@ def build_evaluator(
     `likelihoods` scores under the reference of the likelihood judge and is None without one;
     `folder` is the run directory.
     """
-    tokenizer = prompts.tokenizer
+    tokenizer = prompts.builder.tokenizer
     evaluation = recipe.evaluation
     return Evaluator(
-        prompts.build,
+        prompts,
         MegatronGenerator(
             scorer.model, tokenizer, ranks, groups_per_batch=evaluation.samples_per_batch
         ),
-        _build_judge(recipe, ranks, prompts, likelihoods, folder),
+        _build_judge(recipe, ranks, tokenizer, likelihoods, folder),
         ForcedReasoningProbe(scorer, tokenizer) if evaluation.forced_reasoning_probe else None,
         ranks,
         evaluation,
@@ -48,7 +49,7 @@ def build_evaluator(
 def _build_judge(
     recipe: Recipe,
     ranks: Ranks,
-    prompts: PromptBuilder,
+    tokenizer: ChatTokenizer,
     likelihoods: Likelihoods | None,
     folder: Path,
 ) -> Judge:
@@ -57,14 +58,9 @@ def _build_judge(
         return RuleJudge()
     if name == "likelihood":
         assert likelihoods is not None, "check_training"
-        return LikelihoodJudge(likelihoods, prompts.tokenizer)
+        return LikelihoodJudge(likelihoods, tokenizer)
     if name == "llm":
-        return LeaderJudge(make_llm_judge(llm, folder) if ranks.is_model_leader else None, ranks)
+        # Kept in the run directory, so that a restart asks nothing again.
+        cache = Path(llm.cache) if llm.cache else folder / "llm_judge.sqlite"
+        return LeaderJudge(LLMJudge(llm, cache) if ranks.is_model_leader else None, ranks)
     return NoJudge()
-
-
-def make_llm_judge(config: LLMJudgeConfig, folder: Path) -> AnswersQuestions:
-    """The language model as a judge, its replies kept in the run directory or where asked."""
-    from nemo_care.evaluation.llm_judge import LLMJudge
-
-    return LLMJudge(config, Path(config.cache) if config.cache else folder / "llm_judge.sqlite")

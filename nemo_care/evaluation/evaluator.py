@@ -6,14 +6,14 @@ while the next batches are generated.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from nemo_care.config import EvaluationConfig
+from nemo_care.data.loader import Numbered, PromptLoader
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample, Skipped
-from nemo_care.data.stream import build_or_skip
 from nemo_care.evaluation.judges import Judge, Verdict
 from nemo_care.evaluation.probe import ForcedReasoningProbe
 from nemo_care.evaluation.rows import Row, completion_row
@@ -24,9 +24,6 @@ from nemo_care.rollouts.generator import Generator, Sampling
 _SEED_DOMAIN = 1
 # Batches that wait for verdicts; what a kill loses, and what a slow judge may lag behind.
 _PENDING = 4
-
-Numbered = tuple[int, Sample]
-"""A sample with its place in its level."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Evaluator:
 
     def __init__(
         self,
-        build: Callable[[int, Sample], Prompt],
+        loader: PromptLoader,
         generator: Generator,
         judge: Judge,
         probe: ForcedReasoningProbe | None,
@@ -62,8 +59,8 @@ class Evaluator:
         min_reasoning_words: int,
         seed: int,
     ) -> None:
-        """`build` makes a prompt of (index, sample); it is called on leaders only."""
-        self.build = build
+        """`loader` makes the prompts, on leaders only, one batch ahead."""
+        self.loader = loader
         self.generator = generator
         self.judge = judge
         self.probe = probe
@@ -111,13 +108,15 @@ class Evaluator:
         return shares
 
     def _prompts(self, shares: Sequence[Sequence[Numbered]]) -> Iterator[list[Prompt | Skipped]]:
-        """The prompts of one share after another, made on the replica's leader."""
-        for share in shares:
-            yield self.ranks.from_leader(
-                lambda share=share: [  # type: ignore[misc]
-                    build_or_skip(self.build, index, sample) for index, sample in share
-                ]
-            )
+        """The prompts of one share after another; the next one is decoded in the meantime."""
+
+        def load(number: int) -> list[Prompt | Skipped]:
+            made = self.loader.load(shares[number])
+            self.loader.prefetch(shares[number + 1] if number + 1 < len(shares) else ())
+            return made
+
+        for number in range(len(shares)):
+            yield self.ranks.from_leader(lambda number=number: load(number))  # type: ignore[misc]
 
     def _ask(self, made: Sequence[Prompt | Skipped]) -> _Asked:
         """Generate, probe, and ask the judge."""

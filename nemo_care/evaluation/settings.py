@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_care.config import Recipe
 from nemo_care.data.prompts import DEFAULT_TEMPLATE
+from nemo_care.evaluation import llm_judge
 from nemo_care.json_lines import Record
 
 _KEYS = (
@@ -28,7 +29,7 @@ _KEYS = (
     "data.max_prompt_tokens",
     "data.validation",
 )
-_LLM_KEYS = tuple(f"evaluation.llm.{name}" for name in ("model", "prompt_template", "temperature"))
+_LLM_KEYS = tuple(f"evaluation.llm.{name}" for name in ("model", "temperature"))
 
 
 def evaluation_settings(recipe: Recipe, models: Mapping[str, Any]) -> Record:
@@ -38,6 +39,9 @@ def evaluation_settings(recipe: Recipe, models: Mapping[str, Any]) -> Record:
     """
     keys = (*_KEYS, *_LLM_KEYS) if recipe.evaluation.judge == "llm" else _KEYS
     settings = {key: attrgetter(key)(recipe) for key in keys}
+    if recipe.evaluation.judge == "llm":
+        wording = recipe.evaluation.llm.prompt_template or llm_judge.DEFAULT_TEMPLATE
+        settings["evaluation.llm.prompt_template"] = wording
     settings["data.prompt_template"] = recipe.data.prompt_template or DEFAULT_TEMPLATE
     validation = recipe.data.validation
     root = Path(validation.root or "").resolve()

@@ -13,10 +13,10 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids
 
+from nemo_care.data.patches import frames_to_patches
 from nemo_care.data.positions import mrope_positions
-from nemo_care.data.video import frames_to_patches
 from nemo_care.miniature.vocabulary import IMAGE_PAD, VIDEO_PAD, encode
-from nemo_care.miniature.world import GRID, SAMPLING, SECONDS_PER_GRID, VIDEO_TOKENS, Question
+from nemo_care.miniature.world import GRID, PIXELS, SECONDS_PER_GRID, VIDEO_TOKENS, Question
 
 _BEFORE_VIDEO = encode("<|im_start|> user <|vision_start|>")
 _VIDEO = slice(len(_BEFORE_VIDEO), len(_BEFORE_VIDEO) + VIDEO_TOKENS)
@@ -36,7 +36,7 @@ def patches(frames: Tensor) -> Tensor:
 
     The frames of all videos are cut as one long video: no temporal patch spans two of them.
     """
-    pixel_values, _ = frames_to_patches(frames.flatten(0, 1), SAMPLING)
+    pixel_values, _ = frames_to_patches(frames.flatten(0, 1), PIXELS)
     return pixel_values.unflatten(0, (len(frames), -1))
 
 

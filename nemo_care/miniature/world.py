@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_care.data.video import VideoSampling
+from nemo_care.data.patches import PixelBounds
 from nemo_care.miniature.vocabulary import DIRECTIONS, LETTERS, OPPOSITE, SHAPES
 
 FRAMES = 8
@@ -19,13 +19,7 @@ SPEEDS = (1, 2)
 NOISE = 0.05
 FRAMES_PER_SECOND = 2
 # Every frame is read at its own size: one merged patch per pair of frames.
-SAMPLING = VideoSampling(
-    fps=FRAMES_PER_SECOND,
-    min_frames=FRAMES,
-    max_frames=FRAMES,
-    min_pixels=SIDE * SIDE,
-    max_pixels=SIDE * SIDE,
-)
+PIXELS = PixelBounds(SIDE * SIDE, SIDE * SIDE)
 GRID = (FRAMES // 2, SIDE // 14, SIDE // 14)
 SECONDS_PER_GRID = 2 / FRAMES_PER_SECOND
 VIDEO_TOKENS = FRAMES // 2

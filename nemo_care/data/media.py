@@ -1,0 +1,91 @@
+"""The videos and images of one prompt, from files to patches: what decoding processes do."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+from nemo_care.data.patches import Grid, PatchSize, PixelBounds, frames_to_patches, grid_of
+from nemo_care.data.video import FrameChoice, ImageFile, VideoFile
+from nemo_care.data_config import DataConfig
+
+
+@dataclass(frozen=True)
+class MediaSettings:
+    """How all media of a run are read."""
+
+    frames: FrameChoice
+    video_pixels: PixelBounds
+    image_pixels: PixelBounds
+    patch: PatchSize
+
+    @classmethod
+    def of(cls, config: DataConfig, vision: Qwen2_5_VLVisionConfig) -> "MediaSettings":
+        """As the recipe and the model say."""
+        video, image = config.video, config.image
+        return cls(
+            FrameChoice(video.fps, video.min_frames, video.max_frames),
+            PixelBounds(video.min_pixels, video.max_pixels),
+            PixelBounds(image.min_pixels, image.max_pixels),
+            PatchSize(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size),
+        )
+
+
+@dataclass(frozen=True)
+class MediaRequest:
+    """The files of one prompt, and for how many vision tokens the prompt has room."""
+
+    settings: MediaSettings
+    videos: tuple[Path, ...]
+    images: tuple[Path, ...]
+    room: int
+
+
+@dataclass
+class Media:
+    """What the files of one prompt hold, videos first.
+
+    `grids` and `seconds_per_grid` (0.0 for an image) have an entry per file. `pixel_values`
+    float32 [patches, 3 * temporal_patch * patch * patch] is an array, because an array travels
+    between processes without shared memory; None where there is nothing or no room for it.
+    """
+
+    grids: list[Grid] = field(default_factory=list)
+    seconds_per_grid: list[float] = field(default_factory=list)
+    pixel_values: np.ndarray | None = None
+
+
+def load_media(request: MediaRequest) -> Media:
+    """Reads the files; where they have more vision tokens than there is room for, sizes only.
+
+    Raises:
+        UnreadableMedia: a file can't be decoded.
+        InputError: a frame too narrow to resize.
+    """
+    settings = request.settings
+    videos = [VideoFile(path, settings.frames) for path in request.videos]
+    images = [ImageFile(path) for path in request.images]
+    grids = [
+        *(
+            grid_of(v.count, v.height, v.width, settings.video_pixels, settings.patch)
+            for v in videos
+        ),
+        *(grid_of(1, i.height, i.width, settings.image_pixels, settings.patch) for i in images),
+    ]
+    media = Media(grids, [*(video.seconds_per_grid for video in videos), *(0.0 for _ in images)])
+    if not grids or sum(map(settings.patch.tokens, grids)) > request.room:
+        return media
+
+    def patches(frames: Iterable[Tensor], bounds: PixelBounds) -> Tensor:
+        return frames_to_patches(frames, bounds, settings.patch)[0]
+
+    parts = [
+        *(patches(video.frames(), settings.video_pixels) for video in videos),
+        *(patches([image.frame()], settings.image_pixels) for image in images),
+    ]
+    media.pixel_values = torch.cat(parts).numpy()
+    return media

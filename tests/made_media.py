@@ -1,0 +1,115 @@
+"""Video and image files as they should and should not be."""
+
+import struct
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+_ROTATED = {
+    90: (0, 65536, 0, -65536, 0, 0),
+    180: (-65536, 0, 0, 0, -65536, 0),
+    270: (0, -65536, 0, 65536, 0, 0),
+}
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Uint8 [H, W, 3]: a gradient with noise."""
+    gradient = np.linspace(0, 255, height * width * 3).reshape(height, width, 3)
+    noise = np.random.default_rng(seed).integers(0, 80, (height, width, 3))
+    return ((gradient + noise) % 256).astype(np.uint8)
+
+
+def encode_video(path: Path, frames: np.ndarray, rate: int, **options: str) -> Path:
+    """An ordinary H.264 file whose index comes first, so that its rest can be damaged."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def encode_at_times(path: Path, frames: np.ndarray, times: Iterable[Fraction]) -> Path:
+    """A file whose frames are shown at these times, in seconds."""
+    base = Fraction(1, 1000)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = stream.codec_context.time_base = base
+        for frame, time in zip(frames, times, strict=True):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = int(time / base), base
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def rotate(path: Path, degrees: int) -> Path:
+    """Write into an mp4 file that it is to be shown turned clockwise, as telephones do."""
+    content = bytearray(path.read_bytes())
+    # tkhd: version and flags, 5 numbers, 8 reserved bytes, 4 short numbers, then the matrix.
+    matrix = content.index(b"tkhd") + 4 + 4 + 5 * 4 + 8 + 4 * 2
+    content[matrix : matrix + 36] = struct.pack(">9i", *_ROTATED[degrees], 0, 0, 1 << 30)
+    path.write_bytes(content)
+    return path
+
+
+def encode_audio(path: Path) -> Path:
+    """A file with a second of silence and no video."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        silence = np.zeros((1, 16000), np.float32)
+        frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def damaged_video(path: Path, damage: str) -> Path:
+    """A file that is no usable video, in one of the ways of DAMAGES."""
+    frames = np.stack([picture(56, 56, seed) for seed in range(1 if damage == "short" else 16)])
+    if damage == "missing":
+        return path
+    if damage == "audio":
+        return encode_audio(path)
+    if damage == "timestamps":
+        # Two recordings laid end to end, whose clocks both begin at 0.
+        parts = [encode_video(path.with_suffix(f".{n}.ts"), frames, 4) for n in range(2)]
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+        return path
+    content = encode_video(path, frames, 4).read_bytes()
+    middle = len(content) // 2
+    noise = np.random.default_rng(0).bytes(len(content) - middle)
+    damages = {
+        "empty": b"",
+        "text": b"this is not a video\n" * 50,
+        "picture": b"\xff\xd8\xff\xe0" + noise,
+        "cut off": content[: len(content) // 3],
+        "cut at the end": content[:-200],
+        "overwritten": content[:middle] + noise,
+        "short": content,
+    }
+    path.write_bytes(damages[damage])
+    return path
+
+
+DAMAGES = {
+    "missing": "there is no such file",
+    "empty": "the file is empty",
+    "text": "can't be opened",
+    "picture": "can't be opened",
+    "audio": "can't be opened",
+    "cut off": "can't be",
+    "cut at the end": "can't be",
+    "overwritten": "can't be decoded",
+    "short": "it has 1 frame",
+    "timestamps": "several frames have the same timestamp",
+}
+"""Ways to damage a video, with what the error says of it."""
