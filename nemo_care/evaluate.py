@@ -93,6 +93,7 @@ def _build(
     from nemo_care.data.loader import PromptLoader
     from nemo_care.data.prompts import PromptBuilder
     from nemo_care.data.tokenizer import load_tokenizer
+    from nemo_care.data_config import for_validation
     from nemo_care.evaluation.build import build_evaluator
     from nemo_care.rollouts.batches import BatchLayout
     from nemo_care.scoring.score import Scorer
@@ -114,7 +115,7 @@ def _build(
         recipe,
         ranks,
         scorer,
-        PromptLoader(PromptBuilder(recipe.data, model.hf, tokenizer), workers),
+        PromptLoader(PromptBuilder(for_validation(recipe.data), model.hf, tokenizer), workers),
         likelihoods=judging.answer_likelihoods if judging is not None else None,
         folder=files.folder.parent,
     )

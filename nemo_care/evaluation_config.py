@@ -49,6 +49,7 @@ class EvaluationConfig:
     temperature: float = 0.0
     """0: greedy."""
     top_p: float = 1.0
+    """As rollout.top_p."""
     samples_per_batch: int = 8
     """Prompts that are generated together."""
     judge: str = "none"

@@ -77,9 +77,10 @@ def _help(command: Command) -> str:
   --cfg job             print the resolved recipe and stop (all of its keys)
   key=value             override a key, for example
 {examples}
+  GROUP=FILE            take another file of a group, or with + before it one more:
+                          data=video_r1 layout=7b_1x8_h100 +ablation=grpo
 
-Keys, types, defaults and ranges are in {Path(__file__).with_name("config.py")}
-and, those under data and evaluation, in data_config.py and evaluation_config.py beside it.
+All keys with types, defaults and ranges: python -m nemo_care.recipe_docs (docs/recipe.md).
 Exit status: 0 done; 1 failed; 2 a recipe or input that can't be used."""
 
 

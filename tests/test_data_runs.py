@@ -12,6 +12,7 @@ from made_data import (
 )
 from small_runs import small_recipe, small_trainer
 
+from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data_config import SourceConfig
 from nemo_care.errors import InputError
 
@@ -170,3 +171,26 @@ def test_more_bad_lines_than_allowed_are_refused_before_the_run(recipe, ranks, t
         match=rf"{count} of {2 * count} .*max_skipped_fraction=0\.4.*{name}\.jsonl:{count + 1}",
     ):
         small_trainer(recipe, ranks, tmp_path / "run")
+
+
+def test_validation_may_see_other_numbers_of_frames(
+    checkpoint, world, ranks, tmp_path, monkeypatch
+):
+    recipe = small_recipe(checkpoint, world)
+    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
+    recipe.data.validation.samples_per_level = 2
+    recipe.data.validation.max_frames = 4
+    frames = []
+    finish = PromptBuilder.finish
+
+    def watched(self, draft, media):
+        frames.extend(2 * grid[0] for grid in media.grids)
+        return finish(self, draft, media)
+
+    monkeypatch.setattr(PromptBuilder, "finish", watched)
+    trainer = small_trainer(recipe, ranks, tmp_path / "run")
+    trainer.run_validation()
+    assert frames == [4, 4]
+    frames.clear()
+    trainer.prompts.next_step()
+    assert frames == [8, 8, 8, 8]

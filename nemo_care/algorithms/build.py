@@ -15,6 +15,7 @@ from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.stream import PromptStream
 from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.data_config import for_validation
 from nemo_care.evaluation.build import build_evaluator
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.qwen2_5_vl import Qwen25VL, read_hf_config, transformer_config
@@ -69,6 +70,7 @@ def build_trainer(
     model = load_model(recipe, ranks)
     tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
     prompts = PromptBuilder(recipe.data, model.hf, tokenizer)
+    validation_prompts = PromptBuilder(for_validation(recipe.data), model.hf, tokenizer)
     layout = BatchLayout.of(
         ranks.layout,
         algorithm.groups_per_micro_batch,
@@ -82,7 +84,7 @@ def build_trainer(
         recipe,
         ranks,
         Scorer(model, ranks, layout),
-        PromptLoader(prompts, workers),
+        PromptLoader(validation_prompts, workers),
         likelihoods=reference.answer_likelihoods if reference is not None else None,
         folder=files.folder,
     )
