@@ -18,7 +18,7 @@ TORCH := torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cp
 endif
 endif
 
-.PHONY: train test test-slow compare bench report lint format clean help
+.PHONY: train test test-slow compare bench report docs lint format clean help
 
 train: $(INSTALLED)
 	$(BIN)/nemo-care train --config-name tiny_cpu $(ARGS)
@@ -38,10 +38,15 @@ compare: $(INSTALLED)
 bench: $(INSTALLED) .venv-trl/.installed
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/versus_trl.py
 
 report: $(INSTALLED)
 	$(BIN)/nemo-care report runs/tiny_cpu
+
+# The page of all recipe keys, which a test compares with the schema.
+docs: $(INSTALLED)
+	$(BIN)/python -m nemo_care.recipe_docs > docs/recipe.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -71,9 +76,10 @@ clean:
 help:
 	@echo "make train     train the tiny model on this machine: 100 steps, minutes"
 	@echo "make compare   GRPO against GRPO-CARE, three seeds each"
-	@echo "make bench     benchmarks of scoring and step, and against TRL: 20 minutes"
+	@echo "make bench     benchmarks of scoring, step and data, and against TRL: 20 minutes"
 	@echo "make report    curves and a page of the last make train"
 	@echo "make test      the tests; make test-slow the long ones"
+	@echo "make docs      docs/recipe.md, the page of all recipe keys"
 	@echo "make lint      ruff and mypy; make format mends what can be mended"
 	@echo "make clean     remove the virtual environment and the runs"
 	@echo 'ARGS="key=value ..." goes to train and compare as recipe overrides'

@@ -15,6 +15,12 @@ def _train(arguments: list[str]) -> int:
     return train(arguments)
 
 
+def _evaluate(arguments: list[str]) -> int:
+    from nemo_care.evaluate import evaluate
+
+    return evaluate(arguments)
+
+
 def _export(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nemo-care export",
@@ -123,6 +129,7 @@ def _data(arguments: list[str]) -> int:
 
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a policy: --config-name RECIPE [key=value ...]"),
+    "evaluate": (_evaluate, "evaluate a model: --config-name RECIPE [key=value ...]"),
     "data": (_data, "data check: find what can't be used in a recipe's data"),
     "export": (_export, "write a trained model as a Hugging Face directory"),
     "report": (_report, "draw a run's curves and a page that holds them"),

@@ -6,12 +6,15 @@ checks ranges and the keys against each other. Sizes are counts, lengths are tok
 The keys under `data` are in `data_config.py`, those under `evaluation` in `evaluation_config.py`.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_care.data_config import DATA_KINDS, MISSING, DataConfig, check_data
 from nemo_care.errors import InputError
 from nemo_care.evaluation_config import JUDGES, EvaluationConfig, check_evaluation
+
+CONSISTENCY_KINDS = ("group", "accurate", "dense")
 
 
 @dataclass
@@ -32,6 +35,9 @@ class TrainerConfig:
     """auto: go on from the run directory's newest checkpoint; never: refuse if there is one."""
     validation_interval: int = 0
     """Validate every so many steps; 0: only before the first and after the last step."""
+    max_time_per_run: str | None = None
+    """days:hours:minutes:seconds after which the run saves and exits with status 75, to be started
+    again; null: no limit."""
     show_completion_every: int = 20
     """Print one sampled completion every so many steps; 0: never."""
 
@@ -72,6 +78,10 @@ class ModelConfig:
 class ConsistencyConfig:
     """The consistency bonus."""
 
+    kind: str = "group"
+    """Who gets it: group (the paper: those of a group's accurate completions whose answer is
+    likely, compared with the others'), accurate (all of the accurate) or dense (every completion
+    with an answer, bonus_coefficient * answer likelihood each)."""
     bonus_coefficient: float = 0.5
     """Size of the bonus relative to the accuracy; 0: no bonus (the GRPO baseline)."""
     margin: float = 0.01
@@ -135,8 +145,11 @@ class RolloutConfig:
     """Sampling completions."""
 
     temperature: float = 1.0
+    """Divides the logits before sampling."""
     top_p: float = 0.95
+    """Sample among the likeliest tokens that hold this much probability together; 1: among all."""
     max_completion_tokens: int = 768
+    """A longer completion is cut off; without a closing tag it has no format reward."""
     groups_per_batch: int = 1
     """Groups that are generated together."""
     max_logprob_difference: float = 0.05
@@ -149,17 +162,23 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     lr: float = 1e-6
+    """Largest learning rate, reached after the warm-up."""
     min_lr: float = 0.0
+    """Learning rate at the end of the cosine schedule."""
     schedule: str = "cosine"
     """cosine or constant, after the warm-up."""
     warmup_steps: int = 0
+    """Optimizer steps in which the learning rate rises from 0."""
     decay_steps: int | None = None
     """Optimizer steps until min_lr is reached; null: those of the whole run."""
     weight_decay: float = 0.01
     """On matrices only; biases and norms are left out."""
     beta1: float = 0.9
+    """Decay of the running mean of gradients."""
     beta2: float = 0.999
+    """Decay of the running mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of that mean before dividing by it."""
     clip_grad: float = 5.0
     """Largest norm of the whole gradient."""
 
@@ -181,13 +200,22 @@ class ExpManagerConfig:
     """NeMo's experiment manager: run directory and loggers."""
 
     explicit_log_dir: str | None = None
+    """The run directory; null: exp_dir/name."""
     exp_dir: str | None = "runs"
+    """Folder of run directories; null: nemo_experiments."""
     name: str | None = "default"
+    """Name of the run directory there. Recipes that inherit base are called like their file, with
+    the groups behind it that the command line chose (not the layout)."""
     create_tensorboard_logger: bool = True
+    """Write TensorBoard files into the run directory."""
     create_wandb_logger: bool = False
+    """Log to Weights & Biases, which needs its package."""
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of that logger, such as project and name."""
     create_mlflow_logger: bool = False
+    """Log to MLflow, which needs its package."""
     mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of that logger, such as experiment_name and tracking_uri."""
 
 
 @dataclass
@@ -205,19 +233,25 @@ class Recipe:
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
 
 
-_CHOICES = {
+def needs_reference(algorithm: AlgorithmConfig) -> bool:
+    """Whether a training run keeps a reference: for the bonus or for the KL term."""
+    return algorithm.consistency.bonus_coefficient > 0 or algorithm.kl_coefficient > 0
+
+
+CHOICES = {
     "trainer.resume": ("auto", "never"),
     "model.backend": ("auto", "local", "transformer_engine"),
     "model.recompute_granularity": ("none", "selective", "full"),
     "model.precision.dtype": ("bf16", "fp32"),
+    "algorithm.consistency.kind": CONSISTENCY_KINDS,
     "optimizer.schedule": ("cosine", "constant"),
     "evaluation.judge": JUDGES,
     "data.train.kind": DATA_KINDS,
     "data.validation.kind": DATA_KINDS,
 }
 
-# Inclusive bounds; None is no bound.
-_RANGES: dict[str, tuple[float | None, float | None]] = {
+# Bounds, themselves allowed; None is no bound.
+RANGES: dict[str, tuple[float | None, float | None]] = {
     "trainer.max_steps": (1, None),
     "trainer.devices": (1, None),
     "trainer.num_nodes": (1, None),
@@ -266,6 +300,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "data.image.min_pixels": (784, None),
     "data.image.max_pixels": (784, None),
     "data.validation.samples_per_level": (1, None),
+    "data.validation.max_frames": (2, None),
     "data.max_prompt_tokens": (1, None),
     "data.max_skipped_fraction": (0, 1),
     "data.workers": (0, None),
@@ -295,10 +330,10 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         InputError: names the key, its value and what it may be.
     """
-    for key, choices in _CHOICES.items():
+    for key, choices in CHOICES.items():
         if _value(recipe, key) not in choices:
             raise InputError(f"{key}={_value(recipe, key)}: choose {' or '.join(choices)}")
-    for key, (low, high) in _RANGES.items():
+    for key, (low, high) in RANGES.items():
         value = _value(recipe, key)
         if value is None:
             continue
@@ -308,8 +343,29 @@ def check_recipe(recipe: Recipe) -> None:
     _check_together(recipe)
 
 
+_DURATION = re.compile(r"(\d+):(\d\d):(\d\d):(\d\d)")
+
+
+def seconds_of(duration: str) -> float:
+    """Seconds of "days:hours:minutes:seconds", NeMo's way to write a duration.
+
+    Raises:
+        InputError: it is written otherwise.
+    """
+    match = _DURATION.fullmatch(duration)
+    if match is None:
+        raise InputError(
+            f"trainer.max_time_per_run={duration}: write days:hours:minutes:seconds, such as "
+            "00:03:45:00"
+        )
+    days, hours, minutes, seconds = map(int, match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def _check_together(recipe: Recipe) -> None:
-    trainer, model, algorithm = recipe.trainer, recipe.model, recipe.algorithm
+    trainer, model = recipe.trainer, recipe.model
+    if trainer.max_time_per_run is not None:
+        seconds_of(trainer.max_time_per_run)
     check_data(recipe.data)
     check_evaluation(recipe.evaluation)
     if model.backend == "transformer_engine" and model.precision.dtype != "bf16":
@@ -329,9 +385,29 @@ def _check_together(recipe: Recipe) -> None:
             f"model.tensor_model_parallel_size * model.pipeline_model_parallel_size = {ranks}: "
             f"set trainer.devices={ranks} or change the layout"
         )
-    replicas = world // ranks
-    if algorithm.prompts_per_step % replicas:
+
+
+def check_training(recipe: Recipe) -> None:
+    """Check what only a training run needs, beyond `check_recipe`.
+
+    Raises:
+        InputError: names the key, its value and what it may be.
+    """
+    model, world = recipe.model, recipe.trainer.devices * recipe.trainer.num_nodes
+    replicas = world // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
+    if recipe.algorithm.prompts_per_step % replicas:
         raise InputError(
-            f"algorithm.prompts_per_step={algorithm.prompts_per_step} is not a multiple of the "
-            f"data-parallel size {replicas}"
+            f"algorithm.prompts_per_step={recipe.algorithm.prompts_per_step} is not a multiple of "
+            f"the data-parallel size {replicas}"
+        )
+    if recipe.data.train.root is None and recipe.data.train.sources is None:
+        raise InputError(
+            "data.train.root has no value: give it, or data.train.sources, in the recipe or as "
+            "an override"
+        )
+    if recipe.evaluation.judge == "likelihood" and not needs_reference(recipe.algorithm):
+        raise InputError(
+            "evaluation.judge=likelihood judges with the run's reference, and this run has none: "
+            "algorithm.consistency.bonus_coefficient and algorithm.kl_coefficient are 0; choose "
+            "another judge, or validate with nemo-care evaluate and evaluation.reference"
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from nemo_care.config import Recipe
 from nemo_care.data.fork_server import start_fork_server
+from nemo_care.data_config import for_validation
 from nemo_care.errors import InputError
 from nemo_care.quiet import quiet_libraries
 from nemo_care.recipes import compose_recipe
@@ -155,8 +156,8 @@ def check_data(
         load: how a process reads the media of a sample; as a run does by default.
 
     Raises:
-        InputError: no checkpoint or tokenizer, an unusable template, a source whose weight gives it
-            no prompt.
+        InputError: no data, checkpoint or tokenizer, an unusable template, or a source whose weight
+            gives it no prompt.
     """
     from tqdm import tqdm
 
@@ -167,18 +168,22 @@ def check_data(
     from nemo_care.data.prompts import PromptBuilder
     from nemo_care.data.sources import training_sources
     from nemo_care.data.tokenizer import load_tokenizer
-    from nemo_care.miniature import write_missing_worlds
+    from nemo_care.miniature import ensure_files
     from nemo_care.models.hf_config import read_hf_config
 
     hf = read_hf_config(recipe.model.hf_path)
-    builder = PromptBuilder(recipe.data, hf, load_tokenizer(recipe.model.hf_path, hf))
-    write_missing_worlds(recipe.data)
+    tokenizer = load_tokenizer(recipe.model.hf_path, hf)
+    builders = {
+        True: PromptBuilder(recipe.data, hf, tokenizer),
+        False: PromptBuilder(for_validation(recipe.data), hf, tokenizer),
+    }
     read = []
     for file in data_files(recipe.data):
+        ensure_files(file.kind, file.root)
         print(f"reading {file.path}", file=sys.stderr)
         read.append(read_file(file, seed=recipe.trainer.seed, limit=limit))
     training = [report for report, _ in read if report.file.is_training]
-    if not any(report.error for report in training):
+    if training and not any(report.error for report in training):
         weights = [source.weight for source in training_sources(recipe.data)]
         epoch_shares([report.samples for report in training], weights)
     total = sum(len(samples) for _, samples in read)
@@ -195,6 +200,7 @@ def check_data(
         tqdm(total=total, desc="data check", unit="sample", mininterval=pause) as bar,
     ):
         for report, samples in read:
+            builder = builders[report.file.is_training]
             check_samples(
                 report, samples, builder, decoding, sizes_only=sizes_only, done=bar.update
             )

@@ -1,7 +1,7 @@
 """The keys under `data` of the recipe's schema, and their checks (see config.py)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nemo_care.errors import InputError
 
@@ -14,8 +14,11 @@ class VideoConfig:
     """How videos become patches."""
 
     fps: float = 2.0
+    """Frames per second of video, within the next two bounds."""
     min_frames: int = 4
+    """Frames of a short video at least, as far as it has so many; always an even number."""
     max_frames: int = 16
+    """Frames of a long video at most, evenly spread."""
     min_pixels: int = 3136
     """Smallest number of pixels of a frame (4 * 28 * 28)."""
     max_pixels: int = 100352
@@ -27,7 +30,9 @@ class ImageConfig:
     """Bounds of an image's size."""
 
     min_pixels: int = 3136
+    """Smallest number of pixels of an image (4 * 28 * 28)."""
     max_pixels: int = 401408
+    """Largest number of pixels of an image (512 * 28 * 28)."""
 
 
 @dataclass
@@ -37,9 +42,11 @@ class SourceConfig:
     kind: str = "jsonl"
     """As in data.train.kind."""
     root: str = MISSING
+    """Directory that the paths in the annotations are relative to."""
     annotations: str = "train.jsonl"
+    """File relative to root."""
     weight: float = 1.0
-    """Share of an epoch's prompts, relative to the other sources."""
+    """Share of an epoch's prompts, relative to the other sources; above 0."""
 
 
 @dataclass
@@ -68,11 +75,14 @@ class ValidationDataConfig:
 
     kind: str = "jsonl"
     """As in data.train.kind."""
-    root: str = MISSING
+    root: str | None = None
+    """Directory that the paths in the annotations are relative to; needed with annotations."""
     annotations: dict[str, str] | None = None
     """Level name -> file relative to root; null: no validation."""
     samples_per_level: int | None = None
     """Use only so many; null: all."""
+    max_frames: int | None = None
+    """In place of data.video.max_frames; null: as in training."""
 
 
 @dataclass
@@ -101,23 +111,33 @@ class DataConfig:
     """Memory that one decoding process may use; a prompt that needs more is skipped and listed."""
 
 
+def for_validation(data: DataConfig) -> DataConfig:
+    """The same keys, with data.validation.max_frames in the place of data.video.max_frames."""
+    max_frames = data.validation.max_frames
+    if max_frames is None:
+        return data
+    return replace(data, video=replace(data.video, max_frames=max_frames))
+
+
 def check_data(data: DataConfig) -> None:
     """Check the keys under `data` against each other; their ranges are in config.py.
 
     Raises:
         InputError: names the key, its value and what it may be.
     """
-    if data.video.min_frames > data.video.max_frames:
-        raise InputError("data.video.min_frames is larger than data.video.max_frames")
+    most = {"data.video": data.video.max_frames, "data.validation": data.validation.max_frames}
+    for block, max_frames in most.items():
+        if max_frames is not None and data.video.min_frames > max_frames:
+            raise InputError(f"data.video.min_frames is larger than {block}.max_frames")
     for name, size in (("video", data.video), ("image", data.image)):
         if size.min_pixels > size.max_pixels:
             raise InputError(f"data.{name}.min_pixels is larger than data.{name}.max_pixels")
+    if data.validation.annotations and data.validation.root is None:
+        raise InputError(
+            "data.validation.root has no value: give the directory of "
+            "data.validation.annotations, or set those to null"
+        )
     if data.train.sources is None:
-        if data.train.root is None:
-            raise InputError(
-                "data.train.root has no value: give it, or data.train.sources, in the recipe or as "
-                "an override"
-            )
         return
     if not data.train.sources:
         raise InputError("data.train.sources is empty: name a source, or set it to null")

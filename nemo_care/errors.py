@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": it ends a command with exit status 2."""
+"""The exceptions that end a command with an exit status of their own."""
 
 
 class InputError(Exception):
@@ -6,4 +6,12 @@ class InputError(Exception):
 
     The message is one line that names the key or the file and the remedy. The command line prints
     it without a traceback and exits with status 2.
+    """
+
+
+class RunStopped(Exception):
+    """A run that ended before its last step because it was asked to, with a checkpoint.
+
+    The message says after which step and why. The command line exits with status 75, by which a
+    batch script knows that the same command goes on from there.
     """

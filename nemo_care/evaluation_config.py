@@ -1,6 +1,9 @@
 """The keys under `evaluation` of the recipe's schema, and their checks (see config.py)."""
 
+import re
+import string
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from nemo_care.errors import InputError
 
@@ -16,10 +19,12 @@ class LLMJudgeConfig:
     model: str | None = None
     """Name of the model there."""
     api_key_env: str | None = None
-    """Name of the environment variable that holds the key; null: the endpoint asks for none."""
+    """Name of the environment variable that holds the key, in capital letters; the key itself is
+    written nowhere. null: the endpoint asks for none."""
     prompt_template: str | None = None
-    """What the judge is asked, with {question}, {options}, {reasoning} and {answer}; null: our own
-    wording. The last CONSISTENT or INCONSISTENT of the reply is the verdict."""
+    """What the judge is asked, with {question}, {options}, {reasoning} and {answer}, of which the
+    last two are needed; null: our own wording. The last CONSISTENT or INCONSISTENT of the reply is
+    the verdict."""
     temperature: float | None = 0.0
     """null: not sent, for models that refuse it."""
     concurrency: int = 8
@@ -27,10 +32,11 @@ class LLMJudgeConfig:
     max_retries: int = 5
     """Further attempts, with growing pauses, after a refusal that may pass (overload, time-out)."""
     timeout_seconds: float = 120.0
-    """Longest time of one attempt."""
+    """Longest time that the endpoint may take to connect, and then may be silent, in an attempt."""
     cache: str | None = None
-    """File that keeps the replies, so that no question is asked twice; null: llm_judge.sqlite in
-    the run directory."""
+    """File that keeps the replies, so that what was answered is not asked again by the same model
+    with the same wording, temperature and base_url; replicas and runs may share it. null:
+    llm_judge.sqlite in the run directory."""
 
 
 @dataclass
@@ -43,17 +49,19 @@ class EvaluationConfig:
     temperature: float = 0.0
     """0: greedy."""
     top_p: float = 1.0
+    """As rollout.top_p."""
     samples_per_batch: int = 8
     """Prompts that are generated together."""
     judge: str = "none"
     """Who says whether a reasoning supports the answer: rule (for questions whose options are
     words that the reasoning names, as in the miniature), likelihood (the answer is the likeliest of
     the options behind that reasoning under a reference model), llm (a language model is asked) or
-    none."""
+    none. The completions of training's rollouts are judged by the rule only: it costs nothing."""
     reference: str | None = None
     """The model of evaluation.judge=likelihood in `nemo-care evaluate`: a Hugging Face directory,
-    or a run directory or checkpoint, whose EMA reference it then is; null: model.hf_path.
-    Validation in training takes the run's reference as it is at that step."""
+    or a run directory or checkpoint, whose EMA reference it then is; null: model.hf_path. It should
+    not be the model that is evaluated, which finds its own answers likely. Validation in training
+    takes the run's reference as it is at that step."""
     llm: LLMJudgeConfig = field(default_factory=LLMJudgeConfig)
     forced_reasoning_probe: bool = False
     """Also measure how much the answer follows a reasoning put in the model's mouth."""
@@ -66,6 +74,55 @@ def check_evaluation(evaluation: EvaluationConfig) -> None:
         InputError: names the key and what it may be.
     """
     if evaluation.judge == "llm":
-        for key in ("base_url", "model"):
-            if not getattr(evaluation.llm, key):
-                raise InputError(f"evaluation.judge=llm needs evaluation.llm.{key}")
+        check_llm_judge(evaluation.llm)
+
+
+def check_llm_judge(llm: LLMJudgeConfig) -> None:
+    """Refuse an endpoint or a wording that no request could be made of.
+
+    Raises:
+        InputError: names the key and what it may be.
+    """
+    for key in ("base_url", "model"):
+        if not getattr(llm, key):
+            raise InputError(f"evaluation.judge=llm needs evaluation.llm.{key}")
+    try:
+        url = urlsplit(llm.base_url or "")
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        usable = False
+    # Not printed: what stands before an @ or behind a ? may be a password or a key.
+    if not usable or "@" in url.netloc or url.query or not str(llm.base_url).isprintable():
+        raise InputError(
+            "evaluation.llm.base_url: give an address such as http://localhost:8000/v1, without "
+            "user name, password or ?key=value"
+        )
+    # Not printed either: it may be the key itself, put in the wrong place.
+    if llm.api_key_env is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", llm.api_key_env):
+        raise InputError(
+            "evaluation.llm.api_key_env: give the name of an environment variable, in capital "
+            "letters, which holds the key; never the key itself"
+        )
+    if llm.prompt_template is None:
+        return
+    try:
+        problem = _wording_problem(llm.prompt_template)
+    except (ValueError, LookupError) as error:  # a lone brace, a field inside a field's format
+        problem = str(error)
+    if problem:
+        raise InputError(
+            f"evaluation.llm.prompt_template: {problem}; use {{question}}, {{options}}, "
+            "{reasoning} and {answer}, the last two at least, and write a brace that is text twice"
+        )
+
+
+def _wording_problem(template: str) -> str:
+    known = ("question", "options", "reasoning", "answer")
+    named = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    if named - set(known):
+        return f"unknown field {{{min(named - set(known)).strip()}}}"
+    for name in ("reasoning", "answer"):
+        if name not in named:
+            return f"{{{name}}} is missing"
+    template.format(**dict.fromkeys(known, ""))
+    return ""

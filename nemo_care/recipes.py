@@ -5,7 +5,6 @@ Composition is NeMo's: `hydra_runner` with the `recipes/` folder as search path,
 command that needs nothing else of it composes with Hydra alone, to the same recipe.
 """
 
-import difflib
 import operator
 import os
 import sys
@@ -13,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_care.config import Recipe, check_recipe
 from nemo_care.errors import InputError
+from nemo_care.recipe_errors import all_keys, explain, names_in
 
 SCHEMA_NAME = "nemo_care_schema"
 _PACKAGE = Path(__file__).resolve().parent
@@ -40,15 +40,40 @@ def recipes_folder() -> Path:
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package, without the base that they inherit."""
-    return sorted(file.stem for file in recipes_folder().glob("*.yaml") if file.stem != "base")
+    return names_in([recipes_folder()])
 
 
 def _register() -> None:
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name=SCHEMA_NAME, node=Recipe)
-    # The path of a file that comes with the package, such as the miniature's checkpoint.
-    OmegaConf.register_new_resolver("package_path", lambda name: str(_PACKAGE / name), replace=True)
+    OmegaConf.register_new_resolver("package_path", _package_path, replace=True)
+    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("epoch_steps", _epoch_steps, replace=True)
+
+
+def _package_path(name: str) -> str:
+    """The path of a file that comes with the package, such as the miniature's checkpoint."""
+    return str(_PACKAGE / name)
+
+
+def _run_name() -> str:
+    """The recipe's name and the groups that the command line chose, such as an ablation.
+
+    The layout is left out: a run goes on in its directory with any layout.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    choices = {name: file for name, file in hydra.runtime.choices.items() if name != "layout"}
+    given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
+    chosen = [str(choices[name]) for name in given if name in choices]
+    return "_".join([Path(str(hydra.job.config_name)).stem, *chosen])
+
+
+def _epoch_steps(samples: int, prompts_per_step: int) -> int:
+    """Steps until each of so many samples has been a prompt."""
+    return -(-samples // max(prompts_per_step, 1))  # check_recipe refuses less than 1
 
 
 @contextmanager
@@ -67,69 +92,37 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
-def _own_folder(arguments: Sequence[str]) -> list[str]:
-    """`--config-path DIR` adds a folder to the search path instead of replacing ours."""
+def _own_folders(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """`--config-path DIR` adds a folder to the search path instead of replacing ours.
+
+    Returns the arguments as Hydra wants them, and all folders in which recipes lie.
+    """
     result: list[str] = []
+    folders = [recipes_folder()]
     rest = iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
         if name not in ("--config-path", "-cp"):
             result.append(argument)
             continue
-        folder = Path(value if equals else next(rest, "")).resolve()
-        if not folder.is_dir():
-            raise InputError(f"--config-path {folder}: no such folder")
-        result += ["--config-dir", str(folder)]
-    return result
+        given = value if equals else next(rest, "")
+        if not given or not Path(given).is_dir():
+            raise InputError(f"--config-path {given}: no such folder")
+        folders.append(Path(given).resolve())
+        result += ["--config-dir", str(folders[-1])]
+    return result, folders
 
 
-def _all_keys(config: DictConfig, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name in map(str, config):
-        key = prefix + name
-        keys.append(key)
-        child = config._get_node(name)
-        if isinstance(child, DictConfig) and not child._is_none():
-            keys += _all_keys(child, key + ".")
-    return keys
-
-
-def _hint(key: str, known: list[str]) -> str:
-    """The valid keys nearest to a mistyped one; nothing for a valid key."""
-    nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(nearest)}?" if nearest and key not in known else ""
-
-
-def _explain(error: Exception, arguments: Sequence[str]) -> str:
-    """One line for a composition error: the key, and the nearest valid ones for a typo."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None:
-        chain.append(current)
-        current = current.__cause__
-    message = " ".join(str(chain[-1]).split())
-    known = _all_keys(OmegaConf.structured(Recipe))
-    for argument in arguments:
-        key, equals, _ = argument.lstrip("+~").partition("=")
-        if equals and not key.startswith(("-", "hydra")) and key not in known:
-            parents = [name for name in known if key.startswith(name + ".")]
-            if parents and _is_free_form(parents[-1]):
-                continue
-            return f"unknown recipe key {key}{_hint(key, known)}"
-    for item in chain:
-        full_key = getattr(item, "full_key", None)
-        if full_key:
-            detail = message.split(" full_key")[0]
-            return f"{full_key}: {detail}{_hint(str(full_key), known)}"
-    return message
-
-
-def _is_free_form(key: str) -> bool:
-    """Whether a key holds a dictionary with names of the user's choice."""
-    node: Any = OmegaConf.structured(Recipe)
-    for part in key.split("."):
-        node = node._get_node(part)
-    return isinstance(node, DictConfig) and node._metadata.object_type is dict
+def _check_name(arguments: Sequence[str], folders: Sequence[Path]) -> None:
+    """Refuse a command line without a recipe's name."""
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in ("--config-name", "-cn"):
+            given = value if equals else "".join(arguments[place + 1 : place + 2])
+            if given and not given.startswith("-") and "=" not in given:
+                return
+    names = ", ".join(names_in(folders))
+    raise InputError(f"--config-name is missing or has no value; recipes: {names}")
 
 
 def to_recipe(config: DictConfig) -> Recipe:
@@ -149,7 +142,7 @@ def to_recipe(config: DictConfig) -> Recipe:
         OmegaConf.resolve(merged)
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise InputError(_explain(error, [])) from error
+        raise InputError(explain(error, [], [recipes_folder()])) from error
     assert isinstance(recipe, Recipe)
     check_recipe(recipe)
     return recipe
@@ -187,22 +180,25 @@ def compose_recipe(arguments: Sequence[str], *, with_nemo: bool = True) -> Recip
     from hydra.errors import HydraException
 
     _register()
-    arguments = [*_own_folder(arguments), *_HYDRA_OVERRIDES]
-    if not any(a.split("=")[0] in ("--config-name", "-cn") for a in arguments):
-        raise InputError(f"--config-name is missing; recipes: {', '.join(recipe_names())}")
+    given, folders = _own_folders(arguments)
+    _check_name(given, folders)
+    if {"--cfg", "-c"} & {argument.partition("=")[0] for argument in given}:
+        given.append("--resolve")
     composed: list[DictConfig] = []
 
     @_runner(with_nemo)
     def capture(config: DictConfig) -> None:
+        # Here, because names of runs are made of what Hydra knows while this function runs.
+        OmegaConf.resolve(config)
         composed.append(config)
 
     noise = StringIO()
     try:
         # Hydra repeats on stderr what its exception says.
-        with _command_line(arguments), redirect_stderr(noise):
+        with _command_line([*given, *_HYDRA_OVERRIDES]), redirect_stderr(noise):
             capture()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(_explain(error, arguments)) from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(explain(error, given, folders)) from error
     except SystemExit as error:
         if error.code not in (0, None):
             lines = noise.getvalue().strip().splitlines() or ["the command line is not understood"]
@@ -234,7 +230,7 @@ def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """`key: old -> new` for each key in which two recipes differ."""
     before, after = (OmegaConf.structured(recipe) for recipe in (old, new))
     changes = []
-    for key in _all_keys(after):
+    for key in all_keys(after):
         values = [OmegaConf.select(config, key) for config in (before, after)]
         if values[0] != values[1] and not isinstance(values[1], DictConfig):
             changes.append(f"{key}: {values[0]} -> {values[1]}")

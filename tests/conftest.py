@@ -1,7 +1,9 @@
-"""What several tests need: the tiny checkpoint, small files of the miniature, one-rank groups."""
+"""What several tests need: the tiny checkpoint, the miniature's files, one-rank groups, judges."""
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from absl import logging as absl_logging
@@ -12,6 +14,11 @@ from nemo_care.parallel.process_groups import Layout, Ranks
 # rouge-score brings absl, whose log handler closes a stderr that is not the process's own, such as
 # pytest's, as soon as Hydra sets up its logging while composing a recipe.
 absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
+
+if TYPE_CHECKING:
+    from made_endpoint import Endpoint
+
+    from nemo_care.evaluation.llm_judge import LLMJudge
 
 CHECKPOINT = Path(nemo_care.__file__).parent / "miniature" / "checkpoint_warm"
 
@@ -36,3 +43,44 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("miniature") / "world"
     write_world(root, train=48, validation=8)
     return root
+
+
+@pytest.fixture
+def endpoint() -> Iterator["Endpoint"]:
+    """A chat endpoint on this machine."""
+    from made_endpoint import serving
+
+    with serving() as made:
+        yield made
+
+
+@pytest.fixture
+def judge(
+    endpoint: "Endpoint", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., "LLMJudge"]]:
+    """Makes judges that ask that endpoint, and closes them; the arguments differ from the usual."""
+    from made_endpoint import KEY, PATIENCE
+
+    from nemo_care.evaluation.llm_judge import LLMJudge
+    from nemo_care.evaluation_config import LLMJudgeConfig
+
+    # Pauses between attempts of a hundredth of a second; no proxy before this machine.
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("THE_KEY", KEY)
+    made: list[LLMJudge] = []
+
+    def make(cache: Path = tmp_path / "cache.sqlite", **keys: object) -> LLMJudge:
+        usual = {
+            "base_url": endpoint.url,
+            "model": "judge-1",
+            "api_key_env": "THE_KEY",
+            "max_retries": 2,
+            "timeout_seconds": PATIENCE,
+        }
+        made.append(LLMJudge(LLMJudgeConfig(**(usual | keys)), cache))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

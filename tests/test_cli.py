@@ -71,6 +71,8 @@ def assert_refused(result: tuple[int, str], *parts: str) -> None:
         ("algorithm.group_size=many", ["algorithm.group_size", "many"]),
         ("algorithm.group_size=1", ["algorithm.group_size=1", "at least 2"]),
         ("rollout.top_p=1.5", ["rollout.top_p=1.5", "between"]),
+        ("algorithm.consistency.kind=sparse", ["kind=sparse", "group or accurate or dense"]),
+        ("data.validation.max_frames=2", ["data.video.min_frames", "data.validation.max_frames"]),
         ("trainer.resume=maybe", ["trainer.resume=maybe", "auto or never"]),
         ("model.hf_path=/no/such/folder", ["model.hf_path=/no/such/folder", "config.json"]),
         ("model.tensor_model_parallel_size=2", ["set trainer.devices=2"]),
@@ -105,8 +107,13 @@ def test_missing_recipe_name_lists_the_recipes(run):
     assert_refused(run("train"), "--config-name", "tiny_cpu_grpo")
 
 
-def test_unknown_recipe_is_refused(run):
-    assert_refused(run("train", "--config-name", "no_such_recipe"), "no_such_recipe")
+def test_what_users_download_is_named_where_it_is_missing(run, checkpoint, tmp_path):
+    name = ["train", "--config-name", "grpo_care_qwen2_5_vl_7b"]
+    assert_refused(run(*name), "model.hf_path=models/Qwen2.5-VL-7B-Instruct", "config.json")
+    # The layout fits this checkpoint with its two key-value heads.
+    here = [f"model.hf_path={checkpoint}", "model.tensor_model_parallel_size=2"]
+    result = run(*name, *here, f"data.train.root={tmp_path}")
+    assert_refused(result, f"{tmp_path}/annotations/training_6k.jsonl", "data.*.root")
 
 
 def test_recipe_of_the_users_own_folder_inherits_ours(run, tmp_path):
@@ -122,6 +129,7 @@ def test_cfg_job_prints_the_resolved_recipe(capsys):
     printed = capsys.readouterr().out
     assert "kl_coefficient: 0.04" in printed
     assert "bonus_coefficient: 0.0" in printed
+    assert "name: tiny_cpu_grpo" in printed
 
 
 @pytest.fixture
@@ -224,7 +232,8 @@ def test_unknown_command_is_refused(run):
 
 
 def test_every_command_has_help():
-    assert main(["train", "--help"]) == 0
+    for command in ("train", "evaluate"):
+        assert main([command, "--help"]) == 0
     for command in ("data", "export", "report", "compare", "miniature"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])

@@ -6,7 +6,12 @@ from fractions import Fraction
 import pytest
 import torch
 
-from nemo_care.objective.consistency import answer_likelihood, consistency_bonus
+from nemo_care.objective.consistency import (
+    accurate_bonus,
+    answer_likelihood,
+    consistency_bonus,
+    dense_bonus,
+)
 
 NAN = math.nan
 
@@ -189,3 +194,29 @@ def test_answer_likelihood_is_not_clipped_and_is_float32():
     p = answer_likelihood(log_probs, torch.ones(1, 2, dtype=torch.bool))
     assert p.dtype == torch.float32
     assert p.tolist() == [1.0]
+
+
+def test_the_dense_bonus_is_the_clipped_likelihood_of_every_answer():
+    likelihood = torch.tensor([[0.2, 0.99, NAN, 0.95], [NAN, NAN, NAN, 1.0]])
+    expected = torch.tensor([[0.1, 0.475, 0, 0.475], [0, 0, 0, 0.475]])
+    torch.testing.assert_close(dense_bonus(likelihood), expected)
+    unclipped = dense_bonus(likelihood, bonus_coefficient=2.0, likelihood_clip=1.0)
+    expected = torch.tensor([[0.4, 1.98, 0, 1.9], [0, 0, 0, 2.0]])
+    torch.testing.assert_close(unclipped, expected)
+    assert likelihood[0, 2].isnan()
+    assert dense_bonus(likelihood.bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_accurate_bonus_asks_for_an_answer_and_not_how_likely_it_is():
+    accuracy = torch.tensor([[1.0, 1, 1, 0], [0.1, 0.1, 0.1, 0.1], [0.2, 0.6, 1, 0.4]])
+    likelihood = torch.tensor([[0.01, 0.99, NAN, 0.9], [0.9] * 4, [0.9, 0.1, 0.2, 0.9]])
+    # Means of accuracy 0.75, 0.1 (not above the threshold) and 0.55.
+    expected = torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0, 0], [0, 0.3, 0.5, 0]])
+    torch.testing.assert_close(accurate_bonus(accuracy, likelihood), expected)
+    options = {"bonus_coefficient": 0.1, "accuracy_threshold": 0.05}
+    expected = torch.tensor([[0.1, 0.1, 0, 0], [0.01] * 4, [0, 0.06, 0.1, 0]])
+    torch.testing.assert_close(accurate_bonus(accuracy, likelihood, **options), expected)
+    whole = accurate_bonus(torch.ones(1, 2, dtype=torch.int64), torch.tensor([[0.5, NAN]]))
+    assert whole.tolist() == [[0.5, 0]]
+    with pytest.raises(ValueError, match=r"\[B, G\]"):
+        accurate_bonus(torch.ones(3), torch.ones(3))

@@ -275,6 +275,17 @@ def test_sources_and_levels_are_checked_whatever_is_wrong_with_the_others(recipe
     assert len(reports["validation L1"].checked) == 2
 
 
+def test_validation_is_measured_with_its_own_number_of_frames(recipe, world):
+    recipe.data.train.root = None
+    recipe.data.validation.root = str(world)
+    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
+    (as_training,) = check_data(recipe, workers=0)
+    recipe.data.validation.max_frames = 4
+    (own,) = check_data(recipe, workers=0)
+    tokens = [[length.vision_tokens for length in report.lengths] for report in (as_training, own)]
+    assert tokens == [[4] * 8, [2] * 8]
+
+
 def test_a_terminal_gets_the_first_problems_and_the_file_all(check, tmp_path):
     records = [
         {"id": str(number), "question": "up ?", "solution": "A", "videos": ["none.mp4"]}
@@ -326,6 +337,7 @@ def test_an_interrupted_check_leaves_the_last_report_alone(capfd, tmp_path, monk
         (["--out", "/no/such/folder/report.json"], ["--out /no/such/folder/report.json"]),
         (["--out", "/"], ["--out /: is a folder"]),
         (["data.max_prompt_tokns=3"], ["did you mean data.max_prompt_tokens"]),
+        (["data.train.root=null"], ["data.train.root and data.validation.annotations"]),
         (["model.hf_path=/no/such"], ["model.hf_path=/no/such", "config.json"]),
         (
             ["data.train.sources=[{root:ROOT,weight:1},{root:ROOT,weight:1e-9}]"],

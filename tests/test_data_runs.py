@@ -1,6 +1,7 @@
 """Short training runs on the layouts that users have, with bad lines and missing files."""
 
 import json
+from contextlib import closing
 
 import pytest
 from made_data import (
@@ -11,6 +12,7 @@ from made_data import (
 )
 from small_runs import small_recipe, small_trainer
 
+from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data_config import SourceConfig
 from nemo_care.errors import InputError
 
@@ -97,8 +99,14 @@ def test_mixture_goes_on_where_it_stopped_and_lists_bad_lines_once(recipe, ranks
         SourceConfig("video_r1", str(video_root), "Video-R1-260k.json", weight=1.0),
     ]
     recipe.trainer.max_steps = 3
-    small_trainer(recipe, ranks, tmp_path / "whole").fit()
+    # Decoded ahead or not: what comes out is the same.
+    recipe.data.workers = 2
+    whole = small_trainer(recipe, ranks, tmp_path / "whole")
+    with closing(whole.prompts.loader.workers):
+        whole.fit()
+    assert lines(tmp_path / "whole/metrics.jsonl")[-1]["data/worker_memory_gib"] > 0
 
+    recipe.data.workers = 0
     recipe.trainer.max_steps = 1
     small_trainer(recipe, ranks, tmp_path / "parts").fit()
     listed = lines(tmp_path / "parts/skipped.jsonl")
@@ -109,6 +117,22 @@ def test_mixture_goes_on_where_it_stopped_and_lists_bad_lines_once(recipe, ranks
     for file in ("skipped.jsonl", *(f"rollouts/step_{step:06d}.jsonl" for step in (1, 2, 3))):
         assert (tmp_path / "parts" / file).read_text() == (tmp_path / "whole" / file).read_text()
     assert summary["skipped"] == len(lines(tmp_path / "parts/skipped.jsonl"))
+    metrics = lines(tmp_path / "parts/metrics.jsonl")
+    assert [line["data/worker_memory_gib"] for line in metrics] == [None] * 3
+
+
+def test_samples_skipped_before_a_restart_count_after_it(recipe, ranks, tmp_path):
+    root = write_video_r1(tmp_path / "data", count=4)
+    (root / "videos/2.mp4").write_bytes(b"no video")
+    recipe.data.train.kind = "video_r1"
+    recipe.data.train.annotations = "Video-R1-260k.json"
+    recipe.trainer.max_steps = 1
+    small_trainer(recipe, ranks, tmp_path / "run").fit()
+    recipe.trainer.max_steps = 2
+    recipe.data.max_skipped_fraction = 0.2
+    with pytest.raises(InputError, match=r"1 of 4 training samples .* the first is 2: "):
+        small_trainer(recipe, ranks, tmp_path / "run").fit()
+    assert len(lines(tmp_path / "run/metrics.jsonl")) == 1
 
 
 def test_line_that_became_bad_before_a_restart_is_listed_too(recipe, ranks, tmp_path):
@@ -147,3 +171,26 @@ def test_more_bad_lines_than_allowed_are_refused_before_the_run(recipe, ranks, t
         match=rf"{count} of {2 * count} .*max_skipped_fraction=0\.4.*{name}\.jsonl:{count + 1}",
     ):
         small_trainer(recipe, ranks, tmp_path / "run")
+
+
+def test_validation_may_see_other_numbers_of_frames(
+    checkpoint, world, ranks, tmp_path, monkeypatch
+):
+    recipe = small_recipe(checkpoint, world)
+    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
+    recipe.data.validation.samples_per_level = 2
+    recipe.data.validation.max_frames = 4
+    frames = []
+    finish = PromptBuilder.finish
+
+    def watched(self, draft, media):
+        frames.extend(2 * grid[0] for grid in media.grids)
+        return finish(self, draft, media)
+
+    monkeypatch.setattr(PromptBuilder, "finish", watched)
+    trainer = small_trainer(recipe, ranks, tmp_path / "run")
+    trainer.run_validation()
+    assert frames == [4, 4]
+    frames.clear()
+    trainer.prompts.next_step()
+    assert frames == [8, 8, 8, 8]

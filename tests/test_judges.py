@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_care.data.samples import Sample
-from nemo_care.evaluation.judges import judged_consistent, rule_judge
+from nemo_care.evaluation.judges import rule_judge, rule_verdict
 
 OPTIONS = {"A": "left", "B": "right", "C": "up", "D": "down"}
 
@@ -30,8 +30,7 @@ def test_completion_without_an_answer_is_inconsistent():
     assert not rule_judge("<think> it moves right </think>", OPTIONS)
 
 
-def test_without_a_judge_or_options_nothing_is_said():
+def test_rule_says_nothing_of_open_questions():
     completion = "<think> it moves right </think> <answer> B </answer>"
-    assert judged_consistent("none", completion, Sample("1", "?", "B", options=OPTIONS)) is None
-    assert judged_consistent("rule", completion, Sample("1", "?", "B")) is None
-    assert judged_consistent("rule", completion, Sample("1", "?", "B", options=OPTIONS)) is True
+    assert rule_verdict(completion, Sample("1", "?", "B")).consistent is None
+    assert rule_verdict(completion, Sample("1", "?", "B", options=OPTIONS)).consistent is True

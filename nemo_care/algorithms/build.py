@@ -7,7 +7,7 @@ import torch
 from nemo_care.algorithms.grpo_care import GRPOCareTrainer, MetricLogger
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.rewards import BaseRewards
-from nemo_care.config import Recipe
+from nemo_care.config import Recipe, needs_reference
 from nemo_care.data.annotations import Annotations
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.loader import PromptLoader
@@ -15,11 +15,14 @@ from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.stream import PromptStream
 from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.data_config import for_validation
+from nemo_care.evaluation.build import build_evaluator
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.hf_config import read_hf_config
 from nemo_care.models.qwen2_5_vl import Qwen25VL, transformer_config
 from nemo_care.models.weights import load_hf_weights
 from nemo_care.parallel.process_groups import Ranks
+from nemo_care.parallel.stop_request import StopRequest
 from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.run_files import RunFiles
@@ -57,16 +60,18 @@ def build_trainer(
     training: TrainingData,
     levels: Mapping[str, Annotations],
     workers: DecodingWorkers,
+    stop: StopRequest | None = None,
 ) -> GRPOCareTrainer:
     """The trainer with everything it needs; collective over all ranks.
 
     `training` are the training samples, `levels` the validation samples by level; `workers` decode
-    both.
+    both; `stop` is asked after each step whether to go on.
     """
     algorithm = recipe.algorithm
     model = load_model(recipe, ranks)
     tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
     prompts = PromptBuilder(recipe.data, model.hf, tokenizer)
+    validation_prompts = PromptBuilder(for_validation(recipe.data), model.hf, tokenizer)
     layout = BatchLayout.of(
         ranks.layout,
         algorithm.groups_per_micro_batch,
@@ -74,21 +79,15 @@ def build_trainer(
         shared_prompt=algorithm.shared_prompt,
     )
     reference = None
-    if algorithm.consistency.bonus_coefficient > 0 or algorithm.kl_coefficient > 0:
+    if needs_reference(algorithm):
         reference = Reference(load_model(recipe, ranks), algorithm, ranks, layout)
-    validator = Validator(
-        {level: annotations.samples for level, annotations in levels.items()},
-        PromptLoader(prompts, workers),
-        MegatronGenerator(
-            model, tokenizer, ranks, groups_per_batch=recipe.evaluation.samples_per_batch
-        ),
-        Scorer(model, ranks, layout),
-        tokenizer,
+    evaluator = build_evaluator(
+        recipe,
         ranks,
-        recipe.evaluation,
-        max_tokens=recipe.rollout.max_completion_tokens,
-        min_reasoning_words=algorithm.min_reasoning_words,
-        seed=recipe.trainer.seed,
+        Scorer(model, ranks, layout),
+        PromptLoader(validation_prompts, workers),
+        likelihoods=reference.answer_likelihoods if reference is not None else None,
+        folder=files.folder,
     )
     return GRPOCareTrainer(
         recipe,
@@ -113,8 +112,11 @@ def build_trainer(
         rewards=BaseRewards(algorithm, ranks),
         reference=reference,
         policy=Policy(model, recipe, ranks, layout),
-        validator=validator,
+        validator=Validator(
+            {level: annotations.samples for level, annotations in levels.items()}, evaluator
+        ),
         files=files,
         loggers=loggers,
         bad_lines=[item for read in (*training.sources, *levels.values()) for item in read.bad],
+        stop=stop,
     )

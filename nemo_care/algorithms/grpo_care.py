@@ -18,7 +18,7 @@ from nemo_care.config import Recipe
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Skipped
 from nemo_care.data.stream import PromptStream
-from nemo_care.errors import InputError
+from nemo_care.errors import InputError, RunStopped
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.weights import export_hf
 from nemo_care.parallel.checkpoints import (
@@ -28,6 +28,7 @@ from nemo_care.parallel.checkpoints import (
     sharding_metadata,
 )
 from nemo_care.parallel.process_groups import Ranks
+from nemo_care.parallel.stop_request import StopRequest
 from nemo_care.rollouts.generator import Generator, Sampling
 from nemo_care.rollouts.group import Group
 from nemo_care.run_files import RunFiles
@@ -65,9 +66,10 @@ class GRPOCareTrainer:
         files: RunFiles,
         loggers: Sequence[MetricLogger],
         bad_lines: Sequence[Skipped] = (),
+        stop: StopRequest | None = None,
     ) -> None:
         """`reference` is None where neither a bonus nor a KL term needs one; `bad_lines` are the
-        lines of the annotations that gave no sample."""
+        lines of the annotations that gave no sample; `stop` is asked after each step."""
         self.recipe = recipe
         self.ranks = ranks
         self.prompts = prompts
@@ -79,8 +81,10 @@ class GRPOCareTrainer:
         self.files = files
         self.loggers = loggers
         self.bad_lines = bad_lines
+        self.stop = stop or StopRequest()
         self.console = Console(recipe, active=ranks.rank == 0)
         self.step = 0
+        self.saved_step = 0
         self.timing: dict[str, float] = {}
 
     # ------------------------------------------------------------------ the algorithm
@@ -88,7 +92,11 @@ class GRPOCareTrainer:
     def fit(self) -> dict[str, Any]:
         """Train until `trainer.max_steps`; goes on where the run directory's checkpoint ends.
 
-        Returns the run's summary (rank 0; empty on the others).
+        Returns:
+            The run's summary (rank 0; empty on the others).
+
+        Raises:
+            RunStopped: it was asked to stop, and has saved a checkpoint.
         """
         started = time.perf_counter()
         self.resume()
@@ -100,6 +108,7 @@ class GRPOCareTrainer:
                 metrics, groups, skipped = self.run_training_step()
                 self.log(metrics, groups, skipped)
                 self.save_if_due()
+                self.stop_if_asked()
                 if self._validation_is_due():
                     self.run_validation()
         return self.finish(time.perf_counter() - started)
@@ -155,14 +164,22 @@ class GRPOCareTrainer:
         """Validate on all levels and record the result."""
         if not self.validator.levels:
             return
-        levels = self.validator.run()
+        levels, left_out = self.validator.run()
         if self.ranks.rank == 0:
+            self.files.list_skipped_once(
+                self.step,
+                [
+                    {"level": level, **asdict(item)}
+                    for level, skipped in left_out.items()
+                    for item in skipped
+                ],
+            )
             self.files.append_validation(self.step, levels)
             metrics = {
                 f"validation/{level}/{name}": float(value)
                 for level, results in levels.items()
                 for name, value in results.items()
-                if value is not None
+                if isinstance(value, int | float)
             }
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=self.step)
@@ -276,6 +293,22 @@ class GRPOCareTrainer:
         if last or self.step % self.recipe.checkpoint.save_interval == 0:
             self.save()
 
+    def stop_if_asked(self) -> None:
+        """Save and leave, before the last step; all ranks call it.
+
+        Raises:
+            RunStopped: a signal asked for it, or trainer.max_time_per_run is over.
+        """
+        last = self.step == self.recipe.trainer.max_steps
+        reason = None if last else self.stop.agreed()
+        if reason is None:
+            return
+        if self.saved_step != self.step:
+            self.save()
+        raise RunStopped(
+            f"stopped after step {self.step}, because {reason}; the same command goes on from there"
+        )
+
     def save(self) -> None:
         """Write a checkpoint of this step; all ranks call it."""
         self.console.phase("checkpoint")
@@ -285,6 +318,7 @@ class GRPOCareTrainer:
             self.state_dict(),
             keep_last=self.recipe.checkpoint.keep_last,
         )
+        self.saved_step = self.step
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run directory, if there is one.
@@ -300,10 +334,11 @@ class GRPOCareTrainer:
             )
         if found:
             self.load_state_dict(load_checkpoint(found[-1], self.state_dict(is_loading=True)))
+            self.saved_step = self.step
             self.console.resumed(self.step, found[-1])
         if self.ranks.rank == 0:
             self.files.rewind(self.step)
-            self.files.list_bad_lines(self.step, [asdict(item) for item in self.bad_lines])
+            self.files.list_skipped_once(self.step, [asdict(item) for item in self.bad_lines])
             self.console.bad_lines(self.bad_lines)
         self.prompts.count_again(
             Skipped(**record)
@@ -312,6 +347,7 @@ class GRPOCareTrainer:
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Export the trained model and write the summary."""
+        self.validator.evaluator.close()
         export = self.files.export if self.recipe.checkpoint.export else None
         if export is not None:
             self._export(export)

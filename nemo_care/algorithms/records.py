@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nemo_care.algorithms.reward_functions import OURS
-from nemo_care.evaluation.judges import judged_consistent
+from nemo_care.evaluation.judges import rule_verdict
 from nemo_care.objective.statistics import mean_of_known
 from nemo_care.rollouts.group import Group
 
@@ -39,7 +39,10 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
             "tokens": completion.length,
             "ended": completion.ended,
             "has_answer": completion.answer_span is not None,
-            "consistent": judged_consistent(judge, completion.text, group.prompt.sample),
+            # Only the rule costs nothing; the other judges see validation's completions.
+            "consistent": rule_verdict(completion.text, group.prompt.sample).consistent
+            if judge == "rule"
+            else None,
             # Ours have columns of their own, whether the recipe uses them or not.
             **{name: _number(group.rewards.get(name), place) for name in OURS},
             **{

@@ -61,9 +61,18 @@ class DataFile:
 
 
 def data_files(config: DataConfig) -> list[DataFile]:
-    """The annotations files of a recipe: training's sources, then validation's levels."""
-    sources = training_sources(config)
-    validation = config.validation
+    """The annotations files of a recipe: training's sources, then validation's levels.
+
+    Raises:
+        InputError: it names neither.
+    """
+    train, validation = config.train, config.validation
+    sources = [] if train.root is None and train.sources is None else training_sources(config)
+    levels = validation.annotations or {}
+    if not sources and not levels:
+        raise InputError(
+            "data.train.root and data.validation.annotations have no value: name data to check"
+        )
     return [
         *(
             DataFile(
@@ -79,12 +88,12 @@ def data_files(config: DataConfig) -> list[DataFile]:
             DataFile(
                 f"validation {level}",
                 validation.kind,
-                validation.root,
+                str(validation.root),
                 file,
                 is_training=False,
                 most=validation.samples_per_level,
             )
-            for level, file in (validation.annotations or {}).items()
+            for level, file in levels.items()
         ),
     ]
 

@@ -30,7 +30,7 @@ def training_sources(config: DataConfig) -> list[SourceConfig]:
     train = config.train
     if train.sources is not None:
         return train.sources
-    assert train.root is not None, "check_recipe"
+    assert train.root is not None, "check_training"
     return [SourceConfig(train.kind, train.root, train.annotations)]
 
 
@@ -62,6 +62,7 @@ def read_levels(config: DataConfig, *, seed: int) -> dict[str, Annotations]:
     validation = config.validation
     levels = {}
     for level, file in (validation.annotations or {}).items():
+        assert validation.root is not None, "check_data"
         read = _read_checked(validation.kind, validation.root, file, config, seed)
         levels[level] = Annotations(read.samples[: validation.samples_per_level], read.bad)
     return levels

@@ -1,1 +1,1 @@
-"""Validation: accuracy, consistency and the forced-reasoning probe, level by level."""
+"""Evaluation: completions, verdicts on them and the forced-reasoning probe, level by level."""

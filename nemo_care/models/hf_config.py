@@ -7,8 +7,10 @@ from transformers import AutoConfig, Qwen2_5_VLConfig
 from nemo_care.errors import InputError
 
 
-def read_hf_config(path: str | Path) -> Qwen2_5_VLConfig:
+def read_hf_config(path: str | Path, *, key: str = "model.hf_path") -> Qwen2_5_VLConfig:
     """The configuration of a Hugging Face Qwen2.5-VL checkpoint directory.
+
+    `key` is the recipe's key that names it.
 
     Raises:
         InputError: the directory is missing or holds another kind of model.
@@ -16,12 +18,12 @@ def read_hf_config(path: str | Path) -> Qwen2_5_VLConfig:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise InputError(
-            f"model.hf_path={path}: no config.json there; give the directory of a Hugging Face "
+            f"{key}={path}: no config.json there; give the directory of a Hugging Face "
             "Qwen2.5-VL checkpoint"
         )
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, Qwen2_5_VLConfig):
         raise InputError(
-            f"model.hf_path={path}: holds a {config.model_type} model; only qwen2_5_vl is supported"
+            f"{key}={path}: holds a {config.model_type} model; only qwen2_5_vl is supported"
         )
     return config

@@ -91,11 +91,11 @@ def _mapping(model: Qwen25VL, name: str) -> _Mapping:
 class _Reader:
     """Opens the safetensors files of a directory and finds each tensor's file."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, key: str) -> None:
+        self.where = f"{key}={folder}"
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise InputError(f"model.hf_path={folder}: no *.safetensors file there")
+            raise InputError(f"{self.where}: no *.safetensors file there")
         self._handle: dict[str, Any] = {}
         self._key: dict[str, str] = {}
         for file in files:
@@ -113,7 +113,7 @@ class _Reader:
 
     def __call__(self, name: str) -> Any:
         if name not in self._handle:
-            raise InputError(f"model.hf_path={self.folder}: tensor {name} is missing")
+            raise InputError(f"{self.where}: tensor {name} is missing")
         return self._handle[name].get_slice(self._key[name])
 
 
@@ -148,23 +148,27 @@ def _read_shard(
     return shard
 
 
-def check_weights(folder: str | Path) -> None:
+def check_weights(folder: str | Path, *, key: str = "model.hf_path") -> None:
     """Refuse a directory whose safetensors files are missing or unreadable.
+
+    `key` is the recipe's key that names it.
 
     Raises:
         InputError: names the directory or the file.
     """
-    _Reader(Path(folder))
+    _Reader(Path(folder), key)
 
 
 @torch.no_grad()
-def load_hf_weights(model: Qwen25VL, folder: str | Path) -> None:
+def load_hf_weights(model: Qwen25VL, folder: str | Path, *, key: str = "model.hf_path") -> None:
     """Fill this rank's parameters from a Hugging Face directory; no communication.
+
+    `key` is the recipe's key that names it.
 
     Raises:
         InputError: a file or a tensor is missing, unreadable or of another shape.
     """
-    reader = _Reader(Path(folder))
+    reader = _Reader(Path(folder), key)
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in model.named_parameters():
@@ -172,7 +176,7 @@ def load_hf_weights(model: Qwen25VL, folder: str | Path) -> None:
         shard = _read_shard(reader, mapping, model, rank, size)
         if shard.shape != parameter.shape:
             raise InputError(
-                f"model.hf_path={folder}: {mapping.hf_names[0]} has another shape than "
+                f"{reader.where}: {mapping.hf_names[0]} has another shape than "
                 f"config.json says (needed {tuple(parameter.shape)}, got {tuple(shard.shape)})"
             )
         parameter.copy_(shard)

@@ -1,4 +1,4 @@
-"""Answer likelihood and consistency bonus (arXiv 2506.16141, steps 3 to 5)."""
+"""Answer likelihood and consistency bonus (arXiv 2506.16141, steps 3 to 5), and its ablations."""
 
 import torch
 from torch import Tensor
@@ -55,24 +55,67 @@ def consistency_bonus(
     Returns [B, G] of accuracy's type (float32 for integers). Raises ValueError when the
     shapes differ or aren't [B, G].
     """
-    if accuracy.shape != answer_likelihood.shape or accuracy.dim() != 2:
-        raise ValueError(
-            "accuracy and answer_likelihood need one shape [B, G], "
-            f"not {tuple(accuracy.shape)} and {tuple(answer_likelihood.shape)}"
-        )
+    _check_shapes(accuracy, answer_likelihood)
     # Clipped in its own type: 0.95 is not a float32, and a value clipped there earlier has to stay
     # equal to one that is clipped here.
     likelihood = answer_likelihood.clamp(max=likelihood_clip).double()
-    exact_accuracy = accuracy.double()
-
-    accurate = (exact_accuracy > accuracy_threshold + TIE) & (
-        exact_accuracy >= exact_accuracy.mean(dim=-1, keepdim=True) - TIE
-    )
-    eligible = accurate & ~likelihood.isnan()
+    eligible = _accurate(accuracy, accuracy_threshold) & ~likelihood.isnan()
     # An empty S has the mean 0 / 0 = NaN, which no comparison passes; nobody is eligible anyway.
     total = torch.where(eligible, likelihood, 0.0).sum(dim=-1, keepdim=True)
     mean_likelihood = total / eligible.sum(dim=-1, keepdim=True)
 
     consistent = eligible & (likelihood >= mean_likelihood - consistency_margin - TIE)
+    return _share_of_accuracy(consistent, accuracy, bonus_coefficient)
+
+
+def accurate_bonus(
+    accuracy: Tensor,
+    answer_likelihood: Tensor,
+    *,
+    bonus_coefficient: float = 0.5,
+    accuracy_threshold: float = 0.1,
+) -> Tensor:
+    """Bonus for accuracy alone: the paper's ablation without a comparison of likelihoods.
+
+    r^c_i = bonus_coefficient * accuracy_i for i in the S of `consistency_bonus` that have an
+    answer, however likely it is; else 0.
+
+    Shapes, NaN, result and errors as in `consistency_bonus`.
+    """
+    _check_shapes(accuracy, answer_likelihood)
+    chosen = _accurate(accuracy, accuracy_threshold) & ~answer_likelihood.isnan()
+    return _share_of_accuracy(chosen, accuracy, bonus_coefficient)
+
+
+def dense_bonus(
+    answer_likelihood: Tensor, *, bonus_coefficient: float = 0.5, likelihood_clip: float = 0.95
+) -> Tensor:
+    """Bonus by likelihood alone: the paper's ablation without selection and comparison.
+
+    r^c_i = bonus_coefficient * min(p_i, likelihood_clip), right or wrong; 0 without an answer.
+
+    `answer_likelihood` [B, G] in [0, 1], clipped or not, NaN without an answer. Returns [B, G] of
+    the same type.
+    """
+    bonus = bonus_coefficient * answer_likelihood.clamp(max=likelihood_clip)
+    return torch.where(answer_likelihood.isnan(), 0.0, bonus)
+
+
+def _check_shapes(accuracy: Tensor, answer_likelihood: Tensor) -> None:
+    if accuracy.shape != answer_likelihood.shape or accuracy.dim() != 2:
+        raise ValueError(
+            "accuracy and answer_likelihood need one shape [B, G], "
+            f"not {tuple(accuracy.shape)} and {tuple(answer_likelihood.shape)}"
+        )
+
+
+def _accurate(accuracy: Tensor, threshold: float) -> Tensor:
+    """S of step 4 as a mask [B, G]: above the threshold, and not below the group's mean."""
+    exact = accuracy.double()
+    return (exact > threshold + TIE) & (exact >= exact.mean(dim=-1, keepdim=True) - TIE)
+
+
+def _share_of_accuracy(chosen: Tensor, accuracy: Tensor, bonus_coefficient: float) -> Tensor:
+    """bonus_coefficient * accuracy [B, G] where chosen, else 0; float32 for integers."""
     dtype = accuracy.dtype if accuracy.is_floating_point() else torch.float32
-    return torch.where(consistent, bonus_coefficient * accuracy.to(dtype), 0.0).to(dtype)
+    return torch.where(chosen, bonus_coefficient * accuracy.to(dtype), 0.0).to(dtype)

@@ -35,6 +35,17 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}"
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether the folder is a checkpoint."""
+    return (path / "metadata.json").is_file()
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Whole shape of each tensor of a checkpoint, by its key; reads its index only."""
+    stored = dist_checkpointing.load_tensors_metadata(str(path))
+    return {key: tuple(tensor.global_shape) for key, tensor in stored.items()}
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not folder.is_dir():
@@ -85,6 +96,6 @@ def load_checkpoint(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: `path` holds no checkpoint.
     """
-    if not (path / "metadata.json").is_file():
+    if not is_checkpoint(path):
         raise InputError(f"{path}: not a checkpoint; give a folder named step_... of a run")
     return dist_checkpointing.load(state, str(path))

@@ -88,6 +88,32 @@ def validation_table(start: Levels | None, end: Levels | None) -> Table:
     return table
 
 
+def evaluation_table(levels: Levels) -> Table:
+    """Results of one model by level, and below each by task type where its samples have one."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title="Evaluation", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("level")
+    columns = shown_columns(levels, None)
+    for key in columns:
+        table.add_column(COLUMNS[key], justify="right", no_wrap=True)
+    table.add_column("count", justify="right")
+
+    def add(name: str, result: Mapping[str, Any]) -> None:
+        values = [rate(result.get(key)) for key in columns]
+        table.add_row(escape(name), *values, str(result["count"]))
+
+    for level, result in levels.items():
+        add(level, result)
+        for task_type, part in result.get("by_task_type", {}).items():
+            add(f"  {task_type}", part)
+    return table
+
+
 def result_notes(run: RunRecord) -> list[str]:
     """What a reader of the validation results has to know to read them rightly."""
     notes = []

@@ -4,7 +4,7 @@ import torch
 
 from nemo_care.config import ConsistencyConfig
 from nemo_care.objective.advantages import group_advantages
-from nemo_care.objective.consistency import consistency_bonus
+from nemo_care.objective.consistency import accurate_bonus, consistency_bonus, dense_bonus
 from nemo_care.rollouts.group import Group
 
 
@@ -14,18 +14,36 @@ def add_consistency_bonus(group: Group, config: ConsistencyConfig) -> None:
     With a bonus coefficient of 0 (the GRPO baseline) no answer likelihood is needed.
     """
     if config.bonus_coefficient == 0:
-        bonus = torch.zeros_like(group.base_reward)
+        group.consistency_bonus = torch.zeros_like(group.base_reward)
     else:
-        bonus = consistency_bonus(
-            group.accuracy[None],
-            group.answer_likelihood[None],
+        group.consistency_bonus = _bonus(group, config)
+    group.reward = group.base_reward + group.consistency_bonus
+
+
+def _bonus(group: Group, config: ConsistencyConfig) -> torch.Tensor:
+    accuracy, likelihood = group.accuracy[None], group.answer_likelihood[None]
+    if config.kind == "dense":
+        return dense_bonus(
+            likelihood,
             bonus_coefficient=config.bonus_coefficient,
-            consistency_margin=config.margin,
             likelihood_clip=config.likelihood_clip,
+        )[0]
+    if config.kind == "accurate":
+        return accurate_bonus(
+            accuracy,
+            likelihood,
+            bonus_coefficient=config.bonus_coefficient,
             accuracy_threshold=config.accuracy_threshold,
         )[0]
-    group.consistency_bonus = bonus
-    group.reward = group.base_reward + bonus
+    assert config.kind == "group", "check_recipe"
+    return consistency_bonus(
+        accuracy,
+        likelihood,
+        bonus_coefficient=config.bonus_coefficient,
+        consistency_margin=config.margin,
+        likelihood_clip=config.likelihood_clip,
+        accuracy_threshold=config.accuracy_threshold,
+    )[0]
 
 
 def set_advantage(group: Group) -> None:

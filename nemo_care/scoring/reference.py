@@ -62,6 +62,11 @@ class Reference:
                         "in its weights, or set model.precision.dtype=fp32"
                     )
 
+    def answer_likelihoods(self, groups: Sequence[Group]) -> list[torch.Tensor]:
+        """Likelihood of each completion's answer, not clipped (see `Scorer`)."""
+        with self.average.in_place():
+            return self.scorer.answer_likelihoods(groups)
+
     def _score_batch(self, batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
         likelihoods = answer_likelihood(log_probs, batch.answer_mask)
         likelihoods = likelihoods.clamp(max=self.consistency.likelihood_clip).cpu()

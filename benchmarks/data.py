@@ -1,0 +1,134 @@
+"""Samples per second of video decoding, alone and behind a training step, by decoding processes.
+
+    .venv/bin/python benchmarks/data.py [--workers 0 1 2] [--prompts 4] [--steps 8] [--videos 16]
+
+Real H.264 files (426 x 240 pixels, 30 frames per second, 10 seconds, noise that moves) go through
+the training stream. "alone" asks for step after step; "overlapped" computes between them (matrix
+products on one core, for as long as decoding a step's prompts takes without processes), so that
+the best possible is twice what no process at all gives. All rows are measured in one run.
+"""
+
+import argparse
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+import torch
+
+import nemo_care
+from nemo_care.config import Recipe
+from nemo_care.data.decoding import DecodingWorkers
+from nemo_care.data.loader import PromptLoader
+from nemo_care.data.mixing import TrainingData
+from nemo_care.data.prompts import PromptBuilder
+from nemo_care.data.samples import Sample
+from nemo_care.data.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from nemo_care.data.stream import PromptStream
+
+CHECKPOINT = Path(nemo_care.__file__).parent / "miniature" / "checkpoint_warm"
+HEIGHT, WIDTH, RATE, SECONDS = 240, 426, 30, 10
+
+
+def write_videos(folder: Path, count: int) -> list[Sample]:
+    """So many questions, each about a video of its own."""
+    samples = []
+    for number in range(count):
+        picture = np.random.default_rng(number).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        path = folder / f"{number}.mp4"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast"})
+            stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+            for shift in range(RATE * SECONDS):
+                frame = np.ascontiguousarray(np.roll(picture, shift, axis=1))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        samples.append(Sample(str(number), "which way does it move ?", "A", videos=(path,)))
+    return samples
+
+
+def steps_per_second(stream: "PromptStream", steps: int, compute: float) -> tuple[float, float]:
+    """Steps per second, and the share of the time that was spent waiting for prompts.
+
+    `compute` is the number of matrix products between two steps.
+    """
+    matrix = torch.randn(512, 512)
+    stream.next_step()  # the processes are there now, and decode the first that counts
+    waited = 0.0
+    started = time.perf_counter()
+    for _ in range(steps):
+        asked = time.perf_counter()
+        stream.next_step()
+        waited += time.perf_counter() - asked
+        for _ in range(int(compute)):
+            matrix @ matrix
+    total = time.perf_counter() - started
+    return steps / total, waited / total
+
+
+def products_per_second() -> float:
+    """Matrix products of `steps_per_second` that one core does."""
+    matrix = torch.randn(512, 512)
+    matrix @ matrix
+    started = time.perf_counter()
+    for _ in range(200):
+        matrix @ matrix
+    return 200 / (time.perf_counter() - started)
+
+
+def main() -> None:
+    # The processes that decode import this file anew, and need nothing of Megatron.
+    from nemo_care.data.stream import PromptStream
+    from nemo_care.models.hf_config import read_hf_config
+    from nemo_care.parallel.process_groups import Layout, Ranks
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--prompts", type=int, default=4, help="prompts per step")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--videos", type=int, default=16)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ranks = Ranks(Layout())
+    hf = read_hf_config(CHECKPOINT)
+    builder = PromptBuilder(Recipe().data, hf, load_tokenizer(CHECKPOINT, hf))
+    with tempfile.TemporaryDirectory() as folder:
+        samples = write_videos(Path(folder), options.videos)
+
+        def run(workers: int, compute: float) -> tuple[float, float, float | None]:
+            with closing(DecodingWorkers(workers, seconds=60, memory_gib=8)) as pool:
+                stream = PromptStream(
+                    TrainingData.of(samples),
+                    PromptLoader(builder, pool),
+                    ranks,
+                    prompts_per_step=options.prompts,
+                    seed=0,
+                    shuffle=True,
+                    max_skipped_fraction=0.0,
+                )
+                return *steps_per_second(stream, options.steps, compute), pool.peak_memory_gib
+
+        in_thread = run(0, 0)[0]
+        compute = products_per_second() / in_thread
+        print("workers  alone/s  overlapped/s  ratio to 0  waiting  memory of a process")
+        base = None
+        for workers in options.workers:
+            alone = run(workers, 0)[0] * options.prompts
+            rate, waiting, memory = run(workers, compute)
+            overlapped = rate * options.prompts
+            base = base or overlapped
+            shown = "-" if memory is None else f"{memory:.2f} GiB"
+            print(
+                f"{workers:7d}  {alone:7.2f}  {overlapped:12.2f}  {overlapped / base:10.2f}"
+                f"  {waiting:6.0%}  {shown}"
+            )
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Put an evaluator together from a recipe; training and `nemo-care evaluate` both do."""
+
+from pathlib import Path
+
+from nemo_care.config import Recipe
+from nemo_care.data.loader import PromptLoader
+from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.evaluation.evaluator import Evaluator
+from nemo_care.evaluation.judges import Judge, LeaderJudge, NoJudge, RuleJudge
+from nemo_care.evaluation.likelihood_judge import LikelihoodJudge, Likelihoods
+from nemo_care.evaluation.llm_judge import LLMJudge
+from nemo_care.evaluation.probe import ForcedReasoningProbe
+from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.megatron import MegatronGenerator
+from nemo_care.scoring.score import Scorer
+
+
+def build_evaluator(
+    recipe: Recipe,
+    ranks: Ranks,
+    scorer: Scorer,
+    prompts: PromptLoader,
+    *,
+    likelihoods: Likelihoods | None,
+    folder: Path,
+) -> Evaluator:
+    """An evaluator of the scorer's model.
+
+    `likelihoods` scores under the reference of the likelihood judge and is None without one;
+    `folder` is the run directory.
+    """
+    tokenizer = prompts.builder.tokenizer
+    evaluation = recipe.evaluation
+    return Evaluator(
+        prompts,
+        MegatronGenerator(
+            scorer.model, tokenizer, ranks, groups_per_batch=evaluation.samples_per_batch
+        ),
+        _build_judge(recipe, ranks, tokenizer, likelihoods, folder),
+        ForcedReasoningProbe(scorer, tokenizer) if evaluation.forced_reasoning_probe else None,
+        ranks,
+        evaluation,
+        max_tokens=recipe.rollout.max_completion_tokens,
+        min_reasoning_words=recipe.algorithm.min_reasoning_words,
+        seed=recipe.trainer.seed,
+    )
+
+
+def _build_judge(
+    recipe: Recipe,
+    ranks: Ranks,
+    tokenizer: ChatTokenizer,
+    likelihoods: Likelihoods | None,
+    folder: Path,
+) -> Judge:
+    name, llm = recipe.evaluation.judge, recipe.evaluation.llm
+    if name == "rule":
+        return RuleJudge()
+    if name == "likelihood":
+        assert likelihoods is not None, "check_training"
+        return LikelihoodJudge(likelihoods, tokenizer)
+    if name == "llm":
+        # Kept in the run directory, so that a restart asks nothing again.
+        cache = Path(llm.cache) if llm.cache else folder / "llm_judge.sqlite"
+        return LeaderJudge(LLMJudge(llm, cache) if ranks.is_model_leader else None, ranks)
+    return NoJudge()

@@ -1,0 +1,156 @@
+"""Ask a model about samples, one completion each: what validation and `nemo-care evaluate` share.
+
+A replica generates its share of a batch, the judge is asked, and the rows of all replicas come
+together when their verdicts are there. A judge that takes its time (a language model) answers
+while the next batches are generated.
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from nemo_care.config import EvaluationConfig
+from nemo_care.data.loader import Numbered, PromptLoader
+from nemo_care.data.prompts import Prompt
+from nemo_care.data.samples import Sample, Skipped
+from nemo_care.evaluation.judges import Judge, Verdict
+from nemo_care.evaluation.probe import ForcedReasoningProbe
+from nemo_care.evaluation.rows import Row, completion_row
+from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.generator import Generator, Sampling
+
+# Tells an evaluation's random numbers from those of training.
+_SEED_DOMAIN = 1
+# Batches that wait for verdicts; what a kill loses, and what a slow judge may lag behind.
+_PENDING = 4
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What came of one batch, over all replicas, by index."""
+
+    rows: list[Row]
+    skipped: list[Skipped]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """This replica's share of a batch, generated but perhaps not judged yet."""
+
+    rows: list[Row]
+    verdicts: list[Future[Verdict]]
+    skipped: list[Skipped]
+
+
+class Evaluator:
+    """Evaluates a model with the same generator and scoring pass as training."""
+
+    def __init__(
+        self,
+        loader: PromptLoader,
+        generator: Generator,
+        judge: Judge,
+        probe: ForcedReasoningProbe | None,
+        ranks: Ranks,
+        config: EvaluationConfig,
+        *,
+        max_tokens: int,
+        min_reasoning_words: int,
+        seed: int,
+    ) -> None:
+        """`loader` makes the prompts, on leaders only, one batch ahead."""
+        self.loader = loader
+        self.generator = generator
+        self.judge = judge
+        self.probe = probe
+        self.ranks = ranks
+        self.config = config
+        self.min_reasoning_words = min_reasoning_words
+        # The sample's index is all that tells one prompt's random numbers from another's: neither
+        # the batch, nor the layout, nor a restart shows.
+        self.sampling = Sampling(
+            group_size=1,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_tokens=max_tokens,
+            seed=(seed, _SEED_DOMAIN),
+        )
+
+    def run(self, samples: Sequence[Sample], done: Collection[int] = ()) -> Iterator[Evaluated]:
+        """Ask every sample whose index is not `done`; batches come in order, on all ranks.
+
+        Which samples make a batch does not depend on `done`, so an evaluation that goes on computes
+        what it would have computed.
+        """
+        pending: deque[_Asked] = deque()
+        for made in self._prompts(self._shares(samples, frozenset(done))):
+            pending.append(self._ask(made))
+            while pending and (len(pending) > _PENDING or self._is_judged(pending[0])):
+                yield self._collect(pending.popleft())
+        while pending:
+            yield self._collect(pending.popleft())
+
+    def close(self) -> None:
+        """End the judge; nothing is asked afterwards."""
+        self.judge.close()
+
+    def _shares(self, samples: Sequence[Sample], done: frozenset[int]) -> list[list[Numbered]]:
+        """This replica's part of each batch that is not done everywhere."""
+        replicas = self.ranks.data_size
+        size = self.config.samples_per_batch * replicas
+        shares = []
+        for start in range(0, len(samples), size):
+            batch = range(start, min(start + size, len(samples)))
+            if not done.issuperset(batch):
+                mine = batch[self.ranks.data_rank :: replicas]
+                shares.append([(index, samples[index]) for index in mine if index not in done])
+        return shares
+
+    def _prompts(self, shares: Sequence[Sequence[Numbered]]) -> Iterator[list[Prompt | Skipped]]:
+        """The prompts of one share after another; the next one is decoded in the meantime."""
+
+        def load(number: int) -> list[Prompt | Skipped]:
+            made = self.loader.load(shares[number])
+            self.loader.prefetch(shares[number + 1] if number + 1 < len(shares) else ())
+            return made
+
+        for number in range(len(shares)):
+            yield self.ranks.from_leader(lambda number=number: load(number))  # type: ignore[misc]
+
+    def _ask(self, made: Sequence[Prompt | Skipped]) -> _Asked:
+        """Generate, probe, and ask the judge."""
+        prompts = [item for item in made if isinstance(item, Prompt)]
+        groups = self.generator.generate(prompts, self.sampling)
+        rows = [
+            completion_row(group, min_reasoning_words=self.min_reasoning_words) for group in groups
+        ]
+        if self.probe is not None:
+            rows = [row | probed for row, probed in zip(rows, self.probe(prompts), strict=True)]
+        return _Asked(
+            rows,
+            self.judge.judge(groups),
+            [item for item in made if isinstance(item, Skipped)],
+        )
+
+    def _is_judged(self, asked: _Asked) -> bool:
+        """Whether all replicas have their verdicts on this batch."""
+        mine = all(verdict.done() for verdict in asked.verdicts)
+        return all(self.ranks.gather_from_replicas(mine))
+
+    def _collect(self, asked: _Asked) -> Evaluated:
+        """Wait for the verdicts; the batch of all replicas."""
+
+        def judged() -> list[Row]:
+            verdicts = [future.result() for future in asked.verdicts]
+            return [
+                {**row, "consistent": verdict.consistent, **verdict.details}
+                for row, verdict in zip(asked.rows, verdicts, strict=True)
+            ]
+
+        rows = self.ranks.from_leader(judged)
+        parts = self.ranks.gather_from_replicas((rows, asked.skipped))
+        return Evaluated(
+            sorted((row for rows, _ in parts for row in rows), key=lambda row: row["index"]),
+            sorted((item for _, skipped in parts for item in skipped), key=lambda i: i.index or 0),
+        )

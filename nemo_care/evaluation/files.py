@@ -1,0 +1,121 @@
+"""The files of an evaluation, in the run directory; written by rank 0 only.
+
+evaluation/settings.json   what the rows were made with
+evaluation/LEVEL.jsonl     one line per completion
+evaluation/skipped.jsonl   samples and lines of the annotations left out, and why
+evaluation.json            results by level, written when all rows are there
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from nemo_care.data.annotations import Annotations, shown
+from nemo_care.errors import InputError
+from nemo_care.evaluation.evaluator import Evaluated
+from nemo_care.evaluation.results import Results, level_results
+from nemo_care.evaluation.rows import Row
+from nemo_care.json_lines import (
+    Record,
+    append_lines,
+    complete_lines,
+    replace_file,
+    replace_lines,
+)
+
+_REMEDY = "choose another exp_manager.explicit_log_dir, or remove the folder evaluation"
+
+
+class EvaluationFiles:
+    """Writes the files of one evaluation, and goes on where a killed one stopped."""
+
+    def __init__(self, run: Path, levels: Mapping[str, Annotations]) -> None:
+        """`run` is the run directory."""
+        self.levels = levels
+        self.folder = run / "evaluation"
+        self.skipped = self.folder / "skipped.jsonl"
+        self._settings = self.folder / "settings.json"
+        self._results = run / "evaluation.json"
+
+    def begin(self, settings: Record) -> None:
+        """Claim the folder for rows that are made with these settings; JSON values by flat key.
+
+        Samples that were left out are asked again: what was wrong with them may have been mended.
+
+        Raises:
+            InputError: the folder holds rows that were made with others.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._settings.exists():
+            _check_settings(self.folder, json.loads(self._settings.read_text()), settings)
+        elif any(self.folder.glob("*.jsonl")):
+            raise InputError(f"{self.folder}: holds rows without settings.json; {_REMEDY}")
+        else:
+            # Results of an evaluation whose rows were removed.
+            self._results.unlink(missing_ok=True)
+            replace_file(self._settings, json.dumps(settings, indent=2) + "\n")
+        if self._results.exists():
+            return
+        for level in self.levels:
+            replace_lines(self._rows(level), self.rows(level))
+        bad = [
+            {"level": level, **asdict(item)}
+            for level, annotations in self.levels.items()
+            for item in annotations.bad
+        ]
+        replace_lines(self.skipped, bad)
+
+    def results(self) -> dict[str, Results] | None:
+        """Results by level of a complete evaluation, else None."""
+        return json.loads(self._results.read_text()) if self._results.exists() else None
+
+    def rows(self, level: str) -> list[Row]:
+        """The rows of a level so far."""
+        return complete_lines(self._rows(level))
+
+    def append(self, level: str, batch: Evaluated) -> None:
+        """Write a batch: samples left out, and rows."""
+        append_lines(self.skipped, [{"level": level, **asdict(item)} for item in batch.skipped])
+        append_lines(self._rows(level), batch.rows)
+
+    def finish(self, *, judged: bool) -> dict[str, Results]:
+        """Write the results, made from the rows; `judged` as in `level_results`."""
+        skipped = [record["level"] for record in complete_lines(self.skipped)]
+        results = {
+            level: level_results(self.rows(level), skipped=skipped.count(level), judged=judged)
+            for level in self.levels
+        }
+        replace_file(self._results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        return results
+
+    def _rows(self, level: str) -> Path:
+        return self.folder / f"{level}.jsonl"
+
+
+def check_level_names(levels: Sequence[str]) -> None:
+    """Refuse level names that make no files of their own.
+
+    Raises:
+        InputError: names the level.
+    """
+    for level in levels:
+        if not level or "/" in level or level.startswith(".") or level == "skipped":
+            raise InputError(
+                f"data.validation.annotations: the level {shown(level)} can't name a file of rows; "
+                "choose a name without / and without a dot at its beginning, other than skipped"
+            )
+
+
+def _check_settings(folder: Path, old: Record, new: Record) -> None:
+    new = json.loads(json.dumps(new))
+    changes = [
+        f"{key}: {shown(old.get(key))} -> {shown(new.get(key))}"
+        for key in dict.fromkeys((*old, *new))
+        if old.get(key) != new.get(key)
+    ]
+    if changes:
+        raise InputError(
+            f"{folder} holds rows that were made with other settings ({'; '.join(changes)}); "
+            f"{_REMEDY}"
+        )

@@ -1,0 +1,307 @@
+"""A language model behind an OpenAI-compatible endpoint says whether reasoning supports answer.
+
+The package `openai` makes the requests. It tries again after what may pass (overload, server
+errors, time-outs, lost connections), with growing pauses or those that the endpoint asks for.
+
+What goes wrong is of two kinds. Every further request would fail alike: that is an InputError. Or
+only this completion has no answer: a verdict of None, whose details say why.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_care.data.samples import Sample
+from nemo_care.errors import InputError
+from nemo_care.evaluation.judges import Verdict
+from nemo_care.evaluation.reply_cache import ReplyCache
+from nemo_care.evaluation_config import LLMJudgeConfig, check_llm_judge
+from nemo_care.objective.text import parse_completion
+
+# Our own wording; a recipe replaces it with evaluation.llm.prompt_template.
+DEFAULT_TEMPLATE = """\
+A model was asked a question about a video or an image, which you don't see. It wrote down its \
+reasoning and then gave an answer.
+
+<question>
+{question}
+</question>
+<options>
+{options}
+</options>
+<reasoning>
+{reasoning}
+</reasoning>
+<answer>
+{answer}
+</answer>
+
+Imagine someone who sees the question and its options and follows only this reasoning. Would they \
+arrive at this answer? Whether the answer or the reasoning is right does not matter here: a wrong \
+answer that the reasoning leads to is consistent, and a right answer is inconsistent where the \
+reasoning leads to another one or to none.
+
+Explain in one or two sentences. Then write a last line with a single word: CONSISTENT if they \
+would arrive at this answer, INCONSISTENT if not."""
+
+Messages = list[dict[str, str]]
+
+# What any model answers, whatever is wrong with one completion's text.
+_PLAIN_QUESTION: Messages = [{"role": "user", "content": "Reply with the word CONSISTENT."}]
+# A hyphen makes another word of it: self-consistent is no verdict.
+_VERDICT = re.compile(r"(?<![a-z])(?<![a-z]-)(in)?consistent(?![a-z])", re.IGNORECASE)
+_PASSING = (408, 409, 429)  # with 500 and above, what openai tries again
+# They write headers and addresses when they are verbose. Older versions of openai are built on the
+# packages without the 2.
+_LOGGERS = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
+_SHORT = 300  # characters
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What came of one question.
+
+    `reply` is the model's text, or empty where `error` says why there is none; `cut` is True where
+    the text ended at a limit of length. `status` is the HTTP status of a response without a reply,
+    0 where there was no response: then `late` tells a time-out from a connection that failed.
+    """
+
+    reply: str = ""
+    cut: bool = False
+    error: str = ""
+    status: int = 0
+    late: bool = False
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same question may be answered later."""
+        return self.status == 0 or self.status in _PASSING or self.status >= 500
+
+
+class LLMJudge:
+    """Asks about completions in threads of its own, `config.concurrency` at the same time."""
+
+    def __init__(self, config: LLMJudgeConfig, cache: Path) -> None:
+        """Opens the file `cache`, or makes it.
+
+        Raises:
+            InputError: the package openai is missing, the environment variable with the key is not
+                set, the endpoint's address or the wording can't be used, `cache` is something else.
+        """
+        check_llm_judge(config)
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise InputError(
+                "evaluation.judge=llm needs the package openai: install it with "
+                f'pip install "nemo-care[eval]" ({error})'
+            ) from error
+        for name in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self._config = config
+        self._template = config.prompt_template or DEFAULT_TEMPLATE
+        self._key = _key(config.api_key_env)
+        self._request: dict[str, Any] = {"model": config.model}
+        if config.temperature is not None:
+            self._request["temperature"] = config.temperature
+        self._cache = ReplyCache(cache)
+        self._client = OpenAI(
+            base_url=config.base_url,
+            # Without one, openai would take OPENAI_API_KEY, which is not for this endpoint.
+            api_key=self._key or "none",
+            max_retries=config.max_retries,
+            timeout=config.timeout_seconds,
+        )
+        self._threads = ThreadPoolExecutor(config.concurrency, thread_name_prefix="llm-judge")
+        self._responded = False  # the endpoint has sent a response of whatever kind
+        self._replied = False  # a model has answered
+        self._hopeless = ""  # why every further request would fail
+
+    def submit(self, sample: Sample, completion: str) -> Future[Verdict]:
+        """Ask whether the completion's reasoning supports its answer, unless the file knows.
+
+        A completion without a reasoning or an answer is not sent. The verdict's details are
+        `judge_reply` (the end of the reply, where there is one) and, where the verdict is None,
+        `judge_error`. The future raises InputError where no request can succeed: the endpoint can't
+        be reached, or refuses key, model or settings; and where the file of replies fails.
+        """
+        parsed = parse_completion(completion)
+        reasoning, answer = (parsed.reasoning or "").strip(), (parsed.answer or "").strip()
+        if not reasoning or not answer:
+            missing = "answer" if reasoning else "reasoning"
+            malformed: Future[Verdict] = Future()
+            malformed.set_result(
+                Verdict(None, {"judge_error": f"not asked: the completion has no {missing}"})
+            )
+            return malformed
+        content = self._template.format(
+            question=sample.question,
+            options="\n".join(f"{letter}. {text}" for letter, text in sample.options.items()),
+            reasoning=reasoning,
+            answer=answer,
+        )
+        return self._threads.submit(self._judge, [{"role": "user", "content": content}])
+
+    def close(self) -> None:
+        """Drop what was not asked yet, and wait for the replies to what was."""
+        self._threads.shutdown(cancel_futures=True)
+        self._client.close()
+        self._cache.close()
+
+    def _judge(self, messages: Messages) -> Verdict:
+        if self._hopeless:
+            raise InputError(self._hopeless)
+        question = self._question_key(messages)
+        kept = self._cache.get(question)
+        if kept is not None:
+            return _verdict(kept)
+        answer = self._ask(messages)
+        if answer.error:
+            hopeless = self._why_hopeless(answer)
+            if hopeless:
+                self._hopeless = hopeless
+                raise InputError(hopeless)
+            return Verdict(None, {"judge_error": answer.error})
+        verdict = _verdict(answer.reply, cut=answer.cut)
+        if verdict.consistent is not None:
+            self._cache.put(question, answer.reply)
+        return verdict
+
+    def _question_key(self, messages: Messages) -> str:
+        address = (self._config.base_url or "").rstrip("/")
+        asked = [address, self._config.model, self._config.temperature, messages]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    def _ask(self, messages: Messages) -> _Answer:
+        """One question, with the further attempts that openai makes.
+
+        Errors become values here: openai's exceptions hold the request and with it the key, and
+        must not become the context of ours.
+        """
+        import openai
+
+        try:
+            # Raw: what is no chat completion is for us to tell.
+            response = self._client.chat.completions.with_raw_response.create(
+                messages=messages,  # type: ignore[arg-type]
+                **self._request,
+            )
+            text = response.http_response.text
+        except openai.APIStatusError as error:
+            self._responded = True
+            body = error.body
+            said = body.get("message", body) if isinstance(body, dict) else error.message
+            # OpenAI's 429 for a spent budget, which no pause mends, is others' 402.
+            status = 402 if error.code == "insufficient_quota" else error.status_code
+            return _Answer(error=self._scrubbed(f"HTTP {error.status_code}: {said}"), status=status)
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            name = type(cause).__name__
+            return _Answer(
+                error=self._scrubbed(f"{name}: {cause}"),
+                # By name: httpx is another package in other versions of openai.
+                late="Timeout" in name and name != "ConnectTimeout",
+            )
+        self._responded = True
+        try:
+            choice = json.loads(text)["choices"][0]
+            reply = choice["message"]["content"]
+            cut = choice.get("finish_reason") == "length"
+        except (ValueError, LookupError, TypeError):
+            return _Answer(error=self._scrubbed(f"no chat completion but {text}"), status=200)
+        self._replied = True
+        # Some models refuse with null in place of a text.
+        return _Answer(reply=self._without_key(str(reply or "")), cut=cut)
+
+    def _why_hopeless(self, answer: _Answer) -> str:
+        """Why every further request would fail like this one; empty where others may succeed."""
+        config, error = self._config, answer.error
+        if answer.status == 0 and not answer.late and not self._responded:
+            return (
+                f"evaluation.llm.base_url={config.base_url}: the endpoint can't be reached "
+                f"({error}); start it or correct the address"
+            )
+        if answer.may_pass:
+            return ""
+        if answer.status in (401, 402, 403):
+            remedy = (
+                f"set the environment variable {config.api_key_env} to a key that may use "
+                f"evaluation.llm.model={config.model}"
+                if config.api_key_env
+                else "name the environment variable that holds the key"
+            )
+            return (
+                f"evaluation.llm.api_key_env={config.api_key_env or 'null'}: "
+                f"{config.base_url} refuses the key ({error}); {remedy}"
+            )
+        if answer.status == 404:
+            return (
+                f"evaluation.llm.base_url={config.base_url}, evaluation.llm.model={config.model}: "
+                f"not found ({error}); correct the model's name, or the address, which goes up to "
+                "and with /v1"
+            )
+        # A text may be refused for what it is: too long for the model, caught by a filter.
+        if self._replied:
+            return ""
+        plain = self._ask(_PLAIN_QUESTION)
+        if not plain.error or plain.may_pass:
+            return ""
+        return (
+            f"evaluation.llm.base_url={config.base_url}, evaluation.llm.model={config.model}: even "
+            f"a plain question is refused ({plain.error}); correct evaluation.llm.base_url, .model "
+            "or .temperature (null: not sent)"
+        )
+
+    def _without_key(self, text: str) -> str:
+        """Endpoints repeat the key in their errors."""
+        return text.replace(self._key, "***") if self._key else text
+
+    def _scrubbed(self, text: str) -> str:
+        """One short line without the key."""
+        line = " ".join(self._without_key(text).split())
+        return line if len(line) <= _SHORT else f"{line[:_SHORT]}..."
+
+
+def read_verdict(reply: str) -> bool | None:
+    """The last CONSISTENT (True) or INCONSISTENT (False) of a reply, in any case; None: neither."""
+    prefixes = _VERDICT.findall(reply)
+    return not prefixes[-1] if prefixes else None
+
+
+def _verdict(reply: str, *, cut: bool = False) -> Verdict:
+    text = reply.strip()
+    # The verdict is at the end.
+    details = {"judge_reply": text if len(text) <= _SHORT else f"...{text[-_SHORT:]}"}
+    # A reply that was cut off names both words before it decides.
+    consistent = None if cut else read_verdict(reply)
+    if consistent is None:
+        details["judge_error"] = "the reply was cut off" if cut else "the reply has no verdict"
+    return Verdict(consistent, details)
+
+
+def _key(variable: str | None) -> str:
+    """The endpoint's key; empty where it asks for none.
+
+    Raises:
+        InputError: the variable is not set, or holds what a request's header can't carry.
+    """
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise InputError(
+            f"evaluation.llm.api_key_env={variable}: that environment variable is not set or "
+            "empty; put the key in it, or set evaluation.llm.api_key_env to null"
+        )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(
+            f"evaluation.llm.api_key_env={variable}: that environment variable holds white space "
+            "or characters that no key has; put the key alone in it"
+        )
+    return key

@@ -1,0 +1,64 @@
+"""The forced-reasoning probe: does the answer follow from the reasoning?
+
+It puts a wrong reasoning into the model's mouth and measures the probability of the letter which
+that reasoning implies, and of the true letter: whether answers are *caused* by the reasoning, which
+consistency alone does not show.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from nemo_care.data.prompts import Prompt
+from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.evaluation.rows import Row
+from nemo_care.rollouts.answer_span import answer_token_span
+from nemo_care.rollouts.group import Completion, Group
+from nemo_care.scoring.score import Scorer
+
+_FORCED = "<think> {reasoning} </think> <answer> {answer} </answer>"
+
+
+class ForcedReasoningProbe:
+    """Probes the model that a scorer scores under."""
+
+    def __init__(self, scorer: Scorer, tokenizer: ChatTokenizer) -> None:
+        """`scorer` reads probabilities from the model to probe."""
+        self.scorer = scorer
+        self.tokenizer = tokenizer
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Row]:
+        """Per prompt `probe_implied` and `probe_true`, None where the sample has no probe.
+
+        All ranks of the model replica call it with equal prompts.
+        """
+        probed = [prompt for prompt in prompts if prompt.sample.forced_reasoning]
+        groups = [
+            Group(
+                prompt,
+                [
+                    self._forced(prompt.sample.forced_reasoning, answer)
+                    for answer in (prompt.sample.forced_answer, prompt.sample.solution)
+                ],
+            )
+            for prompt in probed
+        ]
+        likelihoods = iter(self.scorer.answer_likelihoods(groups) if groups else ())
+        values: list[Row] = []
+        for prompt in prompts:
+            implied, true = (
+                next(likelihoods).tolist() if prompt.sample.forced_reasoning else (None, None)
+            )
+            values.append({"probe_implied": implied, "probe_true": true})
+        return values
+
+    def _forced(self, reasoning: str, answer: str) -> Completion:
+        text = _FORCED.format(reasoning=reasoning, answer=answer)
+        ids = self.tokenizer.encode(text)
+        return Completion(
+            token_ids=torch.tensor(ids),
+            log_probs=torch.zeros(len(ids)),
+            text=text,
+            ended=False,
+            answer_span=answer_token_span(self.tokenizer.base, ids),
+        )

@@ -1,0 +1,70 @@
+"""What a judge's model replied, kept in a file: a restart asks only what has no answer yet."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+from nemo_care.errors import InputError
+
+
+class ReplyCache:
+    """Replies by question, in one SQLite file that threads and processes share.
+
+    Its default journal is kept: the write-ahead log is faster but does not work on network file
+    systems, where the replicas of several machines meet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises InputError where `path` can't be opened, or is not such a file."""
+        self._path, self._lock = path, Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(str(error.strerror)) from error
+        with self._statements():
+            # No isolation level: each statement is a transaction, written when it returns.
+            self._database = sqlite3.connect(
+                path, timeout=60, isolation_level=None, check_same_thread=False
+            )
+            tables = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master")}
+            if tables and "llm_judge_replies" not in tables:
+                raise self._unusable("it is a database of something else")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS llm_judge_replies "
+                "(question TEXT PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID"
+            )
+
+    def get(self, question: str) -> str | None:
+        """The reply, None where there is none. Raises InputError where the file fails."""
+        with self._statements():
+            row = self._database.execute(
+                "SELECT reply FROM llm_judge_replies WHERE question = ?", (question,)
+            ).fetchone()
+        return None if row is None else row[0]
+
+    def put(self, question: str, reply: str) -> None:
+        """Keep a reply; on disk when this returns. Raises InputError where the file fails."""
+        with self._statements():
+            self._database.execute(
+                "INSERT OR REPLACE INTO llm_judge_replies VALUES (?, ?)", (question, reply)
+            )
+
+    def close(self) -> None:
+        """The file can't be used afterwards."""
+        self._database.close()
+
+    @contextmanager
+    def _statements(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise self._unusable(str(error)) from error
+
+    def _unusable(self, cause: str) -> InputError:
+        return InputError(
+            f"{self._path}: the judge's replies can't be kept there ({cause}); mend or move that "
+            "file, or name another one with evaluation.llm.cache"
+        )

@@ -1,0 +1,33 @@
+"""One row per completion: what an evaluation writes down, and all that its results go by."""
+
+from typing import Any
+
+from nemo_care.objective.rewards import evaluation_accuracy, format_reward
+from nemo_care.objective.text import parse_completion
+from nemo_care.rollouts.group import Group
+
+Row = dict[str, Any]
+
+
+def completion_row(group: Group, *, min_reasoning_words: int) -> Row:
+    """The row of a group's only completion, without a verdict yet.
+
+    `format` is 0 or 1, `reasoning_words` counts the words between the think tags, `ended` says
+    whether the completion came to its end within the tokens it had.
+    """
+    sample, completion = group.prompt.sample, group.completions[0]
+    text = completion.text
+    return {
+        "index": group.prompt.index,
+        "sample_id": sample.sample_id,
+        "task_type": sample.task_type,
+        "problem_type": sample.problem_type,
+        "solution": sample.solution,
+        "completion": text,
+        "tokens": completion.length,
+        "ended": completion.ended,
+        "accuracy": evaluation_accuracy(sample.problem_type, text, sample.solution),
+        "format": int(format_reward(text, min_reasoning_words=min_reasoning_words)),
+        "reasoning_words": len((parse_completion(text).reasoning or "").split()),
+        "consistent": None,
+    }

@@ -1,0 +1,72 @@
+"""What an evaluation's rows depend on: what an evaluation that goes on must share with its start.
+
+What can't change a row (devices, layout, batch sizes, an endpoint's address, retries) is left out.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from nemo_care.config import Recipe
+from nemo_care.data.prompts import DEFAULT_TEMPLATE
+from nemo_care.evaluation import llm_judge
+from nemo_care.json_lines import Record
+
+_KEYS = (
+    "trainer.seed",
+    "model.precision.dtype",
+    "algorithm.min_reasoning_words",
+    "rollout.max_completion_tokens",
+    "evaluation.temperature",
+    "evaluation.top_p",
+    "evaluation.judge",
+    "evaluation.forced_reasoning_probe",
+    "data.video",
+    "data.image",
+    "data.max_prompt_tokens",
+    "data.validation",
+)
+_LLM_KEYS = tuple(f"evaluation.llm.{name}" for name in ("model", "temperature"))
+
+
+def evaluation_settings(recipe: Recipe, models: Mapping[str, Any]) -> Record:
+    """The settings as JSON values, by keys without nesting.
+
+    `models` says what identifies the models, by the recipe's key that names them.
+    """
+    keys = (*_KEYS, *_LLM_KEYS) if recipe.evaluation.judge == "llm" else _KEYS
+    settings = {key: attrgetter(key)(recipe) for key in keys}
+    if recipe.evaluation.judge == "llm":
+        wording = recipe.evaluation.llm.prompt_template or llm_judge.DEFAULT_TEMPLATE
+        settings["evaluation.llm.prompt_template"] = wording
+    settings["data.prompt_template"] = recipe.data.prompt_template or DEFAULT_TEMPLATE
+    validation = recipe.data.validation
+    root = Path(validation.root or "").resolve()
+    settings["data.validation"] = {
+        **asdict(validation),
+        "root": str(root),
+        "content": {
+            level: _digest(root / file) for level, file in (validation.annotations or {}).items()
+        },
+    }
+    return _flat({**models, **settings})
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Record:
+    flat: Record = {}
+    for name, value in settings.items():
+        if is_dataclass(value) and not isinstance(value, type):
+            value = asdict(value)
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]

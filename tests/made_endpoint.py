@@ -1,0 +1,117 @@
+"""A chat endpoint on this machine that answers as a test says, and what judges are asked there."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Lock, Thread
+
+from nemo_care.data.samples import Sample
+from nemo_care.evaluation.judges import Verdict
+from nemo_care.evaluation.llm_judge import LLMJudge
+
+KEY = "sk-the-secret-0123456789"
+SAMPLE = Sample("7", "Which way does it go?", "B", options={"A": "left", "B": "right"})
+PATIENCE = 20.0  # seconds; nothing here takes as long
+
+Response = tuple[int, dict[str, str], str]
+"""Status, headers, body."""
+
+SOON = {"retry-after-ms": "1"}
+
+
+def completion(number: int = 0) -> str:
+    return f"<think> it moves right, {number} </think> <answer> B </answer>"
+
+
+def ask(judge: LLMJudge, *texts: str) -> list[Verdict]:
+    futures = [judge.submit(SAMPLE, text) for text in texts or (completion(),)]
+    return [future.result(timeout=PATIENCE) for future in futures]
+
+
+def says(text: str | None, finish_reason: str = "stop") -> Response:
+    """A chat completion."""
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+    body = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    return 200, {}, json.dumps(body)
+
+
+def refuses(status: int, message: str = "no", headers: dict[str, str] | None = None) -> Response:
+    """An error as OpenAI words it."""
+    return status, headers or {}, json.dumps({"error": {"message": message, "code": None}})
+
+
+class Endpoint:
+    """`answer` makes the response to a request's body; `released` is set at the end of the test."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[dict], Response] = lambda request: says("CONSISTENT")
+        self.requests: list[dict] = []
+        self.headers: list[dict[str, str]] = []
+        self.in_flight = self.most_in_flight = 0
+        self.released = Event()
+        self.lock = Lock()
+        self.url = ""
+
+    def texts(self) -> list[str]:
+        """What was asked, in order of arrival."""
+        return [request["messages"][0]["content"] for request in self.requests]
+
+    def wait_for(self, reached: Callable[[], bool], seconds: float = PATIENCE) -> bool:
+        """Whether `reached` became true in that time."""
+        end = time.monotonic() + seconds
+        while not reached() and time.monotonic() < end:
+            time.sleep(0.002)
+        return reached()
+
+
+@contextmanager
+def serving() -> Iterator[Endpoint]:
+    endpoint = Endpoint()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with endpoint.lock:
+                endpoint.requests.append(request)
+                endpoint.headers.append(
+                    {name.lower(): value for name, value in self.headers.items()}
+                )
+                endpoint.in_flight += 1
+                endpoint.most_in_flight = max(endpoint.most_in_flight, endpoint.in_flight)
+            status, headers, body = endpoint.answer(request)
+            with endpoint.lock:
+                endpoint.in_flight -= 1
+            self.send_response(status)
+            kind = "application/json" if body.startswith("{") else "text/html"
+            for name, value in {"Content-Type": kind, **headers}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body.encode())))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        block_on_close = False
+
+        def handle_error(self, *arguments: object) -> None:
+            """A client that has gone: killed, or out of patience."""
+
+    server = Server(("127.0.0.1", 0), Handler)
+    endpoint.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield endpoint
+    finally:
+        endpoint.released.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()

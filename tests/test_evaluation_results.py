@@ -1,0 +1,160 @@
+"""Results of a level are a pure function of its rows; rows wait for slow judges, in order."""
+
+from concurrent.futures import Future
+
+import pytest
+from small_runs import small_recipe
+
+from nemo_care.algorithms.build import load_model
+from nemo_care.data.decoding import DecodingWorkers
+from nemo_care.data.jsonl import read_jsonl
+from nemo_care.data.loader import PromptLoader
+from nemo_care.data.prompts import PromptBuilder
+from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.evaluation.build import build_evaluator
+from nemo_care.evaluation.evaluator import _PENDING
+from nemo_care.evaluation.judges import Verdict
+from nemo_care.evaluation.results import level_results
+from nemo_care.rollouts.batches import BatchLayout
+from nemo_care.scoring.score import Scorer
+
+
+def row(accuracy, well_formed, consistent, *, task_type="", words=4, tokens=10, **more):
+    return {
+        "accuracy": accuracy,
+        "format": well_formed,
+        "consistent": consistent,
+        "task_type": task_type,
+        "reasoning_words": words,
+        "tokens": tokens,
+        **more,
+    }
+
+
+def test_results_of_a_level():
+    rows = [
+        row(1.0, 1, True, words=6, tokens=20),
+        row(1.0, 1, False, words=2, tokens=10),
+        row(0.5, 1, True),
+        row(0.0, 1, None),
+        row(1.0, 0, True, words=0, tokens=60),
+    ]
+    assert level_results(rows, skipped=3, judged=True) == {
+        "accuracy": 0.7,
+        # Of the well-formed ones with a verdict, and of those that are right too.
+        "consistency_rate": pytest.approx(2 / 3),
+        "consistency_among_correct": 0.5,
+        "format_rate": 0.8,
+        "count": 5,
+        "reasoning_words": 4.0,
+        "completion_tokens": 22.0,
+        "skipped": 3,
+        "unjudged": 1,
+    }
+
+
+def test_results_by_task_type_leave_samples_without_one_out():
+    rows = [
+        row(1.0, 1, True, task_type="counting"),
+        row(0.0, 1, False, task_type="counting"),
+        row(1.0, 0, None, task_type="action"),
+        row(0.0, 1, True),
+    ]
+    results = level_results(rows, skipped=0, judged=True)
+    assert results["count"] == 4
+    assert results["by_task_type"] == {
+        "action": {"accuracy": 1.0, "consistency_rate": None, "format_rate": 0.0, "count": 1},
+        "counting": {"accuracy": 0.5, "consistency_rate": 0.5, "format_rate": 1.0, "count": 2},
+    }
+
+
+def test_without_a_judge_nothing_is_unjudged_and_without_rows_nothing_has_a_value():
+    results = level_results([row(1.0, 1, None)], skipped=0, judged=False)
+    assert results["unjudged"] is None
+    assert results["consistency_rate"] is None
+    empty = level_results([], skipped=2, judged=True)
+    assert (empty["count"], empty["accuracy"], empty["unjudged"]) == (0, None, 0)
+
+
+def test_probe_values_are_means_over_the_samples_that_have_one():
+    rows = [
+        row(1.0, 1, None, probe_implied=0.25, probe_true=0.5),
+        row(1.0, 1, None, probe_implied=None, probe_true=None),
+        row(1.0, 1, None, probe_implied=0.75, probe_true=0.0),
+    ]
+    results = level_results(rows, skipped=0, judged=False)
+    assert (results["probe_implied"], results["probe_true"]) == (0.5, 0.25)
+
+
+class LateVerdict(Future):
+    """Is not there until somebody waits for it."""
+
+    def __init__(self, judge, verdict):
+        super().__init__()
+        self.judge, self.verdict = judge, verdict
+
+    def done(self):
+        return False
+
+    def result(self, timeout=None):
+        self.judge.outstanding -= 1
+        return self.verdict
+
+
+class SlowJudge:
+    """Stands in for the language model, with verdicts that are always late."""
+
+    def __init__(self, config, cache):
+        self.config, self.cache, self.closed = config, cache, False
+        self.asked, self.outstanding, self.most_outstanding = [], 0, 0
+        SlowJudge.made = self
+
+    def submit(self, sample, completion) -> Future:
+        self.asked.append(sample.sample_id)
+        self.outstanding += 1
+        self.most_outstanding = max(self.most_outstanding, self.outstanding)
+        number = len(self.asked)
+        reply = {"judge_reply": f"{number}: {completion}"}
+        return LateVerdict(self, Verdict(number % 3 != 0, reply))
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def llm_judge(monkeypatch):
+    """A language model that needs no endpoint."""
+    monkeypatch.setattr("nemo_care.evaluation.build.LLMJudge", SlowJudge)
+
+
+def test_rows_come_in_order_while_a_slow_judge_lags_behind(
+    checkpoint, world, ranks, tmp_path, llm_judge
+):
+    recipe = small_recipe(checkpoint, world)
+    recipe.evaluation.judge, recipe.evaluation.samples_per_batch = "llm", 2
+    model = load_model(recipe, ranks)
+    tokenizer = load_tokenizer(checkpoint, model.hf)
+    layout = BatchLayout.of(ranks.layout, 1, tokenizer.pad_id, shared_prompt=True)
+    workers = DecodingWorkers.of(recipe.data, leads=True)
+    evaluator = build_evaluator(
+        recipe,
+        ranks,
+        Scorer(model, ranks, layout),
+        PromptLoader(PromptBuilder(recipe.data, model.hf, tokenizer), workers),
+        likelihoods=None,
+        folder=tmp_path,
+    )
+    samples = read_jsonl(world, "train.jsonl").samples[:20]
+    rows = [row for batch in evaluator.run(samples, done={0, 1, 5}) for row in batch.rows]
+    evaluator.close()
+
+    indices = [2, 3, 4, *range(6, 20)]
+    assert [row["index"] for row in rows] == indices
+    judge = SlowJudge.made
+    assert judge.asked == [samples[index].sample_id for index in indices]
+    for number, judged in enumerate(rows, start=1):
+        assert judged["consistent"] is (number % 3 != 0)
+        assert judged["judge_reply"] == f"{number}: {judged['completion']}"
+    assert judge.most_outstanding == 2 * (_PENDING + 1)
+    assert judge.cache == tmp_path / "llm_judge.sqlite"
+    assert judge.closed

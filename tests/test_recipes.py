@@ -1,0 +1,248 @@
+"""The recipes that come with the package: they compose, fit their models, and do what they say."""
+
+from functools import cache
+
+import pytest
+from transformers import Qwen2_5_VLConfig
+
+from nemo_care.config import Recipe
+from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.preflight import layout_of
+from nemo_care.recipes import changed_keys, compose_recipe, recipe_names
+
+PAPER = "grpo_care_qwen2_5_vl_7b"
+SIZES = ("3b", "7b", "32b", "72b")
+GPUS_OF_A_NODE = 8
+# The published configurations of Qwen2.5-VL-*-Instruct.
+SHAPES = {
+    "3b": {"num_attention_heads": 16, "num_key_value_heads": 2, "num_hidden_layers": 36,
+           "hidden_size": 2048, "intermediate_size": 11008},
+    "7b": {"num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28,
+           "hidden_size": 3584, "intermediate_size": 18944},
+    "32b": {"num_attention_heads": 40, "num_key_value_heads": 8, "num_hidden_layers": 64,
+            "hidden_size": 5120, "intermediate_size": 27648},
+    "72b": {"num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80,
+            "hidden_size": 8192, "intermediate_size": 29568},
+}  # fmt: skip
+
+
+@cache
+def composed(name: str, *overrides: str) -> Recipe:
+    """A recipe, composed once; read only."""
+    recipe = compose_recipe(["--config-name", name, *overrides])
+    assert recipe is not None
+    return recipe
+
+
+def changes(old: Recipe, new: Recipe) -> list[str]:
+    """What differs, but for the run's name."""
+    return [change for change in changed_keys(old, new) if not change.startswith("exp_manager.")]
+
+
+def value(recipe: Recipe, key: str) -> object:
+    found: object = recipe
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _no_folders_of_the_user(monkeypatch):
+    for name in ("NEMO_CARE_MODELS", "NEMO_CARE_DATA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_fits_the_schema_and_runs_under_its_own_name(name):
+    assert composed(name).exp_manager.name == name
+
+
+def test_only_what_a_user_can_run_is_listed():
+    listed = recipe_names()
+    assert {"tiny_cpu", "tiny_cpu_grpo", *(f"grpo_care_qwen2_5_vl_{s}" for s in SIZES)} < {*listed}
+    assert not {"base", "qwen2_5_vl_7b", "seed_bench_r1", "grpo"} & {*listed}
+
+
+@pytest.mark.parametrize(("size", "nodes"), [("3b", 1), ("7b", 1), ("32b", 4), ("72b", 8)])
+def test_layout_divides_the_model_and_fills_nodes_of_eight_gpus(size, nodes):
+    recipe = composed(f"grpo_care_qwen2_5_vl_{size}")
+    check_layout(Qwen2_5_VLConfig(text_config=SHAPES[size]), layout_of(recipe))
+    assert (recipe.trainer.num_nodes, recipe.trainer.devices) == (nodes, GPUS_OF_A_NODE)
+    # Tensor parallelism talks in every layer: it stays inside a node.
+    assert GPUS_OF_A_NODE % recipe.model.tensor_model_parallel_size == 0
+    assert recipe.model.sequence_parallel
+    assert recipe.model.hf_path == f"models/Qwen2.5-VL-{size.upper()}-Instruct"
+
+
+def test_sizes_differ_in_model_layout_and_number_of_prompts_only():
+    layout = {
+        "trainer.devices",
+        "trainer.num_nodes",
+        "model.tensor_model_parallel_size",
+        "model.pipeline_model_parallel_size",
+        "algorithm.reference.offload",
+        "rollout.groups_per_batch",
+    }
+    for size, prompts in zip(SIZES, (4, 4, 8, 16), strict=True):
+        recipe = composed(f"grpo_care_qwen2_5_vl_{size}")
+        keys = {change.split(":")[0] for change in changes(composed(PAPER), recipe)}
+        allowed = {*layout, "model.hf_path", "algorithm.prompts_per_step", "trainer.max_steps"}
+        assert keys <= allowed
+        assert recipe.algorithm.prompts_per_step == prompts
+        assert recipe.trainer.max_steps == 6000 / prompts
+
+
+def test_7b_recipe_has_the_settings_of_the_paper():
+    paper = {
+        "algorithm.group_size": 8,
+        "algorithm.prompts_per_step": 4,
+        "algorithm.updates_per_rollout": 1,
+        "algorithm.kl_coefficient": 0.0,
+        "algorithm.min_reasoning_words": 0,
+        "algorithm.rewards": ["accuracy", "format"],
+        "algorithm.reward_weights": None,
+        "algorithm.consistency.kind": "group",
+        "algorithm.consistency.bonus_coefficient": 0.5,
+        "algorithm.consistency.margin": 0.0,
+        "algorithm.consistency.likelihood_clip": 0.95,
+        "algorithm.consistency.accuracy_threshold": 0.1,
+        "algorithm.reference.ema_decay": 0.995,
+        "algorithm.reference.ema_update_every": 10,
+        "rollout.temperature": 1.0,
+        "rollout.top_p": 0.95,
+        "rollout.max_completion_tokens": 768,
+        "optimizer.lr": 1e-6,
+        "optimizer.schedule": "cosine",
+        "optimizer.weight_decay": 0.01,
+        "optimizer.clip_grad": 5.0,
+        "model.precision.dtype": "bf16",
+        "model.freeze_vision": False,
+        "data.max_prompt_tokens": 16384,
+        "data.video.fps": 2.0,
+        "data.video.min_frames": 4,
+        "data.video.max_frames": 16,
+        "data.video.max_pixels": 128 * 28 * 28,
+        "data.image.max_pixels": 401408,
+        "data.train.kind": "seed_bench_r1",
+        "data.train.annotations": "annotations/training_6k.jsonl",
+        "data.train.root": "data/SEED-Bench-R1",
+        "data.validation.kind": "seed_bench_r1",
+        "data.validation.root": "data/SEED-Bench-R1",
+        "data.validation.annotations": {
+            level: f"annotations/validation_{level}.jsonl" for level in ("L1", "L2", "L3")
+        },
+        "data.validation.samples_per_level": None,
+        "data.validation.max_frames": None,
+        # One epoch of 6,000 samples with 4 of them a step.
+        "trainer.max_steps": 1500,
+    }
+    recipe = composed(PAPER)
+    assert {key: value(recipe, key) for key in paper} == paper
+
+
+def test_video_r1_recipe_changes_data_steps_margin_and_frames_of_validation():
+    recipe = composed(f"{PAPER}_video_r1")
+    assert changes(composed(PAPER), recipe) == [
+        "trainer.max_steps: 1500 -> 1000",
+        "algorithm.consistency.margin: 0.0 -> 0.01",
+        "data.train.kind: seed_bench_r1 -> video_r1",
+        "data.train.root: data/SEED-Bench-R1 -> data/Video-R1-data",
+        "data.train.annotations: annotations/training_6k.jsonl -> Video-R1-260k.json",
+        "data.validation.kind: seed_bench_r1 -> video_r1",
+        "data.validation.root: data/SEED-Bench-R1 -> data/Video-R1-eval",
+        "data.validation.annotations.MMVU: None -> eval_mmvu.json",
+        "data.validation.annotations.MVBench: None -> eval_mvbench.json",
+        "data.validation.annotations.TempCompass: None -> eval_tempcompass.json",
+        "data.validation.annotations.Video-MME: None -> eval_videomme.json",
+        "data.validation.annotations.Video-MMMU: None -> eval_videommmu.json",
+        "data.validation.annotations.VSI-Bench: None -> eval_vsibench.json",
+        "data.validation.max_frames: None -> 32",
+    ]
+    assert "L1" not in recipe.data.validation.annotations
+
+
+ABLATIONS = {
+    "grpo": [
+        "algorithm.kl_coefficient: 0.0 -> 0.04",
+        "algorithm.consistency.bonus_coefficient: 0.5 -> 0.0",
+        "algorithm.reference.ema_update_every: 10 -> 0",
+    ],
+    "no_kl_no_bonus": ["algorithm.consistency.bonus_coefficient: 0.5 -> 0.0"],
+    "kl_to_ema": [
+        "algorithm.kl_coefficient: 0.0 -> 0.04",
+        "algorithm.consistency.bonus_coefficient: 0.5 -> 0.0",
+    ],
+    "frozen_reference": ["algorithm.reference.ema_update_every: 10 -> 0"],
+    "dense_bonus": ["algorithm.consistency.kind: group -> dense"],
+    "accurate_bonus": ["algorithm.consistency.kind: group -> accurate"],
+    "margin_0_01": ["algorithm.consistency.margin: 0.0 -> 0.01"],
+}
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_ablation_changes_what_it_says_and_nothing_else(ablation):
+    recipe = composed(f"{PAPER}_{ablation}")
+    assert changes(composed(PAPER), recipe) == ABLATIONS[ablation]
+    # As a group it does the same to any recipe, whose run gets a directory of its own.
+    base = "grpo_care_qwen2_5_vl_72b"
+    other = composed(base, f"+ablation={ablation}")
+    assert changes(composed(base), other) == ABLATIONS[ablation]
+    assert other.exp_manager.name == f"{base}_{ablation}"
+
+
+def test_margin_0_undoes_the_margin_of_video_r1():
+    base = f"{PAPER}_video_r1"
+    recipe = composed(base, "+ablation=margin_0")
+    assert changes(composed(base), recipe) == ["algorithm.consistency.margin: 0.01 -> 0.0"]
+
+
+def test_groups_are_exchanged_on_the_command_line():
+    overrides = ["data=video_r1", "layout=7b_1x8_h100", "+ablation=grpo"]
+    recipe = composed("grpo_care_qwen2_5_vl_3b", *overrides)
+    assert recipe.data.train.kind == "video_r1"
+    assert recipe.model.tensor_model_parallel_size == 4
+    assert recipe.algorithm.kl_coefficient == 0.04
+    # The layout is not part of the name: a run goes on with any.
+    assert recipe.exp_manager.name == "grpo_care_qwen2_5_vl_3b_video_r1_grpo"
+
+
+def test_an_epoch_has_fewer_steps_with_more_prompts_each():
+    assert composed(PAPER, "algorithm.prompts_per_step=32").trainer.max_steps == 188
+    both = ["algorithm.prompts_per_step=32", "trainer.max_steps=7"]
+    assert composed(PAPER, *both).trainer.max_steps == 7
+
+
+def test_models_and_data_lie_where_the_user_says_once(monkeypatch):
+    monkeypatch.setenv("NEMO_CARE_MODELS", "/m")
+    monkeypatch.setenv("NEMO_CARE_DATA", "/d")
+    recipe = compose_recipe(["--config-name", f"{PAPER}_video_r1"])
+    assert recipe.model.hf_path == "/m/Qwen2.5-VL-7B-Instruct"
+    assert recipe.data.train.root == "/d/Video-R1-data"
+    assert recipe.data.validation.root == "/d/Video-R1-eval"
+
+
+def test_recipe_of_the_users_own_folder_runs_under_its_own_name(tmp_path):
+    (tmp_path / "ours.yaml").write_text("defaults: [tiny_cpu, layout: two, _self_]\n")
+    (tmp_path / "layout").mkdir()
+    file = tmp_path / "layout" / "two.yaml"
+    file.write_text("# @package _global_\ntrainer: {devices: 2}\n")
+    recipe = compose_recipe(["--config-path", str(tmp_path), "--config-name", "ours"])
+    assert (recipe.exp_manager.name, recipe.trainer.devices) == ("ours", 2)
+
+
+def test_changed_keys_of_two_recipes_are_named():
+    old, new = (compose_recipe(["--config-name", "tiny_cpu"]) for _ in range(2))
+    assert changed_keys(old, new) == []
+    new.algorithm.consistency.margin = 0.1
+    assert changed_keys(old, new) == ["algorithm.consistency.margin: 0.01 -> 0.1"]
+
+
+def test_hydra_alone_composes_what_nemo_s_runner_does(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [tiny_cpu, _self_]\ntrainer: {max_steps: '${multiply:2,21}'}\n"
+    )
+    command = ["--config-path", str(tmp_path), "--config-name", "mine", "rollout.top_p=0.5"]
+    alone = compose_recipe(command, with_nemo=False)
+    assert alone is not None
+    assert (alone.trainer.max_steps, alone.rollout.top_p) == (42, 0.5)
+    assert alone == compose_recipe(command)

@@ -1,0 +1,126 @@
+"""A run that is asked to stop saves, exits with a status of its own, and goes on when restarted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from small_runs import small_recipe, small_trainer
+
+from nemo_care.config import seconds_of
+from nemo_care.errors import InputError, RunStopped
+from nemo_care.parallel.stop_request import StopRequest
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def recipe(checkpoint, world):
+    recipe = small_recipe(checkpoint, world)
+    recipe.checkpoint.save_interval = 100
+    return recipe
+
+
+class AskedAfter(StopRequest):
+    """A signal arrives while the given step runs."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.steps = step
+
+    def agreed(self):
+        self.steps -= 1
+        if self.steps == 0:
+            self._note(signal.SIGUSR1, None)
+        return super().agreed()
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_never_been(recipe, ranks, tmp_path):
+    small_trainer(recipe, ranks, tmp_path / "whole").fit()
+    trainer = small_trainer(recipe, ranks, tmp_path / "parts")
+    trainer.stop = AskedAfter(2)
+    with pytest.raises(RunStopped, match="stopped after step 2, because SIGUSR1 was received"):
+        trainer.fit()
+    assert not (tmp_path / "parts/summary.json").exists()
+    small_trainer(recipe, ranks, tmp_path / "parts").fit()
+    for step in (1, 2, 3, 4):
+        file = f"rollouts/step_{step:06d}.jsonl"
+        assert (tmp_path / "parts" / file).read_text() == (tmp_path / "whole" / file).read_text()
+    records = [lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "parts")]
+    for whole, parts in zip(*records, strict=True):
+        same = [key for key in whole if not key.startswith("timing/")]
+        assert {key: whole[key] for key in same} == {key: parts[key] for key in same}
+
+
+def test_nothing_is_saved_twice_and_the_last_step_is_an_end_not_a_stop(recipe, ranks, tmp_path):
+    recipe.trainer.max_steps = 1
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer.stop = AskedAfter(1)
+    assert trainer.fit()["steps"] == 1
+    recipe.trainer.max_steps = 3
+    recipe.checkpoint.save_interval = 2
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer.stop = AskedAfter(1)
+    written = []
+    save = trainer.save
+    trainer.save = lambda: (written.append(trainer.step), save())
+    with pytest.raises(RunStopped):
+        trainer.fit()
+    assert written == [2]
+
+
+def test_time_that_is_over_stops_the_run(recipe, ranks, tmp_path):
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer.stop = StopRequest(seconds=0.0)
+    with pytest.raises(RunStopped, match=r"step 1, because trainer\.max_time_per_run is over"):
+        trainer.fit()
+    assert StopRequest(seconds=1000).agreed() is None
+    assert StopRequest().agreed() is None
+
+
+def test_durations_are_written_as_nemo_writes_them():
+    assert seconds_of("00:03:45:00") == 3 * 3600 + 45 * 60
+    assert seconds_of("1:00:00:07") == 86407
+    for wrong in ("3:45:00", "90", "a:00:00:00", "00:03:45:00 "):
+        with pytest.raises(InputError, match=r"trainer\.max_time_per_run=.*00:03:45:00"):
+            seconds_of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("to_whom", "number"),
+    [
+        ("starter", signal.SIGTERM),
+        pytest.param("rank", signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_starter_or_rank_stops_all_ranks_with_a_checkpoint(
+    checkpoint, world, tmp_path, to_whom, number
+):
+    import psutil
+
+    run = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "nemo_care.train", "--config-name", "tiny_cpu"),
+        *(f"data.train.root={world}", "data.train.kind=jsonl", "data.validation.annotations=null"),
+        *("trainer.devices=2", "trainer.max_steps=1000", "algorithm.prompts_per_step=4"),
+        f"exp_manager.explicit_log_dir={run}",
+    ]
+    starter = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ranks = psutil.Process(starter.pid).children()
+    assert len(ranks) == 2
+    os.kill(starter.pid if to_whom == "starter" else ranks[1].pid, number)
+    _, errors = starter.communicate(timeout=120)
+    assert starter.returncode == 75, errors.decode()
+    steps = len(lines(run / "metrics.jsonl"))
+    assert f"stopped after step {steps}, because {number.name} was received" in errors.decode()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
+    psutil.wait_procs(ranks, timeout=20)
+    assert not any(rank.is_running() for rank in ranks)
