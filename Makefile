@@ -24,7 +24,7 @@ train: $(INSTALLED)
 	$(BIN)/nemo-care train --config-name tiny_cpu $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What takes longer, such as a run under torchrun.
 test-slow: $(INSTALLED)

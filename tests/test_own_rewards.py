@@ -432,17 +432,16 @@ def test_reward_that_raises_ends_all_ranks_with_its_traceback(module, world, tmp
     assert 'own_rewards.py", line' in done.stderr
 
 
-# ---------------------------------------------------------------------- the README
+# ---------------------------------------------------------------------- docs/rewards.md
 
 
-def test_example_of_the_readme_works(module):
-    readme = (REPOSITORY / "README.md").read_text()
-    part = readme.partition("**Your rewards**")[2]
+def test_example_of_the_documentation_works(module):
+    part = (REPOSITORY / "docs" / "rewards.md").read_text()
     code = textwrap.dedent(re.search(r"\n\n((?:    .*\n|\n)+)", part)[1])
-    (module / "readme_rewards.py").write_text(code)
+    (module / "documented_rewards.py").write_text(code)
     name = re.search(r"def (\w+)\(", code)[1]
     assert f"my_rewards.{name}" in part
-    rewards = load_rewards(config("accuracy", f"readme_rewards.{name}"))
+    rewards = load_rewards(config("accuracy", f"documented_rewards.{name}"))
     short, long = (
         reward_value(name, rewards[name], f"<think>{'so ' * words}</think>", SAMPLE)
         for words in (10, 1000)
