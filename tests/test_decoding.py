@@ -200,6 +200,46 @@ def test_no_process_outlives_a_killed_run(tmp_path):
     assert not alive
 
 
+_SIGNALLED = """
+import os
+import signal
+import time
+from pathlib import Path
+from test_decoding import misbehave, request
+from nemo_care.data.decoding import DecodingWorkers
+from nemo_care.parallel.stop_request import StopRequest
+
+def slowly(request):
+    time.sleep(0.5)
+    return misbehave(request)
+
+if __name__ == "__main__":
+    StopRequest().catch_signals()
+    signal.signal(signal.SIGINT, lambda *_: None)
+    workers = DecodingWorkers(2, seconds=60, memory_gib=2, load=slowly)
+    pids = {workers.submit(request(Path("fine"))).result().seconds_per_grid[0] for _ in range(4)}
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        futures = [workers.submit(request(Path("fine"))) for _ in range(4)]
+        time.sleep(0.2)
+        os.killpg(0, number)
+        pids |= {future.result().seconds_per_grid[0] for future in futures}
+    workers.close()
+    print(len(pids))
+"""
+
+
+def test_signals_to_the_process_group_leave_decoding_alone(tmp_path):
+    (tmp_path / "program.py").write_text(_SIGNALLED)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, str(tmp_path / "program.py")]
+    environment = {**os.environ, "PYTHONPATH": path}
+    # In a group of its own, or the signals would reach this process too.
+    program = subprocess.run(
+        command, capture_output=True, env=environment, start_new_session=True, timeout=200
+    )
+    assert (program.returncode, program.stdout) == (0, b"2\n"), program.stderr.decode()
+
+
 class EndsTheProcessThatReadsIt:
     def __reduce__(self):
         return os._exit, (3,)

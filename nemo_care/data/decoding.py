@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import queue
 import resource
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from multiprocessing.connection import Connection
 import psutil
 import torch
 
-from nemo_care.data.fork_server import fork_context
+from nemo_care.data.fork_server import deaf_children, fork_context
 from nemo_care.data.media import Media, MediaRequest, load_media
 from nemo_care.data.video import FatalMedia, SlowMedia, UnreadableMedia
 from nemo_care.data_config import DataConfig
@@ -135,7 +134,8 @@ class _Process:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the decoding processes have been closed")
-            process.start()
+            with deaf_children():
+                process.start()
             self._connection, self._process = ours, process
         # Ours has to be the only other end, or the death of the process would go unnoticed.
         theirs.close()
@@ -221,7 +221,6 @@ class _Process:
 
 def _serve(connection: Connection, load: Load, memory: int) -> None:
     """The decoding process: answers requests until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's affair
     threading.Thread(target=_end_with_the_training_process, daemon=True).start()
     _limit_memory(memory)
     torch.set_num_threads(1)

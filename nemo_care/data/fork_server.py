@@ -6,10 +6,14 @@ while the server does the same.
 
 import multiprocessing
 import signal
-from multiprocessing import forkserver
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 
 _PRELOADED = ["nemo_care.data.decoding", "decord"]
+# Ctrl-C, Slurm and others send them to a whole process group, and mean the training process.
+_NOT_FOR_CHILDREN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def fork_context() -> ForkServerContext:
@@ -19,12 +23,24 @@ def fork_context() -> ForkServerContext:
     return context
 
 
-def start_fork_server() -> None:
-    """Start the server, without waiting for its imports; for the main thread."""
-    fork_context()
-    # Until its imports are done it would meet Ctrl-C with a traceback.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """What this thread starts meanwhile never hears of the signals that ask a run to stop.
+
+    They live on while the run ends its step, and end with the training process. The thread itself
+    gets a signal that arrives meanwhile afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
     try:
-        forkserver.ensure_running()
+        resource_tracker.ensure_running()  # would be started with the server, and unblocks signals
+        signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
+        yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_fork_server() -> None:
+    """Start the server, without waiting for its imports."""
+    fork_context()
+    with deaf_children():
+        forkserver.ensure_running()
