@@ -252,3 +252,17 @@ def test_processes_that_can_t_start_fail_the_run():
         pytest.raises(RuntimeError, match=r"did not start \(exit code 3\)"),
     ):
         workers.submit(request(Path("fine"))).result()
+
+
+class HangsTheProcessThatReadsIt:
+    def __reduce__(self):
+        return time.sleep, (600,)
+
+
+def test_processes_that_hang_while_they_start_fail_the_run(monkeypatch):
+    monkeypatch.setattr("nemo_care.data.decoding._START_SECONDS", 0.5)
+    load = HangsTheProcessThatReadsIt()
+    with closing(DecodingWorkers(1, seconds=2, memory_gib=2, load=load)) as workers:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"did not start within 0\.5 seconds"):
+                workers.submit(request(Path("fine"))).result()

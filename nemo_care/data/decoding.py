@@ -139,10 +139,15 @@ class _Process:
             self._connection, self._process = ours, process
         # Ours has to be the only other end, or the death of the process would go unnoticed.
         theirs.close()
-        if self._receive(_START_SECONDS) is None:
+        try:
+            started = self._receive(_START_SECONDS) is not None
+        except TimeoutError:
+            started = False
+        if not started:
             code = self._kill()
+            how = f"within {_START_SECONDS:g} seconds" if code is None else f"(exit code {code})"
             raise RuntimeError(
-                f"a decoding process did not start (exit code {code}): see its message above; "
+                f"a decoding process did not start {how}: see its message above; "
                 "data.worker_memory_gib may be too small, and data.workers=0 does without"
             )
 
