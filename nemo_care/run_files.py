@@ -73,8 +73,12 @@ class RunFiles:
     ) -> None:
         """Write one optimizer step: completions, samples left out, and last its metrics."""
         replace_lines(self._rollouts / f"step_{step:06d}.jsonl", rows)
-        append_lines(self._skipped, [{"step": step, **record} for record in skipped])
+        self.append_skipped(step, skipped)
         append_lines(self._metrics, [{"step": step, **metrics}])
+
+    def append_skipped(self, step: int, skipped: Iterable[Mapping[str, Any]]) -> None:
+        """List the training samples that a step left out."""
+        append_lines(self._skipped, [{"step": step, **record} for record in skipped])
 
     def append_validation(self, step: int, levels: Mapping[str, Any]) -> None:
         """Write one validation."""

@@ -135,6 +135,28 @@ def test_samples_skipped_before_a_restart_count_after_it(recipe, ranks, tmp_path
     assert len(lines(tmp_path / "run/metrics.jsonl")) == 1
 
 
+def test_samples_of_the_step_that_ends_the_run_are_listed(recipe, ranks, tmp_path):
+    root = write_video_r1(tmp_path / "data", count=8)
+    for number in (2, 4, 6):
+        (root / f"videos/{number}.mp4").write_bytes(b"")
+    recipe.data.train.kind = "video_r1"
+    recipe.data.train.annotations = "Video-R1-260k.json"
+    recipe.data.train.shuffle = False
+    recipe.data.max_skipped_fraction = 0.1
+    # The second time it meets them again, and lists them once.
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"1 of 8 training samples .* the first is 2: "):
+            small_trainer(recipe, ranks, tmp_path / "run").fit()
+        listed = lines(tmp_path / "run/skipped.jsonl")
+        assert [(item["step"], item["sample_id"]) for item in listed] == [(1, "2")]
+        assert "2.mp4: video not readable: the file is empty" in listed[0]["reason"]
+    recipe.data.max_skipped_fraction = 0.3
+    with pytest.raises(InputError, match="3 of 8 training samples"):
+        small_trainer(recipe, ranks, tmp_path / "run").fit()
+    listed = lines(tmp_path / "run/skipped.jsonl")
+    assert [item["sample_id"] for item in listed] == ["2", "4", "6"]
+
+
 def test_line_that_became_bad_before_a_restart_is_listed_too(recipe, ranks, tmp_path):
     root = write_seed_bench_r1(tmp_path / "data")
     recipe.data.train.kind = "seed_bench_r1"

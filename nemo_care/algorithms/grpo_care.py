@@ -17,7 +17,7 @@ from nemo_care.algorithms.rewards import BaseRewards
 from nemo_care.config import Recipe
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Skipped
-from nemo_care.data.stream import PromptStream
+from nemo_care.data.stream import PromptStream, TooManySkipped
 from nemo_care.errors import InputError, RunStopped
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.weights import export_hf
@@ -118,7 +118,7 @@ class GRPOCareTrainer:
         self.timing = {}
         with self._phase("step"):
             with self._phase("data"):
-                prompts, skipped = self.prompts.next_step()
+                prompts, skipped = self._next_prompts()
             with self._phase("rollout"):
                 groups = self.generate_rollouts(prompts)
             with self._phase("reward"):
@@ -129,6 +129,15 @@ class GRPOCareTrainer:
                 metrics = self.policy.update(groups, after_step=self.track_policy)
         self._check_first_step(metrics)
         return metrics, groups, skipped
+
+    def _next_prompts(self) -> tuple[list[Prompt], list[Skipped]]:
+        try:
+            return self.prompts.next_step()
+        except TooManySkipped as error:
+            # The step ends here, and what it left out is to be mended.
+            if self.ranks.rank == 0:
+                self.files.append_skipped(self.step, [asdict(item) for item in error.skipped])
+            raise
 
     def generate_rollouts(self, prompts: list[Prompt]) -> list[Group]:
         """Sample G completions of each prompt from the policy (algorithm step 1)."""

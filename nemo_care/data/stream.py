@@ -16,6 +16,18 @@ from nemo_care.errors import InputError
 from nemo_care.parallel.process_groups import Ranks
 
 
+class TooManySkipped(InputError):
+    """More of a data set than data.max_skipped_fraction can't be used.
+
+    `skipped` are those that the step met which ends the run: nobody else hears of them.
+    """
+
+    def __init__(self, message: str, skipped: Sequence[Skipped] = ()) -> None:
+        """As above."""
+        super().__init__(message)
+        self.skipped = skipped
+
+
 class PromptStream:
     """Gives each model replica its share of every step's prompts.
 
@@ -57,7 +69,7 @@ class PromptStream:
         Collective over all ranks; the ranks of a replica get equal prompts.
 
         Raises:
-            InputError: more of a data set than data.max_skipped_fraction can't be used.
+            TooManySkipped: more of a data set than data.max_skipped_fraction can't be used.
         """
         replicas = self.ranks.data_size
         missing = [self.prompts_per_step // replicas] * replicas
@@ -105,11 +117,11 @@ class PromptStream:
         """Count what a run had skipped before it was killed.
 
         Raises:
-            InputError: as `next_step`, where the fraction has been lowered since.
+            TooManySkipped: as `next_step`, where the fraction has been lowered since.
         """
-        self._count(skipped)
+        self._count(list(skipped))
 
-    def _count(self, skipped: Iterable[Skipped]) -> None:
+    def _count(self, skipped: Sequence[Skipped]) -> None:
         for item in skipped:
             assert item.index is not None, "it came from the stream"
             source, place = self.order.at(item.index)
@@ -119,8 +131,9 @@ class PromptStream:
             too_many = count > self.max_skipped_fraction * annotations.total
             if unusable and (too_many or count == annotations.total):
                 first = next(iter(unusable.values()))
-                raise InputError(
+                raise TooManySkipped(
                     f"{count} of {annotations.total} training samples can't be used, more "
                     f"than data.max_skipped_fraction allows; the first is {first.sample_id}: "
-                    f"{first.reason}"
+                    f"{first.reason}",
+                    skipped,
                 )
