@@ -109,8 +109,18 @@ def _own_folders(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
         if not given or not Path(given).is_dir():
             raise InputError(f"--config-path {given}: no such folder")
         folders.append(Path(given).resolve())
-        result += ["--config-dir", str(folders[-1])]
+        result.append(f"--config-dir={folders[-1]}")
     return result, folders
+
+
+def _overrides_last(arguments: Sequence[str]) -> list[str]:
+    """Flags, and then all overrides with ours: Hydra takes overrides in one piece only."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        is_override = "=" in argument or argument.startswith("~")
+        (overrides if is_override and not argument.startswith("-") else flags).append(argument)
+    return [*flags, *overrides, *_HYDRA_OVERRIDES]
 
 
 def _check_name(arguments: Sequence[str], folders: Sequence[Path]) -> None:
@@ -195,7 +205,7 @@ def compose_recipe(arguments: Sequence[str], *, with_nemo: bool = True) -> Recip
     noise = StringIO()
     try:
         # Hydra repeats on stderr what its exception says.
-        with _command_line([*given, *_HYDRA_OVERRIDES]), redirect_stderr(noise):
+        with _command_line(_overrides_last(given)), redirect_stderr(noise):
             capture()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise InputError(explain(error, given, folders)) from error

@@ -124,6 +124,22 @@ def test_recipe_of_the_users_own_folder_inherits_ours(run, tmp_path):
     assert_refused(result, "algorithm.group_size=1")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--config-name tiny_cpu trainer.seed=7 --cfg job",
+        "trainer.seed=7 --config-name tiny_cpu --cfg job trainer.max_steps=3",
+        "trainer.seed=7 --cfg=job --config-path OWN --config-name=own +ablation=grpo",
+    ],
+)
+def test_flags_and_overrides_come_in_any_order(capsys, tmp_path, arguments):
+    (tmp_path / "own.yaml").write_text("defaults: [tiny_cpu, _self_]")
+    status = main(["train", *arguments.replace("OWN", str(tmp_path)).split()])
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    assert "\n  seed: 7\n" in shown.out
+
+
 def test_cfg_job_prints_the_resolved_recipe(capsys):
     assert main(["train", "--config-name", "tiny_cpu_grpo", "--cfg", "job"]) == 0
     printed = capsys.readouterr().out
