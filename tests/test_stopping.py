@@ -57,21 +57,34 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_been(recipe, ranks, tmp_path):
         assert {key: whole[key] for key in same} == {key: parts[key] for key in same}
 
 
-def test_nothing_is_saved_twice_and_the_last_step_is_an_end_not_a_stop(recipe, ranks, tmp_path):
-    recipe.trainer.max_steps = 1
-    trainer = small_trainer(recipe, ranks, tmp_path)
-    trainer.stop = AskedAfter(1)
-    assert trainer.fit()["steps"] == 1
+def test_nothing_is_saved_twice(recipe, ranks, tmp_path):
     recipe.trainer.max_steps = 3
     recipe.checkpoint.save_interval = 2
     trainer = small_trainer(recipe, ranks, tmp_path)
-    trainer.stop = AskedAfter(1)
+    trainer.stop = AskedAfter(2)
     written = []
     save = trainer.save
     trainer.save = lambda: (written.append(trainer.step), save())
     with pytest.raises(RunStopped):
         trainer.fit()
     assert written == [2]
+
+
+def test_a_validation_is_left_between_two_batches_and_comes_again(recipe, ranks, tmp_path):
+    recipe.trainer.max_steps = 1
+    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
+    recipe.evaluation.samples_per_batch = 3  # of 8
+    whole = small_trainer(recipe, ranks, tmp_path / "whole").fit()
+    # The second batch before the first step; then the step; then the first batch behind it.
+    for asked, steps in ((2, 0), (5, 1)):
+        trainer = small_trainer(recipe, ranks, tmp_path / "parts")
+        trainer.stop = AskedAfter(asked)
+        with pytest.raises(RunStopped, match=f"stopped after step {steps}"):
+            trainer.fit()
+    summary = small_trainer(recipe, ranks, tmp_path / "parts").fit()
+    assert (summary["start"], summary["end"]) == (whole["start"], whole["end"])
+    validations = lines(tmp_path / "parts/validation.jsonl")
+    assert [record["step"] for record in validations] == [0, 1]
 
 
 def test_time_that_is_over_stops_the_run(recipe, ranks, tmp_path):

@@ -173,7 +173,7 @@ class GRPOCareTrainer:
         """Validate on all levels and record the result."""
         if not self.validator.levels:
             return
-        levels, left_out = self.validator.run()
+        levels, left_out = self.validator.run(between_batches=self.stop_if_asked)
         if self.ranks.rank == 0:
             self.files.list_skipped_once(
                 self.step,
@@ -303,13 +303,12 @@ class GRPOCareTrainer:
             self.save()
 
     def stop_if_asked(self) -> None:
-        """Save and leave, before the last step; all ranks call it.
+        """Save and leave; called after each step and each batch of a validation, by all ranks.
 
         Raises:
             RunStopped: a signal asked for it, or trainer.max_time_per_run is over.
         """
-        last = self.step == self.recipe.trainer.max_steps
-        reason = None if last else self.stop.agreed()
+        reason = self.stop.agreed()
         if reason is None:
             return
         if self.saved_step != self.step:

@@ -184,9 +184,9 @@ class _Process:
                 f"{_names(request)}: the decoding process died over it (exit code {code}); replace "
                 "the file, or raise data.worker_memory_gib if it is only large"
             )
-        result, now, peak = outcome
+        result, grown, peak = outcome
         self.peak_memory = max(self.peak_memory, peak)
-        if now > self.memory / 2:
+        if grown > self.memory / 2:
             # What leaks must not be charged to a later sample.
             self._kill()
         if isinstance(result, InputError):
@@ -230,13 +230,14 @@ def _serve(connection: Connection, load: Load, memory: int) -> None:
     _limit_memory(memory)
     torch.set_num_threads(1)
     process = psutil.Process()
+    begun = process.memory_info().rss
     connection.send("ready")
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             request = connection.recv()
             result = _attempt(load, request)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            connection.send((result, process.memory_info().rss, peak))
+            connection.send((result, process.memory_info().rss - begun, peak))
 
 
 def _attempt(load: Load, request: MediaRequest) -> Media | InputError:

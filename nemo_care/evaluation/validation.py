@@ -1,6 +1,6 @@
 """Validation in training: every level's samples, asked of the policy as it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -18,8 +18,13 @@ class Validator:
         self.levels = levels
         self.evaluator = evaluator
 
-    def run(self) -> tuple[dict[str, Results], dict[str, list[Skipped]]]:
-        """Results (see `level_results`) and samples left out, by level. Equal on all ranks."""
+    def run(
+        self, between_batches: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, Results], dict[str, list[Skipped]]]:
+        """Results (see `level_results`) and samples left out, by level. Equal on all ranks.
+
+        `between_batches` is called on all ranks and may end the validation by an exception.
+        """
         results: dict[str, Results] = {}
         left_out: dict[str, list[Skipped]] = {}
         with tqdm(
@@ -36,6 +41,7 @@ class Validator:
                     rows.extend(batch.rows)
                     skipped.extend(batch.skipped)
                     bar.update(len(batch.rows) + len(batch.skipped))
+                    between_batches()
                 left_out[level] = skipped
                 results[level] = level_results(
                     rows,
