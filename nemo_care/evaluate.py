@@ -48,7 +48,9 @@ def run_evaluation(recipe: Recipe, ranks: "Ranks") -> None:
     """
     from nemo_care.data.decoding import DecodingWorkers
     from nemo_care.data.sources import read_levels
+    from nemo_care.evaluation.build import build_llm_judge
     from nemo_care.evaluation.files import EvaluationFiles
+    from nemo_care.evaluation.judge_again import judge_again, unjudged
     from nemo_care.evaluation.settings import evaluation_settings
     from nemo_care.experiment import run_directory
     from nemo_care.model_source import evaluated_model, judging_model, prompt_files_identity
@@ -68,17 +70,26 @@ def run_evaluation(recipe: Recipe, ranks: "Ranks") -> None:
         files.begin(evaluation_settings(recipe, models))
         return files.results() is None
 
-    if ranks.from_rank_zero(begin):
+    incomplete = ranks.from_rank_zero(begin)
+    asks = recipe.evaluation.judge == "llm"
+    # Those of earlier starts only: what failed a moment ago would fail again.
+    missing = unjudged(files) if asks and ranks.rank == 0 else {}
+    if incomplete:
         workers = DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader)
         with (
             closing(workers),
             closing(_build(recipe, ranks, files, workers, model, reference)) as evaluator,
         ):
             _ask_all(recipe, ranks, files, levels, evaluator)
-        if ranks.rank == 0:
-            files.finish(judged=recipe.evaluation.judge != "none")
-    if ranks.rank == 0:
-        _show(files)
+    if ranks.rank != 0:
+        return
+    if missing:
+        samples = {level: annotations.samples for level, annotations in levels.items()}
+        with closing(build_llm_judge(recipe, files.folder.parent)) as judge:
+            judge_again(files, samples, missing, judge)
+    if incomplete or missing:
+        files.finish(judged=recipe.evaluation.judge != "none")
+    _show(files)
 
 
 def _build(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from made_data import write_lines, write_seed_bench_r1, write_video_r1
-from made_endpoint import says
+from made_endpoint import refuses, says
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.cli import main
@@ -216,6 +216,41 @@ def test_language_model_judges_and_is_not_asked_twice(evaluate, endpoint, tmp_pa
     assert evaluate(tmp_path, *asked)[0] == 0
     assert len(endpoint.requests) == count
     assert_results_follow_from_rows(tmp_path, {})
+
+
+def test_completions_that_an_outage_left_unjudged_are_judged_by_the_next_start(
+    evaluate, endpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    answers = iter([says("CONSISTENT")])
+    endpoint.answer = lambda request: next(answers, refuses(500))
+    asked = ["evaluation.judge=llm", "evaluation.llm.model=judge-1", "evaluation.llm.max_retries=0"]
+    asked += [f"evaluation.llm.base_url={endpoint.url}", "evaluation.llm.concurrency=1"]
+    assert evaluate(tmp_path, *asked)[0] == 0
+    before = results_of(tmp_path)
+    assert before["L1"]["unjudged"] > 1
+    completions = {
+        level: [row["completion"] for row in lines(tmp_path / f"evaluation/{level}.jsonl")]
+        for level in LEVELS
+    }
+
+    def unexpected(*arguments):
+        raise AssertionError("nothing is to be generated")
+
+    monkeypatch.setattr(MegatronGenerator, "generate", unexpected)
+    endpoint.answer = lambda request: says("INCONSISTENT")
+    assert evaluate(tmp_path, *asked)[0] == 0
+    after = results_of(tmp_path)
+    for level in LEVELS:
+        rows = lines(tmp_path / f"evaluation/{level}.jsonl")
+        assert [row["completion"] for row in rows] == completions[level]
+        judged = [row for row in rows if row["format"]]
+        assert not any("judge_error" in row for row in judged)
+        assert after[level]["accuracy"] == before[level]["accuracy"]
+        assert after[level]["unjudged"] == len(rows) - len(judged)
+        right = [row["consistent"] for row in judged].count(True)
+        assert right == (level == "L1")
+        assert after[level]["consistency_rate"] == pytest.approx(right / len(judged))
 
 
 def test_complete_evaluation_only_shows_its_table_again(evaluate, tmp_path, monkeypatch):

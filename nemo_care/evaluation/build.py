@@ -53,14 +53,21 @@ def _build_judge(
     likelihoods: Likelihoods | None,
     folder: Path,
 ) -> Judge:
-    name, llm = recipe.evaluation.judge, recipe.evaluation.llm
+    name = recipe.evaluation.judge
     if name == "rule":
         return RuleJudge()
     if name == "likelihood":
         assert likelihoods is not None, "check_training"
         return LikelihoodJudge(likelihoods, tokenizer)
     if name == "llm":
-        # Kept in the run directory, so that a restart asks nothing again.
-        cache = Path(llm.cache) if llm.cache else folder / "llm_judge.sqlite"
-        return LeaderJudge(LLMJudge(llm, cache) if ranks.is_model_leader else None, ranks)
+        return LeaderJudge(
+            build_llm_judge(recipe, folder) if ranks.is_model_leader else None, ranks
+        )
     return NoJudge()
+
+
+def build_llm_judge(recipe: Recipe, folder: Path) -> LLMJudge:
+    """The language model that judges; `folder` is the run directory."""
+    llm = recipe.evaluation.llm
+    # Kept in the run directory, so that a restart asks nothing again.
+    return LLMJudge(llm, Path(llm.cache) if llm.cache else folder / "llm_judge.sqlite")

@@ -79,6 +79,10 @@ class EvaluationFiles:
         append_lines(self.skipped, [{"level": level, **asdict(item)} for item in batch.skipped])
         append_lines(self._rows(level), batch.rows)
 
+    def replace(self, level: str, rows: Sequence[Row]) -> None:
+        """Write the rows of a level anew."""
+        replace_lines(self._rows(level), rows)
+
     def finish(self, *, judged: bool) -> dict[str, Results]:
         """Write the results, made from the rows; `judged` as in `level_results`."""
         skipped = [record["level"] for record in complete_lines(self.skipped)]

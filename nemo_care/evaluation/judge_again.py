@@ -1,0 +1,54 @@
+"""Ask a judge that was not to be had about completions which are there already."""
+
+from collections.abc import Mapping, Sequence
+
+from tqdm import tqdm
+
+from nemo_care.data.samples import Sample
+from nemo_care.evaluation.files import EvaluationFiles
+from nemo_care.evaluation.judges import AnswersQuestions
+
+Unjudged = dict[str, list[int]]
+"""By level, the indices of samples whose well-formed completion has no verdict."""
+
+
+def unjudged(files: EvaluationFiles) -> Unjudged:
+    """What the rows written so far leave open."""
+    found = {
+        level: [
+            row["index"]
+            for row in files.rows(level)
+            if row["format"] == 1 and row["consistent"] is None
+        ]
+        for level in files.levels
+    }
+    return {level: indices for level, indices in found.items() if indices}
+
+
+def judge_again(
+    files: EvaluationFiles,
+    samples: Mapping[str, Sequence[Sample]],
+    missing: Unjudged,
+    judge: AnswersQuestions,
+) -> None:
+    """Put the verdicts that come now into the rows; rank 0 only.
+
+    Raises:
+        InputError: no request can succeed.
+    """
+    total = sum(map(len, missing.values()))
+    with tqdm(total=total, desc="judging again", unit="completion", dynamic_ncols=True) as bar:
+        for level, indices in missing.items():
+            rows = {row["index"]: row for row in files.rows(level)}
+            asked = {
+                index: judge.submit(samples[level][index], rows[index]["completion"])
+                for index in indices
+            }
+            for index, verdict in asked.items():
+                rows[index].pop("judge_error", None)
+                rows[index] |= {
+                    "consistent": verdict.result().consistent,
+                    **verdict.result().details,
+                }
+                bar.update()
+            files.replace(level, list(rows.values()))
