@@ -159,7 +159,7 @@ def guarded(main: Callable[..., Any], *arguments: Any) -> int:
         # Slurm and torch end what is left of a job as soon as one rank has gone.
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"nemo-care: {stopped}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
