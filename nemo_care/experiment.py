@@ -23,6 +23,7 @@ def start_experiment(config: ExpManagerConfig) -> tuple[Path, list[Any]]:
     Returns:
         The run directory and the loggers that the recipe asks for.
     """
+    from lightning.fabric.plugins.environments import LightningEnvironment
     from lightning.pytorch import Trainer
     from nemo.utils import logging as nemo_logging
     from nemo.utils.exp_manager import exp_manager
@@ -36,6 +37,8 @@ def start_experiment(config: ExpManagerConfig) -> tuple[Path, list[Any]]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        # Under srun it would hold its one device against the tasks of the job.
+        plugins=[LightningEnvironment()],
     )
     settings = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(settings, dict)

@@ -1,6 +1,7 @@
 """The files of a run directory; written by rank 0 only.
 
 recipe.yaml                 the resolved recipe
+starts.jsonl                one JSON object per start: commit, versions, machine
 metrics.jsonl               one JSON object per optimizer step
 rollouts/step_000001.jsonl  one line per completion
 validation.jsonl            one JSON object per validation
@@ -37,6 +38,10 @@ class RunFiles:
     def write_recipe(self, text: str) -> None:
         """Write the resolved recipe, as YAML."""
         replace_file(self.recipe, text)
+
+    def append_start(self, origin: Mapping[str, Any]) -> None:
+        """Write what this start of the run was made with."""
+        append_lines(self.folder / "starts.jsonl", [origin])
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step`: those steps come again. 0 drops everything."""

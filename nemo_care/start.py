@@ -4,8 +4,9 @@
     python -m nemo_care.COMMAND ...                  the same
     torchrun --nproc-per-node 8 -m nemo_care.COMMAND ...
 
-Started by hand with more than one device, the process starts the ranks itself. Started by torchrun
-or srun, it is one of them.
+Started by hand with more than one device, the process starts the ranks itself. Started by
+torchrun, or by srun with a task per rank, it is one of them. Started by srun with a task per
+machine (as slurm/ does), it starts the ranks of its own and meets the other starters.
 """
 
 import os
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_care.config import Recipe
-from nemo_care.errors import InputError
+from nemo_care.errors import InputError, RunStopped
 from nemo_care.quiet import quiet_libraries
 from nemo_care.recipes import compose_recipe, read_recipe, recipe_names, save_recipe
 
 if TYPE_CHECKING:
     from nemo_care.parallel.process_groups import RankEnvironment, Ranks
+    from nemo_care.parallel.slurm import Node
 
 # Tells a rank that this command started where the resolved recipe lies.
 _RESOLVED = "NEMO_CARE_RESOLVED_RECIPE"
@@ -86,6 +88,7 @@ Exit status: 0 done; 1 failed; 2 a recipe or input that can't be used."""
 
 def _main(command: Command, arguments: list[str]) -> None:
     from nemo_care.parallel.process_groups import RankEnvironment
+    from nemo_care.parallel.slurm import node_to_start
 
     environment = RankEnvironment.read()
     if environment is not None and _RESOLVED in os.environ:
@@ -94,22 +97,30 @@ def _main(command: Command, arguments: list[str]) -> None:
     recipe = compose_recipe(arguments)
     if recipe is None:
         return
+    trainer = recipe.trainer
+    node = node_to_start(trainer.devices, trainer.num_nodes)
+    if node is not None:
+        # The other machines' ranks wait for those of the first.
+        if node.place == 0:
+            command.check(recipe)
+        _start_ranks(command, recipe, node)
+        return
     if environment is not None:
         _run_rank(command, recipe, environment, checked=False)
         return
-    if recipe.trainer.num_nodes > 1:
+    if trainer.num_nodes > 1:
         raise InputError(
-            f"trainer.num_nodes={recipe.trainer.num_nodes}: start the ranks of several machines "
-            "with torchrun or srun; this command starts those of one"
+            f"trainer.num_nodes={trainer.num_nodes}: start the run on several machines with "
+            "slurm/, srun or torchrun; this command alone starts the ranks of one"
         )
     command.check(recipe)
-    if recipe.trainer.devices == 1:
+    if trainer.devices == 1:
         _run_rank(command, recipe, RankEnvironment(0, 1, 0), checked=True)
         return
     _start_ranks(command, recipe)
 
 
-def _start_ranks(command: Command, recipe: Recipe) -> None:
+def _start_ranks(command: Command, recipe: Recipe, node: "Node | None" = None) -> None:
     """Start the ranks on this machine; they read the resolved recipe instead of composing it."""
     import tempfile
 
@@ -119,7 +130,7 @@ def _start_ranks(command: Command, recipe: Recipe) -> None:
         file = Path(folder) / "recipe.yaml"
         file.write_text(save_recipe(recipe))
         os.environ[_RESOLVED] = str(file)
-        status = start_ranks(recipe.trainer.devices, ["-m", f"nemo_care.{command.name}"])
+        status = start_ranks(recipe.trainer.devices, ["-m", f"nemo_care.{command.name}"], node)
     if status:
         sys.exit(status)
 
@@ -140,5 +151,10 @@ def _run_rank(
     if not checked:
         # The files are the same for all ranks, so one of them looks.
         ranks.from_rank_zero(lambda: command.check(recipe))
-    command.run(recipe, ranks)
+    try:
+        command.run(recipe, ranks)
+    except RunStopped:
+        # All ranks stop together. One that leaves with open groups may die of it instead.
+        ranks.close()
+        raise
     ranks.close()

@@ -37,6 +37,7 @@ def _train(recipe: Recipe, ranks: "Ranks") -> None:
     from nemo_care.data.decoding import DecodingWorkers
     from nemo_care.data.sources import read_levels, read_training
     from nemo_care.experiment import start_experiment
+    from nemo_care.origin import origin
     from nemo_care.parallel.stop_request import StopRequest
     from nemo_care.run_files import RunFiles
 
@@ -55,6 +56,7 @@ def _train(recipe: Recipe, ranks: "Ranks") -> None:
     if ranks.rank == 0:
         _tell_changes(files.recipe, recipe)
         files.write_recipe(save_recipe(recipe))
+        files.append_start(origin())
     with closing(workers):
         trainer = build_trainer(
             recipe,

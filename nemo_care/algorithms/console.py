@@ -1,5 +1,9 @@
-"""What a person sees of a run: a progress bar, sampled completions, a table at the end."""
+"""What a person sees of a run: a progress bar, sampled completions, a table at the end.
 
+In a log file, which shows every state of a bar below the other, each step has a line instead.
+"""
+
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +31,7 @@ class Console:
         """`active` is true on the rank that prints."""
         self.recipe = recipe
         self.active = active
+        self._in_log = not sys.stderr.isatty()
         self._bar: tqdm | None = None
 
     def _print(self, text: Any) -> None:
@@ -42,7 +47,7 @@ class Console:
             total=self.recipe.trainer.max_steps,
             initial=done,
             unit="step",
-            disable=not self.active,
+            disable=self._in_log or not self.active,
             dynamic_ncols=True,
         )
         try:
@@ -66,12 +71,16 @@ class Console:
         """Show a finished step, and now and then one of its completions."""
         for item in skipped:
             self._print(Text(f"skipped sample {item.sample_id}: {item.reason}", style="yellow"))
+        values = {
+            short: f"{metrics[name]:.2f}"
+            for short, name in _SHOWN.items()
+            if metrics.get(name) is not None
+        }
+        if self._in_log:
+            shown = ", ".join(f"{name} {value}" for name, value in values.items())
+            of = self.recipe.trainer.max_steps
+            self._print(f"step {step} of {of}: {shown}, {metrics['timing/step']:.1f} s")
         if self._bar is not None:
-            values = {
-                short: f"{metrics[name]:.2f}"
-                for short, name in _SHOWN.items()
-                if metrics.get(name) is not None
-            }
             self._bar.set_postfix(values, refresh=False)
             self._bar.update()
         every = self.recipe.trainer.show_completion_every

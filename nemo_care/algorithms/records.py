@@ -36,6 +36,7 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
             "prompt_index": group.prompt.index,
             "completion_index": place,
             "completion": completion.text,
+            "prompt_tokens": group.prompt.length,
             "tokens": completion.length,
             "ended": completion.ended,
             "has_answer": completion.answer_span is not None,
@@ -65,7 +66,7 @@ def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, fl
 
     `reward/NAME` is the unweighted mean of a reward, `reward/total` the mean of the weighted sum
     and the bonus. Rates and rewards are means over completions, `groups_*` count groups,
-    `completion_tokens` is the mean length.
+    `prompt_tokens` and `completion_tokens` are mean lengths.
     """
     groups: dict[int, list[Row]] = {}
     for row in rows:
@@ -89,6 +90,7 @@ def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, fl
         "rollout/consistency_rate": mean_of_known(
             [row["consistent"] for row in rows if row["format"] == 1]
         ),
+        "rollout/prompt_tokens": mean_of_known([row["prompt_tokens"] for row in rows]),
         "rollout/completion_tokens": mean_of_known([row["tokens"] for row in rows]),
         "rollout/ended_rate": mean_of_known([row["ended"] for row in rows]),
         "rollout/groups_all_right": _groups_of_accuracy(groups.values(), 1),

@@ -1,4 +1,4 @@
-"""Start the ranks of a run on this machine, as torchrun does."""
+"""Start the ranks of a run on this machine, as torchrun does; on several, one starter each."""
 
 import contextlib
 import logging
@@ -7,14 +7,19 @@ import signal
 import sys
 import traceback
 import uuid
+from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from nemo_care.errors import InputError, RunStopped
+from nemo_care.parallel.slurm import Node
 
 USAGE_ERROR = 2
 FAILURE = 1
@@ -22,11 +27,22 @@ FAILURE = 1
 STOPPED = 75
 
 
-def start_ranks(count: int, arguments: Sequence[str]) -> int:
+# Where each rank's output goes, into files of its own; not set: all of it to the screen.
+_LOG_FOLDER = "NEMO_CARE_RANK_LOGS"
+_SHOWN_LINES = 40  # of the output of a rank that failed
+_JOIN_SECONDS = 900  # until all machines must have joined: one may have to fetch its container
+
+
+def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) -> int:
     """Run `python ARGUMENTS` as `count` ranks and wait for them.
 
     When one dies, the others are ended and its rank and traceback are printed. SIGTERM and SIGUSR1
     are passed on to the ranks, which stop after the running step and save.
+
+    Args:
+        count: Ranks on this machine.
+        arguments: What they run.
+        node: This machine among several, whose ranks are one world; each has its starter.
 
     Returns:
         The exit status: 0, or that of the first rank that failed.
@@ -37,33 +53,93 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
         signal.signal(number, _pass_on)
     # Its own report of a failed rank repeats what the rank has printed.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    machines = node.count if node is not None else 1
+    folder = os.environ.get(_LOG_FOLDER)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=machines,
+        max_nodes=machines,
         nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
+        run_id=node.run_id if node is not None else uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=f"{node.address}:{node.port}" if node is not None else "localhost:0",
+        rdzv_configs=(
+            {
+                "is_host": node.place == 0,
+                "join_timeout": _JOIN_SECONDS,
+                # The first starter checks the inputs before it listens.
+                "read_timeout": _JOIN_SECONDS,
+            }
+            if node is not None
+            else {}
+        ),
         max_restarts=0,
         monitor_interval=0.2,
         # Without SIGTERM, by which it would kill the ranks in the middle of a step.
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        logs_specs=_RankLogs(Path(folder)) if folder else None,
+        log_line_prefix_template="rank ${rank}: ",
     )
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode in (USAGE_ERROR, STOPPED):
-            return failure.exitcode
+        if failure.exitcode == STOPPED:
+            return STOPPED
+        if folder and rank != 0:
+            _show_end(_log_file(Path(folder), rank, "err"))
+        if failure.exitcode == USAGE_ERROR:
+            return USAGE_ERROR
         # The rank's own traceback is on stderr; here is which rank it was.
         how = (
             f"signal {failure.signal_name()}"
             if failure.exitcode < 0
             else (f"exit status {failure.exitcode}")
         )
-        print(f"rank {rank} failed with {how}; the other ranks were stopped", file=sys.stderr)
+        where = f" on {node.name}" if node is not None else ""
+        print(
+            f"rank {rank}{where} failed with {how}; the other ranks were stopped", file=sys.stderr
+        )
+        return FAILURE
+    except RendezvousError as error:
+        assert node is not None
+        print(
+            f"{node.name}: the starters of {machines} machines did not meet at "
+            f"{node.address}:{node.port}, or the first of them is gone ({error})",
+            file=sys.stderr,
+        )
         return FAILURE
     return 0
+
+
+class _RankLogs(DefaultLogsSpecs):
+    """Two files for each rank, with its output and its errors; the screen gets those of rank 0."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Where the output of each rank of this machine goes."""
+        destination = super().reify(envs)
+        for place, env in envs.items():
+            rank = int(env["RANK"])
+            destination.stdouts[place] = str(_log_file(self._folder, rank, "out"))
+            destination.stderrs[place] = str(_log_file(self._folder, rank, "err"))
+            if rank == 0:
+                destination.tee_stdouts[place] = destination.stdouts[place]
+                destination.tee_stderrs[place] = destination.stderrs[place]
+        return destination
+
+
+def _log_file(folder: Path, rank: int, kind: str) -> Path:
+    return folder / f"rank_{rank:04d}.{kind}"
+
+
+def _show_end(file: Path) -> None:
+    with file.open(errors="replace") as lines:
+        sys.stderr.writelines(deque(lines, maxlen=_SHOWN_LINES))
+    print(f"({file})", file=sys.stderr)
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
@@ -80,7 +156,10 @@ def guarded(main: Callable[..., Any], *arguments: Any) -> int:
         print(f"nemo-care: {error}", file=sys.stderr)
         return USAGE_ERROR
     except RunStopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        # Slurm and torch end what is left of a job as soon as one rank has gone.
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"nemo-care: {stopped}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:

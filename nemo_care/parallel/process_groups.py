@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from nemo_care.errors import InputError
 from nemo_care.parallel.cpu_compat import enable_cpu_megatron
+from nemo_care.parallel.slurm import rendezvous_address
 
 T = TypeVar("T")
 
@@ -73,11 +74,8 @@ def _set_rendezvous_address() -> None:
     """Fill MASTER_ADDR and MASTER_PORT from Slurm's environment where no launcher has set them."""
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         return
-    from lightning.fabric.plugins.environments import SLURMEnvironment
-
-    slurm = SLURMEnvironment(auto_requeue=False)
-    os.environ.setdefault("MASTER_ADDR", slurm.main_address)
-    os.environ.setdefault("MASTER_PORT", str(slurm.main_port))
+    address, port = rendezvous_address()
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
 
 
 class Ranks:

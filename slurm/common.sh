@@ -1,0 +1,218 @@
+# shellcheck shell=bash
+# What the scripts beside this file share; they source it in the batch job and call `run_job`.
+# README.md, "On a Slurm cluster", lists the variables.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=slurm/forward.sh
+. "$root/slurm/forward.sh"
+
+STOPPED=75 # nemo_care.parallel.launch.STOPPED
+UNUSABLE=2
+
+say() { printf '%(%FT%T)T slurm: %s\n' -1 "$*"; }
+
+# fail STATUS MESSAGE
+fail() {
+    say "$2" >&2
+    exit "$1"
+}
+
+# run_job train|evaluate [key=value ...]
+run_job() {
+    command=$1
+    shift
+    overrides=()
+    restart=${SLURM_RESTART_COUNT:-0}
+    trap 'asked=USR1' USR1
+    trap 'asked=TERM' TERM
+    check_settings "$@"
+    mkdir -p "$logs"
+    count_fruitless_restarts
+    choose_nodes
+    if [[ -n $asked ]]; then
+        finish "$STOPPED" # asked before training began
+    fi
+    local status=0
+    start_on "${nodes[@]}" || status=$?
+    if compgen -G "$logs/stopped_*" >/dev/null && ((status == 0)); then
+        status=$STOPPED
+    elif [[ $command == evaluate && -n $asked ]]; then
+        # It has no checkpoint to write: the samples that are done are in its files.
+        status=$STOPPED
+    fi
+    finish "$status"
+}
+
+# ---------------------------------------------------------------- settings
+
+check_settings() {
+    [[ -n ${SLURM_JOB_ID:-} ]] || fail $UNUSABLE "this is a batch script: sbatch $0"
+    local argument
+    run_dir=${NEMO_CARE_RUN_DIR:-$PWD/runs/$NEMO_CARE_RECIPE}
+    # The run that is evaluated would not share its directory.
+    [[ $command == train || -n ${NEMO_CARE_RUN_DIR:-} ]] || run_dir+=_evaluated
+    for argument; do
+        case $argument in
+        trainer.num_nodes=*)
+            fail $UNUSABLE "$argument: the job sets it, to sbatch's --nodes less NEMO_CARE_SPARE_NODES"
+            ;;
+        exp_manager.explicit_log_dir=*) run_dir=${argument#*=} ;;
+        *) overrides+=("$argument") ;;
+        esac
+    done
+    [[ $run_dir == /* ]] || run_dir=$PWD/$run_dir
+    logs=$run_dir/slurm/$SLURM_JOB_ID/restart_$restart
+
+    spares=${NEMO_CARE_SPARE_NODES:-0}
+    wanted=$((SLURM_JOB_NUM_NODES - spares))
+    ((wanted > 0)) || fail $UNUSABLE \
+        "NEMO_CARE_SPARE_NODES=$spares leaves none of --nodes=$SLURM_JOB_NUM_NODES: raise --nodes"
+
+    # All CPUs of a node for its one task: srun would give it one.
+    launch=(srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none)
+    python=${NEMO_CARE_PYTHON:-}
+    case ${NEMO_CARE_CONTAINER:-} in
+    "")
+        fail $UNUSABLE "NEMO_CARE_CONTAINER is not set: give an image for Pyxis (a .sqsh file or \
+docker://...), or none to run on the nodes' own Python"
+        ;;
+    none)
+        if [[ -z $python ]]; then
+            python=$root/.venv/bin/python
+            [[ -x $python ]] || fail $UNUSABLE \
+                "no $python: make it with \`make .venv/.installed\`, or set NEMO_CARE_PYTHON"
+        fi
+        ;;
+    *)
+        [[ -n ${NEMO_CARE_MOUNTS:-} ]] || fail $UNUSABLE "NEMO_CARE_MOUNTS is not set: give the \
+folders with checkpoint and data, such as /data:/data,/models:/models (comma-separated)"
+        mkdir -p "$run_dir"
+        launch+=(
+            --container-image="$NEMO_CARE_CONTAINER"
+            --container-mounts="$root:$root,$PWD:$PWD,$run_dir:$run_dir,$NEMO_CARE_MOUNTS"
+            --container-workdir="$PWD"
+            --no-container-mount-home
+        )
+        python=${python:-python3}
+        ;;
+    esac
+}
+
+# ---------------------------------------------------------------- restarts
+
+# What a run has to show: its newest checkpoint, an evaluation's number of rows.
+progress() {
+    local found
+    if [[ $command == train ]]; then
+        found=$(find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*' ! -name '*.partial' \
+            -printf '%f\n' 2>/dev/null | sort -V | tail -n 1) || true
+    else
+        found=$(cat "$run_dir"/evaluation/*.jsonl 2>/dev/null | wc -l) || true
+    fi
+    echo "${found:-none}"
+}
+
+# A job that is requeued again and again without getting further wastes its nodes.
+count_fruitless_restarts() {
+    local file=$run_dir/slurm/progress.$SLURM_JOB_ID limit=${NEMO_CARE_MAX_FRUITLESS_RESTARTS:-3}
+    local fruitless=0 before="" now
+    now=$(progress)
+    if ((restart > 0)) && [[ -f $file ]]; then
+        read -r fruitless before <"$file"
+        if [[ $now == "$before" ]]; then
+            fruitless=$((fruitless + 1))
+        else
+            fruitless=0
+        fi
+    fi
+    echo "$fruitless $now" >"$file"
+    ((fruitless < limit)) || fail 1 "$fruitless restarts in a row without progress (newest: $now); \
+logs: $run_dir/slurm/$SLURM_JOB_ID; NEMO_CARE_MAX_FRUITLESS_RESTARTS=$limit allows no more"
+    say "job $SLURM_JOB_ID, start $((restart + 1)), on $SLURM_JOB_NODELIST; goes on from: $now"
+    say "run directory: $run_dir; logs: $logs"
+}
+
+# finish STATUS: requeue a run that stopped with more to do; end the job with the status.
+finish() {
+    local status=$1 state now
+    if ((status != STOPPED)); then
+        ((status == 0)) || fail "$status" "failed with exit status $status; logs: $logs"
+        say "done"
+        exit 0
+    fi
+    # Before the requeue, after which Slurm ends the job's processes.
+    now=$(progress)
+    state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o ' JobState=[A-Z_]*')
+    if [[ $state != *RUNNING ]]; then
+        say "stopped; Slurm ends or requeues the job itself (${state# })"
+    elif [[ ${NEMO_CARE_REQUEUE:-1} == 0 ]]; then
+        say "stopped; NEMO_CARE_REQUEUE=0: submit the same command to go on"
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        say "stopped; requeued, to go on from: $now"
+    else
+        say "stopped, and can't be requeued: submit the same command to go on" >&2
+    fi
+    exit "$STOPPED"
+}
+
+# ---------------------------------------------------------------- nodes
+
+# The nodes to run on, in `nodes`: the first `wanted` that pass the preflight.
+choose_nodes() {
+    local all node verdict checks=$logs/preflight
+    mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    nodes=()
+    if [[ ${NEMO_CARE_PREFLIGHT:-1} == 0 ]]; then
+        say "NEMO_CARE_PREFLIGHT=0: the nodes are not checked"
+        nodes=("${all[@]:0:wanted}")
+        return
+    fi
+    mkdir -p "$checks"
+    # Every node has to find it on the shared file system, and to leave its verdict beside it.
+    echo "$SLURM_JOB_ID.$restart" >"$checks/canary"
+    NEMO_CARE_LOGS=$checks timeout --kill-after=30 "${NEMO_CARE_PREFLIGHT_SECONDS:-900}" \
+        "${launch[@]}" --kill-on-bad-exit=0 bash "$root/slurm/node.sh" \
+        "$python" -m nemo_care.node_check --verdict "$checks" \
+        --config-name "$NEMO_CARE_RECIPE" "${overrides[@]}" trainer.num_nodes="$wanted" \
+        >"$checks/output" 2>&1 || true
+    for node in "${all[@]}"; do
+        verdict="no answer within ${NEMO_CARE_PREFLIGHT_SECONDS:-900} s, see $checks/output"
+        if [[ -s $checks/$node ]]; then
+            verdict=$(<"$checks/$node")
+        fi
+        case $verdict in
+        ok) nodes+=("$node") ;;
+        recipe:*) fail $UNUSABLE "${verdict#recipe: }" ;;
+        *) say "preflight: $node is left out: $verdict" >&2 ;;
+        esac
+    done
+    ((${#nodes[@]} >= wanted)) || fail 1 "preflight: ${#nodes[@]} of ${#all[@]} nodes are fit and \
+$wanted are needed: sbatch --exclude the others, or ask for spares (NEMO_CARE_SPARE_NODES)"
+    nodes=("${nodes[@]:0:wanted}")
+}
+
+# start_on NODE...: the run, one task per node; returns its exit status.
+start_on() {
+    local list address
+    list=$(
+        IFS=,
+        echo "$*"
+    )
+    # The address by which Slurm itself reaches the first node.
+    address=$(scontrol show node --oneliner "$1" | grep -o ' NodeAddr=[^ ]*')
+    export MASTER_ADDR=${NEMO_CARE_MASTER_ADDR:-${address#*=}}
+    # Where it is not given, it follows from the job's number (nemo_care/parallel/slurm.py).
+    unset MASTER_PORT
+    [[ -z ${NEMO_CARE_MASTER_PORT:-} ]] || export MASTER_PORT=$NEMO_CARE_MASTER_PORT
+    export NEMO_CARE_LOGS=$logs NEMO_CARE_RANK_LOGS=$logs
+    # git may be missing in the container, or refuse a checkout that another user owns.
+    NEMO_CARE_COMMIT=$(git -C "$root" describe --always --abbrev=40 --dirty --exclude '*' \
+        2>/dev/null || true)
+    export NEMO_CARE_COMMIT
+    say "$command on $# nodes: $list"
+    forward "${launch[@]}" --nodes=$# --ntasks=$# --nodelist="$list" --kill-on-bad-exit=1 \
+        bash "$root/slurm/node.sh" "$python" -m "nemo_care.$command" \
+        --config-name "$NEMO_CARE_RECIPE" exp_manager.explicit_log_dir="$run_dir" \
+        "${overrides[@]}" trainer.num_nodes=$#
+}

@@ -1,0 +1,22 @@
+#!/bin/bash
+# GRPO-CARE on Qwen2.5-VL-72B, from the folder of the checkout:
+#
+#     export NEMO_CARE_CONTAINER=/images/nemo.sqsh NEMO_CARE_MOUNTS=/data:/data,/models:/models
+#     sbatch --nodes=16 slurm/train_72b.sh model.hf_path=/models/Qwen2.5-VL-72B-Instruct ...
+#
+# Arguments are recipe overrides; options of sbatch override those below.
+#SBATCH --job-name=nemo-care-72b
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+#SBATCH --output=%x_%j.log
+NEMO_CARE_RECIPE="${NEMO_CARE_RECIPE:-grpo_care_qwen2_5_vl_72b}"
+# Slurm runs a copy of this file, so it can't look beside itself.
+# shellcheck source=slurm/common.sh
+. "${NEMO_CARE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
+run_job train "$@"
