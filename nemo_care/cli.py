@@ -111,8 +111,18 @@ def _miniature(arguments: list[str]) -> int:
     return guarded(lambda: write_world(given.pop("root"), **given))
 
 
+def _plan(arguments: list[str]) -> int:
+    from nemo_care.parallel.launch import guarded
+    from nemo_care.planning.command import main as plan
+    from nemo_care.quiet import quiet_libraries
+
+    quiet_libraries()
+    return guarded(plan, arguments)
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a policy: --config-name RECIPE [key=value ...]"),
+    "plan": (_plan, "memory, time and a dry run of a recipe, before it is queued"),
     "export": (_export, "write a trained model as a Hugging Face directory"),
     "report": (_report, "draw a run's curves and a page that holds them"),
     "compare": (_compare, "train several recipes and seeds, and print one table"),

@@ -19,6 +19,8 @@ FLOORS = {
     "algorithms": 6, "evaluation": 6,
     "cli": 7, "train": 7, "export": 7, "preflight": 7, "recipes": 7, "experiment": 7,
     "reporting": 7,
+    # Beside the house too: it runs what all floors have, without memory.
+    "planning": 7,
     # Beside the house: it makes data and a checkpoint, and uses what it needs.
     "miniature": 7,
 }  # fmt: skip
