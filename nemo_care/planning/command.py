@@ -37,6 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run a step of one rank of each stage, and refuse a recipe that does not fit",
+    )
+    parser.add_argument(
         "--gpu", default=DEFAULT_GPU, help=f"one of {', '.join(gpu_names())} (default %(default)s)"
     )
     parser.add_argument("--gpu-memory-gib", type=float, help="its memory, where it is another")
@@ -94,6 +99,15 @@ def main(arguments: Sequence[str]) -> None:
         efficiency=_efficiency(options.assume),
     )
     plan = make_plan(recipe, question)
+    if options.dry_run:
+        from nemo_care.planning.dry_run import dry_run, dry_run_as_json, dry_run_report
+
+        runs = dry_run(plan)
+        if options.json:
+            print(json.dumps(dry_run_as_json(runs)))
+        else:
+            print_report(dry_run_report(plan, runs))
+        return
     advice = remedies(plan)
     if options.json:
         print(json.dumps(plan_as_json(plan, advice)))

@@ -28,7 +28,8 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f}" if size else "–"
 
 
-def _table(columns: Sequence[str]) -> Table:
+def markdown_table(columns: Sequence[str]) -> Table:
+    """An empty table that can be pasted into Markdown."""
     table = Table(box=box.MARKDOWN)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
@@ -86,7 +87,7 @@ def _headline(plan: Plan) -> str:
 
 def _held_table(plan: Plan) -> Table:
     offload = plan.recipe.algorithm.reference.offload
-    table = _table(
+    table = markdown_table(
         [
             "stage",
             "parameters",
@@ -116,7 +117,7 @@ def _held_table(plan: Plan) -> Table:
 def _phase_table(plan: Plan) -> Table:
     shown = [phase for phase in PHASES if any(phase in stage.peaks for stage in plan.stages)]
     question = plan.question
-    table = _table(["stage", *shown, "largest", "fits"])
+    table = markdown_table(["stage", *shown, "largest", "fits"])
     for stage in plan.stages:
         table.add_row(
             str(stage.stage),
@@ -129,7 +130,7 @@ def _phase_table(plan: Plan) -> Table:
 
 def _detail_table(plan: Plan) -> Table:
     own = plan.recipe.model.recompute_granularity
-    table = _table(
+    table = markdown_table(
         ["stage", "in flight", "micro-batch", "of it vision", "KV cache", "output layer"]
         + [f"{'*' if name == own else ''}{name}" for name in GRANULARITIES],
     )
@@ -152,13 +153,13 @@ def _details(stage: StagePlan) -> list[str]:
 
 
 def _host_table(plan: Plan) -> Table:
-    table = _table([*plan.host, "together"])
+    table = markdown_table([*plan.host, "together"])
     table.add_row(*(gib(size) for size in plan.host.values()), gib(sum(plan.host.values())))
     return table
 
 
 def _time_table(plan: Plan) -> Table:
-    table = _table(["", "rollout", "scoring", "update", "step"])
+    table = markdown_table(["", "rollout", "scoring", "update", "step"])
     flops = plan.flops
     values = [*flops.values(), sum(flops.values())]
     table.add_row("PFLOP", *(f"{value / 1e15:.1f}" for value in values))
