@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from nemo_care.errors import InputError
 from nemo_care.planning.gpus import DEFAULT_GPU, gpu_names, read_gpu
 
 if TYPE_CHECKING:
+    from nemo_care.config import Recipe
+    from nemo_care.planning.plan import Question
     from nemo_care.planning.work import Efficiency
 
 _DESCRIPTION = """Memory, time and communication of a recipe, before it is queued.
@@ -40,6 +43,15 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run",
         action="store_true",
         help="run a step of one rank of each stage, and refuse a recipe that does not fit",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="list the layouts that fit, the fastest first by estimate (minutes)",
+    )
+    parser.add_argument("--gpus", type=int, help="for --search: how many (default: the recipe's)")
+    parser.add_argument(
+        "--limit", type=int, default=5, help="for --search: how many to list (default %(default)s)"
     )
     parser.add_argument(
         "--gpu", default=DEFAULT_GPU, help=f"one of {', '.join(gpu_names())} (default %(default)s)"
@@ -98,6 +110,9 @@ def main(arguments: Sequence[str]) -> None:
         completion_tokens=options.completion_tokens,
         efficiency=_efficiency(options.assume),
     )
+    if options.search:
+        _search(recipe, question, options)
+        return
     plan = make_plan(recipe, question)
     if options.dry_run:
         from nemo_care.planning.dry_run import dry_run, dry_run_as_json, dry_run_report
@@ -113,6 +128,21 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps(plan_as_json(plan, advice)))
     else:
         print_report(plan_report(plan, advice))
+
+
+def _search(recipe: "Recipe", question: "Question", options: argparse.Namespace) -> None:
+    from nemo_care.planning.search import search, search_as_json, search_report
+    from nemo_care.planning.tables import print_report
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    found = search(recipe, question, options.gpus, options.limit, tell)
+    if options.json:
+        print(json.dumps(search_as_json(found)))
+        return
+    gpus = options.gpus or recipe.trainer.devices * recipe.trainer.num_nodes
+    print_report(search_report(found, question, gpus))
 
 
 def _efficiency(assumptions: Sequence[str]) -> "Efficiency":

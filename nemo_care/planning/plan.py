@@ -124,21 +124,23 @@ def _with(recipe: Recipe, granularity: str) -> Iterator[Recipe]:
     yield changed
 
 
+def gathered_bytes(recipe: Recipe, build: StageBuild) -> int:
+    """What saving a checkpoint takes on the GPU: Megatron gathers the optimizer's state tensor by
+    tensor, each whole in float32 (DistributedOptimizer.get_parameter_state_dp_zero)."""
+    return build.gradients + build.gradients // replicas_of(recipe)
+
+
 def phase_peaks(
     recipe: Recipe, build: StageBuild, use: StageUse, stage: int, allowance: int
 ) -> dict[str, int]:
     """Bytes at each phase's peak on a rank of this stage, everything included."""
-    replicas = replicas_of(recipe)
     count = micro_batches_of(recipe)
-    # Megatron gathers the optimizer's state tensor by tensor, each in float32 as a whole
-    # (DistributedOptimizer.get_parameter_state_dp_zero).
-    gathered = build.gradients + build.gradients // replicas
     extra = {
         "rollout": use.rollout,
         "validation": use.validation,
         "scoring": use.scoring_peak(count),
         "update": use.update_peak(in_flight(recipe, stage), count),
-        "checkpoint": gathered,
+        "checkpoint": gathered_bytes(recipe, build),
     }
     held = build.held(offload=recipe.algorithm.reference.offload)
     return {phase: held + extra[phase] + allowance for phase in PHASES if extra[phase]}
