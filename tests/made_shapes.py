@@ -25,7 +25,7 @@ SMALL = {
     "image_token_id": 1000,
     "video_token_id": 1001,
     "vision_config": {
-        "depth": 4,
+        "depth": 2,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_heads": 4,
@@ -34,7 +34,7 @@ SMALL = {
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
         "window_size": 112,
-        "fullatt_block_indexes": [1, 3],
+        "fullatt_block_indexes": [1],
     },
 }
 
@@ -57,7 +57,7 @@ def plan_recipe(hf_path: str, tensor: int, pipeline: int, granularity: str = "no
     recipe.model.sequence_parallel = tensor > 1
     recipe.model.recompute_granularity = granularity
     recipe.algorithm.group_size = 4
-    recipe.algorithm.prompts_per_step = 8
+    recipe.algorithm.prompts_per_step = 4
     recipe.rollout.max_completion_tokens = LENGTHS[1]
     recipe.data.max_prompt_tokens = LENGTHS[0]
     recipe.data.train.root = recipe.data.validation.root = "nowhere"

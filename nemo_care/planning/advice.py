@@ -7,10 +7,12 @@ from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.parallel.process_groups import Layout
 from nemo_care.planning.gpus import GIB
-from nemo_care.planning.plan import Plan, StagePlan
+from nemo_care.planning.plan import GRANULARITIES, Plan, StagePlan
 from nemo_care.planning.stage import uses_reference
 
 Peaks = dict[str, float]
+# A change that leaves more of the peak than this is not worth a line.
+_WORTH = 0.97
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ def remedies(plan: Plan) -> list[str]:
     found = []
     for order, change in enumerate(_changes(plan)):
         peak = max(max(change.peaks(stage).values()) for stage in plan.stages)
-        if peak < plan.worst.peak - 0.05 * GIB:
-            found.append((peak > plan.question.budget, order, peak, change))
+        if peak - plan.allowance < _WORTH * (plan.worst.peak - plan.allowance):
+            too_much = peak > plan.question.budget
+            found.append((too_much, peak if too_much else order, peak, change))
     return [
         f"{change.overrides} ({change.cost}): about {peak / GIB:.0f} GiB at the peak"
         + (", still too much alone" if too_much else "")
@@ -63,8 +66,10 @@ def _changes(plan: Plan) -> Iterator[_Change]:
             "some seconds per step, and CPU memory",
             _without_reference,
         )
-    for granularity, cost in (("selective", "a little"), ("full", "a third")):
-        if model.recompute_granularity in ("none", "selective")[: 1 + (granularity == "full")]:
+    stronger = GRANULARITIES[GRANULARITIES.index(model.recompute_granularity) + 1 :]
+    for granularity in stronger:
+        cost = "a third" if granularity == "full" else "a little"
+        if all(granularity in stage.update_by_recomputation for stage in plan.stages):
             yield _Change(
                 f"model.recompute_granularity={granularity}",
                 f"{cost} more time in the update",

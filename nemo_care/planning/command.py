@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.search:
         _search(recipe, question, options)
         return
-    plan = make_plan(recipe, question)
+    plan = make_plan(recipe, question, compare=not options.dry_run)
     if options.dry_run:
         from nemo_care.planning.dry_run import dry_run, dry_run_as_json, dry_run_report
 

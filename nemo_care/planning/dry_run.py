@@ -15,7 +15,7 @@ from nemo_care.errors import InputError
 from nemo_care.parallel.checkpoints import sharding_metadata
 from nemo_care.planning.advice import remedies
 from nemo_care.planning.gpus import GIB
-from nemo_care.planning.plan import Plan
+from nemo_care.planning.plan import Plan, make_plan
 from nemo_care.planning.stage import Stage, built_stage, in_flight
 from nemo_care.planning.tables import markdown_table
 
@@ -72,7 +72,7 @@ def dry_run(plan: Plan) -> list[StageRun]:
     """
     if not plan.fits:
         worst, budget = plan.worst, plan.question.budget
-        advice = remedies(plan)
+        advice = remedies(make_plan(plan.recipe, plan.question))
         raise InputError(
             f"stage {worst.stage} needs {worst.peak / GIB:.0f} GiB in {worst.peak_phase}, a "
             f"{plan.question.gpu.name} has {budget / GIB:.0f} GiB with the margin: "

@@ -10,6 +10,7 @@ and its hooks on every module take minutes at these sizes.
 """
 
 import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 _FACTORIES = {aten.empty.memory_format, aten.zeros.default, aten.ones.default}
@@ -68,8 +69,7 @@ class MetaMemory(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in _FACTORIES:
             return self._make(func, args, kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
         if not any(tensor.is_meta for tensor in tensors):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
@@ -80,7 +80,7 @@ class MetaMemory(TorchDispatchMode):
                 return torch.ones(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
             return self._count(func(*args, **kwargs), host=True)
         if not all(tensor.is_meta for tensor in tensors):
-            args, kwargs = tree_unflatten([_lifted(leaf) for leaf in leaves], spec)
+            args, kwargs = tree_map_only(torch.Tensor, _lifted, (args, kwargs))
         result = func(*args, **kwargs)
         self._note_workspace(func, args)
         return self._count(result)
@@ -144,11 +144,20 @@ def _is_cpu(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cpu"
 
 
-def _lifted(leaf: Any) -> Any:
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operator's arguments; torch's own tree walk is much slower."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _lifted(tensor: torch.Tensor) -> torch.Tensor:
     """A CPU tensor's shape on `meta`."""
-    if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
-    return leaf
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _read_back(tensor: torch.Tensor) -> bool | int | float:

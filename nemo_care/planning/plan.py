@@ -1,6 +1,6 @@
 """The plan of a recipe: what every stage holds, what every phase needs, and whether it fits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -221,8 +221,10 @@ class Measurements:
         return number == 0, number == last, build.parameters
 
 
-def make_plan(recipe: Recipe, question: Question) -> Plan:
+def make_plan(recipe: Recipe, question: Question, *, compare: bool = True) -> Plan:
     """Build every stage in a fake world and put the plan together.
+
+    `compare` runs the update under every recomputation, not only under the recipe's.
 
     Raises:
         InputError: a layout that does not fit the model or the world, or an unknown model.
@@ -234,7 +236,7 @@ def make_plan(recipe: Recipe, question: Question) -> Plan:
     measured = Measurements(recipe, shape, longest)
     allowance = allowance_of(recipe)
     stages = [
-        _stage_plan(recipe, measured, number, allowance)
+        _stage_plan(measured, number, allowance, GRANULARITIES if compare else ())
         for number in range(recipe.model.pipeline_model_parallel_size)
     ]
     builds = [stage.build for stage in stages]
@@ -254,14 +256,17 @@ def make_plan(recipe: Recipe, question: Question) -> Plan:
     )
 
 
-def _stage_plan(recipe: Recipe, measured: Measurements, number: int, allowance: int) -> StagePlan:
+def _stage_plan(
+    measured: Measurements, number: int, allowance: int, granularities: Sequence[str]
+) -> StagePlan:
+    recipe = measured.recipe
     build, use = measured.stage(number)
     peaks = phase_peaks(recipe, build, use, number, allowance)
     flying, count = in_flight(recipe, number), micro_batches_of(recipe)
     held = build.held(offload=recipe.algorithm.reference.offload)
     own = recipe.model.recompute_granularity
     by_recomputation = {own: peaks["update"]}
-    for granularity in GRANULARITIES:
+    for granularity in granularities:
         if granularity != own:
             passes, step, kept = measured.update(number, build, granularity)
             update = max(passes + (flying - 1) * kept, step) + count * use.inputs
@@ -273,7 +278,7 @@ def _stage_plan(recipe: Recipe, measured: Measurements, number: int, allowance: 
         in_flight=flying,
         held=held,
         peaks=peaks,
-        update_by_recomputation={name: by_recomputation[name] for name in GRANULARITIES},
+        update_by_recomputation=by_recomputation,
     )
 
 

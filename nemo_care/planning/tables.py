@@ -148,7 +148,7 @@ def _details(stage: StagePlan) -> list[str]:
         gib(use.vision),
         gib(use.key_value_cache),
         gib(use.output_layer),
-        *(gib(stage.update_by_recomputation[name]) for name in GRANULARITIES),
+        *(gib(stage.update_by_recomputation.get(name, 0)) for name in GRANULARITIES),
     ]
 
 
