@@ -127,10 +127,20 @@ def _data(arguments: list[str]) -> int:
     return main(arguments[1:])
 
 
+def _plan(arguments: list[str]) -> int:
+    from nemo_care.parallel.launch import guarded
+    from nemo_care.planning.command import main as plan
+    from nemo_care.quiet import quiet_libraries
+
+    quiet_libraries()
+    return guarded(plan, arguments)
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a policy: --config-name RECIPE [key=value ...]"),
     "evaluate": (_evaluate, "evaluate a model: --config-name RECIPE [key=value ...]"),
     "data": (_data, "data check: find what can't be used in a recipe's data"),
+    "plan": (_plan, "memory, time and a dry run of a recipe, before it is queued"),
     "export": (_export, "write a trained model as a Hugging Face directory"),
     "report": (_report, "draw a run's curves and a page that holds them"),
     "compare": (_compare, "train several recipes and seeds, and print one table"),

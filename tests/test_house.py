@@ -20,6 +20,8 @@ FLOORS = {
     "node_check": 7, "origin": 7,
     "preflight": 7, "recipes": 7, "recipe_errors": 7, "recipe_docs": 7, "experiment": 7,
     "reporting": 7, "data_check": 7,
+    # Beside the house too: it runs what all floors have, without memory.
+    "planning": 7,
     # Beside the house: it makes data and a checkpoint, and uses what it needs.
     "miniature": 7,
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from transformers import Qwen2_5_VLConfig
 
 from nemo_care.algorithms.grpo_care import GRPOCareTrainer, MetricLogger
 from nemo_care.algorithms.policy import Policy
@@ -32,9 +33,9 @@ from nemo_care.scoring.score import Scorer
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_model(recipe: Recipe, ranks: Ranks) -> Qwen25VL:
-    """This rank's part of the recipe's model, its weights still to be loaded."""
-    hf = read_hf_config(recipe.model.hf_path)
+def build_model(recipe: Recipe, ranks: Ranks, hf: Qwen2_5_VLConfig | None = None) -> Qwen25VL:
+    """This rank's part of the recipe's model (or of `hf`), its weights still to be loaded."""
+    hf = hf or read_hf_config(recipe.model.hf_path)
     config = transformer_config(
         hf,
         ranks.layout,

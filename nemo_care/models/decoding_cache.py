@@ -36,6 +36,12 @@ class DecodingCache(PackedSeqParams):
         self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        pairs = (*self._prompt.values(), *self._own.values())
+        return sum(memory.nbytes for pair in pairs for memory in pair)
+
     def store_prompts(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep keys and values [S, 1, key heads, head_dim] of the packed prompts."""
         self._prompt[layer] = tuple(  # type: ignore[assignment]
@@ -140,7 +146,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     probability away from what training's kernels compute."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.is_cuda:
+    if a.device.type != "cpu":
         flat = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
         return flat.unflatten(0, a.shape[:2])
     return a.float() @ b.float()

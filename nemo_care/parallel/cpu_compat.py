@@ -46,7 +46,7 @@ class _DeviceRedirect(TorchFunctionMode):
             and isinstance(result, str)
             and not result.startswith("torch.cuda.")
         ):
-            return result.replace("torch.", "torch.cuda.", 1)
+            return f"torch.cuda.{result.rpartition('.')[2]}"
         return result
 
 

@@ -95,23 +95,31 @@ class Ranks:
         Raises:
             InputError: the world does not fit the layout.
         """
-        enable_cpu_megatron()
         env = environment or RankEnvironment(0, 1, 0)
         layout.data(env.world_size)
-        if not dist.is_initialized():
-            self._init_distributed(env, cpu_threads)
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-        )
-        initialize_rng_tracker(inference_rng_tracker=True)
         self.layout = layout
+        self._start(env, cpu_threads)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.is_first_stage = parallel_state.is_pipeline_first_stage()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        self._make_object_groups()
+
+    def _start(self, env: RankEnvironment, cpu_threads: int) -> None:
+        """Start torch.distributed and Megatron's groups."""
+        enable_cpu_megatron()
+        if not dist.is_initialized():
+            self._init_distributed(env, cpu_threads)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.layout.tensor,
+            pipeline_model_parallel_size=self.layout.pipeline,
+        )
+        initialize_rng_tracker(inference_rng_tracker=True)
+
+    def _make_object_groups(self) -> None:
+        """Make the gloo groups that Python objects travel over."""
         replicas: list[list[int]] = [[] for _ in range(self.world_size)]
         model_ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
         dist.all_gather_object(replicas, sorted(model_ranks))

@@ -49,14 +49,14 @@ class MegatronGenerator:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group per prompt; all ranks of the model replica call it with equal prompts."""
         groups: list[Group] = []
-        with self._inference():
+        with self.inference():
             for start in range(0, len(prompts), self.groups_per_batch):
                 batch = prompts[start : start + self.groups_per_batch]
                 groups.extend(self._generate_batch(batch, sampling))
         return groups
 
     @contextmanager
-    def _inference(self) -> Iterator[None]:
+    def inference(self) -> Iterator[None]:
         """Evaluation mode without sequence parallelism, and back."""
         was_training = self.model.training
         self.model.eval()
@@ -74,7 +74,7 @@ class MegatronGenerator:
             sampling.group_size,
             sampling.max_tokens,
         )
-        decoding = _Decoding(
+        decoding = Decoding(
             self.model,
             self.ranks,
             [prompt for prompt in prompts for _ in range(copies)],
@@ -104,7 +104,7 @@ class MegatronGenerator:
         )
 
 
-class _Decoding:
+class Decoding:
     """B prompts with G completions each, decoded together: N = B * G rows."""
 
     def __init__(
@@ -116,6 +116,7 @@ class _Decoding:
         sampling: Sampling,
         tokenizer: ChatTokenizer,
     ) -> None:
+        """Nothing is computed yet; `run` does everything, or `prefill`, `choose` and `decode`."""
         self.model = model
         self.ranks = ranks
         self.prompts = prompts
@@ -141,9 +142,9 @@ class _Decoding:
         positions = positions.to(self.device)
         # Rows that have not ended; the batch holds nothing else.
         rows = torch.arange(count, device=self.device)
-        logits = self._prefill().repeat_interleave(self.group_size, dim=0)
+        logits = self.prefill().repeat_interleave(self.group_size, dim=0)
         for step in range(longest):
-            token, log_prob = self._choose(logits, uniforms[rows, step])
+            token, log_prob = self.choose(logits, uniforms[rows, step])
             tokens[rows, step], log_probs[rows, step] = token, log_prob
             going_on = (~torch.isin(token, self.eos)).nonzero()[:, 0]
             if not len(going_on) or step + 1 == longest:
@@ -152,7 +153,7 @@ class _Decoding:
                 rows, token = rows[going_on], token[going_on]
                 positions = positions[:, going_on]
                 self.cache.keep(going_on)
-            logits = self._decode(token, positions + step)
+            logits = self.decode(token, positions + step)
         return tokens.cpu(), log_probs.cpu()
 
     def _pack_prompts(self) -> PackedSegments:
@@ -162,7 +163,7 @@ class _Decoding:
             end += prompt.length
         return PackedSegments(segments=tuple(segments), length=end, device=self.device)
 
-    def _prefill(self) -> torch.Tensor:
+    def prefill(self) -> torch.Tensor:
         """Compute the prompts; logits float32 [B, V] of their completions' first token."""
         inputs = model_inputs(
             self.prompts,
@@ -176,7 +177,7 @@ class _Decoding:
         self.cache.begin_decoding()
         return logits
 
-    def _decode(self, token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def decode(self, token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """One token [R] of each row, at `positions` [3, R]; logits float32 [R, V] of the next."""
         inputs = ModelInputs(
             token_ids=token[None], position_ids=positions[:, None], packed=self.cache
@@ -197,7 +198,7 @@ class _Decoding:
             return results[0]
         return torch.zeros(len(places), self.model.vocab_size, device=self.device)
 
-    def _choose(
+    def choose(
         self, logits: torch.Tensor, uniforms: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token [R] and its log-probability [R], equal on all stages."""

@@ -1,0 +1,128 @@
+"""The plan's memory against what a real update takes at its peak on this machine.
+
+    python benchmarks/plan.py
+
+A random Qwen2.5-VL in float32 on the CPU. The plan assumes the flash kernel, while a CPU's
+attention also keeps masks, and a process has overheads of its own: a few percent are no surprise.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SHAPE = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 32768,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+    "tie_word_embeddings": False,
+    "image_token_id": 1000,
+    "video_token_id": 1001,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "vision_config": {
+        "depth": 4,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_heads": 8,
+        "out_hidden_size": 512,
+        "fullatt_block_indexes": [1, 3],
+    },
+}
+PROMPT, COMPLETION, GROUP = 2048, 128, 8
+GRANULARITIES = ("none", "selective", "full")
+
+
+def recipe_of(folder: str, granularity: str):
+    from nemo_care.config import Recipe
+
+    recipe = Recipe()
+    recipe.trainer.max_steps = 4
+    recipe.model.hf_path = folder
+    recipe.model.precision.dtype = "fp32"
+    recipe.model.recompute_granularity = granularity
+    recipe.algorithm.group_size = GROUP
+    recipe.algorithm.prompts_per_step = 1
+    recipe.rollout.max_completion_tokens = COMPLETION
+    recipe.data.max_prompt_tokens = PROMPT
+    recipe.data.train.root = recipe.data.validation.root = "nowhere"
+    return recipe
+
+
+def planned(folder: str) -> dict[str, int]:
+    """Bytes of forward and backward at their peak, by recomputation."""
+    from nemo_care.planning.shapes import longest_lengths, read_model_shape
+    from nemo_care.planning.stage import built_stage
+
+    found = {}
+    shape = read_model_shape(folder)
+    for granularity in GRANULARITIES:
+        recipe = recipe_of(folder, granularity)
+        with built_stage(recipe, shape, 0, reference=False) as stage:
+            found[granularity] = stage.update(longest_lengths(recipe, shape.hf), 1)[0]
+    return found
+
+
+def measured(folder: str, granularity: str) -> int:
+    """The same of a real update, by the operating system's count."""
+    import torch
+    from measure import peak_memory
+
+    from nemo_care.algorithms.build import build_model
+    from nemo_care.algorithms.policy import Policy
+    from nemo_care.parallel.process_groups import Layout, Ranks
+    from nemo_care.planning.shapes import longest_lengths, made_group, read_model_shape
+    from nemo_care.rollouts.batches import BatchLayout
+
+    recipe, ranks = recipe_of(folder, granularity), Ranks(Layout())
+    hf = read_model_shape(folder).hf
+    model = build_model(recipe, ranks)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    policy = Policy(model, recipe, ranks, BatchLayout(1, 0, multiple=16))
+    group = made_group(longest_lengths(recipe, hf), hf, 0, GROUP)
+    group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
+    # AdamW's state comes with the first update.
+    policy.update([group])
+    policy.wrapped.zero_grad_buffer()
+    return peak_memory(lambda: policy.update([group]))[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
+    part = parser.parse_args().part
+    if part:
+        folder, name = part
+        print(json.dumps(planned(folder) if name == "plan" else measured(folder, name)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPE))
+
+        def run(name: str):
+            command = [sys.executable, "-W", "ignore", __file__, "--part", folder, name]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            return json.loads(done.stdout.splitlines()[-1])
+
+        plan = run("plan")
+        print("| recomputation | planned | measured | ratio |")
+        print("| --- | ---: | ---: | ---: |")
+        for name in GRANULARITIES:
+            real = run(name)
+            ratio = plan[name] / real
+            print(
+                f"| {name} | {plan[name] / 2**20:.0f} MiB | {real / 2**20:.0f} MiB | {ratio:.2f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Run real code on tensors without memory, and count the memory it would have taken.
+
+Inside `MetaMemory` everything with a hidden dimension lives on `meta`. What decides about shapes
+(token ids, places, masks, grids) is small and stays a real tensor on the CPU, so nothing depends on
+values that are not there. Every storage that an operator makes is counted until it is freed, like
+`torch.cuda.memory_allocated` would, so peaks include what only lives inside an operator's caller.
+
+torch's own `MemTracker` counts alike, but mixes neither devices nor tells host from device memory,
+and its hooks on every module take minutes at these sizes.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import CausalBias
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+_FACTORIES = {aten.empty.memory_format, aten.zeros.default, aten.ones.default}
+# A larger tensor of the CPU, in bytes, has no values that decide about shapes: it gets no memory.
+_LARGE = 2**20
+
+
+class MetaMemory(TorchDispatchMode):
+    """Counts bytes on the (imagined) device and in host memory.
+
+    `current` and `peak` are those of the device, `host` the bytes of large tensors that the code
+    puts into CPU memory. A value that the code reads back is 1 (False for a truth value).
+    """
+
+    def __init__(self) -> None:
+        """Nothing is counted yet."""
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self.host = 0
+        self._alive: dict[int, Any] = {}
+        self._replaced = ExitStack()
+
+    def __enter__(self) -> "MetaMemory":
+        """Start counting."""
+        # Plain replacements: what recomputation runs inside backward escapes function modes.
+        self._replaced.enter_context(patch.object(F, _ATTENTION.__name__, _attention))
+        self._replaced.enter_context(patch.object(torch, "tensor", _tensor))
+        self._replaced.enter_context(
+            patch.object(CausalBias, "__new__", _new_outside_modes, create=True)
+        )
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop counting; what is freed later is still taken off."""
+        super().__exit__(*error)
+        self._replaced.close()
+
+    def reset_peak(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.current
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator."""
+        kwargs = kwargs or {}
+        if func in _FACTORIES:
+            return self._make(func, args, kwargs)
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        if not any(tensor.is_meta for tensor in tensors):
+            return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default:
+            return _read_back(tensors[0])
+        if func is aten._to_copy.default and _is_cpu(kwargs.get("device")):
+            kwargs = {**kwargs, "device": torch.device("meta")}
+            if tensors[0].numel() * tensors[0].element_size() <= _LARGE:
+                return torch.ones(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
+            return self._count(func(*args, **kwargs), host=True)
+        if not all(tensor.is_meta for tensor in tensors):
+            args, kwargs = tree_map_only(torch.Tensor, _lifted, (args, kwargs))
+        result = func(*args, **kwargs)
+        self._note_workspace(func, args)
+        return self._count(result)
+
+    def _make(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """A new tensor; a large one of the CPU gets no memory."""
+        host = _is_cpu(kwargs.get("device")) or kwargs.get("device") is None
+        if host:
+            width = (kwargs.get("dtype") or torch.get_default_dtype()).itemsize
+            if torch.Size(args[0]).numel() * width <= _LARGE:
+                return func(*args, **kwargs)
+            kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": False}
+        return self._count(func(*args, **kwargs), host=host)
+
+    def _count(self, result: Any, *, host: bool = False) -> Any:
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self._alive or not size:
+                continue
+            # torch keeps a storage's Python object as long as the storage itself.
+            self._alive[key] = weakref.ref(storage, self._freer(key, size, host))
+            if host:
+                self.host += size
+            else:
+                self.current += size
+                self.peak = max(self.peak, self.current)
+        return result
+
+    def _freer(self, key: int, size: int, host: bool) -> Any:
+        def free(_: Any) -> None:
+            del self._alive[key]
+            if host:
+                self.host -= size
+            else:
+                self.current -= size
+
+        return free
+
+    def _note_workspace(self, func: Any, args: tuple) -> None:
+        """Memory that CUDA's kernels take for themselves, which `meta` does not show."""
+        if func is aten._scaled_dot_product_flash_attention_backward.default:
+            # FlashAttention 2 sums dq in float32 and, with fewer key heads than query heads, keeps
+            # dk and dv per query head (torch's flash_api.cpp, mha_bwd).
+            _, query, key, value, *_ = args
+            workspace = query.numel() * 4
+            if query.shape[1] != key.shape[1]:
+                times = query.shape[1] // key.shape[1]
+                workspace += (key.nbytes + value.nbytes) * times
+        elif func is aten.masked_scatter.default:
+            # A prefix sum over the mask in int64 (torch's IndexKernel.cpp).
+            workspace = args[0].numel() * 8
+        else:
+            return
+        self.peak = max(self.peak, self.current + workspace)
+
+
+def _is_cpu(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cpu"
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operator's arguments; torch's own tree walk is much slower."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _lifted(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor's shape on `meta`."""
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _read_back(tensor: torch.Tensor) -> bool | int | float:
+    if tensor.dtype == torch.bool:
+        return False
+    return 1.0 if tensor.is_floating_point() else 1
+
+
+def _new_outside_modes(cls: type[CausalBias], *args: Any) -> CausalBias:
+    """torch can't make this subclass of Tensor inside a dispatch mode."""
+    with _disable_current_modes():
+        return torch.Tensor.__new__(cls)
+
+
+_ATTENTION = F.scaled_dot_product_attention
+_TENSOR = torch.tensor
+
+
+def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """On `meta`, attention is what torch takes on a GPU in bf16: the flash kernel."""
+    return (flash_attention if query.is_meta else _ATTENTION)(query, *args, **kwargs)
+
+
+def _tensor(data: Any, **kwargs: Any) -> torch.Tensor:
+    """`torch.tensor` of a list reads the values of the tensors in it."""
+    values = tree_map_only(torch.Tensor, lambda t: _read_back(t) if t.is_meta else t, data)
+    return _TENSOR(values, **kwargs)
+
+
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`F.scaled_dot_product_attention` by the flash kernel, whose mask can only be a causal one."""
+    causal = is_causal or isinstance(attn_mask, CausalBias)
+    return aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout_p, causal, False, scale=scale
+    )[0]

@@ -1,0 +1,321 @@
+"""The plan of a recipe: what every stage holds, what every phase needs, and whether it fits."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nemo_care.config import Recipe
+from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.planning.gpus import GIB, Gpu
+from nemo_care.planning.shapes import (
+    Lengths,
+    ModelShape,
+    longest_lengths,
+    patch_width,
+    read_model_shape,
+    typical_lengths,
+)
+from nemo_care.planning.stage import (
+    StageBuild,
+    StageUse,
+    built_stage,
+    in_flight,
+    micro_batches_of,
+    prompts_of,
+    replicas_of,
+    uses_reference,
+)
+from nemo_care.planning.work import Clock, Efficiency, StepTime, packed_tokens, step_flops
+from nemo_care.preflight import layout_of
+
+PHASES = ("rollout", "validation", "scoring", "update", "checkpoint")
+GRANULARITIES = ("none", "selective", "full")
+# CUDA's context and cuBLAS's workspaces; with several ranks NCCL's buffers for the groups.
+_ALONE, _WITH_OTHERS = 1.0, 2.0
+# Python, torch, Megatron and transformers in one rank's process.
+_PROCESS_GIB = 4.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to plan for: a GPU, the share of its memory to leave free, typical lengths."""
+
+    gpu: Gpu
+    margin: float = 0.1
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    efficiency: Efficiency = field(default_factory=Efficiency)
+
+    @property
+    def budget(self) -> int:
+        """Bytes that a plan may use."""
+        return int(self.gpu.memory * (1 - self.margin))
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: bytes held, bytes of each phase at its peak (everything included)."""
+
+    stage: int
+    build: StageBuild
+    use: StageUse
+    in_flight: int
+    held: int
+    peaks: dict[str, int]
+    update_by_recomputation: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The largest peak of all phases."""
+        return max(self.peaks.values())
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase of that peak."""
+        return max(self.peaks, key=lambda phase: self.peaks[phase])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `nemo-care plan` tells; memory in bytes, time in seconds."""
+
+    recipe: Recipe
+    shape: ModelShape
+    question: Question
+    longest: Lengths
+    typical: Lengths
+    stages: list[StagePlan]
+    allowance: int
+    host: dict[str, int]
+    checkpoint_bytes: int
+    flops: dict[str, float]
+    seconds: StepTime
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model."""
+        return sum(stage.build.unique_parameters for stage in self.stages)
+
+    @property
+    def worst(self) -> StagePlan:
+        """The stage with the largest peak."""
+        return max(self.stages, key=lambda stage: stage.peak)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage fits the GPU with the margin left."""
+        return self.worst.peak <= self.question.budget
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens of one typical group in the update, with the prompt shared and without."""
+        size = self.recipe.algorithm.group_size
+        return {
+            "shared": packed_tokens(self.typical, size, shared=True),
+            "separate": packed_tokens(self.typical, size, shared=False),
+        }
+
+
+@contextmanager
+def _with(recipe: Recipe, granularity: str) -> Iterator[Recipe]:
+    changed = deepcopy(recipe)
+    changed.model.recompute_granularity = granularity
+    yield changed
+
+
+def gathered_bytes(recipe: Recipe, build: StageBuild) -> int:
+    """What saving a checkpoint takes on the GPU: Megatron gathers the optimizer's state tensor by
+    tensor, each whole in float32 (DistributedOptimizer.get_parameter_state_dp_zero)."""
+    return build.gradients + build.gradients // replicas_of(recipe)
+
+
+def phase_peaks(
+    recipe: Recipe, build: StageBuild, use: StageUse, stage: int, allowance: int
+) -> dict[str, int]:
+    """Bytes at each phase's peak on a rank of this stage, everything included."""
+    count = micro_batches_of(recipe)
+    extra = {
+        "rollout": use.rollout,
+        "validation": use.validation,
+        "scoring": use.scoring_peak(count),
+        "update": use.update_peak(in_flight(recipe, stage), count),
+        "checkpoint": gathered_bytes(recipe, build),
+    }
+    held = build.held(offload=recipe.algorithm.reference.offload)
+    return {phase: held + extra[phase] + allowance for phase in PHASES if extra[phase]}
+
+
+def allowance_of(recipe: Recipe) -> int:
+    """Bytes for what torch's allocator does not give out."""
+    alone = recipe.trainer.devices * recipe.trainer.num_nodes == 1
+    return int((_ALONE if alone else _WITH_OTHERS) * GIB)
+
+
+def host_memory(recipe: Recipe, shape: ModelShape, longest: Lengths, worst: StageBuild) -> dict:
+    """Bytes of CPU memory per machine, by what takes them."""
+    model, trainer = recipe.model, recipe.trainer
+    ranks = trainer.devices
+    replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    leaders = max(ranks // replica, 1)
+    prompts = prompts_of(recipe)
+    patches = prompts * longest.patches * patch_width(shape.hf) * 4
+    parameters = worst.gradients // 4
+    # Each rank of a replica puts the whole optimizer state together: three float32 tensors of all
+    # its parameters, its own shards of them, and one gathered tensor twice.
+    gathered = 4 * parameters * (3 + 2) + 4 * 3 * parameters // replicas_of(recipe)
+    offload = recipe.algorithm.reference.offload and uses_reference(recipe)
+    return {
+        "processes": int(ranks * _PROCESS_GIB * GIB),
+        "reference": ranks * worst.reference_average if offload else 0,
+        "prompts": ranks * patches * (1 + recipe.data.prefetch_steps),
+        "decoding": int(leaders * recipe.data.workers * recipe.data.worker_memory_gib * GIB),
+        "saving a checkpoint": ranks * gathered,
+    }
+
+
+def checkpoint_size(recipe: Recipe, builds: list[StageBuild]) -> int:
+    """Bytes of one checkpoint: weights, master weights with AdamW's moments, the average."""
+    width = 2 if recipe.model.precision.dtype == "bf16" else 4
+    average = 4 if uses_reference(recipe) else 0
+    total = 0
+    for build in builds:
+        trained = min(build.gradients / 4 / build.parameters, 1.0)
+        total += int(build.unique_parameters * (width + average + trained * 12))
+    return total
+
+
+class Measurements:
+    """Stages that were built, each once: stages of the same kind are alike."""
+
+    def __init__(self, recipe: Recipe, shape: ModelShape, lengths: Lengths) -> None:
+        """`lengths` are those that the memory is planned for."""
+        self.recipe = recipe
+        self.shape = shape
+        self.lengths = lengths
+        self._uses: dict[tuple, StageUse] = {}
+        self._updates: dict[tuple, tuple[int, int, int]] = {}
+
+    def stage(self, number: int) -> tuple[StageBuild, StageUse]:
+        """Build a stage; run its phases unless a stage like it has run them."""
+        with built_stage(self.recipe, self.shape, number) as stage:
+            kind = self._kind(number, stage.build)
+            if kind not in self._uses:
+                self._uses[kind] = stage.use(self.lengths)
+            return stage.build, self._uses[kind]
+
+    def update(self, number: int, build: StageBuild, granularity: str) -> tuple[int, int, int]:
+        """Of the update with another recomputation: both its peaks, and a micro-batch's bytes."""
+        key = (*self._kind(number, build), granularity)
+        if key not in self._updates:
+            with (
+                _with(self.recipe, granularity) as recipe,
+                built_stage(recipe, self.shape, number, reference=False) as stage,
+            ):
+                passes, step = stage.update(self.lengths, 1)
+                self._updates[key] = (passes, step, stage.activations(self.lengths)[0])
+        return self._updates[key]
+
+    def _kind(self, number: int, build: StageBuild) -> tuple:
+        last = self.recipe.model.pipeline_model_parallel_size - 1
+        return number == 0, number == last, build.parameters
+
+
+def make_plan(recipe: Recipe, question: Question, *, compare: bool = True) -> Plan:
+    """Build every stage in a fake world and put the plan together.
+
+    `compare` runs the update under every recomputation, not only under the recipe's.
+
+    Raises:
+        InputError: a layout that does not fit the model or the world, or an unknown model.
+    """
+    shape = read_model_shape(recipe.model.hf_path)
+    check_layout(shape.hf, layout_of(recipe))
+    longest = longest_lengths(recipe, shape.hf)
+    typical = typical_lengths(recipe, shape.hf, question.prompt_tokens, question.completion_tokens)
+    measured = Measurements(recipe, shape, longest)
+    allowance = allowance_of(recipe)
+    stages = [
+        _stage_plan(measured, number, allowance, GRANULARITIES if compare else ())
+        for number in range(recipe.model.pipeline_model_parallel_size)
+    ]
+    builds = [stage.build for stage in stages]
+    clock = Clock(recipe, shape.hf, typical, question.gpu, question.efficiency)
+    return Plan(
+        recipe=recipe,
+        shape=shape,
+        question=question,
+        longest=longest,
+        typical=typical,
+        stages=stages,
+        allowance=allowance,
+        host=host_memory(recipe, shape, longest, max(builds, key=lambda b: b.gradients)),
+        checkpoint_bytes=checkpoint_size(recipe, builds),
+        flops=step_flops(recipe, shape.hf, typical),
+        seconds=clock.step(builds),
+    )
+
+
+def _stage_plan(
+    measured: Measurements, number: int, allowance: int, granularities: Sequence[str]
+) -> StagePlan:
+    recipe = measured.recipe
+    build, use = measured.stage(number)
+    peaks = phase_peaks(recipe, build, use, number, allowance)
+    flying, count = in_flight(recipe, number), micro_batches_of(recipe)
+    held = build.held(offload=recipe.algorithm.reference.offload)
+    own = recipe.model.recompute_granularity
+    by_recomputation = {own: peaks["update"]}
+    for granularity in granularities:
+        if granularity != own:
+            passes, step, kept = measured.update(number, build, granularity)
+            update = max(passes + (flying - 1) * kept, step) + count * use.inputs
+            by_recomputation[granularity] = held + update + allowance
+    return StagePlan(
+        stage=number,
+        build=build,
+        use=use,
+        in_flight=flying,
+        held=held,
+        peaks=peaks,
+        update_by_recomputation=by_recomputation,
+    )
+
+
+def plan_as_json(plan: Plan, remedies: list[str]) -> dict[str, Any]:
+    """The plan as plain values; keys are part of the command's contract."""
+    recipe, question = plan.recipe, plan.question
+    return {
+        "model": {
+            "source": plan.shape.source,
+            "parameters": plan.parameters,
+            "checkpoint_bytes": plan.checkpoint_bytes,
+        },
+        "layout": {
+            "nodes": recipe.trainer.num_nodes,
+            "devices": recipe.trainer.devices,
+            "tensor": recipe.model.tensor_model_parallel_size,
+            "pipeline": recipe.model.pipeline_model_parallel_size,
+            "data": replicas_of(recipe),
+            "sequence_parallel": recipe.model.sequence_parallel,
+            "recompute_granularity": recipe.model.recompute_granularity,
+            "micro_batches": micro_batches_of(recipe),
+        },
+        "gpu": {
+            "name": question.gpu.name,
+            "memory_bytes": question.gpu.memory,
+            "margin": question.margin,
+            "budget_bytes": question.budget,
+            "allowance_bytes": plan.allowance,
+        },
+        "lengths": {"memory": asdict(plan.longest), "time": asdict(plan.typical)},
+        "stages": [asdict(stage) | {"peak": stage.peak} for stage in plan.stages],
+        "host_bytes": plan.host,
+        "flops": plan.flops,
+        "seconds": asdict(plan.seconds) | {"step": plan.seconds.total},
+        "assumed": asdict(question.efficiency),
+        "tokens_per_group": plan.tokens(),
+        "peak_bytes": plan.worst.peak,
+        "fits": plan.fits,
+        "remedies": remedies,
+    }

@@ -1,0 +1,270 @@
+"""Layouts of a recipe that fit so many GPUs, the fastest first."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from nemo_care.config import Recipe, check_recipe
+from nemo_care.errors import InputError
+from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.planning.gpus import GIB
+from nemo_care.planning.plan import (
+    GRANULARITIES,
+    Measurements,
+    Question,
+    allowance_of,
+    gathered_bytes,
+    phase_peaks,
+)
+from nemo_care.planning.shapes import ModelShape, longest_lengths, read_model_shape, typical_lengths
+from nemo_care.planning.stage import (
+    StageBuild,
+    built_stage,
+    in_flight,
+    prompts_of,
+    replicas_of,
+    uses_reference,
+)
+from nemo_care.planning.tables import gib, markdown_table
+from nemo_care.planning.work import Clock, StepTime
+from nemo_care.preflight import layout_of
+
+_GROUPS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that fits: the recipe with it, its largest peak in bytes, its estimated time."""
+
+    recipe: Recipe
+    peak: int
+    phase: str
+    seconds: StepTime
+
+    @property
+    def overrides(self) -> str:
+        """What to add to the command line."""
+        return " ".join(f"{key}={value}" for key, value in _keys(self.recipe).items())
+
+
+def _keys(recipe: Recipe) -> dict[str, str]:
+    model, algorithm = recipe.model, recipe.algorithm
+    return {
+        "trainer.num_nodes": str(recipe.trainer.num_nodes),
+        "trainer.devices": str(recipe.trainer.devices),
+        "model.tensor_model_parallel_size": str(model.tensor_model_parallel_size),
+        "model.pipeline_model_parallel_size": str(model.pipeline_model_parallel_size),
+        "model.sequence_parallel": str(model.sequence_parallel).lower(),
+        "model.recompute_granularity": model.recompute_granularity,
+        "algorithm.reference.offload": str(algorithm.reference.offload).lower(),
+        "algorithm.groups_per_micro_batch": str(algorithm.groups_per_micro_batch),
+    }
+
+
+@dataclass
+class _Candidate:
+    recipe: Recipe
+    builds: list[StageBuild] = field(default_factory=list)
+    seconds: StepTime = field(default_factory=lambda: StepTime(0.0, 0.0, 0.0))
+
+
+def search(
+    recipe: Recipe,
+    question: Question,
+    gpus: int | None,
+    limit: int,
+    tell: Callable[[str], None],
+) -> list[Found]:
+    """The fastest variant of each TP and PP that fits, at most `limit` of them.
+
+    Every layout in the result was built and its phases run, as `make_plan` does. `tell` gets a line
+    about each layout that is tried.
+
+    Raises:
+        InputError: an unusable number of GPUs.
+    """
+    shape = read_model_shape(recipe.model.hf_path)
+    machines, devices = _machines(recipe, gpus)
+    lengths = longest_lengths(recipe, shape.hf)
+    typical = typical_lengths(recipe, shape.hf, question.prompt_tokens, question.completion_tokens)
+    vision = _VisionBytes(recipe, shape)
+    candidates = []
+    for layout in _layouts(recipe, shape, machines, devices):
+        builds = _builds(layout, shape)
+        for variant in _variants(layout):
+            if _least(variant, builds, vision) > question.budget:
+                continue
+            clock = Clock(variant, shape.hf, typical, question.gpu, question.efficiency)
+            candidates.append(_Candidate(variant, builds, clock.step(builds)))
+    found: dict[tuple[int, int], Found] = {}
+    for candidate in sorted(candidates, key=lambda candidate: candidate.seconds.total):
+        model = candidate.recipe.model
+        key = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+        if key in found:
+            continue
+        peak, phase = _largest(candidate.recipe, Measurements(candidate.recipe, shape, lengths))
+        fits = peak <= question.budget
+        keys = _keys(candidate.recipe)
+        tell(
+            f"TP {key[0]} PP {key[1]} {keys['model.recompute_granularity']}, "
+            f"{keys['algorithm.groups_per_micro_batch']} group(s), offload "
+            f"{keys['algorithm.reference.offload']}: {gib(peak)} GiB in {phase}"
+            f"{'' if fits else ', does not fit'}"
+        )
+        if fits:
+            found[key] = Found(candidate.recipe, peak, phase, candidate.seconds)
+        if len(found) == limit:
+            break
+    return list(found.values())
+
+
+def _machines(recipe: Recipe, gpus: int | None) -> tuple[int, int]:
+    """Machines and GPUs of each."""
+    devices = recipe.trainer.devices
+    if gpus is None:
+        return recipe.trainer.num_nodes, devices
+    if gpus < 1 or (gpus > devices and gpus % devices):
+        raise InputError(
+            f"--gpus {gpus}: must be a multiple of trainer.devices={devices}, the GPUs of a machine"
+        )
+    return max(gpus // devices, 1), min(gpus, devices)
+
+
+def _layouts(recipe: Recipe, shape: ModelShape, machines: int, devices: int) -> Iterator[Recipe]:
+    """The recipe in every layout that is possible; tensor parallelism stays in a machine."""
+    world = machines * devices
+    for tensor, pipeline in itertools.product(range(1, devices + 1), range(1, world + 1)):
+        if world % (tensor * pipeline):
+            continue
+        changed = deepcopy(recipe)
+        changed.trainer.num_nodes, changed.trainer.devices = machines, devices
+        changed.model.tensor_model_parallel_size = tensor
+        changed.model.pipeline_model_parallel_size = pipeline
+        changed.model.sequence_parallel = tensor > 1
+        try:
+            check_recipe(changed)
+            check_layout(shape.hf, layout_of(changed))
+        except InputError:
+            continue
+        yield changed
+
+
+def _variants(recipe: Recipe) -> Iterator[Recipe]:
+    """The same layout with each recomputation, place of the reference and micro-batch."""
+    offloads = (False, True) if uses_reference(recipe) else (False,)
+    groups = [count for count in _GROUPS if prompts_of(recipe) % count == 0]
+    for granularity, offload, count in itertools.product(GRANULARITIES, offloads, groups):
+        changed = deepcopy(recipe)
+        changed.model.recompute_granularity = granularity
+        changed.algorithm.reference.offload = offload
+        changed.algorithm.groups_per_micro_batch = count
+        yield changed
+
+
+def _builds(recipe: Recipe, shape: ModelShape) -> list[StageBuild]:
+    """All stages; those between the first and the last are alike and are built once."""
+    count = recipe.model.pipeline_model_parallel_size
+    kept = deepcopy(recipe)
+    kept.algorithm.reference.offload = False
+    made = {}
+    for number in {0, min(1, count - 1), count - 1}:
+        with built_stage(kept, shape, number) as stage:
+            made[number] = stage.build
+    return [made.get(number, made[min(1, count - 1)]) for number in range(count)]
+
+
+def _least(recipe: Recipe, builds: list[StageBuild], vision: "_VisionBytes") -> int:
+    """A lower bound of the largest peak, which spares trying what can't fit."""
+    offload = recipe.algorithm.reference.offload
+    saving = max(build.held(offload=offload) + gathered_bytes(recipe, build) for build in builds)
+    activations = vision.bytes(recipe) * in_flight(recipe, 0)
+    return max(saving, builds[0].held(offload=offload) + activations) + allowance_of(recipe)
+
+
+class _VisionBytes:
+    """What the vision tower keeps of one group: on the first stage, whatever the layout."""
+
+    def __init__(self, recipe: Recipe, shape: ModelShape) -> None:
+        self.recipe = recipe
+        self.shape = shape
+        self.found: dict[str, int] = {}
+
+    def bytes(self, recipe: Recipe) -> int:
+        """Bytes of one micro-batch."""
+        granularity = recipe.model.recompute_granularity
+        if granularity not in self.found:
+            alone = deepcopy(self.recipe)
+            alone.trainer.num_nodes = alone.trainer.devices = 1
+            alone.model.tensor_model_parallel_size = alone.model.pipeline_model_parallel_size = 1
+            alone.model.sequence_parallel = False
+            alone.model.recompute_granularity = granularity
+            alone.algorithm.groups_per_micro_batch = 1
+            lengths = longest_lengths(alone, self.shape.hf)
+            with built_stage(alone, self.shape, 0, reference=False) as stage:
+                self.found[granularity] = stage.activations(lengths)[1]
+        return self.found[granularity] * recipe.algorithm.groups_per_micro_batch
+
+
+def _largest(recipe: Recipe, measured: Measurements) -> tuple[int, str]:
+    """The largest peak of all stages and its phase."""
+    count = recipe.model.pipeline_model_parallel_size
+    largest = []
+    # Of the stages between the first and the last, the second has the most in flight.
+    for number in {0, min(1, count - 1), count - 1}:
+        build, use = measured.stage(number)
+        peaks = phase_peaks(recipe, build, use, number, allowance_of(recipe))
+        phase = max(peaks, key=lambda name: peaks[name])
+        largest.append((peaks[phase], phase))
+    return max(largest)
+
+
+def search_report(found: list[Found], question: Question, gpus: int) -> RenderableType:
+    """A table, and the overrides of the best."""
+    if not found:
+        return Text(
+            f"No layout fits {gpus} x {question.gpu.name}: more GPUs, a smaller "
+            "data.max_prompt_tokens, rollout.groups_per_batch=1 or "
+            "evaluation.samples_per_batch=1 help"
+        )
+    columns = ["TP", "PP", "DP", "recomputation", "offload", "groups", "peak GiB", "in"]
+    table = markdown_table([*columns, "rollout s", "scoring s", "update s", "step s"])
+    for item in found:
+        model, algorithm, seconds = item.recipe.model, item.recipe.algorithm, item.seconds
+        times = (seconds.rollout, seconds.scoring, seconds.update, seconds.total)
+        table.add_row(
+            str(model.tensor_model_parallel_size),
+            str(model.pipeline_model_parallel_size),
+            str(replicas_of(item.recipe)),
+            model.recompute_granularity,
+            "yes" if algorithm.reference.offload else "no",
+            str(algorithm.groups_per_micro_batch),
+            gib(item.peak),
+            item.phase,
+            *(f"{value:.1f}" for value in times),
+        )
+    budget = question.budget / GIB
+    return Group(
+        Text(
+            f"Layouts that fit {gpus} x {question.gpu.name} ({budget:.1f} GiB each with the "
+            "margin), the fastest first by estimate; groups are those of a micro-batch"
+        ),
+        table,
+        Text(f"the first one: {found[0].overrides}"),
+    )
+
+
+def search_as_json(found: list[Found]) -> list[dict]:
+    """The same as plain values."""
+    return [
+        {
+            "overrides": _keys(item.recipe),
+            "peak_bytes": item.peak,
+            "peak_phase": item.phase,
+            "seconds": item.seconds.total,
+        }
+        for item in found
+    ]

@@ -1,0 +1,146 @@
+"""What a plan is made for: the model's shape, and how long prompts and completions are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen2_5_VLConfig
+
+from nemo_care.config import Recipe
+from nemo_care.data.media import MediaSettings
+from nemo_care.data.patches import Grid, grid_of
+from nemo_care.data.prompts import Prompt
+from nemo_care.data.samples import Sample
+from nemo_care.errors import InputError
+from nemo_care.models.hf_config import read_hf_config
+from nemo_care.rollouts.group import Completion, Group
+
+_CONFIGURATIONS = Path(__file__).parent / "configurations"
+# Tokens of the chat template, the question, its options and the answer's form.
+_TEXT_TOKENS = 256
+# A letter and the tags around it, at a completion's end.
+_ANSWER_FROM_END = (5, 3)
+_COMMON_FRAME = (1080, 1920)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model's configuration, and where it was found."""
+
+    hf: Qwen2_5_VLConfig
+    source: str
+
+
+def read_model_shape(hf_path: str) -> ModelShape:
+    """The configuration in `model.hf_path`, else the public one of the same folder name.
+
+    Raises:
+        InputError: neither is there.
+    """
+    if (Path(hf_path) / "config.json").is_file():
+        return ModelShape(read_hf_config(hf_path), f"{hf_path}/config.json")
+    packaged = _CONFIGURATIONS / Path(hf_path).name
+    if not packaged.is_dir():
+        names = ", ".join(sorted(folder.name for folder in _CONFIGURATIONS.iterdir()))
+        raise InputError(
+            f"model.hf_path={hf_path}: no config.json there, and no public configuration is called "
+            f"{Path(hf_path).name}; give a checkpoint's directory or a path that ends in one of "
+            f"{names}"
+        )
+    return ModelShape(read_hf_config(packaged), f"public configuration of {packaged.name}")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A prompt of P tokens, of which some stand for the videos in `grids`, and C per completion."""
+
+    prompt: int
+    completion: int
+    vision: int
+    grids: tuple[Grid, ...]
+
+    @property
+    def patches(self) -> int:
+        """Patches of all videos of the prompt."""
+        return sum(t * h * w for t, h, w in self.grids)
+
+
+def lengths_of(recipe: Recipe, hf: Qwen2_5_VLConfig, prompt: int, completion: int) -> Lengths:
+    """A prompt filled up with videos, each as large as the recipe allows, behind some text."""
+    media = MediaSettings.of(recipe.data, hf.vision_config)
+    _, height, width = grid_of(media.patch.frames, *_COMMON_FRAME, media.video_pixels, media.patch)
+    room = prompt - min(_TEXT_TOKENS, prompt // 2)
+    steps = room // media.patch.tokens((1, height, width))
+    longest = max(media.frames.max_frames // media.patch.frames, 1)
+    counts = [longest] * (steps // longest) + ([steps % longest] if steps % longest else [])
+    grids = tuple((count, height, width) for count in counts)
+    return Lengths(prompt, completion, sum(map(media.patch.tokens, grids)), grids)
+
+
+def longest_lengths(recipe: Recipe, hf: Qwen2_5_VLConfig) -> Lengths:
+    """The longest prompt and completions that the recipe lets through."""
+    return lengths_of(
+        recipe, hf, recipe.data.max_prompt_tokens, recipe.rollout.max_completion_tokens
+    )
+
+
+def typical_lengths(
+    recipe: Recipe, hf: Qwen2_5_VLConfig, prompt: int | None, completion: int | None
+) -> Lengths:
+    """Lengths to reckon time with: as given, else one video of all its frames and half of C."""
+    media = MediaSettings.of(recipe.data, hf.vision_config)
+    frames = media.frames.max_frames
+    grid = grid_of(frames, *_COMMON_FRAME, media.video_pixels, media.patch)
+    one_video = media.patch.tokens(grid)
+    longest = recipe.data.max_prompt_tokens
+    return lengths_of(
+        recipe,
+        hf,
+        prompt or min(one_video + min(_TEXT_TOKENS, one_video), longest),
+        completion or max(recipe.rollout.max_completion_tokens // 2, 1),
+    )
+
+
+def patch_width(hf: Qwen2_5_VLConfig) -> int:
+    """Numbers of one patch."""
+    vision = hf.vision_config
+    return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+
+def made_prompt(lengths: Lengths, hf: Qwen2_5_VLConfig, index: int) -> Prompt:
+    """A prompt of these lengths; its patches are on `meta`."""
+    return Prompt(
+        index=index,
+        sample=Sample(str(index), "", ""),
+        token_ids=torch.zeros(lengths.prompt, dtype=torch.long),
+        position_ids=torch.arange(lengths.prompt).expand(3, -1),
+        is_vision=torch.arange(lengths.prompt) < lengths.vision,
+        pixel_values=torch.empty(lengths.patches, patch_width(hf), device="meta")
+        if lengths.grids
+        else None,
+        grid_thw=torch.tensor(lengths.grids) if lengths.grids else None,
+    )
+
+
+def made_group(lengths: Lengths, hf: Qwen2_5_VLConfig, index: int, size: int) -> Group:
+    """A group of these lengths whose completions all have a short answer."""
+    count = lengths.completion
+    begin, end = (max(count - distance, 0) for distance in _ANSWER_FROM_END)
+    completions = [
+        Completion(
+            token_ids=torch.zeros(count, dtype=torch.long),
+            log_probs=torch.zeros(count),
+            text="",
+            ended=True,
+            answer_span=(begin, end) if begin < end else None,
+        )
+        for _ in range(size)
+    ]
+    ones = torch.ones(size)
+    return Group(
+        made_prompt(lengths, hf, index),
+        completions,
+        rewards={"accuracy": ones, "format": ones},
+        base_reward=ones,
+        advantage=ones,
+    )

@@ -1,0 +1,400 @@
+"""What one pipeline stage holds: it is built on `meta`, and the real code runs a step on it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from nemo_care.algorithms.build import build_model
+from nemo_care.algorithms.policy import Policy
+from nemo_care.config import Recipe
+from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.parallel.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
+from nemo_care.parallel.optimizer import initialise_adamw_state
+from nemo_care.planning.meta_memory import MetaMemory, flash_attention
+from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt, patch_width
+from nemo_care.preflight import layout_of
+from nemo_care.rollouts.batches import BatchLayout
+from nemo_care.rollouts.generator import Sampling
+from nemo_care.rollouts.group import Group
+from nemo_care.rollouts.group_batch import GroupBatch
+from nemo_care.rollouts.megatron import Decoding, MegatronGenerator
+from nemo_care.scoring.reference import Reference
+
+_WINDOWS_TOGETHER = "nemo_care_flash_attention"
+
+
+@dataclass(frozen=True)
+class StageBuild:
+    """What a rank of a stage holds all the time, in bytes (and parameters as a count).
+
+    `unique_parameters` are those of the stage that no other rank of the replica counts, over all of
+    its tensor-parallel ranks: they sum to the model's. `reference_average` is in host memory with
+    `algorithm.reference.offload`, and `reference_weights` are then on the GPU while scoring only.
+    """
+
+    parameters: int
+    unique_parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    reference_average: int
+    reference_weights: int
+
+    def held(self, *, offload: bool) -> int:
+        """Bytes on the GPU between the phases."""
+        own = self.weights + self.gradients + self.optimizer
+        return own if offload else own + self.reference_average + self.reference_weights
+
+
+@dataclass(frozen=True)
+class StageUse:
+    """What the phases need on top of that, in bytes, at their peaks.
+
+    `update` is the peak of forward and backward with one micro-batch in flight, and each further
+    one adds `micro_batch`: what it keeps for backward, of which the vision tower keeps `vision`;
+    `optimizer_step` is the peak of what follows. `inputs` are the patches of one micro-batch; all
+    of a step are on the GPU, in scoring and update. `output_layer` is the peak of the output layer
+    alone.
+    """
+
+    rollout: int
+    validation: int
+    scoring: int
+    update: int
+    micro_batch: int
+    optimizer_step: int
+    inputs: int
+    vision: int
+    key_value_cache: int
+    output_layer: int
+
+    def update_peak(self, in_flight: int, micro_batches: int) -> int:
+        """Peak of the update with so many micro-batches in flight, of so many in the step."""
+        passes = self.update + (in_flight - 1) * self.micro_batch
+        return max(passes, self.optimizer_step) + micro_batches * self.inputs
+
+    def scoring_peak(self, micro_batches: int) -> int:
+        """Peak of the scoring pass over a step of so many micro-batches."""
+        return self.scoring + micro_batches * self.inputs if self.scoring else 0
+
+
+def uses_reference(recipe: Recipe) -> bool:
+    """Whether the recipe has a reference at all."""
+    algorithm = recipe.algorithm
+    return algorithm.consistency.bonus_coefficient > 0 or algorithm.kl_coefficient > 0
+
+
+def replicas_of(recipe: Recipe) -> int:
+    """Model replicas, the data-parallel size."""
+    model = recipe.model
+    world = recipe.trainer.devices * recipe.trainer.num_nodes
+    return world // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
+
+
+def prompts_of(recipe: Recipe) -> int:
+    """Prompts of one replica's step."""
+    return recipe.algorithm.prompts_per_step // replicas_of(recipe)
+
+
+def micro_batches_of(recipe: Recipe) -> int:
+    """Micro-batches of one replica's step."""
+    return -(-prompts_of(recipe) // recipe.algorithm.groups_per_micro_batch)
+
+
+def in_flight(recipe: Recipe, stage: int) -> int:
+    """Micro-batches whose activations a stage holds: Megatron's 1F1B schedule fills the pipeline
+    before the first backward, so stage s of PP holds up to PP - s."""
+    return min(recipe.model.pipeline_model_parallel_size - stage, micro_batches_of(recipe))
+
+
+@dataclass
+class Stage:
+    """A stage that is built; the methods run parts of a step on it."""
+
+    recipe: Recipe
+    shape: ModelShape
+    ranks: FakeRanks
+    memory: MetaMemory
+    model: Qwen25VL
+    policy: Policy
+    reference: Reference | None
+    layout: BatchLayout
+    build: StageBuild
+
+    def groups(self, lengths: Lengths, micro_batches: int) -> list[Group]:
+        """Groups for so many micro-batches."""
+        algorithm = self.recipe.algorithm
+        count = micro_batches * algorithm.groups_per_micro_batch
+        return [
+            made_group(lengths, self.shape.hf, index, algorithm.group_size)
+            for index in range(count)
+        ]
+
+    @contextmanager
+    def exchanging(self, lengths: Lengths) -> Iterator[None]:
+        """The shape of a micro-batch's hidden states between the stages."""
+        batch = self.layout.batches(self.groups(_without_videos(lengths), 1))[0]
+        with exchanged_shape(self._hidden(batch).shape):
+            yield
+
+    @contextmanager
+    def peak(self) -> Iterator[list[int]]:
+        """Collects the peak of what runs inside, above what is held before."""
+        found: list[int] = []
+        before = self.memory.current
+        self.memory.reset_peak()
+        yield found
+        found.append(self.memory.peak - before)
+
+    def update(self, lengths: Lengths, micro_batches: int) -> tuple[int, int]:
+        """Peak bytes of forward and backward over so many micro-batches, and of what follows."""
+        groups = self.groups(lengths, micro_batches)
+        before = self.memory.current
+        passes: list[int] = []
+
+        def step() -> Any:
+            passes.append(self.memory.peak - before)
+            self.memory.reset_peak()
+            return optimizer_step()
+
+        optimizer_step = self.policy.optimizer.step
+        with (
+            self.exchanging(lengths),
+            patch.object(self.policy.optimizer, "step", step),
+            self.peak() as found,
+        ):
+            self.policy.update(groups)
+            if self.reference is not None:
+                self.reference.average.update(self.model)
+                self.reference.distance(self.model)
+        return passes[0], found[0]
+
+    def score(self, lengths: Lengths) -> int:
+        """Bytes that the scoring pass takes at its peak."""
+        if self.reference is None:
+            return 0
+        groups = self.groups(lengths, 1)
+        with self.exchanging(lengths), self.peak() as found:
+            self.reference.score_answers(groups)
+        return found[0]
+
+    def generate(self, lengths: Lengths, prompts: int, group_size: int) -> tuple[int, int]:
+        """Peak bytes of generating for so many prompts together, and those of the cache."""
+        rollout = self.recipe.rollout
+        sampling = Sampling(group_size, rollout.temperature, rollout.top_p, lengths.completion, ())
+        tokenizer = ChatTokenizer(base=None, eos_ids=frozenset({0}), pad_id=0)
+        generator = MegatronGenerator(
+            self.model,
+            tokenizer,
+            self.ranks,
+            groups_per_batch=prompts,
+            shared_prompt=self.recipe.algorithm.shared_prompt,
+        )
+        copies = 1 if generator.shared_prompt else group_size
+        made = [made_prompt(lengths, self.shape.hf, index) for index in range(prompts)]
+        repeated = [prompt for prompt in made for _ in range(copies)]
+        rows, hidden = prompts * group_size, self.shape.hf.text_config.hidden_size
+        with generator.inference(), self.peak() as found:
+            decoding = Decoding(
+                self.model, self.ranks, repeated, group_size // copies, sampling, tokenizer
+            )
+            with exchanged_shape((lengths.prompt * len(repeated), 1, hidden)):
+                logits = decoding.prefill().repeat_interleave(group_size // copies, dim=0)
+            token, _ = decoding.choose(logits, torch.zeros(rows))
+            # The last token, with the cache full.
+            decoding.cache.tokens = lengths.completion - 1
+            with exchanged_shape((rows, 1, hidden)):
+                logits = decoding.decode(torch.zeros_like(token, device="cpu"), _positions(rows))
+            decoding.choose(logits, torch.zeros(rows))
+            cache = decoding.cache.nbytes
+        return found[0] + len(repeated) * _patch_bytes(lengths, self.shape), cache
+
+    def output_layer(self, lengths: Lengths) -> int:
+        """Peak bytes of the log-probabilities of one micro-batch alone, forward and backward."""
+        if not self.ranks.is_last_stage:
+            return 0
+        batch = self.layout.batches(self.groups(_without_videos(lengths), 1))[0]
+        with self.peak() as found:
+            hidden = self._hidden(batch)
+            batch.log_probs(self.model, hidden, batch.mask).sum().backward()
+        return found[0]
+
+    def activations(self, lengths: Lengths) -> tuple[int, int]:
+        """Bytes that a micro-batch keeps for backward, and the vision tower's part of them."""
+        batch = self.layout.batches(self.groups(lengths, 1))[0]
+        self.policy.wrapped.train()
+        with self._vision_bytes() as vision:
+            before = self.memory.current
+            if not self.ranks.is_first_stage:
+                self.model.set_input_tensor(self._hidden(batch))
+            out = self.model(batch.inputs)
+            kept = self.memory.current - before
+        del out
+        self.model.set_input_tensor(None)
+        return kept, vision[0] if vision else 0
+
+    def _hidden(self, batch: GroupBatch) -> torch.Tensor:
+        """What the stage before would send for a micro-batch."""
+        rows, tokens = batch.inputs.token_ids.shape
+        parallel = self.ranks.layout
+        tokens //= parallel.tensor if parallel.sequence_parallel else 1
+        size = (tokens, rows, self.shape.hf.text_config.hidden_size)
+        dtype = self.model.config.params_dtype
+        return torch.empty(size, dtype=dtype, device="meta", requires_grad=True)
+
+    def use(self, lengths: Lengths) -> StageUse:
+        """All phases at these lengths."""
+        recipe = self.recipe
+        together = min(recipe.rollout.groups_per_batch, prompts_of(recipe))
+        rollout, cache = self.generate(lengths, together, recipe.algorithm.group_size)
+        validation = 0
+        if recipe.data.validation.annotations:
+            validation, _ = self.generate(lengths, recipe.evaluation.samples_per_batch, 1)
+        scoring = self.score(lengths)
+        update, step = self.update(lengths, 1)
+        kept, vision = self.activations(lengths)
+        return StageUse(
+            rollout=rollout,
+            validation=validation,
+            scoring=scoring,
+            update=update,
+            micro_batch=kept,
+            optimizer_step=step,
+            inputs=recipe.algorithm.groups_per_micro_batch * _patch_bytes(lengths, self.shape),
+            vision=vision,
+            key_value_cache=cache,
+            output_layer=self.output_layer(lengths),
+        )
+
+    @contextmanager
+    def _vision_bytes(self) -> Iterator[list[int]]:
+        """Collects what the vision tower keeps of its first forward."""
+        found: list[int] = []
+        if not self.ranks.is_first_stage:
+            yield found
+            return
+        before = []
+        handles = [
+            self.model.visual.register_forward_pre_hook(
+                lambda *_: before.append(self.memory.current)
+            ),
+            self.model.visual.register_forward_hook(
+                lambda *_: found.append(self.memory.current - before[-1])
+            ),
+        ]
+        yield found
+        for handle in handles:
+            handle.remove()
+
+
+def _patch_bytes(lengths: Lengths, shape: ModelShape) -> int:
+    """The float32 patches of one prompt; `MetaMemory` takes them for host memory."""
+    return lengths.patches * patch_width(shape.hf) * 4
+
+
+def _without_videos(lengths: Lengths) -> Lengths:
+    return replace(lengths, vision=0, grids=())
+
+
+def _positions(rows: int) -> torch.Tensor:
+    return torch.zeros(3, rows, dtype=torch.long)
+
+
+def _attend_windows(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **unused: object,
+) -> tuple[torch.Tensor, None]:
+    """The vision tower's windows in one kernel call instead of thousands.
+
+    Takes the bytes that one call per window and their concatenation take.
+    """
+    out = flash_attention(query, key, value, scale=scaling)
+    return out.transpose(1, 2).contiguous().clone(), None
+
+
+def _build_part(recipe: Recipe, ranks: FakeRanks, shape: ModelShape) -> Qwen25VL:
+    with torch.device("meta"):
+        model = build_model(recipe, ranks, shape.hf)
+    if ranks.is_first_stage:
+        ALL_ATTENTION_FUNCTIONS.register(_WINDOWS_TOGETHER, _attend_windows)
+        model.visual.config._attn_implementation = _WINDOWS_TOGETHER
+    return model
+
+
+@contextmanager
+def built_stage(
+    recipe: Recipe, shape: ModelShape, number: int, *, reference: bool = True
+) -> Iterator[Stage]:
+    """The first rank of a stage, built as `build_trainer` does it, in a fake world.
+
+    Without `reference` the recipe's reference is left out.
+
+    Raises:
+        InputError: the layout does not fit the world.
+    """
+    world = recipe.trainer.devices * recipe.trainer.num_nodes
+    parallel = layout_of(recipe)
+    memory = MetaMemory()
+    with fake_world(parallel, stage_rank(parallel, number, world), world) as ranks, memory:
+        layout = BatchLayout.of(
+            parallel,
+            recipe.algorithm.groups_per_micro_batch,
+            0,
+            shared_prompt=recipe.algorithm.shared_prompt,
+        )
+        model = _build_part(recipe, ranks, shape)
+        weights = memory.current
+        scorer, average, copy = None, 0, 0
+        if reference and uses_reference(recipe):
+            twin = _build_part(recipe, ranks, shape)
+            copy = memory.current - weights
+            scorer = Reference(twin, recipe.algorithm, ranks, layout)
+            offload = recipe.algorithm.reference.offload
+            average = memory.host if offload else memory.current - weights - copy
+        before = memory.current
+        policy = Policy(model, recipe, ranks, layout)
+        initialise_adamw_state(policy.optimizer)
+        _step_as_on_a_gpu(policy)
+        gradients = sum(buffer.grad_data.nbytes for buffer in policy.wrapped.buffers)
+        build = StageBuild(
+            parameters=sum(p.numel() for p in model.parameters()),
+            unique_parameters=_unique_parameters(model, parallel.tensor),
+            weights=weights,
+            gradients=gradients,
+            optimizer=memory.current - before - gradients,
+            reference_average=average,
+            reference_weights=copy,
+        )
+        yield Stage(recipe, shape, ranks, memory, model, policy, scorer, layout, build)
+
+
+def _unique_parameters(model: MegatronModule, tensor: int) -> int:
+    """Parameters of the stage over its tensor-parallel ranks, each counted once."""
+    count = 0
+    for name, parameter in model.named_parameters():
+        tied = name.endswith("output_layer.weight") and model.share_embeddings_and_output_weights
+        if not (tied and not model.pre_process):
+            count += parameter.numel() * (
+                tensor if getattr(parameter, "tensor_model_parallel", False) else 1
+            )
+    return count
+
+
+def _step_as_on_a_gpu(policy: Policy) -> None:
+    """torch's AdamW takes all parameters at once on a GPU, with a temporary copy of a state."""
+    optimizer = policy.optimizer
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            group["foreach"] = True

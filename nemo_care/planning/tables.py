@@ -1,0 +1,206 @@
+"""The plan as tables on the console."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nemo_care.planning.gpus import GIB
+from nemo_care.planning.plan import GRANULARITIES, PHASES, Plan, StagePlan
+from nemo_care.planning.stage import micro_batches_of
+
+_FOOTNOTE = (
+    "Counted by running the step's own code for its shapes, without memory or values, in a world "
+    "that does not exist; nothing here was run on a GPU. Attention is counted as torch's flash "
+    "kernel. {allowance:.0f} GiB of each total is an allowance for CUDA's context, cuBLAS and "
+    "NCCL; the margin of {margin:.0%} is for fragmentation. Times assume: matrix products at "
+    "{flops:.0%} of the peak, decoding at {bandwidth:.0%} of the memory bandwidth and "
+    "{layer_microseconds:.0f} microseconds per layer and token, {nvlink_gb_s:.0f} GB/s inside a "
+    "machine, {network_gb_s:.0f} GB/s between machines, {host_gb_s:.0f} GB/s to the CPU's memory "
+    "(--assume changes them)."
+)
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB with one digit, an en dash for nothing."""
+    return f"{size / GIB:.1f}" if size else "–"
+
+
+def markdown_table(columns: Sequence[str]) -> Table:
+    """An empty table that can be pasted into Markdown."""
+    table = Table(box=box.MARKDOWN)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def plan_report(plan: Plan, remedies: Sequence[str]) -> RenderableType:
+    """Everything, top down: what, memory, time, verdict."""
+    return Group(
+        Text(_headline(plan)),
+        "",
+        Text("Held by a GPU of each stage, GiB"),
+        _held_table(plan),
+        Text(_phase_title(plan)),
+        _phase_table(plan),
+        Text("Buffers, GiB; and the update's peak under each model.recompute_granularity"),
+        _detail_table(plan),
+        Text("CPU memory of a machine, GiB, at most"),
+        _host_table(plan),
+        Text("One step: FLOPs of all GPUs together, and estimated time"),
+        _time_table(plan),
+        Text(_sharing(plan)),
+        Text(_verdict(plan)),
+        *(Text(f"  - {line}") for line in remedies),
+        "",
+        Text(_footnote(plan)),
+    )
+
+
+def _phase_title(plan: Plan) -> str:
+    question = plan.question
+    return (
+        f"Peak of each phase on a GPU, GiB, everything included; {gib(question.gpu.memory)} are "
+        f"there, {gib(question.budget)} with the margin"
+    )
+
+
+def _headline(plan: Plan) -> str:
+    recipe, longest, typical = plan.recipe, plan.longest, plan.typical
+    model, trainer = recipe.model, recipe.trainer
+    ranks = trainer.devices * trainer.num_nodes
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    return (
+        f"{plan.parameters / 1e9:.2f} billion parameters ({plan.shape.source})\n"
+        f"{ranks} x {plan.question.gpu.name}, {trainer.num_nodes} machine(s): TP {tensor}"
+        f"{' with sequence parallelism' if model.sequence_parallel else ''}, PP {pipeline}, "
+        f"DP {ranks // (tensor * pipeline)}; recomputation {model.recompute_granularity}; "
+        f"{micro_batches_of(recipe)} micro-batch(es) per step and replica\n"
+        f"memory at the longest lengths: prompt {longest.prompt} tokens ({longest.vision} of "
+        f"videos), {recipe.algorithm.group_size} completions of {longest.completion}\n"
+        f"time at typical lengths: prompt {typical.prompt} ({typical.vision} of videos), "
+        f"completions of {typical.completion}"
+    )
+
+
+def _held_table(plan: Plan) -> Table:
+    offload = plan.recipe.algorithm.reference.offload
+    table = markdown_table(
+        [
+            "stage",
+            "parameters",
+            "weights",
+            "gradients",
+            "optimizer",
+            f"EMA float32{' (CPU)' if offload else ''}",
+            f"reference copy{' (scoring)' if offload else ''}",
+            "held",
+        ],
+    )
+    for stage in plan.stages:
+        build = stage.build
+        table.add_row(
+            str(stage.stage),
+            f"{build.parameters / 1e9:.2f} B",
+            gib(build.weights),
+            gib(build.gradients),
+            gib(build.optimizer),
+            gib(build.reference_average),
+            gib(build.reference_weights),
+            gib(stage.held),
+        )
+    return table
+
+
+def _phase_table(plan: Plan) -> Table:
+    shown = [phase for phase in PHASES if any(phase in stage.peaks for stage in plan.stages)]
+    question = plan.question
+    table = markdown_table(["stage", *shown, "largest", "fits"])
+    for stage in plan.stages:
+        table.add_row(
+            str(stage.stage),
+            *(gib(stage.peaks.get(phase, 0)) for phase in shown),
+            gib(stage.peak),
+            "yes" if stage.peak <= question.budget else "NO",
+        )
+    return table
+
+
+def _detail_table(plan: Plan) -> Table:
+    own = plan.recipe.model.recompute_granularity
+    table = markdown_table(
+        ["stage", "in flight", "micro-batch", "of it vision", "KV cache", "output layer"]
+        + [f"{'*' if name == own else ''}{name}" for name in GRANULARITIES],
+    )
+    for stage in plan.stages:
+        table.add_row(*_details(stage))
+    return table
+
+
+def _details(stage: StagePlan) -> list[str]:
+    use = stage.use
+    return [
+        str(stage.stage),
+        str(stage.in_flight),
+        gib(use.micro_batch),
+        gib(use.vision),
+        gib(use.key_value_cache),
+        gib(use.output_layer),
+        *(gib(stage.update_by_recomputation.get(name, 0)) for name in GRANULARITIES),
+    ]
+
+
+def _host_table(plan: Plan) -> Table:
+    table = markdown_table([*plan.host, "together"])
+    table.add_row(*(gib(size) for size in plan.host.values()), gib(sum(plan.host.values())))
+    return table
+
+
+def _time_table(plan: Plan) -> Table:
+    table = markdown_table(["", "rollout", "scoring", "update", "step"])
+    flops = plan.flops
+    values = [*flops.values(), sum(flops.values())]
+    table.add_row("PFLOP", *(f"{value / 1e15:.1f}" for value in values))
+    seconds = plan.seconds
+    times = (seconds.rollout, seconds.scoring, seconds.update, seconds.total)
+    table.add_row("seconds", *(f"{value:.1f}" for value in times))
+    return table
+
+
+def _sharing(plan: Plan) -> str:
+    tokens = plan.tokens()
+    saved = 1 - tokens["shared"] / tokens["separate"]
+    kept = plan.recipe.checkpoint.keep_last
+    size = plan.recipe.algorithm.group_size
+    used = "" if plan.recipe.algorithm.shared_prompt else " (this recipe has shared_prompt=false)"
+    return (
+        f"prompt sharing{used}: {tokens['shared']} tokens per group instead of "
+        f"{tokens['separate']}, {saved:.0%} saved; the vision tower runs once instead of {size} "
+        f"times\ncheckpoint: {gib(plan.checkpoint_bytes)} GiB each, "
+        f"{f'the last {kept} are kept' if kept else 'all are kept'}"
+    )
+
+
+def _verdict(plan: Plan) -> str:
+    worst, budget = plan.worst, plan.question.budget
+    what = f"stage {worst.stage} needs {gib(worst.peak)} GiB in {worst.peak_phase}"
+    if plan.fits:
+        return f"It fits: {what}, {gib(budget)} are there with the margin."
+    return f"It does NOT fit: {what}, {gib(budget)} are there with the margin. What helps:"
+
+
+def _footnote(plan: Plan) -> str:
+    question = plan.question
+    return _FOOTNOTE.format(
+        allowance=plan.allowance / GIB, margin=question.margin, **vars(question.efficiency)
+    )
+
+
+def print_report(report: RenderableType) -> None:
+    """To the console; as wide as it takes where the output is a file."""
+    console = Console(highlight=False, markup=False, soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=160)
+    console.print(report)

@@ -1,0 +1,255 @@
+"""FLOPs of a step, and the time they would take at stated efficiencies.
+
+A multiplication and an addition count as two. A causal triangle counts as half of its square.
+"""
+
+from dataclasses import dataclass
+
+from transformers import Qwen2_5_VLConfig
+
+from nemo_care.config import Recipe
+from nemo_care.planning.gpus import Gpu
+from nemo_care.planning.shapes import Lengths
+from nemo_care.planning.stage import StageBuild, micro_batches_of, prompts_of, replicas_of
+
+_ANSWER_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What is assumed about the hardware; none of it was measured."""
+
+    flops: float = 0.40
+    """Share of the GPU's dense bf16 peak that matrix products and attention reach."""
+    bandwidth: float = 0.60
+    """Share of the memory bandwidth that decoding reaches."""
+    layer_microseconds: float = 250.0
+    """Launching one layer's kernels for one decoded token, without CUDA graphs."""
+    nvlink_gb_s: float = 300.0
+    """Collectives inside a machine, per GPU."""
+    network_gb_s: float = 40.0
+    """Collectives and stages across machines, per GPU."""
+    host_gb_s: float = 20.0
+    """Copies between CPU and GPU memory, per GPU."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step's phases."""
+
+    rollout: float
+    scoring: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return self.rollout + self.scoring + self.update
+
+
+def _triangle(n: int) -> float:
+    return n * (n + 1) / 2
+
+
+def attention_flops(hf: Qwen2_5_VLConfig, lengths: Lengths, group: int, *, shared: bool) -> float:
+    """Products of queries with keys and of weights with values, of all layers, for one group."""
+    text = hf.text_config
+    prompt, completion = lengths.prompt, lengths.completion
+    own = group * (completion * prompt + _triangle(completion))
+    pairs = own + _triangle(prompt) * (1 if shared else group)
+    return text.num_hidden_layers * pairs * 4.0 * text.hidden_size
+
+
+def layer_flops(hf: Qwen2_5_VLConfig, tokens: int) -> float:
+    """All layers' matrix products for so many tokens, without attention itself."""
+    text = hf.text_config
+    width = text.hidden_size // text.num_attention_heads
+    per_token = (
+        2 * text.hidden_size * (text.hidden_size + 2 * text.num_key_value_heads * width)
+        + 2 * text.hidden_size**2
+        + 6 * text.hidden_size * text.intermediate_size
+    )
+    return float(text.num_hidden_layers * tokens * per_token)
+
+
+def head_flops(hf: Qwen2_5_VLConfig, rows: int) -> float:
+    """The output layer on so many positions."""
+    return 2.0 * rows * hf.text_config.hidden_size * hf.text_config.vocab_size
+
+
+def vision_flops(hf: Qwen2_5_VLConfig, lengths: Lengths) -> float:
+    """The vision tower on one prompt's videos: attention in windows, in some blocks per frame."""
+    vision = hf.vision_config
+    width, patches = vision.hidden_size, lengths.patches
+    embed = 2 * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    block = 8 * width + 6 * vision.intermediate_size
+    window = (vision.window_size // vision.patch_size) ** 2
+    whole = len(vision.fullatt_block_indexes)
+    # A window at the edge of a frame is smaller.
+    windowed = sum(t * h * w * min(window, h * w) for t, h, w in lengths.grids)
+    framed = sum(t * (h * w) ** 2 for t, h, w in lengths.grids)
+    attention = 4 * width * ((vision.depth - whole) * windowed + whole * framed)
+    merged = vision.spatial_merge_size**2 * width
+    merge = 2 * lengths.vision * merged * (merged + vision.out_hidden_size)
+    return float(embed * width + vision.depth * patches * block * width + attention + merge)
+
+
+def packed_tokens(lengths: Lengths, group: int, *, shared: bool) -> int:
+    """Tokens of one group as the update computes them."""
+    return (lengths.prompt if shared else group * lengths.prompt) + group * lengths.completion
+
+
+def group_flops(
+    hf: Qwen2_5_VLConfig, lengths: Lengths, group: int, *, shared: bool, rows: int
+) -> float:
+    """Forward FLOPs of one group, with the output layer on so many positions."""
+    copies = 1 if shared else group
+    return (
+        layer_flops(hf, packed_tokens(lengths, group, shared=shared))
+        + attention_flops(hf, lengths, group, shared=shared)
+        + copies * vision_flops(hf, lengths)
+        + head_flops(hf, rows)
+    )
+
+
+def step_flops(recipe: Recipe, hf: Qwen2_5_VLConfig, lengths: Lengths) -> dict[str, float]:
+    """FLOPs of all GPUs together by phase, recomputation included."""
+    algorithm = recipe.algorithm
+    size, shared = algorithm.group_size, algorithm.shared_prompt
+    tokens = size * lengths.completion
+    prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
+    prefill = group_flops(hf, prompt_only, size, shared=shared, rows=size)
+    # What decoding adds is the completions' share of a forward.
+    whole = group_flops(hf, lengths, size, shared=shared, rows=tokens)
+    scored = tokens if algorithm.kl_coefficient > 0 else size * _ANSWER_ROWS
+    answers = group_flops(hf, lengths, size, shared=shared, rows=scored)
+    again = {
+        "none": 0.0,
+        "selective": attention_flops(hf, lengths, size, shared=shared),
+        "full": whole - head_flops(hf, tokens),
+    }[recipe.model.recompute_granularity]
+    # Backward computes the logits again (models/log_probs.py).
+    update = 3 * whole + again + head_flops(hf, tokens)
+    uses_reference = algorithm.consistency.bonus_coefficient > 0 or algorithm.kl_coefficient > 0
+    prompts = algorithm.prompts_per_step
+    return {
+        "rollout": prompts
+        * (prefill + whole - group_flops(hf, prompt_only, size, shared=shared, rows=0)),
+        "scoring": prompts * answers if uses_reference else 0.0,
+        "update": prompts * algorithm.updates_per_rollout * update,
+    }
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """Seconds of a micro-batch's forward on the slowest stage and on all stages one by one."""
+
+    slowest: float
+    all: float
+
+
+class Clock:
+    """Estimates for one recipe, layout and GPU."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        hf: Qwen2_5_VLConfig,
+        lengths: Lengths,
+        gpu: Gpu,
+        efficiency: Efficiency,
+    ) -> None:
+        """`lengths` are typical ones."""
+        self.recipe = recipe
+        self.hf = hf
+        self.lengths = lengths
+        self.gpu = gpu
+        self.efficiency = efficiency
+        self.tensor = recipe.model.tensor_model_parallel_size
+        self.pipeline = recipe.model.pipeline_model_parallel_size
+        self.replicas = replicas_of(recipe)
+
+    def step(self, builds: list[StageBuild]) -> StepTime:
+        """Seconds of each phase."""
+        return StepTime(self._rollout(builds), self._scoring(builds), self._update(builds))
+
+    def _forward(self, tokens: int, attention: float, head_rows: int, copies: int) -> _Forward:
+        """Seconds for so many tokens; tensor parallelism does not cut the vision tower."""
+        speed = self.gpu.flops * self.efficiency.flops
+        text = self.hf.text_config
+        cut = self.tensor * self.pipeline
+        layers = (layer_flops(self.hf, tokens) + attention) / cut / speed
+        if self.tensor > 1:
+            # Two all-gathers and two reduce-scatters of the hidden states per layer.
+            moved = 4 * tokens * text.hidden_size * 2 * (self.tensor - 1) / self.tensor
+            fast = self.tensor <= self.recipe.trainer.devices
+            link = self.efficiency.nvlink_gb_s if fast else self.efficiency.network_gb_s
+            layers += moved * text.num_hidden_layers / self.pipeline / (link * 1e9)
+        vision = copies * vision_flops(self.hf, self.lengths) / speed
+        head = head_flops(self.hf, head_rows) / self.tensor / speed
+        ends = vision + head if self.pipeline == 1 else max(vision, head)
+        return _Forward(layers + ends, layers * self.pipeline + vision + head)
+
+    def _micro_batch(self, head_rows: int) -> _Forward:
+        algorithm = self.recipe.algorithm
+        groups, size = algorithm.groups_per_micro_batch, algorithm.group_size
+        shared = algorithm.shared_prompt
+        return self._forward(
+            groups * packed_tokens(self.lengths, size, shared=shared),
+            groups * attention_flops(self.hf, self.lengths, size, shared=shared),
+            groups * head_rows,
+            groups * (1 if shared else size),
+        )
+
+    def _rollout(self, builds: list[StageBuild]) -> float:
+        algorithm, lengths, text = self.recipe.algorithm, self.lengths, self.hf.text_config
+        prompts = prompts_of(self.recipe)
+        groups = min(self.recipe.rollout.groups_per_batch, prompts)
+        batches = -(-prompts // groups)
+        copies = groups if algorithm.shared_prompt else groups * algorithm.group_size
+        prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
+        attention = copies * attention_flops(self.hf, prompt_only, 1, shared=True)
+        prefill = self._forward(copies * lengths.prompt, attention, copies, copies).all
+        # Every token reads the weights, the prompts' keys and values and half of its own.
+        width = text.hidden_size // text.num_attention_heads
+        cached = copies * lengths.prompt
+        cached += groups * algorithm.group_size * lengths.completion // 2
+        per_token = 2 * text.num_key_value_heads * width * 2 * text.num_hidden_layers / self.tensor
+        read = sum(build.weights for build in builds) + cached * per_token
+        token = read / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
+        token += text.num_hidden_layers * self.efficiency.layer_microseconds * 1e-6
+        return batches * (prefill + lengths.completion * token)
+
+    def _pipelined(self, forward: _Forward, times: float) -> float:
+        """All micro-batches of a step through the stages, the pipeline's filling included."""
+        return (micro_batches_of(self.recipe) + self.pipeline - 1) * forward.slowest * times
+
+    def _scoring(self, builds: list[StageBuild]) -> float:
+        algorithm = self.recipe.algorithm
+        if not builds[0].reference_weights:
+            return 0.0
+        all_tokens = algorithm.kl_coefficient > 0
+        rows = self.lengths.completion if all_tokens else _ANSWER_ROWS
+        seconds = self._pipelined(self._micro_batch(algorithm.group_size * rows), 1)
+        if algorithm.reference.offload:
+            largest = max(build.reference_average for build in builds)
+            seconds += largest / (self.efficiency.host_gb_s * 1e9)
+        return seconds
+
+    def _update(self, builds: list[StageBuild]) -> float:
+        algorithm = self.recipe.algorithm
+        forward = self._micro_batch(algorithm.group_size * self.lengths.completion)
+        times = {"none": 3.0, "selective": 3.2, "full": 4.0}[
+            self.recipe.model.recompute_granularity
+        ]
+        largest = max(build.gradients for build in builds)
+        seconds = self._pipelined(forward, times)
+        if self.replicas > 1:
+            inside = self.tensor * self.replicas <= self.recipe.trainer.devices
+            link = self.efficiency.nvlink_gb_s if inside else self.efficiency.network_gb_s
+            # Gradients in float32 are summed and weights in two bytes gathered.
+            seconds += largest * 1.5 * (self.replicas - 1) / self.replicas / (link * 1e9)
+        # AdamW reads and writes gradient, master weight and two moments.
+        state = largest * 4 * 2 / self.replicas
+        seconds += state / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
+        return algorithm.updates_per_rollout * seconds

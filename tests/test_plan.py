@@ -1,0 +1,275 @@
+"""What `nemo-care plan` says equals what really is allocated, kept and computed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from made_shapes import LENGTHS, PACKAGED, plan_recipe, write_small_shape
+from torch.autograd.graph import saved_tensors_hooks
+
+from nemo_care.algorithms.build import build_model
+from nemo_care.algorithms.policy import Policy
+from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.models.qwen2_5_vl import ModelInputs
+from nemo_care.parallel.optimizer import initialise_adamw_state
+from nemo_care.planning.shapes import lengths_of, made_group, read_model_shape
+from nemo_care.rollouts.batches import BatchLayout
+from nemo_care.rollouts.generator import Sampling
+from nemo_care.rollouts.megatron import Decoding, MegatronGenerator
+from nemo_care.scoring.reference import Reference
+
+PROGRAM = Path(__file__).parent / "plan_program.py"
+GRANULARITIES = ("none", "selective", "full")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_small_shape(tmp_path_factory.mktemp("shapes") / "small")
+
+
+@pytest.fixture(scope="module")
+def planned(small, tmp_path_factory):
+    """What fake worlds say, from a process of their own."""
+    out = tmp_path_factory.mktemp("plan") / "out.json"
+    command = [sys.executable, "-W", "ignore", str(PROGRAM), str(out), str(small)]
+    subprocess.run(command, check=True)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_parameters_of_all_stages_sum_to_hugging_faces_count(planned, name):
+    counts = planned["counts"][name]
+    wanted = counts.pop("hugging_face")
+    assert counts == dict.fromkeys(counts, wanted)
+    assert len(counts) == 2
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_held_bytes_equal_those_of_a_real_build(planned, small, ranks, dtype):
+    recipe = plan_recipe(small, 1, 1)
+    recipe.model.precision.dtype = dtype
+    layout = BatchLayout.of(ranks.layout, 1, 0, shared_prompt=True)
+    reference = Reference(build_model(recipe, ranks), recipe.algorithm, ranks, layout)
+    model = build_model(recipe, ranks)
+    policy = Policy(model, recipe, ranks, layout)
+    initialise_adamw_state(policy.optimizer)
+    inner = policy.optimizer.chained_optimizers[0].optimizer
+    states = [tensor for state in inner.state.values() for tensor in state.values()]
+    masters = [
+        parameter
+        for group in inner.param_groups
+        for parameter in group["params"]
+        if dtype == "bf16"  # in fp32 the weights are their own masters
+    ]
+    twin = reference.average.model
+    wanted = {
+        "weights": bytes_of(model.parameters()),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in policy.wrapped.buffers),
+        "optimizer": bytes_of([*states, *masters]),
+        "reference_weights": bytes_of(twin.parameters()),
+        "reference_average": bytes_of(reference.average.state.values()) if masters else 0,
+    }
+    for name, size in wanted.items():
+        # Megatron pads the gradient buffer, and rotary frequencies are no parameters.
+        assert planned["builds"][dtype][name] == pytest.approx(size, rel=1e-4), name
+
+
+def bytes_of(tensors) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_activations_equal_what_a_real_forward_saves(planned, small, ranks, granularity):
+    recipe = plan_recipe(small, 1, 1, granularity)
+    recipe.model.precision.dtype = "bf16"
+    model = build_model(recipe, ranks).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    kept: list[torch.Tensor] = []
+    inputs = real_inputs(recipe, small)
+    pixels = inputs.pixel_values.untyped_storage().data_ptr()
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        out = model(inputs)
+    saved.pop(pixels, None)
+    assert out.requires_grad
+    # On a CPU, attention also keeps masks and scores that the flash kernel does not.
+    ours = planned["uses"][granularity]["micro_batch"]
+    assert ours == pytest.approx(sum(saved.values()), rel=0.1)
+
+
+def real_inputs(recipe, small) -> ModelInputs:
+    """A micro-batch with real patches."""
+    hf = read_model_shape(str(small)).hf
+    group = made_group(lengths_of(recipe, hf, *LENGTHS), hf, 0, recipe.algorithm.group_size)
+    group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
+    layout = BatchLayout(1, 0, multiple=16)
+    return layout.batches([group])[0].inputs
+
+
+def test_recomputation_is_planned_to_keep_less(planned):
+    kept = [planned["uses"][name]["micro_batch"] for name in GRANULARITIES]
+    assert kept[0] > kept[1] > 5 * kept[2]
+
+
+def test_cache_bytes_equal_those_of_real_decoding(planned, small, ranks):
+    recipe = plan_recipe(small, 1, 1)
+    hf = read_model_shape(str(small)).hf
+    model = build_model(recipe, ranks)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    size = recipe.algorithm.group_size
+    lengths = lengths_of(recipe, hf, *LENGTHS)
+    prompt = made_group(lengths, hf, 0, size).prompt
+    prompt.pixel_values = torch.randn(prompt.pixel_values.shape)
+    tokenizer = ChatTokenizer(base=None, eos_ids=frozenset(), pad_id=0)
+    sampling = Sampling(size, 1.0, 1.0, LENGTHS[1], ())
+    generator = MegatronGenerator(model, tokenizer, ranks, groups_per_batch=1)
+    with generator.inference():
+        decoding = Decoding(model, ranks, [prompt], size, sampling, tokenizer)
+        decoding.run(torch.rand(size, LENGTHS[1], dtype=torch.float64))
+    assert planned["uses"]["none"]["key_value_cache"] == decoding.cache.nbytes
+    text = hf.text_config
+    width = text.hidden_size // text.num_attention_heads
+    entries = LENGTHS[0] + size * LENGTHS[1]
+    per_token = 2 * 2 * text.num_key_value_heads * width * text.num_hidden_layers
+    assert decoding.cache.nbytes == entries * per_token
+
+
+def test_windows_in_one_kernel_call_keep_what_one_call_each_keeps(planned):
+    vision = planned["vision"]
+    assert vision["together"] == pytest.approx(vision["one_by_one"], rel=1e-3)
+
+
+def test_peak_with_several_micro_batches_in_flight_is_that_of_the_real_schedule(planned):
+    assert len(planned["schedule"]) == 4
+    for real, formula in planned["schedule"]:
+        assert formula == pytest.approx(real, rel=0.01)
+    assert planned["schedule"][3][0] > 2 * planned["schedule"][0][0]
+
+
+def test_flops_equal_torchs_count(planned):
+    assert planned["flops"]["plan"] == pytest.approx(planned["flops"]["torch"], rel=1e-3)
+
+
+def test_impossible_layouts_are_refused_with_the_values_that_fit(planned):
+    refusals = planned["refusals"]
+    assert "tensor_model_parallel_size=3" in refusals["tensor"]
+    assert refusals["tensor"].endswith("use 1 or 2 or 4")
+    assert "pipeline_model_parallel_size=5" in refusals["pipeline"]
+    assert refusals["pipeline"].endswith("use 1 or 2 or 4 or 7 or 14 or 28")
+    assert "Qwen2.5-VL-72B-Instruct" in refusals["model"]
+
+
+def test_dry_run_that_does_not_fit_names_a_remedy(planned):
+    line = planned["refusals"]["memory"]
+    assert line.startswith("stage 0 needs")
+    assert "set algorithm.reference.offload=true" in line
+    assert "too much" not in line
+    assert "\n" not in line
+
+
+def test_search_lists_what_the_plan_accepts_and_nothing_else(planned):
+    *found, tried = planned["search"]
+    assert found
+    for overrides, peak, planned_peak, fits in found:
+        assert fits, overrides
+        assert peak == planned_peak, overrides
+    refused = [line for line in tried if line.endswith("does not fit")]
+    assert refused
+    assert len(tried) == len(refused) + len(found)
+
+
+def test_dry_run_passes_hidden_states_from_stage_to_stage(planned):
+    first, second = planned["dry_runs"]["TP 2 PP 2"]
+    assert (first["rank"], second["rank"]) == (0, 2)
+    for phase in ("rollout", "scoring", "update"):
+        sent = first["bytes"][phase]["send to a neighbour"]
+        assert sent == second["bytes"][phase]["receive from a neighbour"] > 0
+    # Gradients go back in the update only.
+    assert second["bytes"]["update"]["send to a neighbour"] > 0
+    assert "send to a neighbour" not in second["bytes"]["scoring"]
+
+
+def test_dry_run_cuts_hidden_states_with_sequence_parallelism(planned):
+    (both,) = planned["dry_runs"]["TP 2 PP 1"]
+    assert both["calls"]["scoring"]["reduce-scatter"] >= 2 * 4  # twice a layer
+    whole, _ = planned["dry_runs"]["TP 1 PP 2"]
+    cut, _ = planned["dry_runs"]["TP 2 PP 2"]
+    key = "send to a neighbour"
+    assert 2 * cut["bytes"]["update"][key] == whole["bytes"]["update"][key]
+    assert both["checkpoint_entries"] > 100
+
+
+def test_json_has_stable_keys(planned):
+    plan = json.loads(planned["json"])
+    assert list(plan) == [
+        "model", "layout", "gpu", "lengths", "stages", "host_bytes", "flops", "seconds", "assumed",
+        "tokens_per_group", "peak_bytes", "fits", "remedies",
+    ]  # fmt: skip
+    (stage,) = plan["stages"]
+    assert {"build", "use", "held", "in_flight", "peaks", "peak"} <= set(stage)
+    assert set(stage["peaks"]) == {"rollout", "validation", "scoring", "update", "checkpoint"}
+    assert plan["fits"] is True
+    assert plan["peak_bytes"] == max(stage["peaks"].values())
+
+
+def test_tables_say_what_does_not_fit_and_that_no_gpu_was_used(planned):
+    text = planned["text"]
+    assert "It does NOT fit" in text
+    assert "nothing here was run on a GPU" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(8, 8), (8, 4)])
+def test_72b_on_64_gpus_is_planned_within_a_minute_and_4_gib(tmp_path, layout):
+    recipe = tmp_path / "large.yaml"
+    recipe.write_text("defaults: [base, _self_]\n")
+    tensor, pipeline = layout
+    overrides = [
+        "model.hf_path=nowhere/Qwen2.5-VL-72B-Instruct",
+        f"model.tensor_model_parallel_size={tensor}",
+        f"model.pipeline_model_parallel_size={pipeline}",
+        "model.sequence_parallel=true",
+        "model.recompute_granularity=full",
+        "trainer={max_steps: 1, devices: 8, num_nodes: 8}",
+        "algorithm.prompts_per_step=32",
+        "data.train.root=nowhere",
+        "data.validation.root=nowhere",
+    ]
+    program = (
+        "import resource, sys; from nemo_care.cli import main; status = main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(status)"
+    )
+    command = [sys.executable, "-c", program, "plan", "--json", "--config-name", "large"]
+    started = time.perf_counter()
+    done = subprocess.run(
+        [*command, "--config-path", str(tmp_path), *overrides],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    seconds = time.perf_counter() - started
+    plan, resident = done.stdout.strip().splitlines()
+    assert json.loads(plan)["model"]["parameters"] == 73_410_777_344
+    assert len(json.loads(plan)["stages"]) == pipeline
+    assert int(resident) < 4 * 2**30
+    assert seconds < 60
