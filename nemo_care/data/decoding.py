@@ -220,7 +220,9 @@ class _Process:
 
 def _serve(connection: Connection, load: Load, memory: int) -> None:
     """The decoding process: answers requests until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's affair
+    # Ctrl-C and what some Slurm configurations send to all processes: the training process's affair.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_training_process, daemon=True).start()
     _limit_memory(memory)
     torch.set_num_threads(1)
