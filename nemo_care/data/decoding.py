@@ -220,7 +220,7 @@ class _Process:
 
 def _serve(connection: Connection, load: Load, memory: int) -> None:
     """The decoding process: answers requests until the pipe is closed."""
-    # Ctrl-C and what some Slurm configurations send to all processes: the training process's affair.
+    # The training process's affair. Some Slurm configurations send SIGUSR1 to all processes.
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_training_process, daemon=True).start()
