@@ -43,16 +43,34 @@ def _export(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nemo-care report",
-        description="Draw a run's curves to PNG files and one self-contained page, report.html.",
+        description="Draw a run's curves to PNG files and one self-contained page, report.html; "
+        "with --scaling, compare the speed of one recipe's runs at several sizes.",
     )
-    parser.add_argument("run", type=Path, help="a run directory, finished or not")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("--scaling", action="store_true", help="tokens/s per GPU by size")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where the page of --scaling goes (default: the folder that holds the first run)",
+    )
     options = parser.parse_args(arguments)
+    if not options.scaling and (len(options.runs) > 1 or options.out):
+        parser.error("one run at a time, or --scaling")
     from nemo_care.parallel.launch import guarded
 
     def report() -> None:
         from nemo_care.reporting.report import write_report
+        from nemo_care.reporting.scaling import scaling_rows, write_scaling_report
 
-        print(write_report(options.run))
+        if options.scaling:
+            out = options.out or options.runs[0].resolve().parent
+            page, sizes = write_scaling_report(options.runs, out)
+            heading, rows = scaling_rows(sizes)
+            for line in (heading, *rows):
+                print(" | ".join(line))
+            print(page)
+            return
+        print(write_report(options.runs[0]))
 
     return guarded(report)
 

@@ -35,6 +35,9 @@ run_job() {
     fi
     local status=0
     start_on "${nodes[@]}" || status=$?
+    if ((status != 0)) && [[ -s $logs/first_failure ]]; then
+        status=$(<"$logs/first_failure")
+    fi
     if compgen -G "$logs/stopped_*" >/dev/null && ((status == 0)); then
         status=$STOPPED
     elif [[ $command == evaluate && -n $asked ]]; then

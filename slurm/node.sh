@@ -28,5 +28,7 @@ if ((status == 75)); then
 fi
 if ((status != 0)); then
     echo "$SLURMD_NODENAME: exit status $status" >&2
+    # Of the nodes that fail, the first says why; the others are only ended with it.
+    (set -o noclobber && echo "$status" >"$NEMO_CARE_LOGS/first_failure") 2>/dev/null
 fi
 exit "$status"

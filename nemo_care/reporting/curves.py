@@ -9,36 +9,28 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_care.reporting.figures import (
+    AXES,
+    COLOURS,
+    LEFT,
+    OTHER,
+    RIGHT,
+    Curve,
+    finish,
+    new_sheet,
+    save,
+)
 from nemo_care.reporting.reader import RunRecord, number
 from nemo_care.reporting.tables import level_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Okabe and Ito's colours: told apart with any colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_OTHER = "#B0B0B0"
 _MARKS = ("o", "s", "^", "D")
-# A panel's axes and the room around them, in inches; the legend lies in the room below. A fixed
-# layout: the automatic one lets labels overlap when a legend is wider than its axes.
-_AXES = (3.3, 2.1)
-_LEFT, _RIGHT, _TOP, _BOTTOM = 0.8, 0.2, 0.35, 0.75
-_DPI = 130
 # Fewer steps are drawn with a mark each, so that a single step shows too; many more are drawn
 # faintly under their running mean.
 _MARKED_STEPS = 30
 SMOOTHED_STEPS = 60
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A drawn figure: its file and what it shows."""
-
-    file: Path
-    title: str
-    width: float
-    """Relative to a figure of three panels side by side."""
 
 
 @dataclass(frozen=True)
@@ -183,65 +175,6 @@ def _line(
     axes.plot(steps, values, color=colour, linewidth=1.6, marker=mark, markersize=3.5, label=label)
 
 
-def _finish(axes: Axes, title: str, unit: str, *, share: bool, from_zero: bool, keys: int) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
-    axes.set_xlabel("step", fontsize=9)
-    axes.set_ylabel(unit, fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    # A factor such as 1e-5 above the axis would lie in the title.
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-    axes.tick_params(labelsize=8)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    if share:
-        axes.set_ylim(-0.02, 1.02)
-    elif from_zero and axes.dataLim.ymin >= 0:
-        axes.set_ylim(0, max(axes.get_ylim()[1], 1e-12))
-    if keys > 1:
-        # Under the axes: inside, it would hide curves that lie at 0 or 1.
-        axes.legend(
-            fontsize=8,
-            frameon=False,
-            ncols=keys,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.2),
-            handlelength=1.2,
-            handletextpad=0.5,
-            columnspacing=1.0,
-        )
-
-
-def _sheet(count: int, axes_width: float = _AXES[0]) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    across = 2 if count == 4 else min(count, 3)
-    down = math.ceil(count / across)
-    panel = (_LEFT + axes_width + _RIGHT, _TOP + _AXES[1] + _BOTTOM)
-    width, height = panel[0] * across, panel[1] * down
-    # Figure without pyplot: draws with Agg and leaves the process's backend alone.
-    figure = Figure(figsize=(width, height), dpi=_DPI)
-    places = []
-    for place in range(count):
-        row, column = divmod(place, across)
-        left = column * panel[0] + _LEFT
-        bottom = (down - 1 - row) * panel[1] + _BOTTOM
-        box = (left / width, bottom / height, axes_width / width, _AXES[1] / height)
-        places.append(figure.add_axes(box))
-    return figure, places
-
-
-def _save(figure: Figure, folder: Path, name: str, title: str) -> Curve:
-    file = folder / f"{name}.png"
-    # Without matplotlib's own note, equal runs give equal files.
-    figure.savefig(file, facecolor="white", metadata={"Software": None})
-    widest = 3 * (_LEFT + _AXES[0] + _RIGHT)
-    return Curve(file, title, figure.get_figwidth() / widest)
-
-
 def _panels(run: RunRecord, sheet: _Sheet) -> list[_Panel]:
     """The sheet's panels; the user's own rewards, which only the run names, go with the rewards."""
     if sheet.name != "reward":
@@ -263,15 +196,15 @@ def _metric_sheet(run: RunRecord, sheet: _Sheet, folder: Path) -> Curve | None:
         panels = [p for p in panels if "train/kl" not in p.lines]
     if not panels:
         return None
-    figure, places = _sheet(len(panels))
+    figure, places = new_sheet(len(panels))
     for axes, panel in zip(places, panels, strict=True):
         drawn = 0
-        for colour, (key, label) in zip(cycle(_COLOURS), panel.lines.items(), strict=False):
+        for colour, (key, label) in zip(cycle(COLOURS), panel.lines.items(), strict=False):
             values = run.series(key)
             if _known(values):
                 _line(axes, run.steps(), values, label, colour, smooth=panel.smooth)
                 drawn += 1
-        _finish(
+        finish(
             axes,
             panel.title,
             panel.unit,
@@ -279,7 +212,7 @@ def _metric_sheet(run: RunRecord, sheet: _Sheet, folder: Path) -> Curve | None:
             from_zero=panel.from_zero,
             keys=drawn,
         )
-    return _save(figure, folder, sheet.name, sheet.title)
+    return save(figure, folder, sheet.name, sheet.title)
 
 
 def _time_sheet(run: RunRecord, folder: Path) -> Curve | None:
@@ -299,10 +232,10 @@ def _time_sheet(run: RunRecord, folder: Path) -> Curve | None:
         ]
     if not layers:
         return None
-    figure, (axes,) = _sheet(1, axes_width=2 * _AXES[0] + _LEFT + _RIGHT)
+    figure, (axes,) = new_sheet(1, axes_width=2 * AXES[0] + LEFT + RIGHT)
     base = [0.0] * len(run.metrics)
     for place, (phase, values) in enumerate(layers.items()):
-        colour = _OTHER if phase == "other" else _COLOURS[place]
+        colour = OTHER if phase == "other" else COLOURS[place]
         top = [a + b for a, b in zip(base, values, strict=True)]
         if len(values) <= _MARKED_STEPS:
             axes.bar(run.steps(), values, bottom=base, width=0.8, color=colour, label=phase)
@@ -316,10 +249,10 @@ def _time_sheet(run: RunRecord, folder: Path) -> Curve | None:
     usual = ordered[int(0.95 * (len(ordered) - 1))]
     cut = len(base) > _MARKED_STEPS and ordered[-1] > 3 * usual > 0
     title = "Time per step" + (f" (longest: {ordered[-1]:.3g} s)" if cut else "")
-    _finish(axes, title, "seconds", share=False, from_zero=True, keys=len(layers))
+    finish(axes, title, "seconds", share=False, from_zero=True, keys=len(layers))
     if cut:
         axes.set_ylim(0, 1.6 * usual)
-    return _save(figure, folder, "time", "Time")
+    return save(figure, folder, "time", "Time")
 
 
 def _validation_sheet(run: RunRecord, folder: Path) -> Curve | None:
@@ -337,21 +270,21 @@ def _validation_sheet(run: RunRecord, folder: Path) -> Curve | None:
     shown = {key: lines for key, lines in panels.items() if any(map(_known, lines.values()))}
     if not shown:
         return None
-    figure, places = _sheet(len(shown))
+    figure, places = new_sheet(len(shown))
     for axes, (key, lines) in zip(places, shown.items(), strict=True):
         for place, (level, values) in enumerate(lines.items()):
             axes.plot(
                 steps,
                 values,
-                color=_COLOURS[place % len(_COLOURS)],
+                color=COLOURS[place % len(COLOURS)],
                 linewidth=1.6,
                 marker=_MARKS[place % len(_MARKS)],
                 markersize=4,
                 label=level,
             )
         unit = "probability" if key.startswith("probe") else "share"
-        _finish(axes, _VALIDATION[key], unit, share=True, from_zero=True, keys=len(lines))
-    return _save(figure, folder, "validation", "Validation")
+        finish(axes, _VALIDATION[key], unit, share=True, from_zero=True, keys=len(lines))
+    return save(figure, folder, "validation", "Validation")
 
 
 def draw_curves(run: RunRecord, folder: Path) -> list[Curve]:

@@ -1,0 +1,102 @@
+"""What all figures have in common: colours, the layout of panels, and how they are written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours: told apart with any colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+OTHER = "#B0B0B0"
+# A panel's axes and the room around them, in inches; the legend lies in the room below. A fixed
+# layout: the automatic one lets labels overlap when a legend is wider than its axes.
+AXES = (3.3, 2.1)
+LEFT, RIGHT, _TOP, _BOTTOM = 0.8, 0.2, 0.35, 0.75
+_DPI = 130
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A drawn figure: its file and what it shows."""
+
+    file: Path
+    title: str
+    width: float
+    """Relative to a figure of three panels side by side."""
+
+
+def finish(
+    axes: Axes,
+    title: str,
+    unit: str,
+    *,
+    share: bool,
+    from_zero: bool,
+    keys: int,
+    x: str = "step",
+) -> None:
+    """Title, labels, grid and legend of one panel; `keys` lines are in the legend."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(unit, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    # A factor such as 1e-5 above the axis would lie in the title.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if share:
+        axes.set_ylim(-0.02, 1.02)
+    elif from_zero and axes.dataLim.ymin >= 0:
+        axes.set_ylim(0, max(axes.get_ylim()[1], 1e-12))
+    if keys > 1:
+        # Under the axes: inside, it would hide curves that lie at 0 or 1.
+        axes.legend(
+            fontsize=8,
+            frameon=False,
+            ncols=keys,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.2),
+            handlelength=1.2,
+            handletextpad=0.5,
+            columnspacing=1.0,
+        )
+
+
+def new_sheet(count: int, axes_width: float = AXES[0]) -> tuple[Figure, list[Axes]]:
+    """A figure with that many panels."""
+    from matplotlib.figure import Figure
+
+    across = 2 if count == 4 else min(count, 3)
+    down = math.ceil(count / across)
+    panel = (LEFT + axes_width + RIGHT, _TOP + AXES[1] + _BOTTOM)
+    width, height = panel[0] * across, panel[1] * down
+    # Figure without pyplot: draws with Agg and leaves the process's backend alone.
+    figure = Figure(figsize=(width, height), dpi=_DPI)
+    places = []
+    for place in range(count):
+        row, column = divmod(place, across)
+        left = column * panel[0] + LEFT
+        bottom = (down - 1 - row) * panel[1] + _BOTTOM
+        box = (left / width, bottom / height, axes_width / width, AXES[1] / height)
+        places.append(figure.add_axes(box))
+    return figure, places
+
+
+def save(figure: Figure, folder: Path, name: str, title: str) -> Curve:
+    """Write a figure as a PNG file."""
+    file = folder / f"{name}.png"
+    # Without matplotlib's own note, equal runs give equal files.
+    figure.savefig(file, facecolor="white", metadata={"Software": None})
+    widest = 3 * (LEFT + AXES[0] + RIGHT)
+    return Curve(file, title, figure.get_figwidth() / widest)
