@@ -18,7 +18,7 @@ TORCH := torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cp
 endif
 endif
 
-.PHONY: train test test-slow compare bench report docs lint format clean help
+.PHONY: train test test-slow compare bench report docs plans lint format clean help
 
 train: $(INSTALLED)
 	$(BIN)/nemo-care train --config-name tiny_cpu $(ARGS)
@@ -47,6 +47,15 @@ report: $(INSTALLED)
 # The page of all recipe keys, which a test compares with the schema.
 docs: $(INSTALLED)
 	$(BIN)/python -m nemo_care.recipe_docs > docs/recipe.md
+
+# What the big recipes need, counted without a GPU: docs/plans.md.
+plans: $(INSTALLED)
+	{ echo "# Plans"; echo; echo '`make plans` writes this page: `nemo-care plan` for each recipe.'; \
+	for size in 3b 7b 32b 72b; do \
+		printf '\n## grpo_care_qwen2_5_vl_%s\n\n```text\n' $$size; \
+		COLUMNS=140 $(BIN)/nemo-care plan --config-name grpo_care_qwen2_5_vl_$$size || exit 1; \
+		echo '```'; \
+	done; } > docs/plans.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
