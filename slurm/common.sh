@@ -35,13 +35,15 @@ run_job() {
     fi
     local status=0
     start_on "${nodes[@]}" || status=$?
-    if ((status != 0)) && [[ -s $logs/first_failure ]]; then
-        status=$(<"$logs/first_failure")
+    if ((status != 0)) && [[ -s $logs/failed ]]; then
+        status=$(<"$logs/failed")
     fi
     if compgen -G "$logs/stopped_*" >/dev/null && ((status == 0)); then
         status=$STOPPED
-    elif [[ $command == evaluate && -n $asked ]]; then
-        # It has no checkpoint to write: the samples that are done are in its files.
+    elif [[ -n $asked ]] && ((status != 0 && status != UNUSABLE)); then
+        # It was asked to stop and could not do so in its own way: an evaluation, whose finished
+        # samples are in its files, or a run that was still starting.
+        say "stopped without a checkpoint of its own (exit status $status)"
         status=$STOPPED
     fi
     finish "$status"

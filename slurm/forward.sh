@@ -1,25 +1,27 @@
 # shellcheck shell=bash
 # Sourced by common.sh and node.sh.
 
-# forward COMMAND...: run it, pass SIGUSR1 and SIGTERM on to it as SIGUSR1 ("stop after this step"),
-# and return its exit status. `asked` holds the last signal that came.
 # shellcheck disable=SC2034 # common.sh reads it
 asked=""
+# Something to read from that never has anything: `read -t` on it is a sleep without a process.
+exec {idle}<> <(:)
+
+# forward COMMAND...: run it, pass SIGUSR1 and SIGTERM on to it as SIGUSR1 ("stop after this step"),
+# and return its exit status. `asked` holds the last signal that came.
 forward() {
-    local process status interrupted
+    local process status=0
     "$@" &
     process=$!
     # shellcheck disable=SC2064 # the process is this one
-    trap "asked=USR1 interrupted=1; kill -USR1 $process 2>/dev/null || true" USR1
+    trap "asked=USR1; kill -USR1 $process 2>/dev/null || true" USR1
     # shellcheck disable=SC2064
-    trap "asked=TERM interrupted=1; kill -USR1 $process 2>/dev/null || true" TERM
-    while true; do
-        interrupted=""
-        status=0
-        # A signal ends `wait` early; waiting again gives the status of the process.
-        wait "$process" || status=$?
-        [[ -n $interrupted ]] || break
+    trap "asked=TERM; kill -USR1 $process 2>/dev/null || true" TERM
+    # `wait` comes last: bash 5.2 was seen to wait forever for a process that ended in the same
+    # moment in which a signal interrupted the waiting.
+    while kill -0 "$process" 2>/dev/null; do
+        read -r -t 0.5 -u "$idle" || true
     done
+    wait "$process" || status=$?
     # What follows (a requeue, a note) is not to be interrupted by a signal that repeats.
     trap 'asked=USR1' USR1
     trap 'asked=TERM' TERM

@@ -27,8 +27,9 @@ if ((status == 75)); then
     exit 0
 fi
 if ((status != 0)); then
+    # srun ends the other tasks now, and returns the status of one of those. Only the first to fail
+    # leaves its own.
+    (set -o noclobber && echo "$status" >"$NEMO_CARE_LOGS/failed") 2>/dev/null
     echo "$SLURMD_NODENAME: exit status $status" >&2
-    # Of the nodes that fail, the first says why; the others are only ended with it.
-    (set -o noclobber && echo "$status" >"$NEMO_CARE_LOGS/first_failure") 2>/dev/null
 fi
 exit "$status"

@@ -62,7 +62,7 @@ def size_of(run: RunRecord) -> Size:
         InputError: the run has too few steps, no recipe, or metrics that lack lengths or times.
     """
     settings = [
-        run.setting(f"{key}")
+        run.setting(key)
         for key in (
             "trainer.devices",
             "trainer.num_nodes",
@@ -142,10 +142,11 @@ def _draw(sizes: Sequence[Size], folder: Path) -> Curve:
         seconds = [size.phases[phase] for size in sizes]
         time.bar(places, seconds, bottom=base, width=0.6, color=colour, label=phase)
         base = [a + b for a, b in zip(base, seconds, strict=True)]
-    finish(time, "Time of a step", "seconds", share=False, from_zero=True, keys=3, x="GPUs")
+    finish(time, "Time of a step", "seconds", share=False, from_zero=True, keys=5, x="GPUs")
     time.set_xticks(list(places), [str(count) for count in gpus])
     for axes in (speed, share):
         axes.set_xlim(0, 1.1 * max(gpus))
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
     return save(figure, folder, "scaling", "Speed, efficiency and phases by number of GPUs")
 
 
