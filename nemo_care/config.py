@@ -133,7 +133,7 @@ class AlgorithmConfig:
     """Words that the format reward asks for between the think tags; 0: the paper's reward."""
     rewards: list[str] = field(default_factory=lambda: ["accuracy", "format"])
     """Whose weighted sum is the base reward: accuracy, format, and functions of your own by import
-    path, package.module.function (see the README)."""
+    path, package.module.function (see docs/rewards.md)."""
     reward_weights: list[float] | None = None
     """A number for each of the rewards; 0: recorded but not counted; null: 1 each."""
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)

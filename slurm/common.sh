@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What the scripts beside this file share; they source it in the batch job and call `run_job`.
-# README.md, "On a Slurm cluster", lists the variables.
+# docs/slurm.md lists the variables.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
