@@ -6,7 +6,7 @@
 #
 # Arguments are recipe overrides; options of sbatch override those below.
 #SBATCH --job-name=nemo-care-32b
-#SBATCH --nodes=8
+#SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --mem=0

@@ -6,7 +6,7 @@
 #
 # Arguments are recipe overrides; options of sbatch override those below.
 #SBATCH --job-name=nemo-care-7b
-#SBATCH --nodes=2
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --mem=0
