@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,20 @@ def peak_memory(run: Callable[[], T]) -> tuple[int, T]:
     before = _resident("VmRSS")
     result = run()
     return _resident("VmHWM") - before, result
+
+
+def allocated_peak(run: Callable[[], Any]) -> int:
+    """Bytes that torch's CPU allocator gives out at the peak of `run`, beyond what it held before.
+
+    The resident memory also holds what malloc has not given back.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
 
 
 def _resident(field: str) -> int:

@@ -56,6 +56,8 @@ def plan_recipe(hf_path: str, tensor: int, pipeline: int, granularity: str = "no
     recipe.model.pipeline_model_parallel_size = pipeline
     recipe.model.sequence_parallel = tensor > 1
     recipe.model.recompute_granularity = granularity
+    # In bf16 a CPU's kernels take memory of their own.
+    recipe.model.precision.dtype = "fp32"
     recipe.algorithm.group_size = 4
     recipe.algorithm.prompts_per_step = 4
     recipe.rollout.max_completion_tokens = LENGTHS[1]

@@ -136,7 +136,7 @@ def refusals(folder: str) -> dict:
         "tensor": lambda: make_plan(plan_recipe(seven, 3, 1), small),
         "pipeline": lambda: make_plan(plan_recipe(seven, 1, 5), small),
         "model": lambda: make_plan(plan_recipe("nowhere/Other", 1, 1), small),
-        "memory": lambda: dry_run(make_plan(plan_recipe(folder, 1, 1), _question(0.105))),
+        "memory": lambda: dry_run(make_plan(plan_recipe(folder, 1, 1), _question(0.1))),
     }
     lines = {}
     for name, case in cases.items():
@@ -156,7 +156,7 @@ def searched(folder: str) -> list:
     """Overrides that a search found, and what the plan of each says."""
     recipe = plan_recipe(folder, 1, 1, "full")
     recipe.trainer.devices, recipe.algorithm.prompts_per_step = 2, 1
-    question = _question(1.047)
+    question = _question(1.0485)
     tried: list[str] = []
     found = search(recipe, question, 2, 10, tried.append)
     plans = [make_plan(item.recipe, question, compare=False) for item in found]

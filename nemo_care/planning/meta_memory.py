@@ -135,6 +135,9 @@ class MetaMemory(TorchDispatchMode):
         elif func is aten.masked_scatter.default:
             # A prefix sum over the mask in int64 (torch's IndexKernel.cpp).
             workspace = args[0].numel() * 8
+        elif func is aten.logsumexp.default:
+            # The exponentials (torch's ReduceOps.cpp).
+            workspace = args[0].nbytes
         else:
             return
         self.peak = max(self.peak, self.current + workspace)
