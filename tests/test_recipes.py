@@ -82,6 +82,7 @@ def test_sizes_differ_in_model_layout_and_number_of_prompts_only():
         "model.pipeline_model_parallel_size",
         "algorithm.reference.offload",
         "rollout.groups_per_batch",
+        "evaluation.samples_per_batch",
     }
     for size, prompts in zip(SIZES, (4, 4, 8, 16), strict=True):
         recipe = composed(f"grpo_care_qwen2_5_vl_{size}")
