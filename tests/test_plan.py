@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -287,10 +286,10 @@ def test_72b_on_64_gpus_is_planned_within_a_minute_and_4_gib(tmp_path, layout):
     ]
     program = (
         "import resource, sys; from nemo_care.cli import main; status = main(sys.argv[1:]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(status)"
+        "used = resource.getrusage(resource.RUSAGE_SELF); "
+        "print(used.ru_maxrss * 1024, used.ru_utime + used.ru_stime); sys.exit(status)"
     )
     command = [sys.executable, "-c", program, "plan", "--json", "--config-name", "large"]
-    started = time.perf_counter()
     done = subprocess.run(
         [*command, "--config-path", str(tmp_path), *overrides],
         check=True,
@@ -298,9 +297,10 @@ def test_72b_on_64_gpus_is_planned_within_a_minute_and_4_gib(tmp_path, layout):
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    seconds = time.perf_counter() - started
-    plan, resident = done.stdout.strip().splitlines()
+    plan, used = done.stdout.strip().splitlines()
+    # One core's seconds: the machine may have other work.
+    resident, seconds = map(float, used.split())
     assert json.loads(plan)["model"]["parameters"] == 73_410_777_344
     assert len(json.loads(plan)["stages"]) == pipeline
-    assert int(resident) < 4 * 2**30
+    assert resident < 4 * 2**30
     assert seconds < 60

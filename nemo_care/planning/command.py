@@ -71,10 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--assume",
-        nargs="+",
+        action="append",
         default=[],
         metavar="NAME=NUMBER",
-        help="efficiencies that the times assume; the plan's footnote names all",
+        help="an efficiency that the times assume, such as flops=0.5; may be repeated",
     )
     return parser
 
