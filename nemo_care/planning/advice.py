@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from nemo_care.config import needs_reference
 from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.parallel.process_groups import Layout
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.plan import GRANULARITIES, Plan, StagePlan
-from nemo_care.planning.stage import uses_reference
 
 Peaks = dict[str, float]
 # A change that leaves more of the peak than this is not worth a line.
@@ -60,7 +60,7 @@ def _changes(plan: Plan) -> Iterator[_Change]:
         yield _Change(
             "algorithm.groups_per_micro_batch=1", "smaller kernels", _scaled(plan, factors)
         )
-    if uses_reference(recipe) and not algorithm.reference.offload:
+    if needs_reference(recipe.algorithm) and not algorithm.reference.offload:
         yield _Change(
             "algorithm.reference.offload=true",
             "some seconds per step, and CPU memory",

@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nemo_care.config import Recipe
+from nemo_care.config import Recipe, needs_reference
 from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.planning.gpus import GIB, Gpu
 from nemo_care.planning.shapes import (
@@ -25,7 +25,6 @@ from nemo_care.planning.stage import (
     micro_batches_of,
     prompts_of,
     replicas_of,
-    uses_reference,
 )
 from nemo_care.planning.work import Clock, Efficiency, StepTime, packed_tokens, step_flops
 from nemo_care.preflight import layout_of
@@ -164,7 +163,7 @@ def host_memory(recipe: Recipe, shape: ModelShape, longest: Lengths, worst: Stag
     # Each rank of a replica puts the whole optimizer state together: three float32 tensors of all
     # its parameters, its own shards of them, and one gathered tensor twice.
     gathered = 4 * parameters * (3 + 2) + 4 * 3 * parameters // replicas_of(recipe)
-    offload = recipe.algorithm.reference.offload and uses_reference(recipe)
+    offload = recipe.algorithm.reference.offload and needs_reference(recipe.algorithm)
     return {
         "processes": int(ranks * _PROCESS_GIB * GIB),
         "reference": ranks * worst.reference_average if offload else 0,
@@ -177,7 +176,7 @@ def host_memory(recipe: Recipe, shape: ModelShape, longest: Lengths, worst: Stag
 def checkpoint_size(recipe: Recipe, builds: list[StageBuild]) -> int:
     """Bytes of one checkpoint: weights, master weights with AdamW's moments, the average."""
     width = 2 if recipe.model.precision.dtype == "bf16" else 4
-    average = 4 if uses_reference(recipe) else 0
+    average = 4 if needs_reference(recipe.algorithm) else 0
     total = 0
     for build in builds:
         trained = min(build.gradients / 4 / build.parameters, 1.0)

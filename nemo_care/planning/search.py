@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from nemo_care.config import Recipe, check_recipe
+from nemo_care.config import Recipe, check_recipe, needs_reference
 from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.planning.gpus import GIB
@@ -27,7 +27,6 @@ from nemo_care.planning.stage import (
     in_flight,
     prompts_of,
     replicas_of,
-    uses_reference,
 )
 from nemo_care.planning.tables import gib, markdown_table
 from nemo_care.planning.work import Clock, StepTime
@@ -155,7 +154,7 @@ def _layouts(recipe: Recipe, shape: ModelShape, machines: int, devices: int) -> 
 
 def _variants(recipe: Recipe) -> Iterator[Recipe]:
     """The same layout with each recomputation, place of the reference and micro-batch."""
-    offloads = (False, True) if uses_reference(recipe) else (False,)
+    offloads = (False, True) if needs_reference(recipe.algorithm) else (False,)
     groups = [count for count in _GROUPS if prompts_of(recipe) % count == 0]
     for granularity, offload, count in itertools.product(GRANULARITIES, offloads, groups):
         changed = deepcopy(recipe)

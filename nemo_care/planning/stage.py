@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nemo_care.algorithms.build import build_model
 from nemo_care.algorithms.policy import Policy
-from nemo_care.config import Recipe
+from nemo_care.config import Recipe, needs_reference
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.parallel.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
@@ -83,12 +83,6 @@ class StageUse:
     def scoring_peak(self, micro_batches: int) -> int:
         """Peak of the scoring pass over a step of so many micro-batches."""
         return self.scoring + micro_batches * self.inputs if self.scoring else 0
-
-
-def uses_reference(recipe: Recipe) -> bool:
-    """Whether the recipe has a reference at all."""
-    algorithm = recipe.algorithm
-    return algorithm.consistency.bonus_coefficient > 0 or algorithm.kl_coefficient > 0
 
 
 def replicas_of(recipe: Recipe) -> int:
@@ -357,7 +351,7 @@ def built_stage(
         model = _build_part(recipe, ranks, shape)
         weights = memory.current
         scorer, average, copy = None, 0, 0
-        if reference and uses_reference(recipe):
+        if reference and needs_reference(recipe.algorithm):
             twin = _build_part(recipe, ranks, shape)
             copy = memory.current - weights
             scorer = Reference(twin, recipe.algorithm, ranks, layout)

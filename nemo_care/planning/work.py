@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.config import Recipe
+from nemo_care.config import Recipe, needs_reference
 from nemo_care.planning.gpus import Gpu
 from nemo_care.planning.shapes import Lengths
 from nemo_care.planning.stage import StageBuild, micro_batches_of, prompts_of, replicas_of
@@ -130,12 +130,11 @@ def step_flops(recipe: Recipe, hf: Qwen2_5_VLConfig, lengths: Lengths) -> dict[s
     }[recipe.model.recompute_granularity]
     # Backward computes the logits again (models/log_probs.py).
     update = 3 * whole + again + head_flops(hf, tokens)
-    uses_reference = algorithm.consistency.bonus_coefficient > 0 or algorithm.kl_coefficient > 0
     prompts = algorithm.prompts_per_step
     return {
         "rollout": prompts
         * (prefill + whole - group_flops(hf, prompt_only, size, shared=shared, rows=0)),
-        "scoring": prompts * answers if uses_reference else 0.0,
+        "scoring": prompts * answers if needs_reference(algorithm) else 0.0,
         "update": prompts * algorithm.updates_per_rollout * update,
     }
 
