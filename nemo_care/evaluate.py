@@ -174,10 +174,12 @@ def _ask_all(
 def _check_skipped(
     recipe: Recipe, level: str, annotations: "Annotations", skipped: "Sequence[Skipped]"
 ) -> None:
+    from nemo_care.data.samples import too_many_skipped
+
     # Of a level that is cut short, bad lines may lie behind the cut; reading has checked them.
     bad = 0 if recipe.data.validation.samples_per_level else len(annotations.bad)
     count, total = len(skipped) + bad, len(annotations.samples) + bad
-    if skipped and (count == total or count > recipe.data.max_skipped_fraction * total):
+    if skipped and too_many_skipped(count, total, recipe.data.max_skipped_fraction):
         raise InputError(
             f"{count} of {total} samples of level {level} can't be used, more than "
             f"data.max_skipped_fraction={recipe.data.max_skipped_fraction:g} allows; mend them and "

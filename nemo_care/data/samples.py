@@ -39,3 +39,11 @@ class Skipped:
     index: int | None
     sample_id: str
     reason: str
+
+
+def too_many_skipped(count: float, total: float, max_fraction: float) -> bool:
+    """Whether a data set of `total` samples is unusable because `count` of them are.
+
+    `max_fraction` is data.max_skipped_fraction; a data set without any usable sample never passes.
+    """
+    return count == total or count > max_fraction * total

@@ -3,6 +3,7 @@
 from nemo_care.data.annotations import Annotations
 from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.mixing import TrainingData, epoch_shares
+from nemo_care.data.samples import too_many_skipped
 from nemo_care.data.seed_bench_r1 import read_seed_bench_r1
 from nemo_care.data.video_r1 import read_video_r1
 from nemo_care.data_config import DataConfig, SourceConfig
@@ -72,7 +73,7 @@ def _read_checked(
     kind: str, root: str, annotations: str, config: DataConfig, seed: int
 ) -> Annotations:
     read = read_source(kind, root, annotations, seed=seed)
-    if len(read.bad) > config.max_skipped_fraction * read.total:
+    if too_many_skipped(len(read.bad), read.total, config.max_skipped_fraction):
         raise InputError(
             f"{len(read.bad)} of {read.total} samples of {annotations} can't be used, more than "
             f"data.max_skipped_fraction={config.max_skipped_fraction:g} allows; the first: "

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from nemo_care.data.loader import Numbered, PromptLoader
 from nemo_care.data.mixing import SampleOrder, TrainingData
 from nemo_care.data.prompts import Prompt
-from nemo_care.data.samples import Skipped
+from nemo_care.data.samples import Skipped, too_many_skipped
 from nemo_care.errors import InputError
 from nemo_care.parallel.process_groups import Ranks
 
@@ -128,8 +128,7 @@ class PromptStream:
             self._unusable[source].setdefault(place, item)
         for annotations, unusable in zip(self.data.sources, self._unusable, strict=True):
             count = len(annotations.bad) + len(unusable)
-            too_many = count > self.max_skipped_fraction * annotations.total
-            if unusable and (too_many or count == annotations.total):
+            if unusable and too_many_skipped(count, annotations.total, self.max_skipped_fraction):
                 first = next(iter(unusable.values()))
                 raise TooManySkipped(
                     f"{count} of {annotations.total} training samples can't be used, more "
