@@ -14,6 +14,7 @@ from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
 from nemo_care.miniature.tokenizer import build_tokenizer
 from nemo_care.miniature.vocabulary import SPECIAL_TOKENS, TAGS, UNKNOWN
+from nemo_care.planning.shapes import Lengths
 from nemo_care.rollouts.group import Completion, Group
 
 WORDS = (*SPECIAL_TOKENS, *TAGS, UNKNOWN, "user", "assistant")
@@ -92,6 +93,12 @@ def write_checkpoint(folder: Path, size: Size) -> None:
 def video_grid(prompt_tokens: int) -> tuple[int, int, int]:
     """Patches (time, height, width) of a video of 224 x 224 pixels that fills half of a prompt."""
     return prompt_tokens // 128, 16, 16
+
+
+def lengths(prompt_tokens: int, completion_tokens: int) -> Lengths:
+    """The same prompt, for counting its FLOPs."""
+    t, h, w = grid = video_grid(prompt_tokens)
+    return Lengths(prompt_tokens, completion_tokens, t * h * w // MERGE**2, (grid,))
 
 
 def video_prompt(config: Qwen2_5_VLConfig, prompt_tokens: int, index: int = 0) -> Prompt:

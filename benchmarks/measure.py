@@ -1,4 +1,4 @@
-"""Time, peak memory and FLOPs of a pass."""
+"""Time and peak memory of a pass."""
 
 import ctypes
 import gc
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from made import ANSWER_FROM_END, MERGE, PATCH, TEMPORAL_PATCH, Size, video_grid
+from made import ANSWER_FROM_END
 
 T = TypeVar("T")
 
@@ -67,46 +67,6 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"{field} is not in /proc/self/status")
 
 
-def trunk_flops(size: Size, prompt: int, completion: int, group: int, *, shared: bool) -> float:
-    """Forward FLOPs of the language model's layers for one group, attention included."""
-    width = size.hidden // size.heads
-    per_token = (
-        2 * size.hidden * (size.hidden + 2 * size.key_heads * width)
-        + 2 * size.hidden * size.hidden
-        + 6 * size.hidden * size.intermediate
-    )
-    if shared:
-        tokens = prompt + group * completion
-        pairs = _triangle(prompt) + group * (completion * prompt + _triangle(completion))
-    else:
-        tokens = group * (prompt + completion)
-        pairs = group * _triangle(prompt + completion)
-    return size.layers * (tokens * per_token + pairs * 4 * size.heads * width)
-
-
-def head_flops(size: Size, rows: int) -> float:
-    """FLOPs of the output layer on so many positions."""
-    return 2.0 * rows * size.hidden * size.vocabulary
-
-
 def answer_rows(group: int) -> int:
     """Positions at which the fused pass asks for a token of an answer."""
     return group * (ANSWER_FROM_END[0] - ANSWER_FROM_END[1])
-
-
-def vision_flops(size: Size, prompt: int) -> float:
-    """Forward FLOPs of the vision tower for one prompt (windowed attention, one full layer)."""
-    time_, height, width = video_grid(prompt)
-    patches = time_ * height * width
-    h = size.vision_hidden
-    embed = 2 * patches * (3 * TEMPORAL_PATCH * PATCH**2) * h
-    block = patches * (2 * h * 3 * h + 2 * h * h + 6 * h * 2 * h)
-    window = (112 // PATCH) ** 2
-    attention = 4 * h * patches * ((size.vision_depth - 1) * window + height * width)
-    merged = MERGE**2 * h
-    merge = patches // MERGE**2 * (2 * merged * merged + 2 * merged * size.hidden)
-    return embed + size.vision_depth * block + attention + merge
-
-
-def _triangle(n: int) -> float:
-    return n * (n + 1) / 2

@@ -19,13 +19,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from made import Size, given_group, hf_config, video_prompt, write_checkpoint
-from measure import answer_rows, head_flops, peak_memory, seconds, trunk_flops, vision_flops
+from made import Size, given_group, hf_config, lengths, video_prompt, write_checkpoint
+from measure import answer_rows, peak_memory, seconds
 
 from nemo_care.models.qwen2_5_vl import Qwen25VL, transformer_config
 from nemo_care.models.weights import load_hf_weights
 from nemo_care.objective.consistency import answer_likelihood
 from nemo_care.parallel.process_groups import Layout, Ranks
+from nemo_care.planning.work import group_flops
 from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.group import Group
 from nemo_care.rollouts.sequences import separate_sequences
@@ -52,12 +53,13 @@ def likelihoods_of(scorer: Scorer, group: Group) -> torch.Tensor:
 
 def work(size: Size, prompt: int, completion: int, group_size: int, name: str) -> float:
     """FLOPs of one of the passes."""
-    shared = name == "fused"
-    positions = group_size * (prompt + completion)
-    return (
-        trunk_flops(size, prompt, completion, group_size, shared=shared)
-        + (1 if shared else group_size) * vision_flops(size, prompt)
-        + head_flops(size, positions if name == "naive" else answer_rows(group_size))
+    rows = group_size * (prompt + completion) if name == "naive" else answer_rows(group_size)
+    return group_flops(
+        hf_config(size),
+        lengths(prompt, completion),
+        group_size,
+        shared=name == "fused",
+        rows=rows,
     )
 
 

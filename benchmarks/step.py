@@ -13,8 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from made import Size, answer_span, video_prompt, write_checkpoint
-from measure import head_flops, trunk_flops, vision_flops
+from made import Size, answer_span, hf_config, lengths, video_prompt, write_checkpoint
 
 from nemo_care.algorithms.build import build_trainer
 from nemo_care.algorithms.grpo_care import GRPOCareTrainer
@@ -24,6 +23,7 @@ from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
 from nemo_care.parallel.process_groups import Layout, Ranks
+from nemo_care.planning.work import group_flops, head_flops
 from nemo_care.rollouts.group import Group
 from nemo_care.run_files import RunFiles
 
@@ -97,11 +97,9 @@ def timings(trainer: GRPOCareTrainer, repeats: int) -> tuple[dict[str, float], f
 def update_flops(size: Size, shape: tuple[int, int, int], *, shared: bool) -> float:
     """FLOPs of forward and backward of one group (the output layer's logits are made twice)."""
     prompt, completion, group = shape
-    return (
-        3 * trunk_flops(size, prompt, completion, group, shared=shared)
-        + 3 * (1 if shared else group) * vision_flops(size, prompt)
-        + 4 * head_flops(size, group * completion)
-    )
+    hf, rows = hf_config(size), group * completion
+    forward = group_flops(hf, lengths(prompt, completion), group, shared=shared, rows=rows)
+    return 3 * forward + head_flops(hf, rows)
 
 
 def main() -> None:
