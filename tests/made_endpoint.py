@@ -13,7 +13,7 @@ from nemo_care.evaluation.llm_judge import LLMJudge
 
 KEY = "sk-the-secret-0123456789"
 SAMPLE = Sample("7", "Which way does it go?", "B", options={"A": "left", "B": "right"})
-PATIENCE = 20.0  # seconds; nothing here takes as long
+PATIENCE = 100.0  # seconds, for a loaded machine; nothing here takes as long
 
 Response = tuple[int, dict[str, str], str]
 """Status, headers, body."""

@@ -15,7 +15,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
-from nemo_care.config import OptimizerConfig
+from nemo_care.model_config import OptimizerConfig
 
 
 def wrap_data_parallel(model: MegatronModule) -> DistributedDataParallel:
