@@ -18,7 +18,10 @@ TORCH := torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cp
 endif
 endif
 
-.PHONY: train test test-slow compare bench report docs plans lint format clean help
+# The big recipes that differ in their layout.
+SIZES := 3b 7b 32b 72b
+
+.PHONY: train test test-slow dry-runs compare bench report docs plans lint format clean help
 
 train: $(INSTALLED)
 	$(BIN)/nemo-care train --config-name tiny_cpu $(ARGS)
@@ -29,6 +32,11 @@ test: $(INSTALLED)
 # What takes longer, such as a run under torchrun.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# A whole step of each big recipe in a fake world: layouts, shapes, collectives, checkpoint.
+dry-runs: $(INSTALLED)
+	printf 'grpo_care_qwen2_5_vl_%s\n' $(SIZES) | OMP_NUM_THREADS=1 xargs -P 2 -I{} \
+		$(BIN)/nemo-care plan --dry-run --config-name {}
 
 # GRPO and GRPO-CARE with three seeds each, and one table of both.
 compare: $(INSTALLED)
@@ -52,7 +60,7 @@ docs: $(INSTALLED)
 # What the big recipes need, counted without a GPU: docs/plans.md.
 plans: $(INSTALLED)
 	{ echo "# Plans"; echo; echo '`make plans` writes this page: `nemo-care plan` for each recipe.'; \
-	for size in 3b 7b 32b 72b; do \
+	for size in $(SIZES); do \
 		printf '\n## grpo_care_qwen2_5_vl_%s\n\n```text\n' $$size; \
 		COLUMNS=140 $(BIN)/nemo-care plan --config-name grpo_care_qwen2_5_vl_$$size || exit 1; \
 		echo '```'; \
@@ -89,6 +97,7 @@ help:
 	@echo "make bench     benchmarks of scoring, step and data, and against TRL: 20 minutes"
 	@echo "make report    curves and a page of the last make train"
 	@echo "make test      the tests; make test-slow the long ones"
+	@echo "make dry-runs  a step of each big recipe without a GPU"
 	@echo "make docs      docs/recipe.md, the page of all recipe keys"
 	@echo "make lint      ruff and mypy; make format mends what can be mended"
 	@echo "make clean     remove the virtual environment and the runs"

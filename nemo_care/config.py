@@ -7,6 +7,7 @@ The keys under `data`, `evaluation`, `model` and `optimizer` are in `data_config
 `evaluation_config.py` and `model_config.py`.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,9 @@ from nemo_care.data_config import DATA_KINDS, MISSING, DataConfig, check_data
 from nemo_care.errors import InputError
 from nemo_care.evaluation_config import JUDGES, EvaluationConfig, check_evaluation
 from nemo_care.model_config import ModelConfig, OptimizerConfig, check_model
+
+# What is usual; more ranks than that ask for more machines.
+_RANKS_OF_A_MACHINE = 8
 
 CONSISTENCY_KINDS = ("group", "accurate", "dense")
 
@@ -307,24 +311,40 @@ def seconds_of(duration: str) -> float:
 
 
 def _check_together(recipe: Recipe) -> None:
-    trainer, model = recipe.trainer, recipe.model
-    if trainer.max_time_per_run is not None:
-        seconds_of(trainer.max_time_per_run)
+    if recipe.trainer.max_time_per_run is not None:
+        seconds_of(recipe.trainer.max_time_per_run)
     check_data(recipe.data)
     check_evaluation(recipe.evaluation)
     check_model(recipe.model)
-    world = trainer.devices * trainer.num_nodes
-    ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
-    if world % ranks:
-        raise InputError(
-            f"trainer.devices * trainer.num_nodes = {world} is not a multiple of "
-            f"model.tensor_model_parallel_size * model.pipeline_model_parallel_size = {ranks}: "
-            f"set trainer.devices={ranks} or change the layout"
-        )
+
+
+def check_world(recipe: Recipe) -> None:
+    """Check that the ranks make whole replicas of a model that the layout divides.
+
+    Raises:
+        InputError: names the keys and what would fit.
+    """
+    trainer, model = recipe.trainer, recipe.model
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    world, ranks = trainer.devices * trainer.num_nodes, tensor * pipeline
+    if world % ranks == 0:
+        return
+    nodes = math.lcm(trainer.devices, ranks) // trainer.devices
+    remedy = (
+        f"trainer.devices={ranks}"
+        if trainer.num_nodes == 1 and trainer.devices < ranks <= _RANKS_OF_A_MACHINE
+        else f"trainer.num_nodes={nodes} (or a multiple)"
+    )
+    raise InputError(
+        f"trainer.devices * trainer.num_nodes = {trainer.devices} * {trainer.num_nodes} = {world} "
+        "ranks are not a multiple of model.tensor_model_parallel_size * "
+        f"model.pipeline_model_parallel_size = {tensor} * {pipeline} = {ranks}: set {remedy}, or "
+        f"two sizes whose product divides {world}"
+    )
 
 
 def check_training(recipe: Recipe) -> None:
-    """Check what only a training run needs, beyond `check_recipe`.
+    """Check what only a training run needs, beyond `check_recipe` and `check_world`.
 
     Raises:
         InputError: names the key, its value and what it may be.

@@ -3,7 +3,7 @@
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.algorithms.reward_functions import load_rewards
-from nemo_care.config import Recipe, check_training
+from nemo_care.config import Recipe, check_training, check_world
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.sources import read_levels, read_training, training_sources
 from nemo_care.data.tokenizer import load_tokenizer
@@ -46,12 +46,12 @@ def check_training_inputs(recipe: Recipe) -> None:
     """Refuse what a training run can't work with, and write the miniature's files where missing.
 
     Raises:
-        InputError: a missing or foreign checkpoint or tokenizer, a layout that does not divide the
-            model, rewards that can't be imported or called, unusable annotations or prompt
-            template.
+        InputError: a missing or foreign checkpoint or tokenizer, a layout that does not divide
+            model and ranks, rewards that can't be imported or called, unusable annotations or
+            prompt template.
     """
-    check_training(recipe)
     _check_model(recipe)
+    check_training(recipe)
     check_weights(recipe.model.hf_path)
     load_rewards(recipe.algorithm)
     for source in training_sources(recipe.data):
@@ -83,6 +83,7 @@ def check_evaluation_inputs(recipe: Recipe) -> None:
 def _check_model(recipe: Recipe) -> Qwen2_5_VLConfig:
     hf = read_hf_config(recipe.model.hf_path)
     check_layout(hf, layout_of(recipe))
+    check_world(recipe)
     PromptBuilder(recipe.data, hf, load_tokenizer(recipe.model.hf_path, hf))
     return hf
 

@@ -98,7 +98,7 @@ def test_unusable_recipe_is_refused_in_one_line(train, override, parts):
 
 def test_layout_that_does_not_divide_the_model_is_refused(train):
     heads = train("trainer.devices=4", "model.tensor_model_parallel_size=4")
-    assert_refused(heads, "model.tensor_model_parallel_size=4", "2 attention heads", "1 or 2")
+    assert_refused(heads, "model.tensor_model_parallel_size=4", "2 attention heads", "use 1, 2")
     layers = train("trainer.devices=3", "model.pipeline_model_parallel_size=3")
     assert_refused(layers, "model.pipeline_model_parallel_size=3", "4 layers")
 

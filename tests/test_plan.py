@@ -202,9 +202,9 @@ def test_flops_equal_torchs_count(planned):
 def test_impossible_layouts_are_refused_with_the_values_that_fit(planned):
     refusals = planned["refusals"]
     assert "tensor_model_parallel_size=3" in refusals["tensor"]
-    assert refusals["tensor"].endswith("use 1 or 2 or 4")
+    assert refusals["tensor"].endswith("use 1, 2, 4")
     assert "pipeline_model_parallel_size=5" in refusals["pipeline"]
-    assert refusals["pipeline"].endswith("use 1 or 2 or 4 or 7 or 14 or 28")
+    assert refusals["pipeline"].endswith("use 1, 2, 4, 7, 14, 28")
     assert "Qwen2.5-VL-72B-Instruct" in refusals["model"]
 
 

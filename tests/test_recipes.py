@@ -1,11 +1,13 @@
 """The recipes that come with the package: they compose, fit their models, and do what they say."""
 
+import re
 from functools import cache
 
 import pytest
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.config import Recipe
+from nemo_care.config import Recipe, check_world
+from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.preflight import layout_of
 from nemo_care.recipes import changed_keys, compose_recipe, recipe_names
@@ -247,3 +249,23 @@ def test_hydra_alone_composes_what_nemo_s_runner_does(tmp_path):
     assert alone is not None
     assert (alone.trainer.max_steps, alone.rollout.top_p) == (42, 0.5)
     assert alone == compose_recipe(command)
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        # A 72B on one node; then layouts that would need a quarter more, and a laptop's two ranks.
+        ({"num_nodes": 1}, "set trainer.num_nodes=4 (or a multiple)"),
+        ({"num_nodes": 1, "tensor": 4, "pipeline": 5}, "trainer.num_nodes=5 (or a multiple)"),
+        ({"num_nodes": 1, "devices": 1, "tensor": 2, "pipeline": 1}, "set trainer.devices=2"),
+    ],
+)
+def test_ranks_that_make_no_whole_replica_are_refused_with_numbers_that_do(changes, remedy):
+    recipe = composed("grpo_care_qwen2_5_vl_72b")
+    check_world(recipe)
+    recipe.trainer.num_nodes = changes["num_nodes"]
+    recipe.trainer.devices = changes.get("devices", GPUS_OF_A_NODE)
+    recipe.model.tensor_model_parallel_size = changes.get("tensor", 8)
+    recipe.model.pipeline_model_parallel_size = changes.get("pipeline", 4)
+    with pytest.raises(InputError, match=re.escape(remedy)):
+        check_world(recipe)

@@ -86,13 +86,13 @@ def check_layout(hf: Qwen2_5_VLConfig, layout: Layout) -> None:
         good = [str(size) for size in range(1, groups + 1) if fits(size)]
         raise InputError(
             f"model.tensor_model_parallel_size={layout.tensor} does not divide the model's "
-            f"{heads} attention heads and {groups} key-value heads: use {' or '.join(good)}"
+            f"{heads} attention heads and {groups} key-value heads: use {', '.join(good)}"
         )
     if layers % layout.pipeline:
         good = [str(size) for size in range(1, layers + 1) if layers % size == 0]
         raise InputError(
             f"model.pipeline_model_parallel_size={layout.pipeline} does not divide the model's "
-            f"{layers} layers: use {' or '.join(good)}"
+            f"{layers} layers: use {', '.join(good)}"
         )
 
 

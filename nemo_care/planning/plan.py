@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nemo_care.config import Recipe, needs_reference
+from nemo_care.config import Recipe, check_world, needs_reference
 from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.planning.gpus import GIB, Gpu
 from nemo_care.planning.shapes import (
@@ -230,6 +230,7 @@ def make_plan(recipe: Recipe, question: Question, *, compare: bool = True) -> Pl
     """
     shape = read_model_shape(recipe.model.hf_path)
     check_layout(shape.hf, layout_of(recipe))
+    check_world(recipe)
     longest = longest_lengths(recipe, shape.hf)
     typical = typical_lengths(recipe, shape.hf, question.prompt_tokens, question.completion_tokens)
     measured = Measurements(recipe, shape, longest)
