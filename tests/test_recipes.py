@@ -1,6 +1,7 @@
 """The recipes that come with the package: they compose, fit their models, and do what they say."""
 
 import re
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -261,7 +262,7 @@ def test_hydra_alone_composes_what_nemo_s_runner_does(tmp_path):
     ],
 )
 def test_ranks_that_make_no_whole_replica_are_refused_with_numbers_that_do(changes, remedy):
-    recipe = composed("grpo_care_qwen2_5_vl_72b")
+    recipe = deepcopy(composed("grpo_care_qwen2_5_vl_72b"))
     check_world(recipe)
     recipe.trainer.num_nodes = changes["num_nodes"]
     recipe.trainer.devices = changes.get("devices", GPUS_OF_A_NODE)
