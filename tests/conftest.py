@@ -16,6 +16,7 @@ from nemo_care.parallel.process_groups import Layout, Ranks
 absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 if TYPE_CHECKING:
+    from forked_ranks import RankServer
     from made_endpoint import Endpoint
 
     from nemo_care.evaluation.llm_judge import LLMJudge
@@ -33,6 +34,16 @@ def checkpoint() -> Path:
 def ranks() -> Ranks:
     """Process groups of a world of one rank, in this process."""
     return Ranks(Layout())
+
+
+@pytest.fixture(scope="session")
+def rank_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["RankServer"]:
+    """Starts ranks without their imports."""
+    from forked_ranks import RankServer
+
+    server = RankServer(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

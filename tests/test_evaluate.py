@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_ranks import RankServer
 from made_data import write_lines, write_seed_bench_r1, write_video_r1
 from made_endpoint import refuses, says
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.cli import main
 from nemo_care.objective.rewards import evaluation_accuracy
-from nemo_care.parallel.launch import start_ranks
 from nemo_care.recipes import save_recipe
 from nemo_care.rollouts.megatron import MegatronGenerator
 
@@ -463,17 +463,17 @@ def assert_same_evaluation(ours: Path, wanted: Path) -> None:
         assert mine == pytest.approx(result, abs=1e-5)
 
 
-def evaluate_on_two_ranks(world: Path, folder: Path, *overrides: str) -> None:
+def evaluate_on_two_ranks(server: RankServer, world: Path, folder: Path, *overrides: str) -> None:
     """Ranks that find each other as torchrun's do."""
     _, *arguments = command(world, folder, "trainer.devices=2", *overrides)
-    assert start_ranks(2, ["-m", "nemo_care.evaluate", *arguments]) == 0
+    server.run(2, ["-m", "nemo_care.evaluate", *arguments])
 
 
-def test_two_replicas_share_the_samples(evaluate, world, tmp_path):
+def test_two_replicas_share_the_samples(rank_server, evaluate, world, tmp_path):
     """The last batch of a level leaves the second replica nothing to do; media come ahead."""
     overrides = ["data.validation.samples_per_level=5", "evaluation.judge=likelihood"]
     two = ["evaluation.samples_per_batch=2", "data.workers=1"]
-    evaluate_on_two_ranks(world, tmp_path / "two", *overrides, *two)
+    evaluate_on_two_ranks(rank_server, world, tmp_path / "two", *overrides, *two)
     assert evaluate(tmp_path / "one", *overrides)[0] == 0
     assert_same_evaluation(tmp_path / "two", tmp_path / "one")
 
@@ -486,11 +486,13 @@ def test_two_replicas_share_the_samples(evaluate, world, tmp_path):
         ["model.pipeline_model_parallel_size=2"],
     ],
 )
-def test_a_model_on_two_ranks_shows_the_same(evaluate, trained, world, tmp_path, layout):
+def test_a_model_on_two_ranks_shows_the_same(
+    rank_server, evaluate, trained, world, tmp_path, layout
+):
     overrides = [
         *(f"evaluation.checkpoint={trained[0]}", f"evaluation.reference={trained[0]}"),
         "evaluation.judge=likelihood",
     ]
-    evaluate_on_two_ranks(world, tmp_path / "two", *overrides, *layout)
+    evaluate_on_two_ranks(rank_server, world, tmp_path / "two", *overrides, *layout)
     assert evaluate(tmp_path / "one", *overrides)[0] == 0
     assert_same_evaluation(tmp_path / "two", tmp_path / "one")

@@ -17,13 +17,12 @@ from small_runs import small_recipe
 
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.models.qwen2_5_vl import ModelInputs
-from nemo_care.parallel.launch import start_ranks
 
 PROGRAM = Path(__file__).parent / "layout_program.py"
 
 
 @pytest.fixture(scope="module")
-def job(checkpoint, world, tmp_path_factory):
+def job(rank_server, checkpoint, world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     prompts = make_prompts(checkpoint, world, folder)
     # Two rows of equal length for the comparison of logits.
@@ -46,7 +45,7 @@ def job(checkpoint, world, tmp_path_factory):
     }
     torch.save(contents, folder / "job.pt")
     # One process first: the other layouts are compared with it, and resume the run it begins.
-    assert start_ranks(1, [str(PROGRAM), str(folder), "tp1"]) == 0
+    rank_server.run(1, [str(PROGRAM), str(folder), "tp1"])
     return folder, contents
 
 
@@ -57,13 +56,13 @@ def golden(job, checkpoint, world):
 
 
 @pytest.fixture(scope="module", params=list(LAYOUTS))
-def layout(request, job):
+def layout(rank_server, request, job):
     """Name and results of one layout."""
     folder, _ = job
     if request.param != "tp1":
         size = LAYOUTS[request.param]
         count = max(2, size.tensor * size.pipeline)
-        assert start_ranks(count, [str(PROGRAM), str(folder), request.param]) == 0
+        rank_server.run(count, [str(PROGRAM), str(folder), request.param])
     return request.param, torch.load(folder / f"{request.param}.pt", weights_only=False), folder
 
 

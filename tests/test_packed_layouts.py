@@ -11,30 +11,28 @@ import torch
 from layout_program import LAYOUTS
 from made_groups import make_groups, make_prompts
 
-from nemo_care.parallel.launch import start_ranks
-
 PROGRAM = Path(__file__).parent / "packed_program.py"
 NAMES = ["tp1", "tp2", "tp2_sequence_parallel", "pp2"]
 RECOMPUTE = ["none", "selective", "full"]
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoint, world, tmp_path_factory):
+def folder(rank_server, checkpoint, world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     groups = make_groups(make_prompts(checkpoint, world, folder), checkpoint)
     assert len({c.length for group in groups for c in group.completions}) > 2
     torch.save({"checkpoint": checkpoint, "world": world, "groups": groups}, folder / "job.pt")
     # One process first: the others are compared with it.
-    assert start_ranks(1, [str(PROGRAM), str(folder), "tp1"]) == 0
+    rank_server.run(1, [str(PROGRAM), str(folder), "tp1"])
     return folder
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def results(request, folder):
+def results(rank_server, request, folder):
     size = LAYOUTS[request.param]
     if request.param != "tp1":
         count = size.tensor * size.pipeline
-        assert start_ranks(count, [str(PROGRAM), str(folder), request.param]) == 0
+        rank_server.run(count, [str(PROGRAM), str(folder), request.param])
     return torch.load(folder / f"packed-{request.param}.pt", weights_only=False)
 
 

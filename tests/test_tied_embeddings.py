@@ -8,8 +8,6 @@ import torch
 from golden import hf_model
 from safetensors.torch import load_file
 
-from nemo_care.parallel.launch import start_ranks
-
 PROGRAM = Path(__file__).parent / "tied_program.py"
 
 
@@ -32,12 +30,12 @@ def tied_checkpoint(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(tied_checkpoint, world, tmp_path_factory):
+def runs(rank_server, tied_checkpoint, world, tmp_path_factory):
     """Folders of the program's results with one and with two stages."""
     folders = {stages: tmp_path_factory.mktemp(f"stages{stages}") for stages in (1, 2)}
     for stages, folder in folders.items():
         arguments = [str(PROGRAM), str(tied_checkpoint), str(world), str(folder)]
-        assert start_ranks(stages, arguments) == 0
+        rank_server.run(stages, arguments)
     return folders
 
 

@@ -1,0 +1,83 @@
+"""Faults, put into a rank before it starts: they strike in a given phase of a given step."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+PHASES = ("rollout", "scoring", "update", "checkpoint")
+
+
+def inject(kind: str, rank: int, phase: str, step: int) -> None:
+    """Let `kind` (a function below) strike that rank in that phase (see PHASES) of that step."""
+    if os.environ["RANK"] != str(rank):
+        return
+    strike = {"kill": _kill, "hang": _hang, "nan_gradient": _nan_gradient}[kind]
+    _in_phase(phase, step, strike)
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang() -> None:
+    time.sleep(3600)
+
+
+def _nan_gradient() -> None:
+    _GRADIENT.append(torch.nan)
+
+
+_GRADIENT: list[float] = []
+
+
+def _in_phase(phase: str, step: int, strike: Callable[[], None]) -> None:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from nemo_care.algorithms.console import Console
+    from nemo_care.algorithms.grpo_care import GRPOCareTrainer
+    from nemo_care.models.qwen2_5_vl import Qwen25VL
+
+    now: dict[str, Any] = {"phase": None, "step": 0, "calls": 0}
+    run_training_step, show, forward = (
+        GRPOCareTrainer.run_training_step,
+        Console.phase,
+        Qwen25VL.forward,
+    )
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def note_step(self: GRPOCareTrainer) -> Any:
+        now["step"] = self.step
+        return run_training_step(self)
+
+    def note_phase(self: Console, name: str) -> None:
+        now.update(phase=name, calls=0)
+        show(self, name)
+
+    def struck_forward(self: Qwen25VL, *arguments: Any, **keywords: Any) -> Any:
+        out = forward(self, *arguments, **keywords)
+        if (now["phase"], now["step"]) == (phase, step):
+            now["calls"] += 1
+            # In the middle of the phase: one micro-batch, or one token, is done.
+            if now["calls"] == 2:
+                strike()
+        if _GRADIENT and out.requires_grad:
+            value = _GRADIENT.pop()
+            out.register_hook(lambda gradient: gradient * value)
+        return out
+
+    def struck_write(*arguments: Any, **keywords: Any) -> Any:
+        result = write(*arguments, **keywords)
+        # A file is on the disk, and nothing else of the checkpoint is complete.
+        if now["step"] == step:
+            strike()
+        return result
+
+    GRPOCareTrainer.run_training_step = note_step
+    Console.phase = note_phase
+    Qwen25VL.forward = struck_forward
+    if phase == "checkpoint":
+        FileSystemWriterAsync.write_preloaded_data = staticmethod(struck_write)

@@ -1,0 +1,87 @@
+"""Ranks that are killed or told to stop: the run ends soon, and the next start goes on."""
+
+import signal
+import time
+
+import pytest
+from fault_runs import STEPS
+
+
+def assert_equal_runs(run, whole):
+    assert run.steps() == [*range(1, STEPS + 1)]
+    assert run.metrics() == whole.metrics()
+    assert run.rollouts() == whole.rollouts()
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "phase"),
+    [
+        ("PP 2", 0, "rollout"),
+        ("DP 2", 1, "rollout"),
+        ("DP 2", 0, "scoring"),
+        ("PP 2", 1, "scoring"),
+        ("TP 2", 0, "update"),
+        ("DP 2", 1, "update"),
+        ("DP 2", 0, "checkpoint"),
+        ("TP 2", 1, "checkpoint"),
+    ],
+)
+def test_killed_rank_costs_only_what_was_not_saved(run, undisturbed, report, layout, rank, phase):
+    # Step 4 has a checkpoint, a kill while it is written leaves that of step 2.
+    step = 4 if phase == "checkpoint" else 5
+    fault = {"kind": "kill", "rank": rank, "phase": phase, "step": step}
+    start = run.start(layout, fault=fault)
+    run.wait_for_step(4)
+    struck = time.monotonic()
+    statuses = start.wait()
+    ended = time.monotonic() - struck
+    assert statuses[rank] == -signal.SIGKILL
+    assert statuses[1 - rank] == 1, run.output()
+    assert not start.left_over()
+    assert run.checkpoints() == ([2] if phase == "checkpoint" else [2, 4])
+    seconds = run.finish(layout)
+    assert_equal_runs(run, undisturbed(layout))
+    report(
+        f"kill -9 of rank {rank} ({layout}) in {phase}",
+        f"the other rank failed within {ended:.1f} s; resumed after step {run_resumed(run)}",
+        "steps 3 and 4" if phase == "checkpoint" else "the step in flight",
+        seconds,
+    )
+
+
+def run_resumed(run):
+    (line,) = [line for line in run.output().splitlines() if "resumed after step" in line]
+    return int(line.split("resumed after step ")[1].split()[0])
+
+
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
+def test_signal_to_any_rank_lets_the_step_end_and_saves(run, undisturbed, report, number, rank):
+    start = run.start("DP 2")
+    run.wait_for_step(3)
+    start.signal(number, rank)
+    assert start.wait() == [75, 75], run.output()
+    assert not start.left_over()
+    (last,) = run.steps()[-1:]
+    assert run.checkpoints()[-1] == last < STEPS
+    assert f"stopped after step {last}, because {number.name} was received" in run.output()
+    seconds = run.finish("DP 2")
+    assert_equal_runs(run, undisturbed("DP 2"))
+    report(
+        f"{number.name} to rank {rank} (DP 2)",
+        f"exit status 75 after step {last}",
+        "nothing",
+        seconds,
+    )
+
+
+def test_run_goes_on_in_other_layouts(run, undisturbed, report):
+    for steps, layout in ((2, "TP 2"), (4, "DP 2")):
+        fault = {"kind": "kill", "rank": 0, "phase": "rollout", "step": steps + 1}
+        assert -signal.SIGKILL in run.start(layout, fault=fault).wait()
+        assert run.checkpoints()[-1] == steps
+    seconds = run.finish("PP 2")
+    whole = undisturbed("DP 2")
+    assert run.steps() == whole.steps()
+    for mine, other in zip(run.metrics(), whole.metrics(), strict=True):
+        assert mine == pytest.approx(other, abs=1e-3), mine["step"]
+    report("resume at TP 2, DP 2, PP 2 in turn", "same metrics within 1e-3", "nothing", seconds)

@@ -1,0 +1,92 @@
+"""Starts ranks within a second: a process that has imported everything forks them.
+
+    python rank_server.py
+
+reads one JSON object a line, {"arguments": as behind python, "environment": {...}, "log": file,
+"fault": null or what injections.py takes}, forks a rank, and answers its process id;
+{"wait": pid, "seconds": s} is answered with the exit status (of a signal: its negative number), or
+null when the process still runs after that time. The server ends, and kills what is left, with its
+input. `forked_ranks.py` is its client.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+
+from nemo_care.quiet import quiet_libraries
+
+
+def _import_everything() -> None:
+    quiet_libraries()
+    import nemo.core.config
+    import nemo.utils.exp_manager
+
+    import nemo_care.algorithms.build
+    import nemo_care.evaluate
+    import nemo_care.preflight
+    import nemo_care.train
+
+    del nemo, nemo_care
+
+
+def _wait(pid: int, seconds: float) -> int | None:
+    deadline = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.01)
+
+
+def _be_rank(job: dict) -> None:
+    """What the forked process does."""
+    with open(job["log"], "ab") as log, open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.update(job["environment"])
+    if job["fault"]:
+        from injections import inject
+
+        inject(**job["fault"])
+    option, *rest = job["arguments"]
+    if option == "-m":
+        module, *rest = rest
+        sys.argv = [module, *rest]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [option, *rest]
+        runpy.run_path(option, run_name="__main__")
+
+
+def main() -> None:
+    _import_everything()
+    answers = os.fdopen(os.dup(1), "w")
+    running: set[int] = set()
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        if "wait" in job:
+            status = _wait(job["wait"], job["seconds"])
+            if status is not None:
+                running.discard(job["wait"])
+            print(json.dumps(status), file=answers, flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            answers.close()
+            _be_rank(job)
+            return
+        running.add(pid)
+        print(pid, file=answers, flush=True)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
