@@ -129,7 +129,7 @@ class ModelSource:
         """Fill this rank's parameters; all ranks call it.
 
         Raises:
-            InputError: a tensor is missing or of another shape.
+            InputError: a tensor is missing or of another shape, or a checkpoint is damaged.
         """
         if not self.is_checkpoint:
             load_hf_weights(model, self.folder, key=self.key)
@@ -151,7 +151,10 @@ class ModelSource:
             shape, wanted = stored.get(entry.key), tuple(entry.global_shape)
             if shape != wanted:
                 raise self._misfit(f"{entry.key} is {shape or 'missing'}, the model's is {wanted}")
-        return load_checkpoint(self.folder, {"weights": sharded})["weights"]
+        part = REFERENCE if self.is_reference else POLICY
+        return load_checkpoint(
+            self.folder, lambda: {"weights": sharded}, parts={part.removesuffix(".")}
+        )["weights"]
 
     def _misfit(self, what: str) -> InputError:
         return InputError(
