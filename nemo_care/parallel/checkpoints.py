@@ -158,6 +158,17 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     }
 
 
+def check_files(path: Path) -> dict[str, FileRecord]:
+    """Check that a checkpoint's files are all there, as long as they were written; their records.
+
+    Raises:
+        DamagedCheckpoint: names the first file that is not.
+    """
+    files = read_manifest(path)
+    check_sizes(path, files)
+    return files
+
+
 def verify_checkpoint(path: Path, parts: Collection[str] | None = None) -> None:
     """Check that a checkpoint is what was written; all ranks call it, and share the reading.
 
@@ -170,13 +181,7 @@ def verify_checkpoint(path: Path, parts: Collection[str] | None = None) -> None:
     Raises:
         DamagedCheckpoint: names the first file that is not; on all ranks.
     """
-
-    def complete() -> dict[str, FileRecord]:
-        files = read_manifest(path)
-        check_sizes(path, files)
-        return files
-
-    files = Ranks.from_rank_zero(complete)
+    files = Ranks.from_rank_zero(lambda: check_files(path))
     wanted = {
         name: record
         for name, record in files.items()
