@@ -137,8 +137,12 @@ class CheckpointConfig:
 
     save_interval: int = 50
     """Steps between checkpoints; the last step is always saved."""
+    asynchronous: bool = True
+    """Training goes on while a copy of its state, in CPU memory, is written; false: it waits."""
     keep_last: int = 2
-    """Checkpoints to keep; 0: all."""
+    """Newest checkpoints to keep; 0: all."""
+    keep_every: int = 0
+    """Keep besides each checkpoint whose step is a multiple of this; 0: none."""
     export: bool = True
     """Write a Hugging Face directory at the end of the run."""
 
@@ -240,6 +244,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "optimizer.clip_grad": (1e-9, None),
     "checkpoint.save_interval": (1, None),
     "checkpoint.keep_last": (0, None),
+    "checkpoint.keep_every": (0, None),
     "data.video.fps": (1e-3, None),
     "data.video.min_frames": (2, None),
     "data.video.max_frames": (2, None),

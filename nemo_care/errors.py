@@ -15,3 +15,18 @@ class RunStopped(Exception):
     The message says after which step and why. The command line exits with status 75, by which a
     batch script knows that the same command goes on from there.
     """
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint that is not what was written: a file is missing, too short or was changed.
+
+    The message begins with the file.
+    """
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written; raised by all ranks alike.
+
+    The message says which step and where, what the operating system said, which older checkpoints
+    are complete, and the remedy.
+    """

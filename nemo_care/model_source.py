@@ -1,7 +1,8 @@
 """Where a model's weights come from: a Hugging Face directory, or a checkpoint of a run."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -12,12 +13,13 @@ from transformers import Qwen2_5_VLConfig
 
 from nemo_care.algorithms.policy import PREFIX as POLICY
 from nemo_care.config import Recipe
-from nemo_care.errors import InputError
+from nemo_care.errors import DamagedCheckpoint, InputError
 from nemo_care.models.ema import WeightAverage
 from nemo_care.models.hf_config import read_hf_config
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.models.weights import check_weights, load_hf_weights
 from nemo_care.parallel.checkpoints import (
+    check_files,
     is_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -108,7 +110,8 @@ class ModelSource:
         """Refuse what can't be loaded into a model of this configuration, as far as files tell.
 
         Raises:
-            InputError: another architecture, unreadable weights, or a run without a reference.
+            InputError: another architecture, unreadable weights, a damaged checkpoint, or a run
+                without a reference.
         """
         if not self.is_checkpoint:
             other = read_hf_config(self.folder, key=self.key)
@@ -117,9 +120,11 @@ class ModelSource:
                 if theirs != ours:
                     raise self._misfit(f"its {name} is {theirs}, the model's is {ours}")
             check_weights(self.folder, key=self.key)
-        elif self.is_reference and not any(
-            name.startswith(REFERENCE) for name in stored_shapes(self.folder)
-        ):
+            return
+        with self._told_damaged():
+            check_files(self.folder)
+            names = stored_shapes(self.folder)
+        if self.is_reference and not any(name.startswith(REFERENCE) for name in names):
             raise InputError(
                 f"{self.key}={self.folder}: that run had no reference (neither a bonus nor a KL "
                 "term); name another run, or a Hugging Face directory"
@@ -129,7 +134,7 @@ class ModelSource:
         """Fill this rank's parameters; all ranks call it.
 
         Raises:
-            InputError: a tensor is missing or of another shape.
+            InputError: a tensor is missing or of another shape, or a checkpoint is damaged.
         """
         if not self.is_checkpoint:
             load_hf_weights(model, self.folder, key=self.key)
@@ -144,6 +149,10 @@ class ModelSource:
             model.load_state_dict({name.removeprefix(POLICY): t for name, t in state.items()})
 
     def _read(self, sharded: dict[str, Any]) -> dict[str, Any]:
+        with self._told_damaged():
+            return self._read_verified(sharded)
+
+    def _read_verified(self, sharded: dict[str, Any]) -> dict[str, Any]:
         stored = stored_shapes(self.folder)
         for entry in sharded.values():
             if not isinstance(entry, ShardedTensor):
@@ -151,7 +160,21 @@ class ModelSource:
             shape, wanted = stored.get(entry.key), tuple(entry.global_shape)
             if shape != wanted:
                 raise self._misfit(f"{entry.key} is {shape or 'missing'}, the model's is {wanted}")
-        return load_checkpoint(self.folder, {"weights": sharded})["weights"]
+        part = REFERENCE if self.is_reference else POLICY
+        return load_checkpoint(
+            self.folder, lambda: {"weights": sharded}, parts={part.removesuffix(".")}
+        )["weights"]
+
+    @contextmanager
+    def _told_damaged(self) -> Iterator[None]:
+        """Say which key names a damaged checkpoint, and what to do."""
+        try:
+            yield
+        except DamagedCheckpoint as damage:
+            raise InputError(
+                f"{self.key}={self.folder}: the checkpoint is damaged: {damage}; name another "
+                "step_... of the run"
+            ) from damage
 
     def _misfit(self, what: str) -> InputError:
         return InputError(

@@ -6,6 +6,7 @@ metrics.jsonl               one JSON object per optimizer step
 rollouts/step_000001.jsonl  one line per completion
 validation.jsonl            one JSON object per validation
 skipped.jsonl               samples and lines of the annotations left out, and why
+damaged_checkpoints.jsonl   checkpoints that could not be used, and why
 evaluation/                 see evaluation/files.py
 checkpoints/step_000010/    see parallel/checkpoints.py
 export/                     the trained model as a Hugging Face directory
@@ -84,6 +85,11 @@ class RunFiles:
     def append_skipped(self, step: int, skipped: Iterable[Mapping[str, Any]]) -> None:
         """List the training samples that a step left out."""
         append_lines(self._skipped, [{"step": step, **record} for record in skipped])
+
+    def append_damaged(self, checkpoint: str, reason: str, aside: str) -> None:
+        """Note a checkpoint that could not be used, and the name it has now."""
+        record = {"checkpoint": checkpoint, "reason": reason, "set_aside_as": aside}
+        append_lines(self.folder / "damaged_checkpoints.jsonl", [record])
 
     def append_validation(self, step: int, levels: Mapping[str, Any]) -> None:
         """Write one validation."""

@@ -110,7 +110,7 @@ folders with checkpoint and data, such as /data:/data,/models:/models (comma-sep
 progress() {
     local found
     if [[ $command == train ]]; then
-        found=$(find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*' ! -name '*.partial' \
+        found=$(find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*' ! -name '*.*' \
             -printf '%f\n' 2>/dev/null | sort -V | tail -n 1) || true
     else
         found=$(cat "$run_dir"/evaluation/*.jsonl 2>/dev/null | wc -l) || true

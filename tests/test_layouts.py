@@ -13,7 +13,7 @@ from golden import golden_step, hf_model
 from layout_program import LAYOUTS
 from made_groups import make_groups, make_prompts
 from safetensors.torch import load_file
-from small_runs import small_recipe
+from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.models.qwen2_5_vl import ModelInputs
@@ -221,3 +221,29 @@ def test_a_run_of_one_process_resumes_in_every_layout(layout):
     # Two AdamW steps of lr * sign(gradient) lie between; rounding differs a little more.
     for mine, wanted in zip(ours, base, strict=True):
         assert_same_metrics(mine, wanted, 5e-3)
+
+
+def test_what_every_layout_saves_one_process_loads(layout, job, ranks, checkpoint, world):
+    name, _, folder = layout
+    recipe = small_recipe(checkpoint, world)
+    states = []
+    for run in (name, "tp1"):
+        trainer = small_trainer(recipe, ranks, folder / f"{run}-resumed")
+        trainer.resume()
+        assert trainer.step == 4
+        (part,) = trainer.policy.optimizer.chained_optimizers
+        states.append(
+            dict(trainer.policy.model.named_parameters())
+            | {f"average {name}": t for name, t in trainer.reference.average.state.items()}
+            | {
+                f"{key} {number}": tensor.detach()
+                for number, state in enumerate(part.optimizer.state.values())
+                for key, tensor in state.items()
+            }
+        )
+    ours, wanted = states
+    assert sum(key.startswith("exp_avg_sq") for key in wanted) > 50
+    # Four AdamW steps of lr * sign(gradient): where the gradient is rounding noise, so is its sign.
+    assert_close(ours, wanted, absolute=8.5e-3, what="checkpointed state")
+    moved = sum(((ours[key] - wanted[key]).abs() > 1e-4).sum() for key in wanted)
+    assert moved < 0.01 * sum(tensor.numel() for tensor in wanted.values())

@@ -111,6 +111,11 @@ class Console:
         """Say where the run goes on."""
         self._print(Text(f"resumed after step {step} from {checkpoint}"))
 
+    def damaged(self, reason: str, aside: Path) -> None:
+        """Say that a checkpoint can't be used."""
+        text = f"damaged checkpoint, the one before it is tried; set aside as {aside.name}: "
+        self._print(Text(text + reason, style="bold red"))
+
     def validation(self, step: int, levels: Mapping[str, Mapping[str, Any]]) -> None:
         """Show a validation on one line."""
         parts = []

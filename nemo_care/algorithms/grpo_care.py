@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nemo_care.algorithms.checkpointing import Checkpointing
 from nemo_care.algorithms.console import Console
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.records import completion_rows, rollout_metrics
@@ -18,15 +19,10 @@ from nemo_care.config import Recipe
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Skipped
 from nemo_care.data.stream import PromptStream, TooManySkipped
-from nemo_care.errors import InputError, RunStopped
+from nemo_care.errors import RunStopped
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.weights import export_hf
-from nemo_care.parallel.checkpoints import (
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    sharding_metadata,
-)
+from nemo_care.parallel.checkpoints import sharding_metadata
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.parallel.stop_request import StopRequest
 from nemo_care.rollouts.generator import Generator, Sampling
@@ -83,8 +79,8 @@ class GRPOCareTrainer:
         self.bad_lines = bad_lines
         self.stop = stop or StopRequest()
         self.console = Console(recipe, active=ranks.rank == 0)
+        self.checkpoints = Checkpointing(recipe, ranks, files, self.console)
         self.step = 0
-        self.saved_step = 0
         self.timing: dict[str, float] = {}
 
     # ------------------------------------------------------------------ the algorithm
@@ -134,7 +130,8 @@ class GRPOCareTrainer:
         try:
             return self.prompts.next_step()
         except TooManySkipped as error:
-            # The step ends here, and what it left out is to be mended.
+            # The run ends here, on all ranks, and what this step left out is to be mended.
+            self.checkpoints.wait()
             if self.ranks.rank == 0:
                 self.files.append_skipped(self.step, [asdict(item) for item in error.skipped])
             raise
@@ -216,7 +213,11 @@ class GRPOCareTrainer:
         self.timing[name] = time.perf_counter() - started
 
     def log(self, metrics: Metrics, groups: list[Group], skipped: list[Skipped]) -> None:
-        """Write the step's metrics and completions; collective, because rank 0 needs them all."""
+        """Write the step's metrics and completions; collective, because rank 0 needs them all.
+
+        A step is saved behind its record, so `timing/checkpoint` is what saving has held up the run
+        since the record before: mostly the save of the step before.
+        """
         everyone = self.ranks.gather_from_replicas(
             (
                 completion_rows(groups, self.recipe.evaluation.judge),
@@ -241,6 +242,7 @@ class GRPOCareTrainer:
             "data/skipped": len(skipped),
             "data/worker_memory_gib": max(memory, default=None),
             **{f"timing/{name}": seconds for name, seconds in self.timing.items()},
+            "timing/checkpoint": self.checkpoints.take_seconds(),
         }
         self.files.append_step(self.step, record, rows, [asdict(item) for item in skipped])
         for logger in self.loggers:
@@ -298,52 +300,45 @@ class GRPOCareTrainer:
 
     def save_if_due(self) -> None:
         """Save at the interval and after the last step."""
-        last = self.step == self.recipe.trainer.max_steps
-        if last or self.step % self.recipe.checkpoint.save_interval == 0:
+        if self.checkpoints.is_due(self.step):
             self.save()
 
     def stop_if_asked(self) -> None:
         """Save and leave; called after each step and each batch of a validation, by all ranks.
 
+        A save that goes on behind the steps is completed here.
+
         Raises:
+            CheckpointError: a checkpoint could not be written.
             RunStopped: a signal asked for it, or trainer.max_time_per_run is over.
         """
+        self.checkpoints.complete_if_written()
         reason = self.stop.agreed()
         if reason is None:
             return
-        if self.saved_step != self.step:
+        if self.checkpoints.saved_step != self.step:
             self.save()
+        self.checkpoints.wait()
         raise RunStopped(
             f"stopped after step {self.step}, because {reason}; the same command goes on from there"
         )
 
     def save(self) -> None:
-        """Write a checkpoint of this step; all ranks call it."""
+        """Save this step; all ranks call it."""
         self.console.phase("checkpoint")
-        save_checkpoint(
-            self.files.checkpoints,
-            self.step,
-            self.state_dict(),
-            keep_last=self.recipe.checkpoint.keep_last,
-        )
-        self.saved_step = self.step
+        self.checkpoints.save(self.step, self.state_dict)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run directory, if there is one.
 
         Raises:
-            InputError: there is one, and the recipe says trainer.resume=never.
+            InputError: see `Checkpointing.resume`.
         """
-        found = self.ranks.from_rank_zero(lambda: list_checkpoints(self.files.checkpoints))
-        if found and self.recipe.trainer.resume == "never":
-            raise InputError(
-                f"{self.files.folder} holds a run already and trainer.resume=never: choose another "
-                "exp_manager.name or exp_manager.explicit_log_dir, or remove it"
-            )
-        if found:
-            self.load_state_dict(load_checkpoint(found[-1], self.state_dict(is_loading=True)))
-            self.saved_step = self.step
-            self.console.resumed(self.step, found[-1])
+        found = self.checkpoints.resume(lambda: self.state_dict(is_loading=True))
+        if found is not None:
+            state, path = found
+            self.load_state_dict(state)
+            self.console.resumed(self.step, path)
         if self.ranks.rank == 0:
             self.files.rewind(self.step)
             self.files.list_skipped_once(self.step, [asdict(item) for item in self.bad_lines])
@@ -354,7 +349,8 @@ class GRPOCareTrainer:
         )
 
     def finish(self, seconds: float) -> dict[str, Any]:
-        """Export the trained model and write the summary."""
+        """Complete the last checkpoint, export the trained model and write the summary."""
+        self.checkpoints.wait()
         self.validator.evaluator.close()
         export = self.files.export if self.recipe.checkpoint.export else None
         if export is not None:
@@ -365,6 +361,7 @@ class GRPOCareTrainer:
         summary = {
             "steps": self.step,
             "wall_seconds": seconds,
+            "checkpoint_seconds": self.checkpoints.total_seconds,
             "export": str(export) if export is not None else None,
             "skipped": self.files.skipped_count(),
             "start": validations.get(0),

@@ -1,29 +1,49 @@
 """Checkpoints that any layout can load: `megatron.core.dist_checkpointing`, one folder a step.
 
-A checkpoint is written under a temporary name and renamed when it is complete, so a folder named
-`step_...` is always whole.
+A checkpoint is written under a temporary name (`checkpoint_writer.py`) and renamed when it is
+complete; before one goes, it is renamed again. So a folder named `step_...` is whole, and its
+manifest tells whether it still is what was written.
+
+    step_000010                    a checkpoint
+    step_000010.partial-1f00b4c2   being written, or what a killed run left of it
+    step_000010.removed-77ab03d1   being removed
+    step_000010.damaged            not what was written; set aside by the run that found it
 """
 
 import re
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nemo_care.errors import InputError
+from nemo_care.errors import DamagedCheckpoint, InputError
+from nemo_care.parallel.checkpoint_pickles import check_pickles, read_index
+from nemo_care.parallel.manifest import FileRecord, check_sizes, find_changed, read_manifest
+from nemo_care.parallel.process_groups import Ranks
 
 _NAME = re.compile(r"step_(\d+)")
+_LEFT_OVER = re.compile(r"step_\d+\.(partial|removed)-[0-9a-f]+")
+_DAMAGED = re.compile(r"step_\d+\.damaged(-[0-9a-f]+)?")
+# Kept in the checkpoint.
+CONTENT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """How Megatron lays out sharded state: resharding to any other layout must be possible."""
+    """How Megatron lays out sharded state: resharding to any other layout must be possible.
+
+    The first data-parallel rank alone gathers the optimizer's state, over gloo. Otherwise every
+    rank would hold the whole of it in CPU memory, and of each tensor two copies on its GPU, of
+    which all but the first rank's are thrown away. The price is that it travels over the network
+    that gloo uses.
+    """
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        **CONTENT_METADATA,
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -40,12 +60,6 @@ def is_checkpoint(path: Path) -> bool:
     return (path / "metadata.json").is_file()
 
 
-def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Whole shape of each tensor of a checkpoint, by its key; reads its index only."""
-    stored = dist_checkpointing.load_tensors_metadata(str(path))
-    return {key: tuple(tensor.global_shape) for key, tensor in stored.items()}
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not folder.is_dir():
@@ -54,48 +68,162 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def list_damaged(folder: Path) -> list[Path]:
+    """Checkpoints that were set aside."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _DAMAGED.fullmatch(path.name))
+
+
 def _match(path: Path) -> re.Match[str] | None:
     return _NAME.fullmatch(path.name) if path.is_dir() else None
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep_last: int) -> None:
-    """Write a sharded state; all ranks call it. Older checkpoints beyond `keep_last` go."""
-    target = checkpoint_path(folder, step)
-    partial = target.with_name(target.name + ".partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-    with _single_threaded():
-        dist_checkpointing.save(state, str(partial), content_metadata=metadata)
-    if dist.get_rank() == 0:
-        # A run that was killed after this step, resumed from an older one, writes it again.
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        if keep_last:
-            for old in list_checkpoints(folder)[:-keep_last]:
-                shutil.rmtree(old)
-    dist.barrier()
+# ---------------------------------------------------------------------- removing
 
 
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Megatron writes in forked processes, and a forked OpenMP pool hangs when it is used."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; a kill meanwhile leaves nothing that looks like one."""
+    going = checkpoint.with_name(f"{checkpoint.name}.removed-{secrets.token_hex(4)}")
+    checkpoint.rename(going)
+    shutil.rmtree(going)
 
 
-def load_checkpoint(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Fill a sharded state from a checkpoint; all ranks call it.
+def remove_old(folder: Path, *, keep_last: int, keep_every: int) -> None:
+    """Remove all but the last `keep_last` checkpoints (0: none) and each `keep_every`th step's."""
+    if not keep_last:
+        return
+    for old in list_checkpoints(folder)[:-keep_last]:
+        step = int(old.name.removeprefix("step_"))
+        if not (keep_every and step % keep_every == 0):
+            discard(old)
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove what killed runs left half written or half removed."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if _LEFT_OVER.fullmatch(path.name):
+                shutil.rmtree(path)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that no run takes it; its new place."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    if aside.exists():
+        aside = aside.with_name(f"{aside.name}-{secrets.token_hex(4)}")
+    return checkpoint.rename(aside)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder of checkpoints and try to write there; all ranks call it.
 
     Raises:
-        InputError: `path` holds no checkpoint.
+        InputError: a rank can't.
     """
-    if not is_checkpoint(path):
-        raise InputError(f"{path}: not a checkpoint; give a folder named step_... of a run")
-    return dist_checkpointing.load(state, str(path))
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, _why_not_writable(folder))
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise InputError(
+                f"{folder}: no checkpoint can be written there: {reason} (rank {rank}); mend the "
+                "folder, or choose another exp_manager.exp_dir or exp_manager.explicit_log_dir"
+            )
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    canary = folder / f"canary-{dist.get_rank()}-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        canary.write_bytes(b"\0" * 4096)
+        canary.unlink()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Whole shape of each tensor of a checkpoint, by its key; reads its index only.
+
+    Raises:
+        InputError: the index can't be read, or names what no checkpoint does.
+    """
+    return {
+        key: tuple(stored.size)
+        for key, stored in read_index(path).state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+
+
+def check_files(path: Path) -> dict[str, FileRecord]:
+    """Check that a checkpoint's files are all there, as long as they were written; their records.
+
+    Raises:
+        DamagedCheckpoint: names the first file that is not.
+    """
+    files = read_manifest(path)
+    check_sizes(path, files)
+    return files
+
+
+def verify_checkpoint(path: Path, parts: Collection[str] | None = None) -> None:
+    """Check that a checkpoint is what was written; all ranks call it, and share the reading.
+
+    The sizes of all files come first, which costs next to nothing; then the checksums.
+
+    Args:
+        path: The checkpoint.
+        parts: Whose checksums to compare (`policy`, `optimizer`, `reference`); None: all.
+
+    Raises:
+        DamagedCheckpoint: names the first file that is not; on all ranks.
+    """
+    files = Ranks.from_rank_zero(lambda: check_files(path))
+    wanted = {
+        name: record
+        for name, record in files.items()
+        if parts is None or record.part is None or record.part in parts
+    }
+    mine = _dealt(wanted, dist.get_world_size())[dist.get_rank()]
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, find_changed(path, mine))
+    for problem in found:
+        if problem is not None:
+            raise DamagedCheckpoint(problem)
+
+
+def _dealt(files: dict[str, FileRecord], ranks: int) -> list[dict[str, FileRecord]]:
+    """The files dealt to the ranks: the largest first, to the rank with the least to read."""
+    shares: list[dict[str, FileRecord]] = [{} for _ in range(ranks)]
+    loads = [0] * ranks
+    for name, record in sorted(files.items(), key=lambda file: (-file[1].bytes, file[0])):
+        lightest = loads.index(min(loads))
+        shares[lightest][name] = record
+        loads[lightest] += record.bytes
+    return shares
+
+
+def load_checkpoint(
+    path: Path, make_state: Callable[[], dict[str, Any]], parts: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Verify a checkpoint and fill a sharded state from it; all ranks call it.
+
+    Args:
+        path: The checkpoint.
+        make_state: Makes the state to fill; called after the verification.
+        parts: What of the checkpoint the state holds (see `verify_checkpoint`).
+
+    Raises:
+        InputError: the checkpoint would run code when it is loaded.
+        DamagedCheckpoint: it is not what was written, or not a checkpoint.
+    """
+    verify_checkpoint(path, parts)
+
+    def check() -> None:
+        check_pickles(path)
+
+    Ranks.from_rank_zero(check)
+    return dist_checkpointing.load(make_state(), str(path))

@@ -21,6 +21,20 @@ from nemo_care.parallel.slurm import rendezvous_address
 T = TypeVar("T")
 
 
+def _from_source(make: Callable[[], T], source: int, group: dist.ProcessGroup | None) -> T:
+    """Call `make` on rank `source`; its result, or its exception, reaches the whole group."""
+    result: list[T | Exception | None] = [None]
+    if dist.get_rank() == source:
+        try:
+            result[0] = make()
+        except Exception as error:
+            result[0] = error
+    dist.broadcast_object_list(result, src=source, group=group, device=torch.device("cpu"))
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How many ways the model and the batch are cut."""
@@ -157,7 +171,7 @@ class Ranks:
 
         An exception of `make` is raised on every rank of the replica, so that none waits forever.
         """
-        return self._from_source(make, self.model_leader, self._model_group)
+        return _from_source(make, self.model_leader, self._model_group)
 
     def gather_from_replicas(self, value: T) -> list[T]:
         """One value per model replica, in data-parallel order, on every rank."""
@@ -169,24 +183,10 @@ class Ranks:
 
         return self.from_leader(gather)
 
-    def from_rank_zero(self, make: Callable[[], T]) -> T:
+    @staticmethod
+    def from_rank_zero(make: Callable[[], T]) -> T:
         """Call `make` on rank 0 and give its result to every rank; its exception too."""
-        return self._from_source(make, 0, None)
-
-    def _from_source(
-        self, make: Callable[[], T], source: int, group: dist.ProcessGroup | None
-    ) -> T:
-        """Call `make` on rank `source`; its result, or its exception, reaches the whole group."""
-        result: list[T | Exception | None] = [None]
-        if self.rank == source:
-            try:
-                result[0] = make()
-            except Exception as error:
-                result[0] = error
-        dist.broadcast_object_list(result, src=source, group=group, device=torch.device("cpu"))
-        if isinstance(result[0], Exception):
-            raise result[0]
-        return result[0]  # type: ignore[return-value]
+        return _from_source(make, 0, None)
 
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Give the last pipeline stage's `tensor` to all stages (in place; same shape on all)."""

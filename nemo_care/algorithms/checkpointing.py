@@ -1,0 +1,160 @@
+"""When a run saves, what it waits for, and where it goes on."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_care.algorithms.console import Console
+from nemo_care.config import Recipe
+from nemo_care.errors import DamagedCheckpoint, InputError
+from nemo_care.parallel.checkpoint_writer import PendingCheckpoint
+from nemo_care.parallel.checkpoints import (
+    check_writable,
+    list_checkpoints,
+    list_damaged,
+    load_checkpoint,
+    remove_left_overs,
+    set_aside,
+)
+from nemo_care.parallel.process_groups import Ranks
+from nemo_care.run_files import RunFiles
+
+State = dict[str, Any]
+
+
+class Checkpointing:
+    """The checkpoints of one run. All ranks call its methods, at the same places."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, files: RunFiles, console: Console) -> None:
+        """`console` tells of checkpoints that can't be used."""
+        self.recipe = recipe
+        self.ranks = ranks
+        self.files = files
+        self.console = console
+        self.saved_step = 0
+        self.total_seconds = 0.0
+        self._seconds = 0.0
+        self._pending: PendingCheckpoint | None = None
+
+    # ------------------------------------------------------------------ saving
+
+    def is_due(self, step: int) -> bool:
+        """Whether the recipe wants a checkpoint of this step: at the interval, and of the last."""
+        last = step == self.recipe.trainer.max_steps
+        return last or step % self.recipe.checkpoint.save_interval == 0
+
+    def save(self, step: int, make_state: Callable[[], State]) -> None:
+        """Save the state as it is now; with checkpoint.asynchronous the writing goes on behind.
+
+        A save that is still under way is waited for.
+
+        Raises:
+            CheckpointError: this or the save before it failed; on all ranks.
+        """
+        with self._held_up():
+            self._complete()
+            recipe = OmegaConf.to_yaml(OmegaConf.structured(self.recipe))
+            self._pending = PendingCheckpoint(
+                self.files.checkpoints, step, make_state(), recipe=recipe
+            )
+            self.saved_step = step
+            if not self.recipe.checkpoint.asynchronous:
+                self._complete()
+
+    def complete_if_written(self) -> None:
+        """Complete the save that is under way if all ranks have written; between two steps.
+
+        Raises:
+            CheckpointError: a rank could not write; on all ranks.
+        """
+        if self._pending is None:
+            return
+        with self._held_up():
+            if self._pending.is_written():
+                self._complete()
+
+    def wait(self) -> None:
+        """Complete the save that is under way, however long it takes.
+
+        Raises:
+            CheckpointError: a rank could not write; on all ranks.
+        """
+        with self._held_up():
+            self._complete()
+
+    def _complete(self) -> None:
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        config = self.recipe.checkpoint
+        pending.finish(keep_last=config.keep_last, keep_every=config.keep_every)
+
+    @contextmanager
+    def _held_up(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            self._seconds += seconds
+            self.total_seconds += seconds
+
+    def take_seconds(self) -> float:
+        """Seconds that saving has held up the run since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    # ------------------------------------------------------------------ resuming
+
+    def resume(self, make_state: Callable[[], State]) -> tuple[State, Path] | None:
+        """The state of the newest checkpoint that is what was written, and its place.
+
+        Damaged ones are named on the console and in damaged_checkpoints.jsonl, and set aside.
+
+        Returns:
+            None where the run has no checkpoint yet.
+
+        Raises:
+            InputError: the folder can't be written to; there is a checkpoint, and the recipe says
+                trainer.resume=never; all checkpoints are damaged.
+        """
+        folder = self.files.checkpoints
+        check_writable(folder)
+        found, aside = self.ranks.from_rank_zero(self._look)
+        if (found or aside) and self.recipe.trainer.resume == "never":
+            raise InputError(
+                f"{self.files.folder} holds a run already and trainer.resume=never: choose another "
+                "exp_manager.name or exp_manager.explicit_log_dir, or remove it"
+            )
+        for path in reversed(found):
+            try:
+                state = load_checkpoint(path, make_state)
+            except DamagedCheckpoint as damage:
+                set_it_aside = partial(self._set_aside, path, str(damage))
+                aside.append(self.ranks.from_rank_zero(set_it_aside))
+            else:
+                self.saved_step = int(path.name.removeprefix("step_"))
+                return state, path
+        if aside:
+            raise InputError(
+                f"no checkpoint of {folder} can be used; damaged: "
+                f"{', '.join(path.name for path in sorted(aside))}. Bring one back (as step_...), "
+                "or remove them to begin again from the start"
+            )
+        return None
+
+    def _look(self) -> tuple[list[Path], list[Path]]:
+        remove_left_overs(self.files.checkpoints)
+        return list_checkpoints(self.files.checkpoints), list_damaged(self.files.checkpoints)
+
+    def _set_aside(self, path: Path, reason: str) -> Path:
+        """On rank 0: say what is wrong, on the console and in the run, and rename."""
+        aside = set_aside(path)
+        self.files.append_damaged(path.name, reason, aside.name)
+        self.console.damaged(reason, aside)
+        return aside
