@@ -74,19 +74,23 @@ class Run:
     world: Path
     last: Start = field(init=False)
 
-    def start(
-        self, layout: str = "one", *overrides: str, fault: dict[str, Any] | None = None
-    ) -> Start:
-        """Start the ranks of a layout (see LAYOUTS)."""
+    def command(self, layout: str, *overrides: str) -> list[str]:
+        """What to give to python, on every rank or to start them."""
         count, keys = LAYOUTS[layout]
-        command = [
+        return [
             *("-m", "nemo_care.train", "--config-name", "tiny_cpu", *SETTINGS),
             *(f"trainer.devices={count}", *keys),
             *("data.train.kind=jsonl", f"data.train.root={self.world}"),
             f"exp_manager.explicit_log_dir={self.folder}",
             *overrides,
         ]
-        self.last = Start(self.server.start(count, command, fault))
+
+    def start(
+        self, layout: str = "one", *overrides: str, fault: dict[str, Any] | None = None
+    ) -> Start:
+        """Start the ranks of a layout (see LAYOUTS)."""
+        command = self.command(layout, *overrides)
+        self.last = Start(self.server.start(LAYOUTS[layout][0], command, fault))
         return self.last
 
     def wait_for_step(self, step: int) -> None:
@@ -140,3 +144,10 @@ class Run:
     def output(self) -> str:
         """What the ranks of the last start printed."""
         return self.last.ranks.output()
+
+
+def assert_equal_runs(run: Run, whole: Run) -> None:
+    """Every step once, with the same metrics and completions, bit for bit."""
+    assert run.steps() == [*range(1, STEPS + 1)]
+    assert run.metrics() == whole.metrics()
+    assert run.rollouts() == whole.rollouts()

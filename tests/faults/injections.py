@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,11 +36,10 @@ _GRADIENT: list[float] = []
 
 
 def _in_phase(phase: str, step: int, strike: Callable[[], None]) -> None:
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
     from nemo_care.algorithms.console import Console
     from nemo_care.algorithms.grpo_care import GRPOCareTrainer
     from nemo_care.models.qwen2_5_vl import Qwen25VL
+    from nemo_care.parallel.manifest import HashedFile
 
     now: dict[str, Any] = {"phase": None, "step": 0, "calls": 0}
     run_training_step, show, forward = (
@@ -47,7 +47,7 @@ def _in_phase(phase: str, step: int, strike: Callable[[], None]) -> None:
         Console.phase,
         Qwen25VL.forward,
     )
-    write = FileSystemWriterAsync.write_preloaded_data
+    close = HashedFile.close
 
     def note_step(self: GRPOCareTrainer) -> Any:
         now["step"] = self.step
@@ -69,15 +69,15 @@ def _in_phase(phase: str, step: int, strike: Callable[[], None]) -> None:
             out.register_hook(lambda gradient: gradient * value)
         return out
 
-    def struck_write(*arguments: Any, **keywords: Any) -> Any:
-        result = write(*arguments, **keywords)
-        # A file is on the disk, and nothing else of the checkpoint is complete.
-        if now["step"] == step:
+    def struck_close(self: HashedFile) -> None:
+        folder = Path(self._file.name).parent.name
+        close(self)
+        # One file of the checkpoint is on the disk; training may be a step further.
+        if folder.startswith(f"step_{step:06d}.partial"):
             strike()
-        return result
 
     GRPOCareTrainer.run_training_step = note_step
     Console.phase = note_phase
     Qwen25VL.forward = struck_forward
     if phase == "checkpoint":
-        FileSystemWriterAsync.write_preloaded_data = staticmethod(struck_write)
+        HashedFile.close = struck_close

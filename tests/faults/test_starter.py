@@ -1,0 +1,35 @@
+"""The whole command with a rank that is killed: it says which, and leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+from fault_runs import PATIENCE, assert_equal_runs
+
+
+def test_killed_rank_is_named_and_nothing_is_left_running(run, undisturbed, report):
+    command = [sys.executable, *run.command("DP 2", "checkpoint.asynchronous=false")]
+    starter = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    run.wait_for_step(2)
+    ranks = psutil.Process(starter.pid).children()
+    everyone = psutil.Process(starter.pid).children(recursive=True)
+    assert len(ranks) == 2
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = starter.communicate(timeout=PATIENCE)
+    ended = time.monotonic() - killed
+    assert starter.returncode == 1
+    assert "rank 1 failed with signal SIGKILL" in errors.decode()
+    assert not psutil.wait_procs(everyone, timeout=10)[1]
+    saved, trained = run.checkpoints()[-1], run.steps()[-1]
+    seconds = run.finish("DP 2")
+    assert_equal_runs(run, undisturbed("DP 2"))
+    report(
+        "kill -9 of a rank of nemo-care train",
+        f"named; exit status 1 after {ended:.1f} s; goes on after step {saved}",
+        "the step in flight" if saved == trained else f"step {trained} and the one in flight",
+        seconds,
+    )
