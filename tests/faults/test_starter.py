@@ -13,7 +13,7 @@ from fault_runs import PATIENCE, assert_equal_runs
 def test_killed_rank_is_named_and_nothing_is_left_running(run, undisturbed, report):
     command = [sys.executable, *run.command("DP 2", "checkpoint.asynchronous=false")]
     starter = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    run.wait_for_step(2)
+    run.wait_for_step(3)
     ranks = psutil.Process(starter.pid).children()
     everyone = psutil.Process(starter.pid).children(recursive=True)
     assert len(ranks) == 2
