@@ -17,7 +17,6 @@ from nemo_care.planning.plan import (
     Measurements,
     Question,
     allowance_of,
-    gathered_bytes,
     phase_peaks,
 )
 from nemo_care.planning.shapes import ModelShape, longest_lengths, read_model_shape, typical_lengths
@@ -179,9 +178,9 @@ def _builds(recipe: Recipe, shape: ModelShape) -> list[StageBuild]:
 def _least(recipe: Recipe, builds: list[StageBuild], vision: "_VisionBytes") -> int:
     """A lower bound of the largest peak, which spares trying what can't fit."""
     offload = recipe.algorithm.reference.offload
-    saving = max(build.held(offload=offload) + gathered_bytes(recipe, build) for build in builds)
+    held = [build.held(offload=offload) for build in builds]
     activations = vision.bytes(recipe) * in_flight(recipe, 0)
-    return max(saving, builds[0].held(offload=offload) + activations) + allowance_of(recipe)
+    return max(*held, held[0] + activations) + allowance_of(recipe)
 
 
 class _VisionBytes:
