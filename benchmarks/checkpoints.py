@@ -3,10 +3,10 @@
     .venv/bin/python benchmarks/checkpoints.py [--hidden 768] [--saves 3] [--threads 1]
 
 The trainer's own save of a random Qwen2.5-VL of some 100 M parameters: weights, AdamW's state and
-the reference. "held up" is the time in which no step runs: the copy of the state, with
-checkpoint.asynchronous=false also the writing, and in the end index, manifest and names. Meanwhile
-the other rows' process computes steps of matrix products; "a step meanwhile" is what one takes
-while a checkpoint is written, in times of one alone. Both kinds of saving are measured in turn.
+the reference. "held up" is the time in which no step runs: the copy of the state; with
+checkpoint.asynchronous=false the writing too; index, manifest and names. While a checkpoint is
+written asynchronously, steps of matrix products are computed: "a step meanwhile" is how many times
+as long as alone one of them takes. Both kinds of saving are measured in turn.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from nemo_care.parallel.process_groups import Layout, Ranks
 
 
 def seconds_of_a_step() -> float:
-    """A stand-in for a step: half a second of matrix products or so."""
+    """A stand-in for a step: half a second or so of matrix products."""
     matrix = torch.randn(1024, 1024)
     started = time.perf_counter()
     for _ in range(20):
@@ -60,6 +60,7 @@ def main() -> None:
         write_checkpoint(Path(folder), size)
         trainer = made_trainer(Path(folder), ranks, (256, 16, 2), 1, shared=True)
         trainer.recipe.checkpoint.keep_last = 1
+        trainer.prompts.position = 0
         # AdamW has a state after its first step.
         group = given_group(video_prompt(hf_config(size), 256), 16, 2, size.vocabulary)
         group.advantage = torch.tensor([1.0, -1.0])
