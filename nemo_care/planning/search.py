@@ -148,6 +148,8 @@ def _layouts(recipe: Recipe, shape: ModelShape, machines: int, devices: int) -> 
             check_layout(shape.hf, layout_of(changed))
         except InputError:
             continue
+        if changed.algorithm.prompts_per_step % replicas_of(changed):
+            continue
         yield changed
 
 
