@@ -47,6 +47,7 @@ bench: $(INSTALLED) .venv-trl/.installed
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/versus_trl.py
 

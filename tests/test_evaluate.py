@@ -496,3 +496,18 @@ def test_a_model_on_two_ranks_shows_the_same(
     evaluate_on_two_ranks(rank_server, world, tmp_path / "two", *overrides, *layout)
     assert evaluate(tmp_path / "one", *overrides)[0] == 0
     assert_same_evaluation(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize(("bytes_less", "said"), [(0, "its content changed"), (9, "were written")])
+def test_a_damaged_checkpoint_is_refused_by_its_files_name(
+    evaluate, trained, tmp_path, bytes_less, said
+):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    (name,) = [name for name, record in files.items() if record["part"] == "policy"]
+    content = bytearray((checkpoint / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / name).write_bytes(content[: len(content) - bytes_less])
+    result = evaluate(tmp_path / "evaluation", f"evaluation.checkpoint={run}")
+    assert_refused(result, "evaluation.checkpoint", name, said, "name another step_")

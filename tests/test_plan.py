@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from nemo_care.algorithms.build import build_model
 from nemo_care.algorithms.policy import Policy
+from nemo_care.config import Recipe
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.models.qwen2_5_vl import ModelInputs
 from nemo_care.parallel.optimizer import initialise_adamw_state
@@ -256,7 +257,7 @@ def test_json_has_stable_keys(planned):
     ]  # fmt: skip
     (stage,) = plan["stages"]
     assert {"build", "use", "held", "in_flight", "peaks", "peak"} <= set(stage)
-    assert set(stage["peaks"]) == {"rollout", "validation", "scoring", "update", "checkpoint"}
+    assert set(stage["peaks"]) == {"rollout", "validation", "scoring", "update"}
     assert plan["fits"] is True
     assert plan["peak_bytes"] == max(stage["peaks"].values())
 
@@ -304,3 +305,14 @@ def test_72b_on_64_gpus_is_planned_within_a_minute_and_4_gib(tmp_path, layout):
     assert len(json.loads(plan)["stages"]) == pipeline
     assert resident < 4 * 2**30
     assert seconds < 60
+
+
+def test_only_the_first_replica_of_a_machine_gathers_a_checkpoint():
+    from nemo_care.planning.plan import _first_replica_on_a_machine
+
+    recipe = Recipe()
+    recipe.trainer.devices, recipe.trainer.num_nodes = 8, 8
+    for tensor, pipeline, ranks in ((8, 4, 8), (2, 1, 2), (4, 2, 4), (1, 8, 1), (1, 64, 8)):
+        recipe.model.tensor_model_parallel_size = tensor
+        recipe.model.pipeline_model_parallel_size = pipeline
+        assert _first_replica_on_a_machine(recipe) == ranks, (tensor, pipeline)

@@ -29,6 +29,7 @@ KEYS = {
     "timing/reward",
     "timing/scoring",
     "timing/update",
+    "timing/checkpoint",
     "timing/step",
 }
 

@@ -48,6 +48,11 @@ class Checkpointing:
         last = step == self.recipe.trainer.max_steps
         return last or step % self.recipe.checkpoint.save_interval == 0
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a save is still to be completed."""
+        return self._pending is not None
+
     def save(self, step: int, make_state: Callable[[], State]) -> None:
         """Save the state as it is now; with checkpoint.asynchronous the writing goes on behind.
 

@@ -29,7 +29,7 @@ from nemo_care.planning.stage import (
 from nemo_care.planning.work import Clock, Efficiency, StepTime, packed_tokens, step_flops
 from nemo_care.preflight import layout_of
 
-PHASES = ("rollout", "validation", "scoring", "update", "checkpoint")
+PHASES = ("rollout", "validation", "scoring", "update")
 GRANULARITIES = ("none", "selective", "full")
 # CUDA's context and cuBLAS's workspaces; with several ranks NCCL's buffers for the groups.
 _ALONE, _WITH_OTHERS = 1.0, 2.0
@@ -123,12 +123,6 @@ def _with(recipe: Recipe, granularity: str) -> Iterator[Recipe]:
     yield changed
 
 
-def gathered_bytes(recipe: Recipe, build: StageBuild) -> int:
-    """What saving a checkpoint takes on the GPU: Megatron gathers the optimizer's state tensor by
-    tensor, each whole in float32 (DistributedOptimizer.get_parameter_state_dp_zero)."""
-    return build.gradients + build.gradients // replicas_of(recipe)
-
-
 def phase_peaks(
     recipe: Recipe, build: StageBuild, use: StageUse, stage: int, allowance: int
 ) -> dict[str, int]:
@@ -139,7 +133,6 @@ def phase_peaks(
         "validation": use.validation,
         "scoring": use.scoring_peak(count),
         "update": use.update_peak(in_flight(recipe, stage), count),
-        "checkpoint": gathered_bytes(recipe, build),
     }
     held = build.held(offload=recipe.algorithm.reference.offload)
     return {phase: held + extra[phase] + allowance for phase in PHASES if extra[phase]}
@@ -160,17 +153,28 @@ def host_memory(recipe: Recipe, shape: ModelShape, longest: Lengths, worst: Stag
     prompts = prompts_of(recipe)
     patches = prompts * longest.patches * patch_width(shape.hf) * 4
     parameters = worst.gradients // 4
-    # Each rank of a replica puts the whole optimizer state together: three float32 tensors of all
-    # its parameters, its own shards of them, and one gathered tensor twice.
-    gathered = 4 * parameters * (3 + 2) + 4 * 3 * parameters // replicas_of(recipe)
+    # The first replica's ranks put the optimizer's state together in CPU memory: three float32
+    # tensors of all their parameters, and one of the three twice more while it arrives. Every rank
+    # has its own shards. The copies of weights and average, made afterwards, take no more.
+    gathered = 4 * parameters * (3 + 2) * _first_replica_on_a_machine(recipe)
+    shards = ranks * 4 * 3 * parameters // replicas_of(recipe)
     offload = recipe.algorithm.reference.offload and needs_reference(recipe.algorithm)
     return {
         "processes": int(ranks * _PROCESS_GIB * GIB),
         "reference": ranks * worst.reference_average if offload else 0,
         "prompts": ranks * patches * (1 + recipe.data.prefetch_steps),
         "decoding": int(leaders * recipe.data.workers * recipe.data.worker_memory_gib * GIB),
-        "saving a checkpoint": ranks * gathered,
+        "saving a checkpoint": gathered + shards,
     }
+
+
+def _first_replica_on_a_machine(recipe: Recipe) -> int:
+    """The most ranks of the first replica that one machine has; ranks count tensor, data, stage."""
+    tensor = recipe.model.tensor_model_parallel_size
+    on_each = [0] * recipe.trainer.num_nodes
+    for rank in range(recipe.trainer.devices * recipe.trainer.num_nodes):
+        on_each[rank // recipe.trainer.devices] += rank // tensor % replicas_of(recipe) == 0
+    return max(on_each)
 
 
 def checkpoint_size(recipe: Recipe, builds: list[StageBuild]) -> int:

@@ -17,7 +17,6 @@ from nemo_care.planning.plan import (
     Measurements,
     Question,
     allowance_of,
-    gathered_bytes,
     phase_peaks,
 )
 from nemo_care.planning.shapes import ModelShape, longest_lengths, read_model_shape, typical_lengths
@@ -149,6 +148,8 @@ def _layouts(recipe: Recipe, shape: ModelShape, machines: int, devices: int) -> 
             check_layout(shape.hf, layout_of(changed))
         except InputError:
             continue
+        if changed.algorithm.prompts_per_step % replicas_of(changed):
+            continue
         yield changed
 
 
@@ -179,9 +180,9 @@ def _builds(recipe: Recipe, shape: ModelShape) -> list[StageBuild]:
 def _least(recipe: Recipe, builds: list[StageBuild], vision: "_VisionBytes") -> int:
     """A lower bound of the largest peak, which spares trying what can't fit."""
     offload = recipe.algorithm.reference.offload
-    saving = max(build.held(offload=offload) + gathered_bytes(recipe, build) for build in builds)
+    held = [build.held(offload=offload) for build in builds]
     activations = vision.bytes(recipe) * in_flight(recipe, 0)
-    return max(saving, builds[0].held(offload=offload) + activations) + allowance_of(recipe)
+    return max(*held, held[0] + activations) + allowance_of(recipe)
 
 
 class _VisionBytes:

@@ -172,14 +172,16 @@ def _time_table(plan: Plan) -> Table:
 def _sharing(plan: Plan) -> str:
     tokens = plan.tokens()
     saved = 1 - tokens["shared"] / tokens["separate"]
-    kept = plan.recipe.checkpoint.keep_last
+    config = plan.recipe.checkpoint
+    kept = f"the last {config.keep_last} are kept" if config.keep_last else "all are kept"
+    if config.keep_last and config.keep_every:
+        kept += f", and each of a multiple of {config.keep_every} steps"
     size = plan.recipe.algorithm.group_size
     used = "" if plan.recipe.algorithm.shared_prompt else " (this recipe has shared_prompt=false)"
     return (
         f"prompt sharing{used}: {tokens['shared']} tokens per group instead of "
         f"{tokens['separate']}, {saved:.0%} saved; the vision tower runs once instead of {size} "
-        f"times\ncheckpoint: {gib(plan.checkpoint_bytes)} GiB each, "
-        f"{f'the last {kept} are kept' if kept else 'all are kept'}"
+        f"times\ncheckpoint: {gib(plan.checkpoint_bytes)} GiB each, {kept}"
     )
 
 
