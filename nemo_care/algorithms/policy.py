@@ -152,9 +152,7 @@ class Policy:
         completions = self.algorithm.prompts_per_step * self.algorithm.group_size
         old_of = dict(zip(map(id, batches), old_log_probs, strict=False))
 
-        def loss_of(
-            hidden: torch.Tensor, batch: GroupBatch
-        ) -> tuple[torch.Tensor, Result]:
+        def loss_of(hidden: torch.Tensor, batch: GroupBatch) -> tuple[torch.Tensor, Result]:
             log_probs = batch.log_probs(self.model, hidden, batch.mask)
             reference, asked = self._reference_log_probs(batch)
             loss = policy_loss(
@@ -233,8 +231,8 @@ class Policy:
     def sharded_state_dict(self, metadata: dict[str, Any], is_loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as Megatron sharded tensors; the schedule's step count."""
         model = self.model.sharded_state_dict(prefix=PREFIX, metadata=metadata)
-        if is_loading:
-            initialise_adamw_state(self.optimizer)
+        # For loading, and for saving a run none of whose steps could be taken.
+        initialise_adamw_state(self.optimizer)
         optimizer = self.optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=metadata
         )

@@ -136,7 +136,10 @@ def _repair_torch_adamw(optimizer: DistributedOptimizer) -> None:
 
 
 def initialise_adamw_state(optimizer: MegatronOptimizer) -> None:
-    """Create torch AdamW's state before loading into it (see `_repair_torch_adamw`)."""
+    """Create torch AdamW's state as its first step would, where it has none yet.
+
+    Loading and saving both expect one (see `_repair_torch_adamw`).
+    """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(part, "optimizer", None)
         if not isinstance(inner, torch.optim.AdamW):
