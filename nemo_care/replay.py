@@ -229,7 +229,7 @@ def _report(
     yield from _weights_lines(run, checkpoint, about)
     for rank, (_, weights, _) in enumerate(everyone):
         if weights:
-            yield f"{len(weights)} weights are not finite on rank {rank}, first {weights[0]}"
+            yield f"weights not finite on rank {rank}: {len(weights)}, the first {weights[0]}"
     replicas = max(replica for replica, _, _ in everyone) + 1
     share = len(stored) // replicas
     fine = True

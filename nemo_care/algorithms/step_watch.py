@@ -22,7 +22,7 @@ Metrics = Mapping[str, float | None]
 
 # A difference that stays too large is told again after so many steps.
 _TELL_AGAIN = 50
-# Of each rank: backward hands a NaN on, from the output to the input, so the last are nearest to it.
+# Of each rank. Backward hands a NaN on towards the input: the last ones are nearest to its origin.
 _PARAMETERS = 50
 
 
@@ -137,8 +137,7 @@ class StepWatch:
 
     @property
     def in_bad_steps(self) -> bool:
-        """Whether the last step was left out: the weights may be at fault, so older checkpoints
-        are worth keeping."""
+        """Whether the last step was left out: its weights may be at fault."""
         return bool(self.bad_steps.in_a_row)
 
     def check_differences(self, step: int, metrics: Metrics, *, untouched: bool) -> None:
