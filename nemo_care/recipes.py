@@ -237,9 +237,10 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         if "=" not in override:
             raise InputError(f"{override}: an override is key=value")
     try:
-        return to_recipe(OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides))))
+        config.merge_with_dotlist(list(overrides))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise InputError(explain(error, list(overrides), [recipes_folder()])) from error
+    return to_recipe(config)
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:

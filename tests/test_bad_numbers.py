@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_numbers import everything, inject, inject_at, unchanged
+from bad_numbers import broken, everything, inject, inject_at, unchanged
 from numbers_program import LAYOUTS, STEPS
 from small_runs import small_recipe, small_trainer
 
@@ -126,11 +126,14 @@ def test_a_gradient_whose_norm_overflows_is_left_out(recipe, ranks, tmp_path):
     assert about["not_finite"] == [{"what": "gradient", "first_rank": None, "replica": None}]
 
 
-def test_infinity_counts_like_nan(recipe, ranks, tmp_path):
+def test_infinity_counts_like_nan_in_bf16_too(recipe, ranks, tmp_path):
+    recipe.model.precision.dtype = "bf16"
     trainer = small_trainer(recipe, ranks, tmp_path)
     trainer.step = 1
+    before = everything(trainer)
     inject(trainer, "gradient", value=-math.inf)
     metrics, _, _ = trainer.run_training_step()
+    assert unchanged(before, everything(trainer))
     assert trainer.policy.not_finite.first == {"gradient": 0}
     assert metrics["train/bad_step"] == 1
 
@@ -263,6 +266,16 @@ def test_logits_of_one_row_spoil_that_completion_only(recipe, ranks, tmp_path, m
     assert bad.completions[1].ended
     for number in (0, 2, 3):
         assert torch.equal(bad.completions[number].token_ids, good.completions[number].token_ids)
+
+
+def test_a_model_without_numbers_is_not_evaluated(recipe, ranks, tmp_path):
+    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    with (
+        broken(trainer.policy.model),
+        pytest.raises(RuntimeError, match="probabilities are not numbers for sample"),
+    ):
+        trainer.run_validation()
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

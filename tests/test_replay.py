@@ -79,11 +79,15 @@ def test_replay_in_two_ranks_names_the_module_and_says_whose_weights_these_are(r
     assert "everything is finite now" not in out
 
 
-def test_replay_refuses_a_step_that_was_not_left_out(run):
+def test_replay_refuses_a_step_that_was_not_left_out_and_unknown_keys(run):
     folder = run()
     result = replayed(folder, "--step", "1")
     assert result.returncode == 2
     assert "step 1 was not left out; such steps of this run: 2" in result.stderr
+    result = replayed(folder, "--step", "2", "trainer.device=1")
+    assert result.returncode == 2
+    assert "trainer.device" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_stored_groups_come_back_as_they_were(run, checkpoint, ranks):
