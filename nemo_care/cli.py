@@ -21,6 +21,12 @@ def _evaluate(arguments: list[str]) -> int:
     return evaluate(arguments)
 
 
+def _replay(arguments: list[str]) -> int:
+    from nemo_care.replay import replay
+
+    return replay(arguments)
+
+
 def _export(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nemo-care export",
@@ -157,6 +163,7 @@ def _plan(arguments: list[str]) -> int:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a policy: --config-name RECIPE [key=value ...]"),
     "evaluate": (_evaluate, "evaluate a model: --config-name RECIPE [key=value ...]"),
+    "replay": (_replay, "compute a step again that a run had left out: RUN --step N"),
     "data": (_data, "data check: find what can't be used in a recipe's data"),
     "plan": (_plan, "memory, time and a dry run of a recipe, before it is queued"),
     "export": (_export, "write a trained model as a Hugging Face directory"),

@@ -44,6 +44,9 @@ class TrainerConfig:
     max_time_per_run: str | None = None
     """days:hours:minutes:seconds after which the run saves and exits with status 75, to be started
     again; null: no limit."""
+    max_bad_steps: int = 3
+    """Steps in a row that may be left out because a log-probability, the loss or the gradient is
+    NaN or infinite; one more stops the run. 0: the first stops it."""
     show_completion_every: int = 20
     """Print one sampled completion every so many steps; 0: never."""
 
@@ -127,8 +130,9 @@ class RolloutConfig:
     groups_per_batch: int = 1
     """Groups that are generated together."""
     max_logprob_difference: float = 0.05
-    """In the first step the mean difference between a token's log-probability in rollout and in
-    training; above it the run stops, because weights or positions must be wrong on one side."""
+    """The mean difference between a token's log-probability in rollout and in training. Above it
+    the first step stops the run, because weights or positions must be wrong on one side; later
+    steps are told on the console."""
 
 
 @dataclass
@@ -210,6 +214,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "trainer.cpu_threads": (1, None),
     "trainer.seed": (0, None),
     "trainer.validation_interval": (0, None),
+    "trainer.max_bad_steps": (0, None),
     "trainer.show_completion_every": (0, None),
     "model.tensor_model_parallel_size": (1, None),
     "model.pipeline_model_parallel_size": (1, None),

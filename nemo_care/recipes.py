@@ -222,17 +222,24 @@ def save_recipe(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
-def read_recipe(file: Path) -> Recipe:
-    """A resolved recipe from a run directory.
+def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A resolved recipe from a run directory, with `overrides` (key=value).
 
     Raises:
-        InputError: the file is missing or is not a recipe.
+        InputError: the file is missing or is not a recipe, or an override does not fit.
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file; give a run directory with its recipe.yaml")
     config = OmegaConf.load(file)
     if not isinstance(config, DictConfig):
         raise InputError(f"{file}: not a recipe")
+    for override in overrides:
+        if "=" not in override:
+            raise InputError(f"{override}: an override is key=value")
+    try:
+        config.merge_with_dotlist(list(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(explain(error, list(overrides), [recipes_folder()])) from error
     return to_recipe(config)
 
 

@@ -4,6 +4,9 @@ recipe.yaml                 the resolved recipe
 starts.jsonl                one JSON object per start: commit, versions, machine
 metrics.jsonl               one JSON object per optimizer step
 rollouts/step_000001.jsonl  one line per completion
+bad_steps/step_000012.json  a step that was left out: what was not finite, and its rollouts
+                            (tensors in the .safetensors beside it; see rollouts/group_files.py);
+                            these stay when the run goes on from a checkpoint before them
 validation.jsonl            one JSON object per validation
 skipped.jsonl               samples and lines of the annotations left out, and why
 damaged_checkpoints.jsonl   checkpoints that could not be used, and why
@@ -29,12 +32,17 @@ class RunFiles:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.export = folder / "export"
+        self.bad_steps = folder / "bad_steps"
         self.recipe = folder / "recipe.yaml"
         self._metrics = folder / "metrics.jsonl"
         self._skipped = folder / "skipped.jsonl"
         self._validation = folder / "validation.jsonl"
         self._rollouts = folder / "rollouts"
         self._rollouts.mkdir(parents=True, exist_ok=True)
+
+    def bad_step(self, step: int) -> Path:
+        """Where a step that was left out is described."""
+        return self.bad_steps / f"step_{step:06d}.json"
 
     def write_recipe(self, text: str) -> None:
         """Write the resolved recipe, as YAML."""

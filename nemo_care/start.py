@@ -34,7 +34,9 @@ class Command:
     """What ranks are started for.
 
     `name` is that of the subcommand and of its module. `check` refuses (with an InputError) what
-    can't work, before any rank starts; `run` does the work of one rank.
+    can't work, before any rank starts; `run` does the work of one rank. `compose` makes the recipe
+    of the command line; ranks that this command starts get that recipe, and `rank_arguments` as
+    theirs.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Command:
     examples: Sequence[str]
     check: Callable[[Recipe], None]
     run: Callable[[Recipe, "Ranks"], None]
+    compose: Callable[[list[str]], Recipe | None] = compose_recipe
+    rank_arguments: Sequence[str] = ()
 
 
 def start(command: Command, arguments: Sequence[str]) -> int:
@@ -94,7 +98,7 @@ def _main(command: Command, arguments: list[str]) -> None:
     if environment is not None and _RESOLVED in os.environ:
         _run_rank(command, read_recipe(Path(os.environ[_RESOLVED])), environment, checked=True)
         return
-    recipe = compose_recipe(arguments)
+    recipe = command.compose(arguments)
     if recipe is None:
         return
     trainer = recipe.trainer
@@ -130,7 +134,8 @@ def _start_ranks(command: Command, recipe: Recipe, node: "Node | None" = None) -
         file = Path(folder) / "recipe.yaml"
         file.write_text(save_recipe(recipe))
         os.environ[_RESOLVED] = str(file)
-        status = start_ranks(recipe.trainer.devices, ["-m", f"nemo_care.{command.name}"], node)
+        program = ["-m", f"nemo_care.{command.name}", *command.rank_arguments]
+        status = start_ranks(recipe.trainer.devices, program, node)
     if status:
         sys.exit(status)
 

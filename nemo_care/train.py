@@ -94,6 +94,8 @@ def _show_end(folder: Path, summary: dict[str, Any]) -> None:
         console.print(validation_table(summary["start"], summary["end"]))
     if summary["skipped"]:
         console.print(f"{summary['skipped']} samples skipped, see {folder / 'skipped.jsonl'}")
+    if summary["bad_steps"]:
+        console.print(f"{summary['bad_steps']} steps left out, see {folder / 'bad_steps'}")
     if summary["export"]:
         console.print(f"trained checkpoint (Hugging Face): {summary['export']}")
     console.print(f"{summary['steps']} steps done; run directory: {folder}")

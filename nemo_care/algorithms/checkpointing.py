@@ -40,23 +40,28 @@ class Checkpointing:
         self.total_seconds = 0.0
         self._seconds = 0.0
         self._pending: PendingCheckpoint | None = None
+        self._keep_all = False
 
     # ------------------------------------------------------------------ saving
 
-    def is_due(self, step: int) -> bool:
-        """Whether the recipe wants a checkpoint of this step: at the interval, and of the last."""
-        last = step == self.recipe.trainer.max_steps
-        return last or step % self.recipe.checkpoint.save_interval == 0
+    def is_due(self, step: int, *, in_bad_steps: bool) -> bool:
+        """Whether the recipe wants a checkpoint now: an interval or the whole run is over.
+
+        Bad steps put an interval's checkpoint off.
+        """
+        interval = self.recipe.checkpoint.save_interval
+        due = step // interval > self.saved_step // interval and not in_bad_steps
+        return due or step == self.recipe.trainer.max_steps
 
     @property
     def is_under_way(self) -> bool:
         """Whether a save is still to be completed."""
         return self._pending is not None
 
-    def save(self, step: int, make_state: Callable[[], State]) -> None:
+    def save(self, step: int, make_state: Callable[[], State], *, keep_all: bool = False) -> None:
         """Save the state as it is now; with checkpoint.asynchronous the writing goes on behind.
 
-        A save that is still under way is waited for.
+        A save that is still under way is waited for. With `keep_all` no older checkpoint goes.
 
         Raises:
             CheckpointError: this or the save before it failed; on all ranks.
@@ -68,6 +73,7 @@ class Checkpointing:
                 self.files.checkpoints, step, make_state(), recipe=recipe
             )
             self.saved_step = step
+            self._keep_all = keep_all
             if not self.recipe.checkpoint.asynchronous:
                 self._complete()
 
@@ -97,7 +103,8 @@ class Checkpointing:
             return
         pending, self._pending = self._pending, None
         config = self.recipe.checkpoint
-        pending.finish(keep_last=config.keep_last, keep_every=config.keep_every)
+        keep_last = 0 if self._keep_all else config.keep_last
+        pending.finish(keep_last=keep_last, keep_every=config.keep_every)
 
     @contextmanager
     def _held_up(self) -> Iterator[None]:

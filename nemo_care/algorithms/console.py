@@ -107,6 +107,20 @@ class Console:
             text = f"skipped {len(bad_lines)} lines of the annotations; the first: "
             self._print(Text(text + bad_lines[0].reason, style="yellow"))
 
+    def bad_step(self, step: int, why: str, in_a_row: int, file: Path) -> None:
+        """Say that a step was left out."""
+        text = f"step {step} is left out, not finite: {why}; {in_a_row} in a row; inputs: {file}"
+        self._print(Text(text, style="yellow"))
+
+    def difference(self, step: int, difference: float, bound: float, again: int) -> None:
+        """Say that rollout and training disagree; `again` is how many such steps until the next."""
+        text = (
+            f"step {step}: log-probabilities of rollout and training differ by {difference:.4f} on "
+            f"average, more than rollout.max_logprob_difference={bound:g} (told every {again} "
+            "such steps; metric rollout/logprob_difference)"
+        )
+        self._print(Text(text, style="yellow"))
+
     def resumed(self, step: int, checkpoint: Path) -> None:
         """Say where the run goes on."""
         self._print(Text(f"resumed after step {step} from {checkpoint}"))

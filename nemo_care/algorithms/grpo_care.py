@@ -12,9 +12,11 @@ import torch
 
 from nemo_care.algorithms.checkpointing import Checkpointing
 from nemo_care.algorithms.console import Console
+from nemo_care.algorithms.numbers import finite_or_none
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.records import completion_rows, rollout_metrics
 from nemo_care.algorithms.rewards import BaseRewards
+from nemo_care.algorithms.step_watch import StepWatch
 from nemo_care.config import Recipe
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Skipped
@@ -80,6 +82,7 @@ class GRPOCareTrainer:
         self.stop = stop or StopRequest()
         self.console = Console(recipe, active=ranks.rank == 0)
         self.checkpoints = Checkpointing(recipe, ranks, files, self.console)
+        self.watch = StepWatch(recipe, ranks, files, self.console)
         self.step = 0
         self.timing: dict[str, float] = {}
 
@@ -103,6 +106,7 @@ class GRPOCareTrainer:
                 self.step += 1
                 metrics, groups, skipped = self.run_training_step()
                 self.log(metrics, groups, skipped)
+                self.watch.stop_if_too_many()
                 self.save_if_due()
                 self.stop_if_asked()
                 if self._validation_is_due():
@@ -122,9 +126,20 @@ class GRPOCareTrainer:
             with self._phase("scoring"):
                 self.score(groups)
             with self._phase("update"):
+                before = self.policy.optimizer_steps
                 metrics = self.policy.update(groups, after_step=self.track_policy)
-        self._check_first_step(metrics)
-        return metrics, groups, skipped
+        return self._look_at_numbers(metrics, groups, before), groups, skipped
+
+    def _look_at_numbers(
+        self, metrics: Metrics, groups: list[Group], optimizer_steps: int
+    ) -> Metrics:
+        """The metrics, with those of bad steps; `optimizer_steps` as before this step."""
+        bad = self.policy.not_finite
+        counts = self.watch.after_update(self.step, groups, bad, optimizer_steps=optimizer_steps)
+        # In a bad step too, once its first update was made: rollout and scoring lie before that.
+        if bad is None or bad.update > 0:
+            self.watch.check_differences(self.step, metrics, untouched=optimizer_steps == 0)
+        return {**metrics, **counts}
 
     def _next_prompts(self) -> tuple[list[Prompt], list[Skipped]]:
         try:
@@ -244,38 +259,12 @@ class GRPOCareTrainer:
             **{f"timing/{name}": seconds for name, seconds in self.timing.items()},
             "timing/checkpoint": self.checkpoints.take_seconds(),
         }
+        record = {name: finite_or_none(value) for name, value in record.items()}
         self.files.append_step(self.step, record, rows, [asdict(item) for item in skipped])
         for logger in self.loggers:
             known = {name: float(value) for name, value in record.items() if value is not None}
             logger.log_metrics(known, step=self.step)
         self.console.step(self.step, record, rows, skipped)
-
-    def _check_first_step(self, metrics: Metrics) -> None:
-        """Rollout, scoring and update must agree on the same tokens before the first update."""
-        if self.step != 1:
-            return
-        bounds = [
-            (
-                "rollout and training",
-                metrics["rollout/logprob_difference"],
-                "rollout.max_logprob_difference",
-                self.recipe.rollout.max_logprob_difference,
-            ),
-            # The reference starts as the policy. No value: no completion has an answer.
-            (
-                "the scoring pass and training",
-                metrics["care/logprob_difference"] or 0.0,
-                "algorithm.reference.max_logprob_difference",
-                self.recipe.algorithm.reference.max_logprob_difference,
-            ),
-        ]
-        for passes, difference, key, bound in bounds:
-            if not (difference is not None and difference <= bound):
-                raise RuntimeError(
-                    f"log-probabilities of {passes} differ by {difference:.4f} on average in the "
-                    f"first step, more than {key}={bound}: weights or positions are wrong on one "
-                    "side"
-                )
 
     # ------------------------------------------------------------------ state
 
@@ -284,7 +273,11 @@ class GRPOCareTrainer:
         metadata = sharding_metadata()
         state = {
             "policy": self.policy.sharded_state_dict(metadata, is_loading),
-            "trainer": {"step": self.step, "stream_position": self.prompts.position},
+            "trainer": {
+                "step": self.step,
+                "stream_position": self.prompts.position,
+                "bad_steps": self.watch.bad_steps.state_dict(),
+            },
         }
         if self.reference is not None:
             state["reference"] = self.reference.sharded_state_dict(metadata)
@@ -297,10 +290,14 @@ class GRPOCareTrainer:
             self.reference.load_state_dict(state["reference"])
         self.step = state["trainer"]["step"]
         self.prompts.position = state["trainer"]["stream_position"]
+        self.watch.bad_steps.load_state_dict(state["trainer"].get("bad_steps", {}))
 
     def save_if_due(self) -> None:
-        """Save at the interval and after the last step."""
-        if self.checkpoints.is_due(self.step):
+        """Save at the interval and after the last step.
+
+        Not in bad steps: the next good one saves instead.
+        """
+        if self.checkpoints.is_due(self.step, in_bad_steps=self.watch.in_bad_steps):
             self.save()
 
     def stop_if_asked(self) -> None:
@@ -326,7 +323,8 @@ class GRPOCareTrainer:
     def save(self) -> None:
         """Save this step; all ranks call it."""
         self.console.phase("checkpoint")
-        self.checkpoints.save(self.step, self.state_dict)
+        # Weights that make bad steps may be bad themselves: older ones are not removed then.
+        self.checkpoints.save(self.step, self.state_dict, keep_all=self.watch.in_bad_steps)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run directory, if there is one.
@@ -364,6 +362,7 @@ class GRPOCareTrainer:
             "checkpoint_seconds": self.checkpoints.total_seconds,
             "export": str(export) if export is not None else None,
             "skipped": self.files.skipped_count(),
+            "bad_steps": self.watch.bad_steps.total,
             "start": validations.get(0),
             "end": validations.get(self.step),
         }

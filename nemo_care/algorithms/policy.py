@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
+from nemo_care.algorithms.numbers import KINDS, NotFinite, reference_is_finite, rollout_is_finite
 from nemo_care.config import Recipe
 from nemo_care.models.pipeline import forward_backward
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.objective.losses import PolicyLossInputs, policy_loss
+from nemo_care.parallel.gradients import GradientWatch
 from nemo_care.parallel.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -21,6 +23,10 @@ from nemo_care.rollouts.group import Group
 from nemo_care.rollouts.group_batch import GroupBatch
 
 PREFIX = "policy."
+
+# Of a micro-batch, on the last stage: sums for the metrics, the largest difference to the rollout,
+# and the log-probabilities [N, C].
+Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Policy:
@@ -35,6 +41,9 @@ class Policy:
         if recipe.model.freeze_vision and ranks.is_first_stage:
             model.visual.requires_grad_(False)
         self.wrapped = wrap_data_parallel(model)
+        self.gradients = GradientWatch(self.wrapped)
+        # What the last `update` left a step out for.
+        self.not_finite: NotFinite | None = None
         self.optimizer = build_optimizer(recipe.optimizer, self.wrapped)
         self.scheduler = build_scheduler(
             recipe.optimizer,
@@ -55,31 +64,95 @@ class Policy:
         With several updates per rollout, the log-probabilities before the first one are the old
         ones of the clipped surrogate. `after_step` is called after each. Metrics are equal on all
         ranks.
+
+        Where anything is not finite on any rank, no rank steps: weights, optimizer and schedule
+        stay as they are, `not_finite` says what it was, and these groups are left.
         """
         batches = self.layout.batches(groups)
         old_log_probs: list[torch.Tensor] = []
         metrics: dict[str, float | None] = {}
+        self.not_finite = None
         for number in range(self.algorithm.updates_per_rollout):
-            step_metrics, log_probs = self._step(batches, old_log_probs)
-            after_step()
+            step_metrics, log_probs = self._step(groups, batches, old_log_probs, number)
             if number == 0:
                 old_log_probs = log_probs
                 metrics = step_metrics
             else:
                 # Comparisons with rollout and reference only mean something before any update.
                 metrics.update({k: v for k, v in step_metrics.items() if k.startswith("train/")})
+            if self.not_finite is not None:
+                break
+            after_step()
         return metrics
 
     def _step(
-        self, batches: Sequence[GroupBatch], old_log_probs: Sequence[torch.Tensor]
+        self,
+        groups: Sequence[Group],
+        batches: Sequence[GroupBatch],
+        old_log_probs: Sequence[torch.Tensor],
+        number: int,
     ) -> tuple[dict[str, float | None], list[torch.Tensor]]:
         """One optimizer step; metrics, and each micro-batch's log-probs [N, C] (last stage)."""
+        results = self.forward_backward(batches, old_log_probs)
+        log_probs = [log_probs for _, _, log_probs in results]
+        metrics = self._reduce(results)
+        first = self._first_not_finite(groups, results)
+        if not first:
+            self.scheduler.step(1)
+            stepped, grad_norm, _ = self.optimizer.step()
+            metrics["train/grad_norm"] = float(grad_norm)
+            metrics["train/lr"] = float(self.optimizer.param_groups[0]["lr"])
+            if stepped:
+                return metrics, log_probs
+            self.scheduler.step(-1)
+            # Its elements are finite on all ranks, so none was the first.
+            first = {"gradient": None}
+        else:
+            metrics |= {"train/grad_norm": None, "train/lr": None}
+        vectors = [batch.unpadded(v) for batch, v in zip(batches, log_probs, strict=False)]
+        self.not_finite = NotFinite(
+            first,
+            number,
+            self.gradients.parameters_not_finite() if not bool(self.gradients.finite) else [],
+            [of_group for of_batch in vectors for of_group in of_batch],
+        )
+        self.clear_gradients()
+        return metrics, log_probs
+
+    def _first_not_finite(
+        self, groups: Sequence[Group], results: Sequence[Result]
+    ) -> dict[str, int | None]:
+        """What is not finite on any rank, and the lowest such rank; the same on all ranks."""
+        device = next(self.model.parameters()).device
+        inputs = (
+            rollout_is_finite(groups),
+            reference_is_finite(groups, all_tokens=self.algorithm.kl_coefficient > 0),
+        )
+        loss = torch.tensor(True, device=device)
+        if results:
+            # The loss is the first of the sums. With old ones, a log-probability of minus infinity
+            # hides behind a ratio of 0.
+            parts = [sums[0].isfinite() & values.isfinite().all() for sums, _, values in results]
+            loss = torch.stack(parts).all()
+        computed = torch.stack([loss, self.gradients.finite.to(device)])
+        ranks = self.ranks.first_rank_with(
+            torch.cat([torch.tensor(inputs, device=device), computed])
+        )
+        return {kind: rank for kind, rank in zip(KINDS, ranks, strict=True) if rank is not None}
+
+    def clear_gradients(self) -> None:
+        """Set all gradients to zero."""
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def forward_backward(
+        self, batches: Sequence[GroupBatch], old_log_probs: Sequence[torch.Tensor] = ()
+    ) -> list[Result]:
+        """Loss and gradients of these micro-batches; a result for each on the last stage."""
         completions = self.algorithm.prompts_per_step * self.algorithm.group_size
         old_of = dict(zip(map(id, batches), old_log_probs, strict=False))
 
-        def loss_of(
-            hidden: torch.Tensor, batch: GroupBatch
-        ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        def loss_of(hidden: torch.Tensor, batch: GroupBatch) -> tuple[torch.Tensor, Result]:
             log_probs = batch.log_probs(self.model, hidden, batch.mask)
             reference, asked = self._reference_log_probs(batch)
             loss = policy_loss(
@@ -95,7 +168,6 @@ class Policy:
                 kl_coefficient=self.algorithm.kl_coefficient,
             )
             difference = self._rollout_difference(batch, log_probs.detach())
-            # A NaN of the scoring pass stays one, so that the first step's check sees it.
             from_reference = torch.where(asked, (reference - log_probs.detach()).abs(), 0.0)
             sums = torch.stack(
                 [
@@ -114,17 +186,10 @@ class Policy:
             return share, (sums, difference.max(), log_probs.detach())
 
         self.wrapped.train()
-        self.wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        results = forward_backward(
+        self.clear_gradients()
+        return forward_backward(
             self.wrapped, batches, inputs_of=lambda batch: batch.inputs, loss_of=loss_of
         )
-        self.scheduler.step(1)
-        _, grad_norm, _ = self.optimizer.step()
-        metrics = self._reduce(results, completions)
-        metrics["train/grad_norm"] = float(grad_norm)
-        metrics["train/lr"] = float(self.optimizer.param_groups[0]["lr"])
-        return metrics, [log_probs for _, _, log_probs in results]
 
     def _reference_log_probs(self, batch: GroupBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference's log-probabilities float32 [N, C], and for which tokens it was asked."""
@@ -141,10 +206,9 @@ class Policy:
         rollout = batch.padded([[c.log_probs for c in group.completions] for group in batch.groups])
         return torch.where(batch.mask, (rollout - log_probs).abs(), 0.0)
 
-    def _reduce(
-        self, results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], completions: int
-    ) -> dict[str, float | None]:
+    def _reduce(self, results: Sequence[Result]) -> dict[str, float | None]:
         """The step's metrics from the micro-batches of all replicas."""
+        completions = self.algorithm.prompts_per_step * self.algorithm.group_size
         device = next(self.model.parameters()).device
         sums, largest = torch.zeros(7, device=device), torch.zeros(1, device=device)
         if results:
@@ -167,8 +231,8 @@ class Policy:
     def sharded_state_dict(self, metadata: dict[str, Any], is_loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as Megatron sharded tensors; the schedule's step count."""
         model = self.model.sharded_state_dict(prefix=PREFIX, metadata=metadata)
-        if is_loading:
-            initialise_adamw_state(self.optimizer)
+        # For loading, and for saving a run none of whose steps could be taken.
+        initialise_adamw_state(self.optimizer)
         optimizer = self.optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=metadata
         )

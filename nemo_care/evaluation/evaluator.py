@@ -119,9 +119,20 @@ class Evaluator:
             yield self.ranks.from_leader(lambda number=number: load(number))  # type: ignore[misc]
 
     def _ask(self, made: Sequence[Prompt | Skipped]) -> _Asked:
-        """Generate, probe, and ask the judge."""
+        """Generate, probe, and ask the judge.
+
+        Raises:
+            RuntimeError: the model's probabilities are no numbers; its answers would mean nothing.
+        """
         prompts = [item for item in made if isinstance(item, Prompt)]
         groups = self.generator.generate(prompts, self.sampling)
+        for group in groups:
+            if any(bool(completion.log_probs.isnan().any()) for completion in group.completions):
+                raise RuntimeError(
+                    f"the model's probabilities are not numbers for sample "
+                    f"{group.prompt.sample.sample_id}: look for NaN in its weights, or set "
+                    "model.precision.dtype=fp32"
+                )
         rows = [
             completion_row(group, min_reasoning_words=self.min_reasoning_words) for group in groups
         ]

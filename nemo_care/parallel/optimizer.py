@@ -1,5 +1,6 @@
 """Megatron's data-parallel wrapper, distributed optimizer and learning-rate schedule."""
 
+import math
 import types
 from typing import Any
 
@@ -26,14 +27,19 @@ def wrap_data_parallel(model: MegatronModule) -> DistributedDataParallel:
         DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,
-            check_for_nan_in_grad=True,
+            # See GradientWatch: all ranks decide together what a NaN means.
+            check_for_nan_in_grad=False,
         ),
         model,
     )
 
 
 def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> MegatronOptimizer:
-    """AdamW whose state and master weights are sharded over the data-parallel ranks."""
+    """AdamW whose state and master weights are sharded over the data-parallel ranks.
+
+    Its `step` changes nothing, and says so, where the norm of the gradient is not finite: squares
+    may overflow where the gradient itself does not. The norm is the same on all ranks.
+    """
     dtype = model.config.params_dtype
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -54,7 +60,26 @@ def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> 
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
             _repair_torch_adamw(part)
+    _step_with_finite_norm_only(optimizer)
     return optimizer
+
+
+def _step_with_finite_norm_only(optimizer: MegatronOptimizer) -> None:
+    """Leave a step out whose norm is not finite: clipping by it would make the gradient 0 or NaN,
+    and AdamW would step with that."""
+    get_grad_norm, step = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    norm = 0.0
+
+    def noted_grad_norm() -> float:
+        nonlocal norm
+        norm = get_grad_norm()
+        return norm
+
+    def step_if_finite() -> bool:
+        return math.isfinite(norm) and step()
+
+    optimizer.get_grad_norm = noted_grad_norm
+    optimizer.step_with_ready_grads = step_if_finite
 
 
 def build_scheduler(
@@ -111,7 +136,10 @@ def _repair_torch_adamw(optimizer: DistributedOptimizer) -> None:
 
 
 def initialise_adamw_state(optimizer: MegatronOptimizer) -> None:
-    """Create torch AdamW's state before loading into it (see `_repair_torch_adamw`)."""
+    """Create torch AdamW's state as its first step would, where it has none yet.
+
+    Loading and saving both expect one (see `_repair_torch_adamw`).
+    """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(part, "optimizer", None)
         if not isinstance(inner, torch.optim.AdamW):

@@ -119,6 +119,10 @@ class Ranks:
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.is_first_stage = parallel_state.is_pipeline_first_stage()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        # One rank of each replica, among those that compute the loss.
+        self.is_loss_leader = (
+            self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
         self._make_object_groups()
 
     def _start(self, env: RankEnvironment, cpu_threads: int) -> None:
@@ -182,6 +186,22 @@ class Ranks:
             return values  # type: ignore[return-value]
 
         return self.from_leader(gather)
+
+    def gather_on_rank_zero(self, value: T) -> list[T]:
+        """One value per rank, in their order, on rank 0; an empty list on the others."""
+        values: list[T | None] = [None] * self.world_size if self.rank == 0 else []
+        dist.gather_object(value, values if self.rank == 0 else None, dst=0)
+        return values  # type: ignore[return-value]
+
+    def first_rank_with(self, ok: torch.Tensor) -> list[int | None]:
+        """For each of `ok` (bool [N], on the compute device) the lowest rank where it is False.
+
+        None where it is True on all ranks; the same on all ranks, by one small collective.
+        """
+        # 1 is what a rank says that has nothing to say, so that a fake world's ranks agree too.
+        codes = torch.where(ok, 1, self.rank - self.world_size)
+        dist.all_reduce(codes, op=dist.ReduceOp.MIN)
+        return [None if code > 0 else code + self.world_size for code in codes.tolist()]
 
     @staticmethod
     def from_rank_zero(make: Callable[[], T]) -> T:

@@ -201,12 +201,18 @@ class Decoding:
     def choose(
         self, logits: torch.Tensor, uniforms: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next token [R] and its log-probability [R], equal on all stages."""
+        """The next token [R] and its log-probability [R], equal on all stages.
+
+        Where the logits are not finite the token is EOS and its log-probability NaN.
+        """
         token = torch.zeros(len(logits), dtype=torch.long, device=self.device)
         log_prob = torch.zeros(len(logits), device=self.device)
         if self.ranks.is_last_stage:
             token = sample_tokens(logits, uniforms, self.sampling.temperature, self.sampling.top_p)
             log_prob = torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
+            # Nothing can be sampled from logits that are not finite. The completion ends, and its
+            # log-probability tells the update, which leaves the step out.
+            token = torch.where(log_prob.isnan(), self.eos[0], token)
         self.ranks.broadcast_from_last_stage(token)
         self.ranks.broadcast_from_last_stage(log_prob)
         return token, log_prob

@@ -40,10 +40,8 @@ class Reference:
         """The fused pass: answer likelihood, bonus, reward and advantage (steps 3 to 6).
 
         They are made on the last stage while the pass runs. There, where the loss is computed, the
-        reference's log-probabilities stay too.
-
-        Raises:
-            RuntimeError: an answer's likelihood is not a number.
+        reference's log-probabilities stay too. Where those are not finite the likelihood is NaN,
+        as without an answer; the update asks the log-probabilities, and leaves the step out.
         """
         with self.average.in_place():
             tables = self.scorer.score(
@@ -52,15 +50,6 @@ class Reference:
         for group, table in zip(groups, tables, strict=True):
             for name, values in zip(_FOUND, table, strict=True):
                 setattr(group, name, values)
-            for completion, likelihood in zip(
-                group.completions, group.answer_likelihood, strict=True
-            ):
-                # NaN also means "no answer": a broken pass must not look like that.
-                if completion.answer_span is not None and bool(likelihood.isnan()):
-                    raise RuntimeError(
-                        "the reference's log-probabilities are not numbers: look for infinities "
-                        "in its weights, or set model.precision.dtype=fp32"
-                    )
 
     def answer_likelihoods(self, groups: Sequence[Group]) -> list[torch.Tensor]:
         """Likelihood of each completion's answer, not clipped (see `Scorer`)."""

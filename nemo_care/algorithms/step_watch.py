@@ -1,0 +1,195 @@
+"""What the trainer does about numbers: bad steps are stored, counted and told, too many stop it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nemo_care.algorithms.console import Console
+from nemo_care.algorithms.numbers import (
+    NAMES,
+    BadSteps,
+    NotFinite,
+    asked_of_reference,
+)
+from nemo_care.config import Recipe
+from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.group import Group
+from nemo_care.rollouts.group_files import StoredGroup, write_groups
+from nemo_care.run_files import RunFiles
+
+Metrics = Mapping[str, float | None]
+
+# A difference that stays too large is told again after so many steps.
+_TELL_AGAIN = 50
+# Of each rank. Backward hands a NaN on towards the input: the last ones are nearest to its origin.
+_PARAMETERS = 50
+
+
+class StepWatch:
+    """Looks at each step's numbers after its update."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, files: RunFiles, console: Console) -> None:
+        """Nothing has been bad yet."""
+        self.recipe = recipe
+        self.ranks = ranks
+        self.files = files
+        self.console = console
+        self.bad_steps = BadSteps()
+        self._differences = 0
+
+    def after_update(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        not_finite: NotFinite | None,
+        *,
+        optimizer_steps: int,
+    ) -> dict[str, float | None]:
+        """Count the step, store its inputs where it was left out; two metrics. Collective.
+
+        `optimizer_steps` is how many there had been before this step.
+        """
+        self.bad_steps.note(step, bad=not_finite is not None)
+        if not_finite is not None:
+            self._store(step, groups, not_finite, optimizer_steps)
+        return {
+            "train/bad_step": int(not_finite is not None),
+            "train/bad_steps": self.bad_steps.total,
+        }
+
+    def _store(
+        self, step: int, groups: Sequence[Group], bad: NotFinite, optimizer_steps: int
+    ) -> None:
+        """Write the groups of all replicas, and what was not finite where (rank 0)."""
+        stored: list[StoredGroup] = []
+        if self.ranks.is_loss_leader:
+            stored = [
+                self._marked(group, own) for group, own in zip(groups, bad.log_probs, strict=True)
+            ]
+        rank = {
+            "rank": self.ranks.rank,
+            "replica": self.ranks.data_rank,
+            "parameters": list(bad.parameters[-_PARAMETERS:]),
+            "parameters_not_finite": len(bad.parameters),
+        }
+        everyone = self.ranks.gather_on_rank_zero((rank, stored))
+        if self.ranks.rank != 0:
+            return
+        replicas = [of_rank["replica"] for of_rank, _ in everyone]
+        not_finite: list[dict[str, Any]] = [
+            {
+                "what": kind,
+                "first_rank": first,
+                "replica": None if first is None else replicas[first],
+            }
+            for kind, first in bad.first.items()
+        ]
+        about = {
+            "step": step,
+            "update": bad.update,
+            "optimizer_steps": optimizer_steps + bad.update,
+            "not_finite": not_finite,
+            "gradients": [
+                of_rank for of_rank, _ in everyone if of_rank["parameters_not_finite"] > 0
+            ],
+        }
+        parts = [group for _, of_rank in everyone for group in of_rank]
+        file = self.files.bad_step(step)
+        write_groups(file, sorted(parts, key=lambda group: group.prompt_index), about)
+        self.console.bad_step(step, why(not_finite), len(self.bad_steps.in_a_row), file)
+
+    def _marked(self, group: Group, log_probs: Sequence[torch.Tensor]) -> StoredGroup:
+        """The group, with what is not finite of each completion."""
+        stored = StoredGroup.of(group, log_probs)
+        all_tokens = self.recipe.algorithm.kl_coefficient > 0
+        for number, (completion, record) in enumerate(
+            zip(group.completions, stored.record["completions"], strict=True)
+        ):
+            vectors = {"rollout": completion.log_probs, "policy": log_probs[number]}
+            if group.reference_log_probs is not None:
+                scored = group.reference_log_probs[number]
+                vectors["reference"] = asked_of_reference(completion, scored, all_tokens=all_tokens)
+            record["not_finite"] = [
+                name for name, values in vectors.items() if not bool(values.isfinite().all())
+            ]
+        return stored
+
+    def stop_if_too_many(self) -> None:
+        """Called when the step is recorded.
+
+        Raises:
+            RuntimeError: more than trainer.max_bad_steps in a row were left out.
+        """
+        row, allowed = self.bad_steps.in_a_row, self.recipe.trainer.max_bad_steps
+        if len(row) <= allowed:
+            return
+        steps = f"steps {row[0]} to {row[-1]}" if len(row) > 1 else f"step {row[0]}"
+        raise RuntimeError(
+            f"{steps} had to be left out because of numbers that are not finite, more in a row "
+            f"than trainer.max_bad_steps={allowed}. Their inputs, and what was not finite where, "
+            f"are in {self.files.bad_steps}. The weights are those from before these steps. "
+            f"Look at one with: nemo-care replay {self.files.folder} --step {row[-1]}. The same "
+            "command as before goes on from the newest checkpoint; to get past these steps, try a "
+            "lower optimizer.lr or optimizer.clip_grad, model.precision.dtype=fp32, or an older "
+            "checkpoint (remove newer ones)"
+        )
+
+    @property
+    def in_bad_steps(self) -> bool:
+        """Whether the last step was left out: its weights may be at fault."""
+        return bool(self.bad_steps.in_a_row)
+
+    def check_differences(self, step: int, metrics: Metrics, *, untouched: bool) -> None:
+        """Compare rollout, scoring and update on the same tokens, all before this step's update.
+
+        `untouched`: no update has ever been made, so all three ran the same weights.
+
+        Raises:
+            RuntimeError: they differ by more than the bounds while the policy is untouched.
+        """
+        if untouched:
+            self._check_first_step(metrics)
+            return
+        bound = self.recipe.rollout.max_logprob_difference
+        difference = metrics["rollout/logprob_difference"]
+        if difference is not None and difference > bound:
+            if self._differences % _TELL_AGAIN == 0:
+                self.console.difference(step, difference, bound, again=_TELL_AGAIN)
+            self._differences += 1
+
+    def _check_first_step(self, metrics: Metrics) -> None:
+        bounds = [
+            (
+                "rollout and training",
+                metrics["rollout/logprob_difference"],
+                "rollout.max_logprob_difference",
+                self.recipe.rollout.max_logprob_difference,
+            ),
+            # The reference starts as the policy. No value: no completion has an answer.
+            (
+                "the scoring pass and training",
+                metrics["care/logprob_difference"] or 0.0,
+                "algorithm.reference.max_logprob_difference",
+                self.recipe.algorithm.reference.max_logprob_difference,
+            ),
+        ]
+        for passes, difference, key, bound in bounds:
+            if not (difference is not None and difference <= bound):
+                raise RuntimeError(
+                    f"log-probabilities of {passes} differ by {difference:.4f} on average in the "
+                    f"first step, more than {key}={bound}: weights or positions are wrong on one "
+                    "side"
+                )
+
+
+def why(not_finite: Sequence[Mapping[str, Any]]) -> str:
+    """One phrase for what was not finite, and where first."""
+    parts = []
+    for item in not_finite:
+        name = NAMES[item["what"]]
+        if item["first_rank"] is None:
+            parts.append(f"the norm of {name} (on all ranks)")
+        else:
+            parts.append(f"{name} (first on rank {item['first_rank']}, replica {item['replica']})")
+    return ", ".join(parts)

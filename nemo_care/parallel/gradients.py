@@ -1,0 +1,47 @@
+"""Whether a rank's gradients are finite, before they meet those of other ranks."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+
+class GradientWatch:
+    """Looks at the gradients that this rank's own backward made, before they are summed.
+
+    Afterwards a NaN of one rank is in the sums of others too. Megatron's own check raises in the
+    middle of backward, on one rank, while the others wait for it.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        """From now on every backward of `model` is looked at."""
+        self.model = model
+        self.finite = torch.tensor(True)
+        finalize = model.config.finalize_model_grads_func
+
+        def look_first(*arguments: Any, **keywords: Any) -> None:
+            self.look()
+            finalize(*arguments, **keywords)
+
+        model.config.finalize_model_grads_func = look_first
+
+    def look(self) -> None:
+        """Set `finite` (bool, on the gradients' device; nothing is read back from a GPU)."""
+        ends = [end for buffer in self._buffers() for end in torch.aminmax(buffer)]
+        # aminmax hands a NaN on, and makes no tensor of the buffer's size as isfinite would.
+        self.finite = torch.stack(ends).isfinite().all() if ends else torch.tensor(True)
+
+    def _buffers(self) -> Iterator[torch.Tensor]:
+        for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
+            if buffer.grad_data.numel():
+                yield buffer.grad_data
+
+    def parameters_not_finite(self) -> list[str]:
+        """Names of the parameters with a NaN or an infinity in their gradient, as it is now."""
+        names = []
+        for name, parameter in self.model.module.named_parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            if gradient is not None and not torch.stack(torch.aminmax(gradient)).isfinite().all():
+                names.append(name)
+        return names

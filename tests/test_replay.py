@@ -1,0 +1,110 @@
+"""`nemo-care replay`: a step that was left out is computed again and says what is not finite."""
+
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from bad_numbers import inject_at
+from safetensors.torch import load_file, save_file
+from small_runs import small_recipe, small_trainer
+
+from nemo_care.recipes import save_recipe
+
+
+@pytest.fixture
+def run(checkpoint, world, ranks, tmp_path):
+    """Makes a run: step 2 was left out; `name` of the weights, if given, is broken from the start.
+
+    Its checkpoint is that of step 1.
+    """
+
+    def make(name: str | None = None):
+        start = tmp_path / "checkpoint"
+        shutil.copytree(checkpoint, start)
+        recipe = small_recipe(start, world)
+        recipe.trainer.max_steps = 3
+        recipe.checkpoint.save_interval = 1
+        recipe.exp_manager.explicit_log_dir = str(tmp_path / "run")
+        trainer = small_trainer(recipe, ranks, tmp_path / "run")
+        inject_at(trainer, {2: "loss"})
+        trainer.fit()
+        (tmp_path / "run" / "recipe.yaml").write_text(save_recipe(recipe))
+        if name is not None:
+            weights = load_file(start / "model.safetensors")
+            weights[name].view(-1)[0] = math.nan
+            save_file(weights, start / "model.safetensors", metadata={"format": "pt"})
+            shutil.rmtree(tmp_path / "run" / "checkpoints")
+        return tmp_path / "run"
+
+    return make
+
+
+def replayed(run, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "nemo_care.cli", "replay", str(run), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_replay_with_the_weights_of_the_step_finds_them_in_order(run):
+    folder = run()
+    result = replayed(folder, "--step", "2")
+    assert result.returncode == 0, result.stderr
+    assert "weights: checkpoints/step_000001, as in the step itself (1 optimizer" in result.stdout
+    assert "the loss (first on rank 0, replica 0)" in result.stdout
+    assert result.stdout.count("then not finite: policy") == 16
+    assert result.stdout.count("sample train_") == 4
+    assert "now not finite" not in result.stdout
+    assert "everything is finite now" in result.stdout
+    assert "gradient norm of the whole step: nan" not in result.stdout
+
+
+def test_replay_in_two_ranks_names_the_module_and_says_whose_weights_these_are(run):
+    folder = run("model.layers.1.post_attention_layernorm.weight")
+    result = replayed(folder, "--step", "2", "trainer.devices=2")
+    assert result.returncode == 0, result.stderr
+    out = result.stdout
+    assert "those that the run started from, after 0 optimizer steps; the step that failed" in out
+    assert "those after 1, which no checkpoint has" in out
+    assert out.count("now not finite: policy") == 16
+    for rank in (0, 1):
+        layer = "language_model.decoder.layers.1"
+        assert (
+            f"first output that is now not finite: {layer}.pre_mlp_layernorm (rank {rank})" in out
+        )
+        assert f"parameters of rank {rank}, nearest to the output: " in out
+    assert "weights not finite on rank 0: 1, the first " in out
+    assert "gradient norm of the whole step: nan" in out
+    assert "everything is finite now" not in out
+
+
+def test_replay_refuses_a_step_that_was_not_left_out_and_unknown_keys(run):
+    folder = run()
+    result = replayed(folder, "--step", "1")
+    assert result.returncode == 2
+    assert "step 1 was not left out; such steps of this run: 2" in result.stderr
+    result = replayed(folder, "--step", "2", "trainer.device=1")
+    assert result.returncode == 2
+    assert "trainer.device" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_stored_groups_come_back_as_they_were(run, checkpoint, ranks):
+    from nemo_care.rollouts.group_files import StoredGroup, read_groups, restore_groups
+
+    _, stored = read_groups(run() / "bad_steps" / "step_000002.json")
+
+    class Made:
+        def __init__(self, item):
+            self.token_ids = item.tensors["prompt_token_ids"]
+            self.index = item.prompt_index
+            self.sample = type("Sample", (), {"sample_id": item.record["sample_id"]})
+
+    prompts = {item.prompt_index: Made(item) for item in stored}
+    groups = restore_groups(stored, prompts.__getitem__)
+    for item, group in zip(stored, groups, strict=True):
+        assert group.size == 4
+        again = StoredGroup.of(group, None)
+        for key, tensor in again.tensors.items():
+            torch.testing.assert_close(tensor, item.tensors[key], rtol=0, atol=0, equal_nan=True)
