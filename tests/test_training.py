@@ -334,6 +334,8 @@ def test_reference_and_schedule_count_optimizer_steps(recipe, ranks, tmp_path):
 
 def test_validation_that_a_kill_prevented_is_made_up(recipe, ranks, tmp_path):
     recipe.trainer.max_steps = 1
+    # The kill comes behind the checkpoint.
+    recipe.checkpoint.asynchronous = False
     recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
     trainer = small_trainer(recipe, ranks, tmp_path)
     run_validation = trainer.run_validation
