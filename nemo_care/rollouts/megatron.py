@@ -125,6 +125,7 @@ class Decoding:
         self.device = compute_device()
         self.eos = torch.tensor(sorted(tokenizer.eos_ids), device=self.device)
         self.pad_id = tokenizer.pad_id
+        self.end_id = min(tokenizer.eos_ids, default=tokenizer.pad_id)
         self.packed = self._pack_prompts()
         self.cache = DecodingCache(self.packed, group_size, sampling.max_tokens)
 
@@ -212,7 +213,7 @@ class Decoding:
             log_prob = torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
             # Nothing can be sampled from logits that are not finite. The completion ends, and its
             # log-probability tells the update, which leaves the step out.
-            token = torch.where(log_prob.isnan(), self.eos[0], token)
+            token = torch.where(log_prob.isnan(), self.end_id, token)
         self.ranks.broadcast_from_last_stage(token)
         self.ranks.broadcast_from_last_stage(log_prob)
         return token, log_prob
