@@ -24,8 +24,16 @@ class DamagedCheckpoint(InputError):
     """
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written; raised by all ranks alike.
+class RunFailed(RuntimeError):
+    """What a run can't go on from, found by its own checks; raised by all ranks alike.
+
+    The message says what happened and what to do. The command line prints it without a traceback
+    and exits with status 1.
+    """
+
+
+class CheckpointError(RunFailed):
+    """A checkpoint that could not be written.
 
     The message says which step and where, what the operating system said, which older checkpoints
     are complete, and the remedy.

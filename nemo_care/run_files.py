@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_care.errors import RunFailed
 from nemo_care.json_lines import append_lines, complete_lines, replace_file, replace_lines
 
 
@@ -85,10 +86,21 @@ class RunFiles:
         rows: Iterable[Mapping[str, Any]],
         skipped: Iterable[Mapping[str, Any]],
     ) -> None:
-        """Write one optimizer step: completions, samples left out, and last its metrics."""
-        replace_lines(self._rollouts / f"step_{step:06d}.jsonl", rows)
-        self.append_skipped(step, skipped)
-        append_lines(self._metrics, [{"step": step, **metrics}])
+        """Write one optimizer step: completions, samples left out, and last its metrics.
+
+        Raises:
+            RunFailed: the disk is full, or can't be written to.
+        """
+        try:
+            replace_lines(self._rollouts / f"step_{step:06d}.jsonl", rows)
+            self.append_skipped(step, skipped)
+            append_lines(self._metrics, [{"step": step, **metrics}])
+        except OSError as error:
+            raise RunFailed(
+                f"the records of step {step} could not be written to {self.folder}: {error}; make "
+                "room or mend the folder and give the same command again: it goes on from the "
+                "newest checkpoint"
+            ) from error
 
     def append_skipped(self, step: int, skipped: Iterable[Mapping[str, Any]]) -> None:
         """List the training samples that a step left out."""

@@ -296,7 +296,7 @@ def test_resumed_run_with_an_own_reward_equals_the_uninterrupted_one(
         assert file.read_text() == (tmp_path / "parts" / "rollouts" / file.name).read_text()
     whole, parts = (
         [
-            {k: v for k, v in record.items() if not k.startswith("timing/")}
+            {k: v for k, v in record.items() if not k.startswith(("timing/", "memory/"))}
             for record in lines(tmp_path / name / "metrics.jsonl")
         ]
         for name in ("whole", "parts")

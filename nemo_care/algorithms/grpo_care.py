@@ -14,7 +14,7 @@ from nemo_care.algorithms.checkpointing import Checkpointing
 from nemo_care.algorithms.console import Console
 from nemo_care.algorithms.numbers import finite_or_none
 from nemo_care.algorithms.policy import Policy
-from nemo_care.algorithms.records import completion_rows, rollout_metrics
+from nemo_care.algorithms.records import Row, completion_rows, rollout_metrics
 from nemo_care.algorithms.rewards import BaseRewards
 from nemo_care.algorithms.step_watch import StepWatch
 from nemo_care.config import Recipe
@@ -25,6 +25,7 @@ from nemo_care.errors import RunStopped
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.weights import export_hf
 from nemo_care.parallel.checkpoints import sharding_metadata
+from nemo_care.parallel.memory import memory_metrics
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.parallel.stop_request import StopRequest
 from nemo_care.rollouts.generator import Generator, Sampling
@@ -239,7 +240,7 @@ class GRPOCareTrainer:
                 self.prompts.worker_memory_gib,
             )
         )
-        memory = [peak for _, peak in everyone if peak is not None]
+        workers = [peak for _, peak in everyone if peak is not None]
         rows = sorted(
             (row for rows, _ in everyone for row in rows),
             key=lambda row: (row["prompt_index"], row["completion_index"]),
@@ -248,14 +249,21 @@ class GRPOCareTrainer:
         if self.reference is not None:
             with self._phase("ema_distance"):
                 distance = self.reference.distance(self.policy.model)
-        if self.ranks.rank != 0:
-            return
-        record: dict[str, Any] = {
-            **rollout_metrics(rows, self.recipe.algorithm.consistency.likelihood_clip),
+        metrics = {
             "care/ema_distance": distance,
             **metrics,
+            "data/worker_memory_gib": max(workers, default=None),
+            **memory_metrics(),
+        }
+        # Where rank 0 can't write, all ranks have to stop.
+        self.ranks.from_rank_zero(lambda: self._record(metrics, rows, skipped))
+
+    def _record(self, metrics: Metrics, rows: list[Row], skipped: list[Skipped]) -> None:
+        """On rank 0: into the run directory, to the loggers, on the console."""
+        record: dict[str, Any] = {
+            **rollout_metrics(rows, self.recipe.algorithm.consistency.likelihood_clip),
+            **metrics,
             "data/skipped": len(skipped),
-            "data/worker_memory_gib": max(memory, default=None),
             **{f"timing/{name}": seconds for name, seconds in self.timing.items()},
             "timing/checkpoint": self.checkpoints.take_seconds(),
         }

@@ -13,6 +13,7 @@ from nemo_care.algorithms.numbers import (
     asked_of_reference,
 )
 from nemo_care.config import Recipe
+from nemo_care.errors import RunFailed
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.group import Group
 from nemo_care.rollouts.group_files import StoredGroup, write_groups
@@ -119,13 +120,13 @@ class StepWatch:
         """Called when the step is recorded.
 
         Raises:
-            RuntimeError: more than trainer.max_bad_steps in a row were left out.
+            RunFailed: more than trainer.max_bad_steps in a row were left out.
         """
         row, allowed = self.bad_steps.in_a_row, self.recipe.trainer.max_bad_steps
         if len(row) <= allowed:
             return
         steps = f"steps {row[0]} to {row[-1]}" if len(row) > 1 else f"step {row[0]}"
-        raise RuntimeError(
+        raise RunFailed(
             f"{steps} had to be left out because of numbers that are not finite, more in a row "
             f"than trainer.max_bad_steps={allowed}. Their inputs, and what was not finite where, "
             f"are in {self.files.bad_steps}. The weights are those from before these steps. "
@@ -146,7 +147,7 @@ class StepWatch:
         `untouched`: no update has ever been made, so all three ran the same weights.
 
         Raises:
-            RuntimeError: they differ by more than the bounds while the policy is untouched.
+            RunFailed: they differ by more than the bounds while the policy is untouched.
         """
         if untouched:
             self._check_first_step(metrics)
@@ -176,7 +177,7 @@ class StepWatch:
         ]
         for passes, difference, key, bound in bounds:
             if not (difference is not None and difference <= bound):
-                raise RuntimeError(
+                raise RunFailed(
                     f"log-probabilities of {passes} differ by {difference:.4f} on average in the "
                     f"first step, more than {key}={bound}: weights or positions are wrong on one "
                     "side"

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Logs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from nemo_care.errors import InputError, RunStopped
+from nemo_care.errors import InputError, RunFailed, RunStopped
 from nemo_care.parallel.slurm import Node
 
 USAGE_ERROR = 2
@@ -149,7 +149,7 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
 
 
 def guarded(main: Callable[..., Any], *arguments: Any) -> int:
-    """Call `main` and turn its end into an exit status: 0, 1 (traceback), 2 or 75 (one line)."""
+    """Call `main` and turn its end into an exit status: 0, 1, or 2 and 75 (one line each)."""
     try:
         record(main)(*arguments)
     except InputError as error:
@@ -162,6 +162,9 @@ def guarded(main: Callable[..., Any], *arguments: Any) -> int:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"nemo-care: {stopped}", file=sys.stderr)
         return STOPPED
+    except RunFailed as error:
+        print(f"nemo-care: {error}", file=sys.stderr)
+        return FAILURE
     except KeyboardInterrupt:
         print("nemo-care: interrupted", file=sys.stderr)
         return 130

@@ -113,23 +113,24 @@ class Run:
         assert set(start.wait()) == {0}, self.output()
         return seconds
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The records of the steps so far, without times and memory."""
+    def records(self) -> list[dict[str, Any]]:
+        """The records of the steps so far."""
         file = self.folder / "metrics.jsonl"
         if not file.exists():
             return []
+        return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records without times and memory."""
+        other = ("timing/", "data/worker", "memory/")
         return [
-            {
-                key: value
-                for key, value in json.loads(line).items()
-                if not key.startswith(("timing/", "data/worker", "memory/"))
-            }
-            for line in file.read_text().split("\n")[:-1]
+            {key: value for key, value in record.items() if not key.startswith(other)}
+            for record in self.records()
         ]
 
     def steps(self) -> list[int]:
         """The steps in metrics.jsonl."""
-        return [record["step"] for record in self.metrics()]
+        return [record["step"] for record in self.records()]
 
     def rollouts(self) -> list[str]:
         """The completions of all steps, as written."""

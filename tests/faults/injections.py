@@ -1,31 +1,38 @@
-"""Faults, put into a rank before it starts: they strike in a given phase of a given step."""
+"""Faults that are put into a rank before it starts."""
 
+import functools
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-PHASES = ("rollout", "scoring", "update", "checkpoint")
+if TYPE_CHECKING:
+    from nemo_care.data.media import Media, MediaRequest
+
+HANGING = "train_00007"
 
 
-def inject(kind: str, rank: int, phase: str, step: int) -> None:
-    """Let `kind` (a function below) strike that rank in that phase (see PHASES) of that step."""
+def inject(kind: str, rank: int, **where: Any) -> None:
+    """Let a fault strike that rank.
+
+    `kill` and `nan_gradient` strike in the middle of `phase` (rollout, scoring, update, checkpoint)
+    of `step`; with `hanging_decoder` the video of one sample never ends.
+    """
     if os.environ["RANK"] != str(rank):
         return
-    strike = {"kill": _kill, "hang": _hang, "nan_gradient": _nan_gradient}[kind]
-    _in_phase(phase, step, strike)
+    if kind == "hanging_decoder":
+        _replace_loading()
+    else:
+        strike = {"kill": _kill, "nan_gradient": _nan_gradient}[kind]
+        _in_phase(strike=strike, **where)
 
 
 def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _hang() -> None:
-    time.sleep(3600)
 
 
 def _nan_gradient() -> None:
@@ -33,6 +40,23 @@ def _nan_gradient() -> None:
 
 
 _GRADIENT: list[float] = []
+
+
+def _replace_loading() -> None:
+    from nemo_care.data.decoding import DecodingWorkers
+
+    DecodingWorkers.__init__ = functools.partialmethod(  # type: ignore[method-assign]
+        DecodingWorkers.__init__, load=load_or_hang
+    )
+
+
+def load_or_hang(request: "MediaRequest") -> "Media":
+    """For decoding processes."""
+    from nemo_care.data.media import load_media
+
+    if any(path.stem == HANGING for path in request.videos):
+        time.sleep(3600)
+    return load_media(request)
 
 
 def _in_phase(phase: str, step: int, strike: Callable[[], None]) -> None:

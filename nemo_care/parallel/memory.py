@@ -1,0 +1,22 @@
+"""How much memory the ranks hold, the largest of all of them."""
+
+import psutil
+import torch
+import torch.distributed as dist
+
+GIB = 2**30
+
+
+def memory_metrics() -> dict[str, float | None]:
+    """Of the rank with the most: its process's memory, and its GPU's peak since the last call.
+
+    In GiB; None for the GPU where there is none. Collective over all ranks.
+    """
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    largest = torch.tensor([psutil.Process().memory_info().rss, peak], dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    process, gpu = (largest / GIB).tolist()
+    return {"memory/process_gib": process, "memory/gpu_gib": gpu if on_gpu else None}
