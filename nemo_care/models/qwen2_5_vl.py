@@ -26,9 +26,11 @@ from megatron.core.transformer.module import MegatronModule
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
+from nemo_care.model_config import FP8Config
 from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.layer_specs import layer_spec
 from nemo_care.models.log_probs import token_log_probs
+from nemo_care.models.precision import check_fp8, fp8_arguments
 from nemo_care.models.segments import PackedSegments
 from nemo_care.parallel.process_groups import Layout
 
@@ -97,12 +99,22 @@ def check_layout(hf: Qwen2_5_VLConfig, layout: Layout) -> None:
 
 
 def transformer_config(
-    hf: Qwen2_5_VLConfig, layout: Layout, dtype: torch.dtype, recompute_granularity: str = "none"
+    hf: Qwen2_5_VLConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute_granularity: str = "none",
+    fp8: FP8Config | None = None,
 ) -> TransformerConfig:
     """Megatron's configuration of the language model.
 
     `recompute_granularity`: none, selective (the inside of attention) or full (whole layers).
+    `fp8`: how the layers compute in 8 bits; None: they don't.
+
+    Raises:
+        InputError: the model or the layout does not fit 8-bit products.
     """
+    if fp8 is not None:
+        check_fp8(fp8, hf, layout)
     text = hf.text_config
     recompute: dict[str, Any] = {}
     if recompute_granularity != "none":
@@ -144,6 +156,7 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **recompute,
+        **fp8_arguments(fp8),
     )
 
 
