@@ -32,7 +32,7 @@ _BLOCKWISE_CUDA = (12, 9)
 _AMAX_HISTORY = 1024
 
 
-def fp8_arguments(fp8: FP8Config | None) -> dict[str, Any]:
+def fp8_arguments(fp8: FP8Config | None, recompute_granularity: str) -> dict[str, Any]:
     """Arguments of Megatron's `TransformerConfig` for a model that computes in 8 bits.
 
     None, or not enabled: no arguments.
@@ -43,6 +43,9 @@ def fp8_arguments(fp8: FP8Config | None) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "fp8": by_recipe if fp8.format == "auto" else fp8.format,
         "fp8_recipe": fp8.recipe,
+        # A layer that is computed again in backward needs its weights' 8-bit copies for a moment
+        # only. Without recomputation each micro-batch would keep its own.
+        "disable_parameter_transpose_cache": recompute_granularity == "full",
     }
     if fp8.recipe == "delayed":
         # TransformerEngine's own values; Megatron's would take the last step's largest number only.

@@ -156,7 +156,7 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **recompute,
-        **fp8_arguments(fp8),
+        **fp8_arguments(fp8, recompute_granularity),
     )
 
 
