@@ -36,6 +36,8 @@ from nemo_care.parallel.process_groups import Layout
 
 # Independent of the tensor-parallel size, so that a checkpoint of any layout fits any other.
 _VOCABULARY_MULTIPLE = 128
+# What TransformerEngine's modules keep besides parameters.
+_EXTRA_STATE = "_extra_state"
 
 
 @dataclass
@@ -167,6 +169,13 @@ class _LanguageModel(GPTModel):
         return hidden_states
 
 
+def _without_extra_states(module: torch.nn.Module, incompatible: Any) -> None:
+    """Loading does not miss the states that `Qwen25VL.sharded_state_dict` leaves out."""
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not key.endswith(_EXTRA_STATE)
+    ]
+
+
 class Qwen25VL(MegatronModule):
     """This rank's part of the model: its pipeline stage, cut by tensor parallelism."""
 
@@ -197,6 +206,7 @@ class Qwen25VL(MegatronModule):
             scatter_embedding_sequence_parallel=False,
         )
         self._mark_tensor_parallel()
+        self.register_load_state_dict_post_hook(_without_extra_states)
         if self.pre_process:
             from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
                 Qwen2_5_VisionTransformerPretrainedModel,
@@ -225,6 +235,22 @@ class Qwen25VL(MegatronModule):
                 tensor_parallel.set_tensor_model_parallel_attributes(
                     weight, is_parallel=True, dim=dims[type(module)], stride=1
                 )
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The weights as Megatron's sharded tensors, under the same keys for every backend.
+
+        TransformerEngine's states are empty but for the delayed scales, and left out then: a
+        checkpoint fits any backend and recipe but that one.
+        """
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.config.fp8 and self.config.fp8_recipe == "delayed":
+            return sharded
+        return {key: entry for key, entry in sharded.items() if not key.endswith(_EXTRA_STATE)}
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the previous stage's hidden states (the pipeline schedules call this)."""
