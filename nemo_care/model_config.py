@@ -98,6 +98,10 @@ class OptimizerConfig:
     """Added to the root of that mean before dividing by it."""
     clip_grad: float = 5.0
     """Largest norm of the whole gradient."""
+    overlap_grad_reduce: bool = False
+    """Sum the replicas' gradients while backward still runs. Every parameter must get a gradient
+    from a step's last micro-batch: with prompts of text alone the run stops, unless
+    model.freeze_vision is set."""
 
 
 def check_model(model: ModelConfig) -> None:

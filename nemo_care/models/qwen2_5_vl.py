@@ -7,6 +7,7 @@ language model is cut by Megatron. Both are trained.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -100,6 +101,15 @@ def check_layout(hf: Qwen2_5_VLConfig, layout: Layout) -> None:
         )
 
 
+def _gradients_can_be_fused() -> bool:
+    """Whether linear layers can add their gradients to the float32 sums in the product itself.
+
+    TransformerEngine's layers could without this extension of apex, but Megatron's own output layer
+    asks for it.
+    """
+    return torch.cuda.is_available() and find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def transformer_config(
     hf: Qwen2_5_VLConfig,
     layout: Layout,
@@ -151,7 +161,7 @@ def transformer_config(
         use_cpu_initialization=not torch.cuda.is_available(),
         # All weights come from a checkpoint.
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_gradients_can_be_fused(),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
