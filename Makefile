@@ -52,7 +52,7 @@ docs: $(INSTALLED)
 # What the big recipes need, counted without a GPU: docs/plans.md.
 plans: $(INSTALLED)
 	{ echo "# Plans"; echo; echo '`make plans` writes this page: `nemo-care plan` for each recipe.'; \
-	for size in 3b 7b 32b 72b; do \
+	for size in 3b 7b 32b 72b 32b_fp8 72b_fp8; do \
 		printf '\n## grpo_care_qwen2_5_vl_%s\n\n```text\n' $$size; \
 		COLUMNS=140 $(BIN)/nemo-care plan --config-name grpo_care_qwen2_5_vl_$$size || exit 1; \
 		echo '```'; \
