@@ -19,7 +19,7 @@ endif
 endif
 
 # The big recipes that differ in their layout.
-SIZES := 3b 7b 32b 72b
+SIZES := 3b 7b 32b 72b 32b_fp8 72b_fp8
 
 .PHONY: train test test-slow dry-runs compare bench report docs plans lint format clean help
 

@@ -15,7 +15,7 @@ from typing import Any
 from nemo_care.data_config import DATA_KINDS, MISSING, DataConfig, check_data
 from nemo_care.errors import InputError
 from nemo_care.evaluation_config import JUDGES, EvaluationConfig, check_evaluation
-from nemo_care.model_config import ModelConfig, OptimizerConfig, check_model
+from nemo_care.model_config import FP8_RECIPES, ModelConfig, OptimizerConfig, check_model
 
 # What is usual; more ranks than that ask for more machines.
 _RANKS_OF_A_MACHINE = 8
@@ -199,6 +199,8 @@ CHOICES = {
     "model.backend": ("auto", "local", "transformer_engine"),
     "model.recompute_granularity": ("none", "selective", "full"),
     "model.precision.dtype": ("bf16", "fp32"),
+    "model.precision.fp8.recipe": FP8_RECIPES,
+    "model.precision.fp8.format": ("auto", "e4m3", "hybrid"),
     "algorithm.consistency.kind": CONSISTENCY_KINDS,
     "optimizer.schedule": ("cosine", "constant"),
     "evaluation.judge": JUDGES,
@@ -218,6 +220,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "trainer.show_completion_every": (0, None),
     "model.tensor_model_parallel_size": (1, None),
     "model.pipeline_model_parallel_size": (1, None),
+    "model.precision.fp8.bf16_first_layers": (0, None),
+    "model.precision.fp8.bf16_last_layers": (0, None),
     "algorithm.group_size": (2, None),
     "algorithm.prompts_per_step": (1, None),
     "algorithm.groups_per_micro_batch": (1, None),

@@ -109,7 +109,7 @@ def _build(
     from nemo_care.rollouts.batches import BatchLayout
     from nemo_care.scoring.score import Scorer
 
-    algorithm = recipe.algorithm
+    algorithm, fp8 = recipe.algorithm, recipe.model.precision.fp8
     model = _load(recipe, ranks, source)
     tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
     layout = BatchLayout.of(
@@ -117,11 +117,16 @@ def _build(
         algorithm.groups_per_micro_batch,
         tokenizer.pad_id,
         shared_prompt=algorithm.shared_prompt,
+        fp8=fp8,
     )
-    scorer, judging = Scorer(model, ranks, layout), None
+    scorer, judging = Scorer(model, ranks, layout, fp8=fp8.scoring), None
     if reference is not None:
         same = reference.identity() == source.identity()
-        judging = scorer if same else Scorer(_load(recipe, ranks, reference), ranks, layout)
+        judging = (
+            scorer
+            if same
+            else Scorer(_load(recipe, ranks, reference), ranks, layout, fp8=fp8.scoring)
+        )
     return build_evaluator(
         recipe,
         ranks,

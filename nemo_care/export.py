@@ -21,6 +21,9 @@ def export(source: Path, out: Path) -> None:
 
     checkpoint = find_checkpoint(source)
     recipe = read_recipe(run_of(checkpoint) / "recipe.yaml")
+    # A checkpoint fits any kernels, and this machine may have no GPU.
+    recipe.model.backend = "local"
+    recipe.model.precision.fp8.enabled = False
     if out.exists():
         raise InputError(f"{out} exists already: remove it or choose another directory")
     ranks = Ranks(Layout())

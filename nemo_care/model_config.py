@@ -5,6 +5,40 @@ from dataclasses import dataclass, field
 from nemo_care.data_config import MISSING
 from nemo_care.errors import InputError
 
+FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
+
+@dataclass
+class FP8Config:
+    """Matrix products in 8 bits, in the language model's layers, by TransformerEngine. The vision
+    tower, the embedding, the output layer, norms and attention itself stay in bf16."""
+
+    enabled: bool = False
+    """Needs model.backend=transformer_engine, bf16 and an H100 or newer."""
+    recipe: str = "tensorwise"
+    """Where the scales come from: tensorwise (each tensor as it is), delayed (the tensors of
+    earlier steps), blockwise (blocks of 128; H100 with CUDA 12.9) or mxfp8 (blocks of 32; B200)."""
+    format: str = "auto"
+    """e4m3 (all tensors), hybrid (gradients in e5m2, which is coarser and wider) or auto (e4m3 for
+    blockwise and mxfp8, hybrid for the others)."""
+    update: bool = True
+    """The policy's forward and backward in the update."""
+    scoring: bool = False
+    """The reference's scoring pass. In bf16 the answer likelihoods are not those of rounded
+    weights."""
+    rollout: bool = False
+    """Sampling, in training and evaluation. In bf16 it is faster: decoding waits for memory, and
+    8-bit copies of the weights would be made again for every token."""
+    param_gather: bool = False
+    """Store and gather the weights in 8 bits. Refused: the moving average of rounded weights would
+    not move, and the optimizer's master weights would not come from the checkpoint."""
+    bf16_first_layers: int = 0
+    """Layers at the model's start that stay in bf16; at most a pipeline stage's, none with delayed
+    scales."""
+    bf16_last_layers: int = 0
+    """Layers at the model's end that stay in bf16; at most a pipeline stage's, none with delayed
+    scales."""
+
 
 @dataclass
 class PrecisionConfig:
@@ -13,6 +47,7 @@ class PrecisionConfig:
     dtype: str = "bf16"
     """bf16 (float32 master weights and gradients) or fp32 (for the CPU: on a GPU torch has no fused
     attention for packed groups in float32)."""
+    fp8: FP8Config = field(default_factory=FP8Config)
 
 
 @dataclass
@@ -28,7 +63,8 @@ class ModelConfig:
     sequence_parallel: bool = False
     """Cut norms and residuals along the sequence too (with tensor parallelism)."""
     backend: str = "auto"
-    """Attention kernels: local (torch), transformer_engine (its variable-length attention, on a
+    """What layers are made of: local (Megatron's linear layers, torch's norms and attention),
+    transformer_engine (its fused norms and linear layers and its variable-length attention, on a
     GPU) or auto (local)."""
     recompute_granularity: str = "none"
     """Activations to compute again in backward instead of keeping them: none, selective (those
@@ -62,6 +98,10 @@ class OptimizerConfig:
     """Added to the root of that mean before dividing by it."""
     clip_grad: float = 5.0
     """Largest norm of the whole gradient."""
+    overlap_grad_reduce: bool = False
+    """Sum the replicas' gradients while backward still runs. Every parameter must get a gradient
+    from a step's last micro-batch: with prompts of text alone the run stops, unless
+    model.freeze_vision is set."""
 
 
 def check_model(model: ModelConfig) -> None:
@@ -79,3 +119,37 @@ def check_model(model: ModelConfig) -> None:
         raise InputError(
             "model.sequence_parallel=true needs model.tensor_model_parallel_size above 1"
         )
+    if model.precision.fp8.enabled:
+        _check_fp8(model)
+
+
+def _check_fp8(model: ModelConfig) -> None:
+    """What the keys alone say; sizes and the GPU are checked in models/precision.py."""
+    fp8, prefix = model.precision.fp8, "model.precision.fp8."
+    if model.backend != "transformer_engine":
+        raise InputError(
+            f"{prefix}enabled=true needs model.backend=transformer_engine "
+            f"(it is {model.backend}: Megatron's own layers know no 8 bits)"
+        )
+    if fp8.param_gather:
+        raise InputError(
+            f"{prefix}param_gather=true is not supported: the reference would average weights that "
+            "are rounded to 8 bits, and small steps would never reach it; set it to false"
+        )
+    if not fp8.update:
+        raise InputError(
+            f"{prefix}update=false leaves nothing to gain: set {prefix}enabled=false instead"
+        )
+    if fp8.recipe == "delayed":
+        if fp8.bf16_first_layers or fp8.bf16_last_layers:
+            raise InputError(
+                f"{prefix}bf16_first_layers and {prefix}bf16_last_layers need another recipe than "
+                "delayed, whose scales belong to all layers together: choose tensorwise"
+            )
+        for name in ("scoring", "rollout"):
+            if getattr(fp8, name):
+                # TransformerEngine moves delayed scales on in passes with gradients only.
+                raise InputError(
+                    f"{prefix}{name}=true needs another recipe than delayed, whose scales come "
+                    "from passes with gradients: choose tensorwise"
+                )

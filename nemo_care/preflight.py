@@ -12,6 +12,7 @@ from nemo_care.evaluation.files import check_level_names
 from nemo_care.miniature import ensure_files
 from nemo_care.model_source import evaluated_model, judging_model
 from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.precision import check_fp8, check_transformer_engine
 from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.models.weights import check_weights
 from nemo_care.parallel.process_groups import Layout
@@ -47,8 +48,8 @@ def check_training_inputs(recipe: Recipe) -> None:
 
     Raises:
         InputError: a missing or foreign checkpoint or tokenizer, a layout that does not divide
-            model and ranks, rewards that can't be imported or called, unusable annotations or
-            prompt template.
+            model and ranks, kernels that are not there, rewards that can't be imported or called,
+            unusable annotations or prompt template.
     """
     _check_model(recipe)
     check_training(recipe)
@@ -84,6 +85,8 @@ def _check_model(recipe: Recipe) -> Qwen2_5_VLConfig:
     hf = read_hf_config(recipe.model.hf_path)
     check_layout(hf, layout_of(recipe))
     check_world(recipe)
+    check_fp8(recipe.model.precision.fp8, hf, layout_of(recipe))
+    check_transformer_engine(recipe.model)
     PromptBuilder(recipe.data, hf, load_tokenizer(recipe.model.hf_path, hf))
     return hf
 

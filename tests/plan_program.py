@@ -29,7 +29,7 @@ from nemo_care.planning.search import search
 from nemo_care.planning.shapes import lengths_of, read_model_shape
 from nemo_care.planning.stage import built_stage
 from nemo_care.planning.tables import plan_report
-from nemo_care.planning.work import head_flops, layer_flops, packed_tokens, vision_flops
+from nemo_care.planning.work import Clock, head_flops, layer_flops, packed_tokens, vision_flops
 from nemo_care.quiet import quiet_libraries
 
 
@@ -59,6 +59,40 @@ def builds(folder: str) -> dict:
         recipe.model.precision.dtype = dtype
         with built_stage(recipe, read_model_shape(folder), 0) as stage:
             found[dtype] = vars(stage.build)
+    return found
+
+
+EIGHT_BITS = {
+    "bf16": ("none", {}),
+    "tensorwise": ("none", {"enabled": True}),
+    "mxfp8": ("none", {"enabled": True, "recipe": "mxfp8"}),
+    "scoring": ("none", {"enabled": True, "scoring": True}),
+    "ends": ("none", {"enabled": True, "bf16_first_layers": 1, "bf16_last_layers": 2}),
+    "full": ("full", {"enabled": True}),
+}
+
+
+def eight_bits(folder: str) -> dict:
+    """By variant: what both stages of a pipeline hold, and the time of a step's phases."""
+    found = {}
+    for name, (granularity, keys) in EIGHT_BITS.items():
+        recipe = plan_recipe(folder, 1, 2, granularity)
+        recipe.model.backend = "transformer_engine"
+        recipe.model.precision.dtype = "bf16"
+        for key, value in keys.items():
+            setattr(recipe.model.precision.fp8, key, value)
+        shape = read_model_shape(folder)
+        made = []
+        for number in range(2):
+            with built_stage(recipe, shape, number) as stage:
+                made.append(stage.build)
+        question = _question(1.0)
+        lengths = lengths_of(recipe, shape.hf, *LENGTHS)
+        clock = Clock(recipe, shape.hf, lengths, question.gpu, question.efficiency)
+        found[name] = {
+            "builds": [vars(build) for build in made],
+            "seconds": vars(clock.step(made)),
+        }
     return found
 
 
@@ -199,6 +233,7 @@ def main() -> None:
         "counts": parameter_counts(),
         "builds": builds(folder),
         "uses": uses(folder),
+        "eight_bits": eight_bits(folder),
         "vision": vision_kernels(folder),
         "schedule": schedule(folder),
         "flops": flops(folder),

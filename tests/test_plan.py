@@ -316,3 +316,34 @@ def test_only_the_first_replica_of_a_machine_gathers_a_checkpoint():
         recipe.model.tensor_model_parallel_size = tensor
         recipe.model.pipeline_model_parallel_size = pipeline
         assert _first_replica_on_a_machine(recipe) == ranks, (tensor, pipeline)
+
+
+def test_eight_bits_add_copies_of_the_layers_weights_and_nothing_else(planned):
+    found = planned["eight_bits"]
+    # Query, key and value, output, gate and up, down: of two layers a stage.
+    layer = 256 * (256 + 2 * 128) + 256 * 256 + 256 * 1024 + 512 * 256
+    copies = {
+        name: [build["fp8_copies"] for build in variant["builds"]]
+        for name, variant in found.items()
+    }
+    assert copies == {
+        "bf16": [0, 0],
+        "tensorwise": [2 * 2 * layer] * 2,
+        "mxfp8": [2 * 2 * layer * 33 // 32] * 2,
+        # Without gradients there is no transposed copy.
+        "scoring": [3 * 2 * layer] * 2,
+        "ends": [2 * layer, 0],
+        # One layer's at a time.
+        "full": [2 * layer] * 2,
+    }
+    for name, variant in found.items():
+        for build, plain in zip(variant["builds"], found["bf16"]["builds"], strict=True):
+            assert {**build, "fp8_copies": 0} == plain, name
+
+
+def test_only_passes_in_eight_bits_are_faster(planned):
+    seconds = {name: variant["seconds"] for name, variant in planned["eight_bits"].items()}
+    plain = seconds["bf16"]
+    assert seconds["tensorwise"]["update"] < seconds["ends"]["update"] < plain["update"]
+    assert seconds["tensorwise"]["scoring"] == plain["scoring"] > seconds["scoring"]["scoring"]
+    assert all(variant["rollout"] == plain["rollout"] for variant in seconds.values())

@@ -194,6 +194,22 @@ def test_ablation_changes_what_it_says_and_nothing_else(ablation):
     assert other.exp_manager.name == f"{base}_{ablation}"
 
 
+@pytest.mark.parametrize("size", ["32b", "72b"])
+def test_fp8_recipe_changes_precision_kernels_and_the_first_step_s_bounds_only(size):
+    base = f"grpo_care_qwen2_5_vl_{size}"
+    wanted = [
+        "model.backend: auto -> transformer_engine",
+        "model.precision.fp8.enabled: False -> True",
+        "algorithm.reference.max_logprob_difference: 0.01 -> 0.1",
+        "rollout.max_logprob_difference: 0.05 -> 0.1",
+    ]
+    assert changes(composed(base), composed(f"{base}_fp8")) == wanted
+    # As a group it does the same, in a run directory of its own.
+    other = composed(base, "+precision=fp8")
+    assert changes(composed(base), other) == wanted
+    assert other.exp_manager.name == f"{base}_fp8"
+
+
 def test_margin_0_undoes_the_margin_of_video_r1():
     base = f"{PAPER}_video_r1"
     recipe = composed(base, "+ablation=margin_0")

@@ -20,6 +20,7 @@ from nemo_care.data_config import for_validation
 from nemo_care.evaluation.build import build_evaluator
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.precision import check_transformer_engine
 from nemo_care.models.qwen2_5_vl import Qwen25VL, transformer_config
 from nemo_care.models.weights import load_hf_weights
 from nemo_care.parallel.process_groups import Ranks
@@ -33,21 +34,31 @@ from nemo_care.scoring.score import Scorer
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_model(recipe: Recipe, ranks: Ranks, hf: Qwen2_5_VLConfig | None = None) -> Qwen25VL:
-    """This rank's part of the recipe's model (or of `hf`), its weights still to be loaded."""
+def build_model(
+    recipe: Recipe, ranks: Ranks, hf: Qwen2_5_VLConfig | None = None, *, fp8: bool = True
+) -> Qwen25VL:
+    """This rank's part of the recipe's model (or of `hf`), its weights still to be loaded.
+
+    Without `fp8` it computes in bf16 even where the recipe's update does not.
+
+    Raises:
+        InputError: kernels that this machine has not got.
+    """
+    check_transformer_engine(recipe.model)
     hf = hf or read_hf_config(recipe.model.hf_path)
     config = transformer_config(
         hf,
         ranks.layout,
         _DTYPES[recipe.model.precision.dtype],
         recompute_granularity=recipe.model.recompute_granularity,
+        fp8=recipe.model.precision.fp8 if fp8 else None,
     )
     return Qwen25VL(hf, config, recipe.model.backend)
 
 
-def load_model(recipe: Recipe, ranks: Ranks) -> Qwen25VL:
-    """This rank's part of the recipe's checkpoint."""
-    model = build_model(recipe, ranks)
+def load_model(recipe: Recipe, ranks: Ranks, *, fp8: bool = True) -> Qwen25VL:
+    """This rank's part of the recipe's checkpoint (see `build_model`)."""
+    model = build_model(recipe, ranks, fp8=fp8)
     load_hf_weights(model, recipe.model.hf_path)
     return model
 
@@ -68,7 +79,7 @@ def build_trainer(
     `training` are the training samples, `levels` the validation samples by level; `workers` decode
     both; `stop` is asked after each step whether to go on.
     """
-    algorithm = recipe.algorithm
+    algorithm, fp8 = recipe.algorithm, recipe.model.precision.fp8
     model = load_model(recipe, ranks)
     tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
     prompts = PromptBuilder(recipe.data, model.hf, tokenizer)
@@ -78,14 +89,16 @@ def build_trainer(
         algorithm.groups_per_micro_batch,
         tokenizer.pad_id,
         shared_prompt=algorithm.shared_prompt,
+        fp8=fp8,
     )
     reference = None
     if needs_reference(algorithm):
-        reference = Reference(load_model(recipe, ranks), algorithm, ranks, layout)
+        twin = load_model(recipe, ranks, fp8=fp8.scoring)
+        reference = Reference(twin, algorithm, ranks, layout)
     evaluator = build_evaluator(
         recipe,
         ranks,
-        Scorer(model, ranks, layout),
+        Scorer(model, ranks, layout, fp8=fp8.scoring),
         PromptLoader(validation_prompts, workers),
         likelihoods=reference.answer_likelihoods if reference is not None else None,
         folder=files.folder,
@@ -109,6 +122,7 @@ def build_trainer(
             ranks,
             groups_per_batch=recipe.rollout.groups_per_batch,
             shared_prompt=algorithm.shared_prompt,
+            fp8=fp8,
         ),
         rewards=BaseRewards(algorithm, ranks),
         reference=reference,

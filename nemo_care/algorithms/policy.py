@@ -40,7 +40,9 @@ class Policy:
         self.layout = layout
         if recipe.model.freeze_vision and ranks.is_first_stage:
             model.visual.requires_grad_(False)
-        self.wrapped = wrap_data_parallel(model)
+        self.wrapped = wrap_data_parallel(
+            model, overlap_grad_reduce=recipe.optimizer.overlap_grad_reduce
+        )
         self.gradients = GradientWatch(self.wrapped)
         # What the last `update` left a step out for.
         self.not_finite: NotFinite | None = None

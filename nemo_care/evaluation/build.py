@@ -34,7 +34,11 @@ def build_evaluator(
     return Evaluator(
         prompts,
         MegatronGenerator(
-            scorer.model, tokenizer, ranks, groups_per_batch=evaluation.samples_per_batch
+            scorer.model,
+            tokenizer,
+            ranks,
+            groups_per_batch=evaluation.samples_per_batch,
+            fp8=recipe.model.precision.fp8,
         ),
         _build_judge(recipe, ranks, tokenizer, likelihoods, folder),
         ForcedReasoningProbe(scorer, tokenizer) if evaluation.forced_reasoning_probe else None,

@@ -71,9 +71,11 @@ class DecodingCache(PackedSeqParams):
     ) -> torch.Tensor:
         """Store the new tokens' keys and values and attend to prompt and own completion.
 
-        `query` is [R, 1, heads, head_dim], `key` and `value` [R, 1, key heads, head_dim].
-        Returns [R, 1, heads * head_dim].
+        `query` is [R, 1, heads, head_dim], `key` and `value` [R, 1, key heads, head_dim]; padding
+        may lie behind the R rows. Returns [R, 1, heads * head_dim], zero at the padding.
         """
+        padding = len(query) - len(self._places)
+        query, key, value = (x[: len(self._places)] for x in (query, key, value))
         rows, _, heads, width = query.shape
         own_k, own_v = self._own_memory(layer, key)
         own_k[:rows, :, self.tokens] = key[:, 0]
@@ -98,7 +100,8 @@ class DecodingCache(PackedSeqParams):
             prompts, self._group_size, key_heads, -1, self._width
         )
         out = self._from_groups(grouped.transpose(1, 2).flatten(2, 3) @ prompt_v)
-        return (out + on_own @ own_v).reshape(rows, 1, heads * width)
+        out = (out + on_own @ own_v).reshape(rows, 1, heads * width)
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows only (ascending); prompts without rows are let go too."""

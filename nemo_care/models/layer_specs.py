@@ -1,14 +1,19 @@
 """Which modules a transformer layer is made of: the seam between kernels and model.
 
-Both backends use plain torch modules under Megatron's parallel linear layers; they differ in the
-attention of packed groups: torch's (`local`, runs everywhere) or TransformerEngine's kernels.
+`local` runs everywhere: Megatron's parallel linear layers, torch's norms and attention.
+`transformer_engine` is Megatron's own spec for TransformerEngine (norms fused into the linear
+layers behind them, 8-bit products) with its variable-length kernels for packed groups. It is not
+run on a GPU yet; `tests/test_te_layers.py` holds it against `local`, with a stand-in for
+TransformerEngine.
+Both store the same tensors: the norms' weights are called `input_layernorm.weight` and
+`pre_mlp_layernorm.weight`, or `layer_norm_weight` of the linear layer behind them.
 """
 
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -16,6 +21,7 @@ from megatron.core.transformer.transformer_block import (
 
 from nemo_care.errors import InputError
 from nemo_care.models.group_attention import GroupAttention
+from nemo_care.models.precision import missing_transformer_engine
 from nemo_care.models.te_attention import TransformerEngineGroupAttention
 
 
@@ -34,29 +40,40 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _spec(
-    config: TransformerConfig, core_attention: type[GroupAttention]
-) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    parts = layer.submodules
-    parts.input_layernorm = RMSNorm
-    parts.pre_mlp_layernorm = RMSNorm
-    parts.self_attention.submodules.core_attention = core_attention
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
-    )
+def _local() -> tuple[ModuleSpec, type]:
+    layer = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = GroupAttention
+    return layer, RMSNorm
 
 
-_BACKENDS = {"local": GroupAttention, "transformer_engine": TransformerEngineGroupAttention}
+def _transformer_engine() -> tuple[ModuleSpec, type]:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+        from megatron.core.extensions.transformer_engine import TENorm
+    except (ImportError, OSError) as error:
+        raise missing_transformer_engine(error) from error
+    layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+    layer.submodules.self_attention.submodules.core_attention = TransformerEngineGroupAttention
+    return layer, TENorm
+
+
+_BACKENDS = {"local": _local, "transformer_engine": _transformer_engine}
+# What "auto" means everywhere: transformer_engine has not been run on a GPU yet.
+_AUTO = "local"
 
 
 def layer_spec(config: TransformerConfig, backend: str = "auto") -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage for a backend ("auto" is local).
+    """The layers of this pipeline stage for a backend ("auto" is `_AUTO`: local).
 
     Raises:
-        InputError: an unknown backend.
+        InputError: an unknown backend, or one that can't be imported here.
     """
-    name = "local" if backend == "auto" else backend
+    name = _AUTO if backend == "auto" else backend
     if name not in _BACKENDS:
         raise InputError(f"model.backend={backend}: choose auto or {', '.join(_BACKENDS)}")
-    return _spec(config, _BACKENDS[name])
+    layer, norm = _BACKENDS[name]()
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm
+    )

@@ -7,6 +7,7 @@ language model is cut by Megatron. Both are trained.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,14 +27,18 @@ from megatron.core.transformer.module import MegatronModule
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
+from nemo_care.model_config import FP8Config
 from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.layer_specs import layer_spec
 from nemo_care.models.log_probs import token_log_probs
+from nemo_care.models.precision import check_fp8, fp8_arguments
 from nemo_care.models.segments import PackedSegments
 from nemo_care.parallel.process_groups import Layout
 
 # Independent of the tensor-parallel size, so that a checkpoint of any layout fits any other.
 _VOCABULARY_MULTIPLE = 128
+# What TransformerEngine's modules keep besides parameters.
+_EXTRA_STATE = "_extra_state"
 
 
 @dataclass
@@ -96,13 +101,32 @@ def check_layout(hf: Qwen2_5_VLConfig, layout: Layout) -> None:
         )
 
 
+def _gradients_can_be_fused() -> bool:
+    """Whether linear layers can add their gradients to the float32 sums in the product itself.
+
+    TransformerEngine's layers could without this extension of apex, but Megatron's own output layer
+    asks for it.
+    """
+    return torch.cuda.is_available() and find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def transformer_config(
-    hf: Qwen2_5_VLConfig, layout: Layout, dtype: torch.dtype, recompute_granularity: str = "none"
+    hf: Qwen2_5_VLConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute_granularity: str = "none",
+    fp8: FP8Config | None = None,
 ) -> TransformerConfig:
     """Megatron's configuration of the language model.
 
     `recompute_granularity`: none, selective (the inside of attention) or full (whole layers).
+    `fp8`: how the layers compute in 8 bits; None: they don't.
+
+    Raises:
+        InputError: the model or the layout does not fit 8-bit products.
     """
+    if fp8 is not None:
+        check_fp8(fp8, hf, layout)
     text = hf.text_config
     recompute: dict[str, Any] = {}
     if recompute_granularity != "none":
@@ -137,13 +161,14 @@ def transformer_config(
         use_cpu_initialization=not torch.cuda.is_available(),
         # All weights come from a checkpoint.
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_gradients_can_be_fused(),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **recompute,
+        **fp8_arguments(fp8, recompute_granularity),
     )
 
 
@@ -152,6 +177,13 @@ class _LanguageModel(GPTModel):
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
+
+
+def _without_extra_states(module: torch.nn.Module, incompatible: Any) -> None:
+    """Loading does not miss the states that `Qwen25VL.sharded_state_dict` leaves out."""
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not key.endswith(_EXTRA_STATE)
+    ]
 
 
 class Qwen25VL(MegatronModule):
@@ -184,6 +216,7 @@ class Qwen25VL(MegatronModule):
             scatter_embedding_sequence_parallel=False,
         )
         self._mark_tensor_parallel()
+        self.register_load_state_dict_post_hook(_without_extra_states)
         if self.pre_process:
             from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
                 Qwen2_5_VisionTransformerPretrainedModel,
@@ -212,6 +245,22 @@ class Qwen25VL(MegatronModule):
                 tensor_parallel.set_tensor_model_parallel_attributes(
                     weight, is_parallel=True, dim=dims[type(module)], stride=1
                 )
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The weights as Megatron's sharded tensors, under the same keys for every backend.
+
+        TransformerEngine's states are empty but for the delayed scales, and left out then: a
+        checkpoint fits any backend and recipe but that one.
+        """
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.config.fp8 and self.config.fp8_recipe == "delayed":
+            return sharded
+        return {key: entry for key, entry in sharded.items() if not key.endswith(_EXTRA_STATE)}
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the previous stage's hidden states (the pipeline schedules call this)."""

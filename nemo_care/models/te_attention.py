@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from nemo_care.errors import InputError
 from nemo_care.models.group_attention import GroupAttention
+from nemo_care.models.precision import missing_transformer_engine
 from nemo_care.models.segments import PackedSegments
 
 
@@ -29,11 +29,7 @@ class TransformerEngineGroupAttention(GroupAttention):
         try:
             from transformer_engine.pytorch import DotProductAttention
         except (ImportError, OSError) as error:
-            raise InputError(
-                "model.backend=transformer_engine: TransformerEngine can't be imported "
-                f"({error}); install it with pip install -e '.[gpu]' on a machine with CUDA, "
-                "or set model.backend=local"
-            ) from error
+            raise missing_transformer_engine(error) from error
         # Heads of this rank: TransformerEngine need not know that there are others.
         ranks = config.tensor_model_parallel_size
         kernel = DotProductAttention(

@@ -39,9 +39,14 @@ _COMPANIONS = (
 _INDEX = "model.safetensors.index.json"
 
 # Megatron's name within a layer -> Hugging Face's names, and how the tensor is cut.
+_INPUT_NORM = (("input_layernorm.weight",), "whole")
+_MLP_NORM = (("post_attention_layernorm.weight",), "whole")
 _LAYER: dict[str, tuple[tuple[str, ...], str]] = {
-    "input_layernorm.weight": (("input_layernorm.weight",), "whole"),
-    "pre_mlp_layernorm.weight": (("post_attention_layernorm.weight",), "whole"),
+    # A norm is a module of its own (local) or part of the layer behind it (transformer_engine).
+    "input_layernorm.weight": _INPUT_NORM,
+    "self_attention.linear_qkv.layer_norm_weight": _INPUT_NORM,
+    "pre_mlp_layernorm.weight": _MLP_NORM,
+    "mlp.linear_fc1.layer_norm_weight": _MLP_NORM,
     "self_attention.linear_qkv.weight": (
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
         "qkv",

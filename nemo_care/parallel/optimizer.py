@@ -19,19 +19,30 @@ from megatron.core.transformer.module import MegatronModule
 from nemo_care.model_config import OptimizerConfig
 
 
-def wrap_data_parallel(model: MegatronModule) -> DistributedDataParallel:
-    """Megatron's DDP with gradients summed in float32 and sharded for the optimizer."""
+def wrap_data_parallel(
+    model: MegatronModule, *, overlap_grad_reduce: bool = False
+) -> DistributedDataParallel:
+    """Megatron's DDP with gradients summed in float32 and sharded for the optimizer.
+
+    With `overlap_grad_reduce` the replicas' gradients are summed while the last micro-batch's
+    backward still runs.
+    """
     model.config.finalize_model_grads_func = finalize_model_grads
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(
             use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap_grad_reduce,
             grad_reduce_in_fp32=True,
             # See GradientWatch: all ranks decide together what a NaN means.
             check_for_nan_in_grad=False,
         ),
         model,
     )
+    if overlap_grad_reduce:
+        # The schedules keep the micro-batches before the last from summing.
+        model.config.no_sync_func = wrapped.no_sync
+    return wrapped
 
 
 def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> MegatronOptimizer:

@@ -9,6 +9,7 @@ from typing import Any
 from nemo_care.config import Recipe, check_world, needs_reference
 from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.planning.gpus import GIB, Gpu
+from nemo_care.planning.precision import check_planned, precision_in_words
 from nemo_care.planning.shapes import (
     Lengths,
     ModelShape,
@@ -216,7 +217,9 @@ class Measurements:
                 built_stage(recipe, self.shape, number, reference=False) as stage,
             ):
                 passes, step = stage.update(self.lengths, 1)
-                self._updates[key] = (passes, step, stage.activations(self.lengths)[0])
+                more = stage.build.fp8_copies - build.fp8_copies
+                kept = stage.activations(self.lengths)[0]
+                self._updates[key] = (passes + more, step + more, kept)
         return self._updates[key]
 
     def _kind(self, number: int, build: StageBuild) -> tuple:
@@ -235,6 +238,7 @@ def make_plan(recipe: Recipe, question: Question, *, compare: bool = True) -> Pl
     shape = read_model_shape(recipe.model.hf_path)
     check_layout(shape.hf, layout_of(recipe))
     check_world(recipe)
+    check_planned(recipe, shape.hf, question.gpu)
     longest = longest_lengths(recipe, shape.hf)
     typical = typical_lengths(recipe, shape.hf, question.prompt_tokens, question.completion_tokens)
     measured = Measurements(recipe, shape, longest)
@@ -303,6 +307,7 @@ def plan_as_json(plan: Plan, remedies: list[str]) -> dict[str, Any]:
             "data": replicas_of(recipe),
             "sequence_parallel": recipe.model.sequence_parallel,
             "recompute_granularity": recipe.model.recompute_granularity,
+            "precision": precision_in_words(recipe),
             "micro_batches": micro_batches_of(recipe),
         },
         "gpu": {

@@ -11,7 +11,7 @@ from rich.text import Text
 from nemo_care.config import Recipe, check_recipe, needs_reference
 from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import check_layout
-from nemo_care.planning.gpus import GIB
+from nemo_care.planning.gpus import GIB, Gpu
 from nemo_care.planning.plan import (
     GRANULARITIES,
     Measurements,
@@ -19,6 +19,7 @@ from nemo_care.planning.plan import (
     allowance_of,
     phase_peaks,
 )
+from nemo_care.planning.precision import check_planned
 from nemo_care.planning.shapes import ModelShape, longest_lengths, read_model_shape, typical_lengths
 from nemo_care.planning.stage import (
     StageBuild,
@@ -91,7 +92,7 @@ def search(
     typical = typical_lengths(recipe, shape.hf, question.prompt_tokens, question.completion_tokens)
     vision = _VisionBytes(recipe, shape)
     candidates = []
-    for layout in _layouts(recipe, shape, machines, devices):
+    for layout in _layouts(recipe, shape, machines, devices, question.gpu):
         builds = _builds(layout, shape)
         for variant in _variants(layout):
             if _least(variant, builds, vision) > question.budget:
@@ -132,7 +133,9 @@ def _machines(recipe: Recipe, gpus: int | None) -> tuple[int, int]:
     return max(gpus // devices, 1), min(gpus, devices)
 
 
-def _layouts(recipe: Recipe, shape: ModelShape, machines: int, devices: int) -> Iterator[Recipe]:
+def _layouts(
+    recipe: Recipe, shape: ModelShape, machines: int, devices: int, gpu: Gpu
+) -> Iterator[Recipe]:
     """The recipe in every layout that is possible; tensor parallelism stays in a machine."""
     world = machines * devices
     for tensor, pipeline in itertools.product(range(1, devices + 1), range(1, world + 1)):
@@ -146,6 +149,7 @@ def _layouts(recipe: Recipe, shape: ModelShape, machines: int, devices: int) -> 
         try:
             check_recipe(changed)
             check_layout(shape.hf, layout_of(changed))
+            check_planned(changed, shape.hf, gpu)
         except InputError:
             continue
         if changed.algorithm.prompts_per_step % replicas_of(changed):

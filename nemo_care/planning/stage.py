@@ -18,6 +18,7 @@ from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.parallel.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
 from nemo_care.parallel.optimizer import initialise_adamw_state
 from nemo_care.planning.meta_memory import MetaMemory, flash_attention
+from nemo_care.planning.precision import as_built, fp8_copies
 from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt, patch_width
 from nemo_care.preflight import layout_of
 from nemo_care.rollouts.batches import BatchLayout
@@ -37,6 +38,7 @@ class StageBuild:
     `unique_parameters` are those of the stage that no other rank of the replica counts, over all of
     its tensor-parallel ranks: they sum to the model's. `reference_average` is in host memory with
     `algorithm.reference.offload`, and `reference_weights` are then on the GPU while scoring only.
+    `fp8_copies` are an estimate (see `planning/precision.py`), the rest is counted.
     """
 
     parameters: int
@@ -46,10 +48,11 @@ class StageBuild:
     optimizer: int
     reference_average: int
     reference_weights: int
+    fp8_copies: int = 0
 
     def held(self, *, offload: bool) -> int:
         """Bytes on the GPU between the phases."""
-        own = self.weights + self.gradients + self.optimizer
+        own = self.weights + self.gradients + self.optimizer + self.fp8_copies
         return own if offload else own + self.reference_average + self.reference_weights
 
 
@@ -320,7 +323,7 @@ def _attend_windows(
 
 def _build_part(recipe: Recipe, ranks: FakeRanks, shape: ModelShape) -> Qwen25VL:
     with torch.device("meta"):
-        model = build_model(recipe, ranks, shape.hf)
+        model = build_model(as_built(recipe), ranks, shape.hf)
     if ranks.is_first_stage:
         ALL_ATTENTION_FUNCTIONS.register(_WINDOWS_TOGETHER, _attend_windows)
         model.visual.config._attn_implementation = _WINDOWS_TOGETHER
@@ -347,6 +350,7 @@ def built_stage(
             recipe.algorithm.groups_per_micro_batch,
             0,
             shared_prompt=recipe.algorithm.shared_prompt,
+            fp8=recipe.model.precision.fp8,
         )
         model = _build_part(recipe, ranks, shape)
         weights = memory.current
@@ -370,6 +374,7 @@ def built_stage(
             optimizer=memory.current - before - gradients,
             reference_average=average,
             reference_weights=copy,
+            fp8_copies=fp8_copies(recipe, model),
         )
         yield Stage(recipe, shape, ranks, memory, model, policy, scorer, layout, build)
 

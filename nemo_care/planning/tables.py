@@ -9,6 +9,7 @@ from rich.text import Text
 
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.plan import GRANULARITIES, PHASES, Plan, StagePlan
+from nemo_care.planning.precision import precision_in_words
 from nemo_care.planning.stage import micro_batches_of
 
 _FOOTNOTE = (
@@ -20,6 +21,12 @@ _FOOTNOTE = (
     "{layer_microseconds:.0f} microseconds per layer and token, {nvlink_gb_s:.0f} GB/s inside a "
     "machine, {network_gb_s:.0f} GB/s between machines, {host_gb_s:.0f} GB/s to the CPU's memory "
     "(--assume changes them)."
+)
+
+_FP8_FOOTNOTE = (
+    " *An estimate of the copies of the weights that TransformerEngine keeps (two, one of them "
+    "transposed; of one layer with full recomputation); activations are counted as in bf16. The "
+    "layers' products in 8 bits are taken at {fp8_flops:.0%} of the GPU's dense 8-bit peak."
 )
 
 
@@ -77,6 +84,7 @@ def _headline(plan: Plan) -> str:
         f"{ranks} x {plan.question.gpu.name}, {trainer.num_nodes} machine(s): TP {tensor}"
         f"{' with sequence parallelism' if model.sequence_parallel else ''}, PP {pipeline}, "
         f"DP {ranks // (tensor * pipeline)}; recomputation {model.recompute_granularity}; "
+        f"{precision_in_words(recipe)}; "
         f"{micro_batches_of(recipe)} micro-batch(es) per step and replica\n"
         f"memory at the longest lengths: prompt {longest.prompt} tokens ({longest.vision} of "
         f"videos), {recipe.algorithm.group_size} completions of {longest.completion}\n"
@@ -87,6 +95,7 @@ def _headline(plan: Plan) -> str:
 
 def _held_table(plan: Plan) -> Table:
     offload = plan.recipe.algorithm.reference.offload
+    quantised = plan.recipe.model.precision.fp8.enabled
     table = markdown_table(
         [
             "stage",
@@ -96,6 +105,7 @@ def _held_table(plan: Plan) -> Table:
             "optimizer",
             f"EMA float32{' (CPU)' if offload else ''}",
             f"reference copy{' (scoring)' if offload else ''}",
+            *(["8-bit copies*"] if quantised else []),
             "held",
         ],
     )
@@ -109,6 +119,7 @@ def _held_table(plan: Plan) -> Table:
             gib(build.optimizer),
             gib(build.reference_average),
             gib(build.reference_weights),
+            *([gib(build.fp8_copies)] if quantised else []),
             gib(stage.held),
         )
     return table
@@ -195,7 +206,8 @@ def _verdict(plan: Plan) -> str:
 
 def _footnote(plan: Plan) -> str:
     question = plan.question
-    return _FOOTNOTE.format(
+    fp8 = _FP8_FOOTNOTE if plan.recipe.model.precision.fp8.enabled else ""
+    return (_FOOTNOTE + fp8).format(
         allowance=plan.allowance / GIB, margin=question.margin, **vars(question.efficiency)
     )
 

@@ -9,6 +9,7 @@ from transformers import Qwen2_5_VLConfig
 
 from nemo_care.config import Recipe, needs_reference
 from nemo_care.planning.gpus import Gpu
+from nemo_care.planning.precision import fp8_share
 from nemo_care.planning.shapes import Lengths
 from nemo_care.planning.stage import StageBuild, micro_batches_of, prompts_of, replicas_of
 
@@ -21,6 +22,8 @@ class Efficiency:
 
     flops: float = 0.40
     """Share of the GPU's dense bf16 peak that matrix products and attention reach."""
+    fp8_flops: float = 0.30
+    """Share of the dense 8-bit peak that 8-bit matrix products reach, quantisation included."""
     bandwidth: float = 0.60
     """Share of the memory bandwidth that decoding reaches."""
     layer_microseconds: float = 250.0
@@ -167,17 +170,24 @@ class Clock:
         self.tensor = recipe.model.tensor_model_parallel_size
         self.pipeline = recipe.model.pipeline_model_parallel_size
         self.replicas = replicas_of(recipe)
+        self.fp8 = recipe.model.precision.fp8
 
     def step(self, builds: list[StageBuild]) -> StepTime:
         """Seconds of each phase."""
         return StepTime(self._rollout(builds), self._scoring(builds), self._update(builds))
 
-    def _forward(self, tokens: int, attention: float, head_rows: int, copies: int) -> _Forward:
+    def _forward(
+        self, tokens: int, attention: float, head_rows: int, copies: int, fp8: bool
+    ) -> _Forward:
         """Seconds for so many tokens; tensor parallelism does not cut the vision tower."""
         speed = self.gpu.flops * self.efficiency.flops
         text = self.hf.text_config
         cut = self.tensor * self.pipeline
-        layers = (layer_flops(self.hf, tokens) + attention) / cut / speed
+        products = layer_flops(self.hf, tokens)
+        quantised = products * fp8_share(self.recipe, self.hf) if fp8 else 0.0
+        layers = (products - quantised + attention) / cut / speed
+        if quantised:
+            layers += quantised / cut / (self.gpu.fp8_flops * self.efficiency.fp8_flops)
         if self.tensor > 1:
             # Two all-gathers and two reduce-scatters of the hidden states per layer.
             moved = 4 * tokens * text.hidden_size * 2 * (self.tensor - 1) / self.tensor
@@ -189,7 +199,7 @@ class Clock:
         ends = vision + head if self.pipeline == 1 else max(vision, head)
         return _Forward(layers + ends, layers * self.pipeline + vision + head)
 
-    def _micro_batch(self, head_rows: int) -> _Forward:
+    def _micro_batch(self, head_rows: int, fp8: bool) -> _Forward:
         algorithm = self.recipe.algorithm
         groups, size = algorithm.groups_per_micro_batch, algorithm.group_size
         shared = algorithm.shared_prompt
@@ -198,6 +208,7 @@ class Clock:
             groups * attention_flops(self.hf, self.lengths, size, shared=shared),
             groups * head_rows,
             groups * (1 if shared else size),
+            fp8,
         )
 
     def _rollout(self, builds: list[StageBuild]) -> float:
@@ -208,7 +219,8 @@ class Clock:
         copies = groups if algorithm.shared_prompt else groups * algorithm.group_size
         prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
         attention = copies * attention_flops(self.hf, prompt_only, 1, shared=True)
-        prefill = self._forward(copies * lengths.prompt, attention, copies, copies).all
+        rows = copies * lengths.prompt
+        prefill = self._forward(rows, attention, copies, copies, self.fp8.rollout).all
         # Every token reads the weights, the prompts' keys and values and half of its own.
         width = text.hidden_size // text.num_attention_heads
         cached = copies * lengths.prompt
@@ -229,7 +241,8 @@ class Clock:
             return 0.0
         all_tokens = algorithm.kl_coefficient > 0
         rows = self.lengths.completion if all_tokens else _ANSWER_ROWS
-        seconds = self._pipelined(self._micro_batch(algorithm.group_size * rows), 1)
+        scored = self._micro_batch(algorithm.group_size * rows, self.fp8.scoring)
+        seconds = self._pipelined(scored, 1)
         if algorithm.reference.offload:
             largest = max(build.reference_average for build in builds)
             seconds += largest / (self.efficiency.host_gb_s * 1e9)
@@ -237,7 +250,8 @@ class Clock:
 
     def _update(self, builds: list[StageBuild]) -> float:
         algorithm = self.recipe.algorithm
-        forward = self._micro_batch(algorithm.group_size * self.lengths.completion)
+        tokens = algorithm.group_size * self.lengths.completion
+        forward = self._micro_batch(tokens, self.fp8.update)
         times = {"none": 3.0, "selective": 3.2, "full": 4.0}[
             self.recipe.model.recompute_granularity
         ]

@@ -4,13 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemo_care.model_config import FP8Config
+from nemo_care.models.precision import token_multiple
 from nemo_care.parallel.process_groups import Layout
 from nemo_care.rollouts.group import Group
 from nemo_care.rollouts.group_batch import GroupBatch
 from nemo_care.rollouts.packed import packed_groups
 from nemo_care.rollouts.sequences import separate_sequences
 
-# FP8 matrix products want their dimensions to be multiples of it.
+# Of packed groups, in any precision; some 8-bit recipes ask for more.
 _PACKED_MULTIPLE = 16
 
 
@@ -30,11 +32,19 @@ class BatchLayout:
 
     @classmethod
     def of(
-        cls, parallel: Layout, groups_per_batch: int, pad_id: int, *, shared_prompt: bool
+        cls,
+        parallel: Layout,
+        groups_per_batch: int,
+        pad_id: int,
+        *,
+        shared_prompt: bool,
+        fp8: FP8Config | None = None,
     ) -> "BatchLayout":
-        """The layout whose lengths sequence parallelism and, packed, FP8 can divide."""
+        """The layout whose lengths sequence parallelism and 8-bit products can divide."""
         scattered = parallel.tensor if parallel.sequence_parallel else 1
-        multiple = math.lcm(scattered, _PACKED_MULTIPLE) if shared_prompt else scattered
+        multiple = math.lcm(scattered, token_multiple(fp8, parallel))
+        if shared_prompt:
+            multiple = math.lcm(multiple, _PACKED_MULTIPLE)
         return cls(groups_per_batch, pad_id, shared_prompt, multiple)
 
     def batches(self, groups: Sequence[Group], *, answer_pairs: bool = False) -> list[GroupBatch]:

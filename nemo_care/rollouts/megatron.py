@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.model_config import FP8Config
 from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.pipeline import forward_only
+from nemo_care.models.precision import computing, decoding_multiple
 from nemo_care.models.qwen2_5_vl import ModelInputs, Qwen25VL
 from nemo_care.models.segments import PackedSegments, Segment
 from nemo_care.parallel.cpu_compat import compute_device
@@ -35,11 +38,14 @@ class MegatronGenerator:
         *,
         groups_per_batch: int,
         shared_prompt: bool = True,
+        fp8: FP8Config | None = None,
     ) -> None:
         """`groups_per_batch` bounds the key-value cache: that many prompts, and G completions each.
 
-        Without `shared_prompt` every completion computes and caches the prompt for itself.
+        Without `shared_prompt` every completion computes and caches the prompt for itself. `fp8`
+        says whether to sample in 8 bits (`rollout`); in bf16 else.
         """
+        self.fp8 = fp8
         self.model = model
         self.tokenizer = tokenizer
         self.ranks = ranks
@@ -57,11 +63,16 @@ class MegatronGenerator:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode without sequence parallelism, and back."""
+        """Evaluation mode without sequence parallelism, in the rollout's precision, and back."""
         was_training = self.model.training
+        rollout = self.fp8 is not None and self.fp8.rollout
         self.model.eval()
         try:
-            with self.model.without_sequence_parallel(), torch.no_grad():
+            with (
+                self.model.without_sequence_parallel(),
+                computing(self.model.config, fp8=rollout),
+                torch.no_grad(),
+            ):
                 yield
         finally:
             self.model.train(was_training)
@@ -81,6 +92,7 @@ class MegatronGenerator:
             sampling.group_size // copies,
             sampling,
             self.tokenizer,
+            multiple=decoding_multiple(self.fp8),
         )
         tokens, log_probs = decoding.run(uniforms)
         groups = []
@@ -115,8 +127,14 @@ class Decoding:
         group_size: int,
         sampling: Sampling,
         tokenizer: ChatTokenizer,
+        *,
+        multiple: int = 1,
     ) -> None:
-        """Nothing is computed yet; `run` does everything, or `prefill`, `choose` and `decode`."""
+        """Nothing is computed yet; `run` does everything, or `prefill`, `choose` and `decode`.
+
+        What the layers see is padded to a multiple of `multiple` tokens.
+        """
+        self.multiple = multiple
         self.model = model
         self.ranks = ranks
         self.prompts = prompts
@@ -162,15 +180,24 @@ class Decoding:
         for prompt in self.prompts:
             segments.append(Segment(end, end + prompt.length))
             end += prompt.length
-        return PackedSegments(segments=tuple(segments), length=end, device=self.device)
+        return PackedSegments(
+            segments=tuple(segments), length=self._padded(end), device=self.device
+        )
+
+    def _padded(self, tokens: int) -> int:
+        return -(-tokens // self.multiple) * self.multiple
 
     def prefill(self) -> torch.Tensor:
         """Compute the prompts; logits float32 [B, V] of their completions' first token."""
+        behind = (0, self.packed.length - self.packed.used)
+        ids = torch.cat([prompt.token_ids for prompt in self.prompts])
+        positions = torch.cat([prompt.position_ids for prompt in self.prompts], dim=1)
+        is_vision = torch.cat([prompt.is_vision for prompt in self.prompts])
         inputs = model_inputs(
             self.prompts,
-            torch.cat([prompt.token_ids for prompt in self.prompts])[None],
-            torch.cat([prompt.position_ids for prompt in self.prompts], dim=1)[:, None],
-            torch.cat([prompt.is_vision for prompt in self.prompts])[None],
+            F.pad(ids, behind, value=self.pad_id)[None],
+            F.pad(positions, behind)[:, None],
+            F.pad(is_vision, behind)[None],
             self.cache,
         )
         last = [segment.stop - 1 for segment in self.packed.segments]
@@ -180,8 +207,11 @@ class Decoding:
 
     def decode(self, token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """One token [R] of each row, at `positions` [3, R]; logits float32 [R, V] of the next."""
+        behind = (0, self._padded(len(token)) - len(token))
         inputs = ModelInputs(
-            token_ids=token[None], position_ids=positions[:, None], packed=self.cache
+            token_ids=F.pad(token, behind, value=self.pad_id)[None],
+            position_ids=F.pad(positions, behind)[:, None],
+            packed=self.cache,
         )
         logits = self._forward(inputs, torch.arange(len(token), device=self.device))
         self.cache.advance()

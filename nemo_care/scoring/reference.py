@@ -34,7 +34,8 @@ class Reference:
         self.consistency = algorithm.consistency
         self.all_tokens = algorithm.kl_coefficient > 0
         self.ranks = ranks
-        self.scorer = Scorer(model, ranks, layout)
+        # As the model was built: only a recipe with fp8.scoring builds it for 8 bits.
+        self.scorer = Scorer(model, ranks, layout, fp8=True)
 
     def score_answers(self, groups: Sequence[Group]) -> None:
         """The fused pass: answer likelihood, bonus, reward and advantage (steps 3 to 6).

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from nemo_care.models.pipeline import forward_only
+from nemo_care.models.precision import computing
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.objective.consistency import answer_likelihood
 from nemo_care.parallel.cpu_compat import compute_device
@@ -25,8 +26,14 @@ Table = torch.Tensor
 class Scorer:
     """Teacher-forced scoring of groups under one model; all ranks of the replica take part."""
 
-    def __init__(self, model: Qwen25VL, ranks: Ranks, layout: BatchLayout) -> None:
-        """`layout` says how groups become micro-batches; several fill the pipeline."""
+    def __init__(
+        self, model: Qwen25VL, ranks: Ranks, layout: BatchLayout, *, fp8: bool = False
+    ) -> None:
+        """`layout` says how groups become micro-batches; several fill the pipeline.
+
+        `fp8`: score in 8 bits if the model's configuration has them.
+        """
+        self.fp8 = fp8
         self.model = model
         self.ranks = ranks
         self.layout = layout
@@ -91,9 +98,10 @@ class Scorer:
         shapes: Sequence[tuple[int, int]],
     ) -> list[Table]:
         """Run the pass. `shapes` of the groups' tables tell the other stages what to expect."""
-        results = forward_only(
-            self.model, batches, inputs_of=lambda batch: batch.inputs, result_of=result
-        )
+        with computing(self.model.config, fp8=self.fp8):
+            results = forward_only(
+                self.model, batches, inputs_of=lambda batch: batch.inputs, result_of=result
+            )
         counts = [height * width for height, width in shapes]
         flat = (
             torch.cat([table.reshape(-1) for tables in results for table in tables])

@@ -1,0 +1,101 @@
+"""What 8-bit matrix products change in a plan: copies of the weights, and the products' peak.
+
+TransformerEngine can't be imported on a machine without CUDA, so a stage is built with Megatron's
+own layers in bf16, whose weights and shapes are the same. What TransformerEngine keeps besides is
+an estimate. Activations are counted as in bf16; in 8 bits the inputs of the products take half.
+"""
+
+from collections import Counter
+from copy import deepcopy
+
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from transformers import Qwen2_5_VLConfig
+
+from nemo_care.config import Recipe, needs_reference
+from nemo_care.errors import InputError
+from nemo_care.model_config import FP8Config
+from nemo_care.models.precision import check_fp8, check_gpu
+from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.planning.gpus import Gpu
+from nemo_care.preflight import layout_of
+
+_PRODUCTS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+# The CUDA of the machine that is planned for is not known: the newest that a recipe may ask for.
+_ASSUMED_CUDA = "99.0"
+_ONE_SCALE_PER = 32
+
+
+def as_built(recipe: Recipe) -> Recipe:
+    """The recipe with layers that can be built anywhere, in bf16 where it has 8 bits."""
+    built = deepcopy(recipe)
+    built.model.backend = "local"
+    built.model.precision.fp8 = FP8Config()
+    return built
+
+
+def check_planned(recipe: Recipe, hf: Qwen2_5_VLConfig, gpu: Gpu) -> None:
+    """Refuse 8-bit products that neither the model, the layout nor the GPU can have.
+
+    Raises:
+        InputError: names the key and the remedy.
+    """
+    fp8 = recipe.model.precision.fp8
+    if not fp8.enabled:
+        return
+    check_fp8(fp8, hf, layout_of(recipe))
+    try:
+        check_gpu(fp8, gpu.capability, _ASSUMED_CUDA)
+    except InputError as error:
+        raise InputError(f"--gpu {gpu.name}: {error}") from error
+
+
+def fp8_layers(recipe: Recipe, layers: int) -> range:
+    """The model's layers, of so many, that compute in 8 bits."""
+    fp8 = recipe.model.precision.fp8
+    if not fp8.enabled:
+        return range(0)
+    return range(fp8.bf16_first_layers, max(layers - fp8.bf16_last_layers, fp8.bf16_first_layers))
+
+
+def fp8_copies(recipe: Recipe, model: Qwen25VL) -> int:
+    """Estimated bytes of the weights' 8-bit copies that a rank of this stage keeps.
+
+    A weight's copy, and for backward a transposed one, is kept until the next step, so that the
+    micro-batches share them (`is_first_microbatch`, `_fp8_workspaces` in TransformerEngine's
+    module/base.py); with full recomputation one layer's at a time (see `fp8_arguments`). Blockwise
+    and mxfp8 always have both, the others before Blackwell (`is_non_tn_fp8_gemm_supported`): there
+    they take half of what is counted here. A pass without gradients keeps one copy. mxfp8 adds a
+    scale of one byte per 32 numbers.
+    """
+    fp8 = recipe.model.precision.fp8
+    computed = fp8_layers(recipe, model.config.num_layers)
+    offset = get_transformer_layer_offset(model.config)
+    of_layer: Counter[int] = Counter()
+    for name, parameter in model.language_model.decoder.layers.named_parameters():
+        layer = int(name.split(".", 1)[0]) + offset
+        if layer in computed and name.endswith(_PRODUCTS):
+            of_layer[layer] += parameter.numel()
+    if recipe.model.recompute_granularity == "full":
+        return 2 * _with_scales(max(of_layer.values(), default=0), fp8)
+    copies = 2 + (fp8.scoring and needs_reference(recipe.algorithm))
+    return copies * _with_scales(of_layer.total(), fp8)
+
+
+def _with_scales(numbers: int, fp8: FP8Config) -> int:
+    """Bytes of so many numbers in 8 bits."""
+    return numbers + (numbers // _ONE_SCALE_PER if fp8.recipe == "mxfp8" else 0)
+
+
+def fp8_share(recipe: Recipe, hf: Qwen2_5_VLConfig) -> float:
+    """Share of the layers' matrix products that 8-bit passes compute in 8 bits."""
+    layers = hf.text_config.num_hidden_layers
+    return len(fp8_layers(recipe, layers)) / layers
+
+
+def precision_in_words(recipe: Recipe) -> str:
+    """In words, for the plan's headline."""
+    fp8 = recipe.model.precision.fp8
+    if not fp8.enabled:
+        return recipe.model.precision.dtype
+    passes = [name for name in ("update", "scoring", "rollout") if getattr(fp8, name)]
+    return f"{recipe.model.precision.dtype}, {fp8.recipe} fp8 in {' and '.join(passes)}"
