@@ -90,9 +90,9 @@ class ForkedRanks:
         self._server = server
         self._logs = logs
 
-    def wait(self) -> list[int]:
+    def wait(self, patience: float = PATIENCE) -> list[int]:
         """Exit status of each rank; that of a signal is its negative number."""
-        statuses = [self._server.wait(pid, PATIENCE) for pid in self.pids]
+        statuses = [self._server.wait(pid, patience) for pid in self.pids]
         for pid, status in zip(self.pids, statuses, strict=True):
             if status is None:
                 os.kill(pid, 9)

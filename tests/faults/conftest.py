@@ -38,8 +38,9 @@ def undisturbed(
 def report(record_property: Callable[[str, object], None]) -> Callable[..., None]:
     """Adds a line to the table that the tests end with."""
 
-    def add(fault: str, happened: str, lost: str, seconds: float) -> None:
-        record_property(_ROW, [fault, happened, lost, f"{seconds:.1f} s"])
+    def add(fault: str, happened: str, lost: str, seconds: float | None = None) -> None:
+        waited = "–" if seconds is None else f"{seconds:.1f} s"
+        record_property(_ROW, [fault, happened, lost, waited])
 
     return add
 
