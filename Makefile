@@ -21,13 +21,14 @@ endif
 # The big recipes that differ in their layout.
 SIZES := 3b 7b 32b 72b 32b_fp8 72b_fp8
 
-.PHONY: train test test-slow dry-runs compare bench report docs plans lint format clean help
+.PHONY: train test test-slow dry-runs audit compare bench report docs plans lint format clean help
 
 train: $(INSTALLED)
 	$(BIN)/nemo-care train --config-name tiny_cpu $(ARGS)
 
+# One thread each: several at a time would wait for each other's.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What takes longer, such as a run under torchrun.
 test-slow: $(INSTALLED)
@@ -72,6 +73,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# Known vulnerabilities of what is installed; asks PyPI's database.
+audit: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --progress-spinner off
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -100,6 +106,7 @@ help:
 	@echo "make test      the tests; make test-slow the long ones"
 	@echo "make dry-runs  a step of each big recipe without a GPU"
 	@echo "make docs      docs/recipe.md, the page of all recipe keys"
+	@echo "make audit     known vulnerabilities of the installed packages"
 	@echo "make lint      ruff and mypy; make format mends what can be mended"
 	@echo "make clean     remove the virtual environment and the runs"
 	@echo 'ARGS="key=value ..." goes to train and compare as recipe overrides'

@@ -140,6 +140,12 @@ class Run:
         """The completions of all steps, as written."""
         return [file.read_text() for file in sorted((self.folder / "rollouts").iterdir())]
 
+    def state(self) -> dict[str, str]:
+        """Checksums of the last checkpoint's tensors."""
+        last = self.folder / f"checkpoints/step_{self.checkpoints()[-1]:06d}"
+        files = json.loads((last / "manifest.json").read_text())["files"]
+        return {name: file["sha256"] for name, file in files.items() if name.endswith(".distcp")}
+
     def checkpoints(self) -> list[int]:
         """Steps of the complete checkpoints."""
         folder = self.folder / "checkpoints"
@@ -152,7 +158,8 @@ class Run:
 
 
 def assert_equal_runs(run: Run, whole: Run) -> None:
-    """Every step once, with the same metrics and completions, bit for bit."""
+    """Every step once, with the same metrics, completions and state at the end, bit for bit."""
     assert run.steps() == [*range(1, len(run.steps()) + 1)]
     assert run.metrics() == whole.metrics()
     assert run.rollouts() == whole.rollouts()
+    assert run.state() == whole.state()
