@@ -34,8 +34,10 @@ def test_run_that_is_killed_again_and_again_equals_an_undisturbed_one(
     whole.finish("DP 2")
     for name in ("memory/process_gib", "data/worker_memory_gib"):
         values = [record[name] for record in whole.records()]
-        early, late = mean(values[50:100]), mean(values[-50:])
-        assert late < 1.02 * early, name
+        early, middle, late = mean(values[50:100]), mean(values[225:275]), mean(values[-50:])
+        # A thread's first large allocation may add an arena once; a leak goes on.
+        assert late < 1.05 * early, name
+        assert late < 1.01 * middle, name
         report(f"{name}, steps 51 to 100", f"{early:.3f} GiB", f"last 50: {late:.3f} GiB")
     killed = Run(rank_server, tmp_path / "killed", world, SETTINGS, HOURS)
     chance, lost, kills = random.Random(0), 0, 0
