@@ -1,6 +1,7 @@
 """The scripts in slurm/ under a real Slurm: two nodes, which are both this machine."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -43,6 +44,15 @@ while time.monotonic() < end:
     time.sleep(0.1)
 sys.exit(75)
 """
+# A tiny run on nodes without containers and GPUs.
+BARE = {
+    "NEMO_CARE_HOME": str(CHECKOUT),
+    "NEMO_CARE_CONTAINER": "none",
+    "NEMO_CARE_RECIPE": "tiny_cpu",
+    "NEMO_CARE_CPU": "1",
+    "NEMO_CARE_PREFLIGHT": "0",
+    "OMP_NUM_THREADS": "1",
+}
 Submit = Callable[..., str]
 
 
@@ -70,14 +80,9 @@ def submit(slurm: made_slurm.Cluster, tmp_path: Path) -> Submit:
         **variables: str,
     ) -> str:
         usual = {
-            "NEMO_CARE_HOME": str(CHECKOUT),
-            "NEMO_CARE_CONTAINER": "none",
+            **BARE,
             "NEMO_CARE_PYTHON": str(python),
-            "NEMO_CARE_RECIPE": "tiny_cpu",
             "NEMO_CARE_RUN_DIR": str(tmp_path / "run"),
-            "NEMO_CARE_CPU": "1",
-            "NEMO_CARE_PREFLIGHT": "0",
-            "OMP_NUM_THREADS": "1",
             "WANDB_API_KEY": "a-secret-key",
             "SAVING": SAVING,
         }
@@ -259,7 +264,7 @@ def small(world: Path) -> tuple[str, ...]:
 
 def metrics(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("timing/", "data/worker")
+    timed = ("timing/", "data/worker", "memory/")
     return [{key: line[key] for key in line if not key.startswith(timed)} for line in lines]
 
 
@@ -343,3 +348,22 @@ def test_two_ranks_on_each_of_two_nodes_stop_and_go_on(slurm, submit, small, tmp
     for restart in (0, 1):
         files = [file.name for file in (kept / f"restart_{restart}").glob("rank_*.out")]
         assert sorted(files) == [f"rank_{rank:04d}.out" for rank in range(4)]
+
+
+@pytest.mark.slow
+def test_a_recipe_is_submitted_at_several_sizes_and_compared(slurm, small, tmp_path):
+    printed = slurm.run(
+        *("bash", str(CHECKOUT / "slurm" / "scaling.sh"), "1", "2", "--", "--time=30"),
+        *(f"--output={tmp_path}/log_%j", "--", *small),
+        **BARE,
+        NEMO_CARE_PYTHON=sys.executable,
+        NEMO_CARE_SCALING_DIR=str(tmp_path / "scaling"),
+    )
+    for number in re.findall(r"nodes: job (\d+),", printed):
+        job = slurm.wait(number, seconds=300)
+        assert ended(job) == ("COMPLETED", "0:0"), (tmp_path / f"log_{number}").read_text()
+    runs = [tmp_path / "scaling" / nodes for nodes in ("1", "2")]
+    assert [len(metrics(run)) for run in runs] == [STEPS, STEPS]
+    command = [sys.executable, "-m", "nemo_care.cli", "report", "--scaling", *map(str, runs)]
+    table = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert "efficiency" in table
