@@ -11,7 +11,6 @@ from numbers_program import LAYOUTS, STEPS
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.errors import RunStopped
-from nemo_care.parallel.launch import start_ranks
 from nemo_care.rollouts.group_files import read_groups
 
 PROGRAM = Path(__file__).parent / "numbers_program.py"
@@ -279,9 +278,11 @@ def test_a_model_without_numbers_is_not_evaluated(recipe, ranks, tmp_path):
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_one_rank_s_bad_numbers_are_left_out_on_all(layout, checkpoint, world, tmp_path):
+def test_one_rank_s_bad_numbers_are_left_out_on_all(
+    rank_server, layout, checkpoint, world, tmp_path
+):
     arguments = [str(PROGRAM), str(tmp_path), str(checkpoint), str(world), layout]
-    assert start_ranks(2, arguments) == 0
+    rank_server.run(2, arguments)
     everyone = json.loads((tmp_path / f"{layout}.json").read_text())
     assert len(everyone) == 2
     for decided in zip(*everyone, strict=True):

@@ -25,7 +25,6 @@ from nemo_care.parallel.checkpoints import (
     stored_shapes,
     verify_checkpoint,
 )
-from nemo_care.parallel.launch import start_ranks
 from nemo_care.parallel.manifest import NAME, read_manifest, read_record
 from nemo_care.recipes import read_recipe
 
@@ -277,8 +276,8 @@ def test_only_the_parts_that_are_asked_for_are_read(ranks, run):
 # ---------------------------------------------------------------------- errors
 
 
-def test_a_full_disk_of_one_rank_reaches_both_and_harms_no_older_checkpoint(tmp_path):
-    assert start_ranks(2, [str(PROGRAM), str(tmp_path)]) == 0
+def test_a_full_disk_of_one_rank_reaches_both_and_harms_no_older_checkpoint(rank_server, tmp_path):
+    rank_server.run(2, [str(PROGRAM), str(tmp_path)])
     first, second = (json.loads((tmp_path / f"rank-{n}.json").read_text()) for n in (0, 1))
     assert first == second
     assert "step 2 could not be written" in first["full"]

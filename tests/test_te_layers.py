@@ -37,7 +37,10 @@ def folder(checkpoint, world, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=list(RANKS))
+@pytest.fixture(
+    scope="module",
+    params=["one", pytest.param("tp2", marks=pytest.mark.slow), "tp2_sequence_parallel"],
+)
 def both(request, folder):
     name = request.param
     file = folder / f"{name}.pt"
