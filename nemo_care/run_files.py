@@ -17,7 +17,8 @@ summary.json                written when the run is done
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class RunFiles:
     def __init__(self, folder: Path) -> None:
         """`folder` is made when missing."""
         self.folder = folder
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints = self.checkpoints_of(folder)
         self.export = folder / "export"
         self.bad_steps = folder / "bad_steps"
         self.recipe = folder / "recipe.yaml"
@@ -41,9 +42,29 @@ class RunFiles:
         self._rollouts = folder / "rollouts"
         self._rollouts.mkdir(parents=True, exist_ok=True)
 
+    @staticmethod
+    def checkpoints_of(folder: Path) -> Path:
+        """Where the checkpoints of a run directory lie."""
+        return folder / "checkpoints"
+
     def bad_step(self, step: int) -> Path:
         """Where a step that was left out is described."""
         return self.bad_steps / f"step_{step:06d}.json"
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """What the operating system has against it becomes one sentence.
+
+        Raises:
+            RunFailed: the disk is full, or can't be written to.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise RunFailed(
+                f"{what} could not be written to {self.folder}: {error}; make room or mend the "
+                "folder and give the same command again: it goes on from the newest checkpoint"
+            ) from error
 
     def write_recipe(self, text: str) -> None:
         """Write the resolved recipe, as YAML."""
@@ -91,16 +112,10 @@ class RunFiles:
         Raises:
             RunFailed: the disk is full, or can't be written to.
         """
-        try:
+        with self.writing(f"the records of step {step}"):
             replace_lines(self._rollouts / f"step_{step:06d}.jsonl", rows)
             self.append_skipped(step, skipped)
             append_lines(self._metrics, [{"step": step, **metrics}])
-        except OSError as error:
-            raise RunFailed(
-                f"the records of step {step} could not be written to {self.folder}: {error}; make "
-                "room or mend the folder and give the same command again: it goes on from the "
-                "newest checkpoint"
-            ) from error
 
     def append_skipped(self, step: int, skipped: Iterable[Mapping[str, Any]]) -> None:
         """List the training samples that a step left out."""

@@ -26,9 +26,14 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _check(recipe: Recipe) -> None:
+    from nemo_care.algorithms.checkpointing import refuse_old_run
+    from nemo_care.experiment import run_directory
     from nemo_care.preflight import check_training_inputs
+    from nemo_care.run_files import RunFiles
 
     check_training_inputs(recipe)
+    # Before anything of that run is written over.
+    refuse_old_run(recipe, RunFiles.checkpoints_of(run_directory(recipe.exp_manager)))
 
 
 def _train(recipe: Recipe, ranks: "Ranks") -> None:
@@ -53,10 +58,14 @@ def _train(recipe: Recipe, ranks: "Ranks") -> None:
     stop = StopRequest(None if limit is None else seconds_of(limit))
     stop.catch_signals()
     workers = DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader)
-    if ranks.rank == 0:
+
+    def write_start() -> None:
         _tell_changes(files.recipe, recipe)
-        files.write_recipe(save_recipe(recipe))
-        files.append_start(origin())
+        with files.writing("recipe.yaml and starts.jsonl"):
+            files.write_recipe(save_recipe(recipe))
+            files.append_start(origin())
+
+    ranks.from_rank_zero(write_start)
     with closing(workers):
         trainer = build_trainer(
             recipe,

@@ -1,5 +1,7 @@
 """Two ranks save a checkpoint, and the disk of the second is full at the next.
 
+Before that, each has a folder of its own.
+
     python tests/checkpoint_program.py FOLDER
 
 Each rank writes what it met to FOLDER/rank-N.json.
@@ -15,9 +17,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from nemo_care.errors import CheckpointError, DamagedCheckpoint
+from nemo_care.errors import CheckpointError, DamagedCheckpoint, InputError
 from nemo_care.parallel.checkpoint_writer import PendingCheckpoint, _StateWriter
-from nemo_care.parallel.checkpoints import load_checkpoint
+from nemo_care.parallel.checkpoints import check_writable, load_checkpoint
 from nemo_care.parallel.process_groups import Layout, RankEnvironment, Ranks
 
 
@@ -50,6 +52,11 @@ def main() -> None:
     ranks = Ranks(Layout(), RankEnvironment.read())
     checkpoints = folder / "checkpoints"
     met: dict = {}
+    check_writable(checkpoints)
+    try:
+        check_writable(folder / f"of_rank_{ranks.rank}")
+    except InputError as error:
+        met["apart"] = str(error).partition(": ")[2]
     save(checkpoints, 1)
 
     write = _StateWriter.write

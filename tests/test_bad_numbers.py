@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from bad_numbers import broken, everything, inject, inject_at, unchanged
 from numbers_program import LAYOUTS, STEPS
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.errors import RunStopped
+from nemo_care.algorithms import step_watch
+from nemo_care.errors import RunFailed, RunStopped
+from nemo_care.parallel.checkpoint_writer import _StateWriter
 from nemo_care.rollouts.group_files import read_groups
 
 PROGRAM = Path(__file__).parent / "numbers_program.py"
@@ -171,6 +174,7 @@ def test_too_many_in_a_row_stop_the_run_and_leave_no_checkpoint(recipe, ranks, t
     recipe.trainer.max_bad_steps = 2
     recipe.checkpoint.save_interval = 1
     recipe.checkpoint.keep_last = 1
+    recipe.checkpoint.asynchronous = False
     trainer = small_trainer(recipe, ranks, tmp_path)
     inject_at(trainer, dict.fromkeys((2, 4, 5, 6), "gradient"))
     with pytest.raises(RuntimeError, match=r"steps 4 to 6 .*trainer\.max_bad_steps=2") as error:
@@ -184,6 +188,39 @@ def test_too_many_in_a_row_stop_the_run_and_leave_no_checkpoint(recipe, ranks, t
     summary = small_trainer(recipe, ranks, tmp_path).fit()
     assert summary["bad_steps"] == 1
     assert len(list((tmp_path / "bad_steps").glob("*.json"))) == 4
+
+
+def test_a_save_under_way_is_completed_when_bad_steps_end_the_run(
+    recipe, ranks, tmp_path, monkeypatch
+):
+    recipe.trainer.max_bad_steps = 0
+    recipe.checkpoint.save_interval = 1
+    recipe.checkpoint.keep_last = 1
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    inject_at(trainer, {3: "gradient"})
+    write = _StateWriter.write
+
+    def slow(writer):
+        while writer.folder.name.startswith("step_000002") and not trainer.watch.in_bad_steps:
+            time.sleep(0.01)
+        return write(writer)
+
+    monkeypatch.setattr(_StateWriter, "write", slow)
+    with pytest.raises(RunFailed, match="step 3 had to be left out"):
+        trainer.fit()
+    # The weights of step 2 may be at fault: the checkpoint before it stays.
+    assert checkpoints(tmp_path) == [1, 2]
+
+
+def test_a_full_disk_under_a_bad_step_is_told_in_one_sentence(recipe, ranks, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(step_watch, "write_groups", full)
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    inject_at(trainer, {1: "loss"})
+    with pytest.raises(RunFailed, match=r"inputs of step 1, .*No space left on device; make room"):
+        trainer.fit()
 
 
 def test_a_missed_checkpoint_is_made_up_by_the_next_good_step(recipe, ranks, tmp_path):

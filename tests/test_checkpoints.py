@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pickle
 import shutil
+import stat
 import threading
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from nemo_care.parallel.checkpoints import (
     discard,
     list_checkpoints,
     load_checkpoint,
+    remove_left_overs,
     stored_shapes,
     verify_checkpoint,
 )
@@ -176,7 +179,7 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_none_in_its_place(
 ):
     path = save(tmp_path, 1)
 
-    def killed(path):
+    def killed(path, **_):
         (path / NAME).unlink()
         raise KeyboardInterrupt
 
@@ -185,6 +188,44 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_none_in_its_place(
         with pytest.raises(KeyboardInterrupt):
             discard(path)
     assert list_checkpoints(tmp_path) == []
+
+
+def test_what_somebody_still_reads_is_removed_at_the_next_start(ranks, run, monkeypatch):
+    """NFS keeps files that are open, and their folder."""
+    folder = run / "checkpoints"
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        save(folder, 3, keep_last=2)
+        assert [path.name for path in list_checkpoints(folder)] == ["step_000002", "step_000003"]
+        assert len(names(folder)) == 3
+    remove_left_overs(folder)
+    assert names(folder) == ["step_000002", "step_000003"]
+
+
+def test_a_checkpoint_that_is_a_link_can_be_removed(ranks, tmp_path):
+    path = save(tmp_path / "checkpoints", 1)
+    elsewhere = path.rename(tmp_path / "elsewhere")
+    path.symlink_to(elsewhere)
+    save(tmp_path / "checkpoints", 2, keep_last=1)
+    assert names(tmp_path / "checkpoints") == ["step_000002"]
+    assert (elsewhere / NAME).exists()
+
+
+def test_a_file_system_that_can_not_sync_folders_will_do(ranks, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def of_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    verify_checkpoint(save(tmp_path, 1))
 
 
 # ---------------------------------------------------------------------- damage
@@ -284,6 +325,8 @@ def test_a_full_disk_of_one_rank_reaches_both_and_harms_no_older_checkpoint(rank
     assert "No space left on device" in first["full"]
     assert "(rank 1); complete older ones there: step_000001;" in first["full"]
     assert first["left"] == ["step_000001"]
+    assert "what rank 0 writes there does not arrive" in first["apart"]
+    assert "(rank 1)" in first["apart"]
     assert (first["first"], first["second"]) == ([1.0, 2.0], [2.0, 3.0])
     assert "__1_0.distcp: its content changed" in first["damaged"]
 

@@ -295,3 +295,12 @@ def test_training_starts_its_ranks_and_ends_with_a_table_and_a_checkpoint(world,
     exported = [tmp_path / "run" / "export", tmp_path / "again"]
     first, second = ((folder / "model.safetensors").read_bytes() for folder in exported)
     assert first == second
+
+
+def test_a_refused_start_leaves_the_run_that_is_there_as_it_is(train, tmp_path):
+    (tmp_path / "run/checkpoints/step_000001").mkdir(parents=True)
+    recipe = tmp_path / "run/recipe.yaml"
+    recipe.write_text("that run's")
+    assert_refused(train("trainer.resume=never"), "holds a run already", "trainer.resume=never")
+    assert recipe.read_text() == "that run's"
+    assert sorted(path.name for path in recipe.parent.iterdir()) == ["checkpoints", "recipe.yaml"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.errors import InputError
+from nemo_care.errors import InputError, RunFailed
 
 KEYS = {
     "step",
@@ -251,6 +251,22 @@ def test_resume_never_refuses_a_used_run_directory(recipe, ranks, tmp_path):
     recipe.trainer.resume = "never"
     with pytest.raises(InputError, match=r"trainer\.resume"):
         small_trainer(recipe, ranks, tmp_path).fit()
+
+
+@pytest.mark.parametrize(
+    ("method", "what"), [("rewind", "the records up to"), ("append_validation", "the validation")]
+)
+def test_a_full_disk_around_the_steps_is_told_in_one_sentence(
+    recipe, ranks, tmp_path, monkeypatch, method, what
+):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    monkeypatch.setattr(trainer.files, method, full)
+    with pytest.raises(RunFailed, match=f"{what} .*step 0 .*No space left on device; make room"):
+        trainer.fit()
 
 
 @pytest.fixture

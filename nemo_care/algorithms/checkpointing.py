@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from nemo_care.algorithms.console import Console
 from nemo_care.config import Recipe
-from nemo_care.errors import DamagedCheckpoint, InputError
+from nemo_care.errors import CheckpointError, DamagedCheckpoint, InputError, RunFailed
 from nemo_care.parallel.checkpoint_writer import PendingCheckpoint
 from nemo_care.parallel.checkpoints import (
     check_writable,
@@ -27,6 +27,21 @@ from nemo_care.run_files import RunFiles
 State = dict[str, Any]
 
 
+def refuse_old_run(recipe: Recipe, checkpoints: Path) -> None:
+    """Refuse to begin where a run already is, if the recipe says so.
+
+    Raises:
+        InputError: the folder has a checkpoint, whole or damaged, and trainer.resume=never.
+    """
+    if recipe.trainer.resume != "never":
+        return
+    if list_checkpoints(checkpoints) or list_damaged(checkpoints):
+        raise InputError(
+            f"{checkpoints.parent} holds a run already and trainer.resume=never: choose another "
+            "exp_manager.name or exp_manager.explicit_log_dir, or remove it"
+        )
+
+
 class Checkpointing:
     """The checkpoints of one run. All ranks call its methods, at the same places."""
 
@@ -37,10 +52,11 @@ class Checkpointing:
         self.files = files
         self.console = console
         self.saved_step = 0
+        # Set while steps are bad: a checkpoint that is completed meanwhile removes no older one.
+        self.keep_all = False
         self.total_seconds = 0.0
         self._seconds = 0.0
         self._pending: PendingCheckpoint | None = None
-        self._keep_all = False
 
     # ------------------------------------------------------------------ saving
 
@@ -58,10 +74,10 @@ class Checkpointing:
         """Whether a save is still to be completed."""
         return self._pending is not None
 
-    def save(self, step: int, make_state: Callable[[], State], *, keep_all: bool = False) -> None:
+    def save(self, step: int, make_state: Callable[[], State]) -> None:
         """Save the state as it is now; with checkpoint.asynchronous the writing goes on behind.
 
-        A save that is still under way is waited for. With `keep_all` no older checkpoint goes.
+        A save that is still under way is waited for.
 
         Raises:
             CheckpointError: this or the save before it failed; on all ranks.
@@ -73,7 +89,6 @@ class Checkpointing:
                 self.files.checkpoints, step, make_state(), recipe=recipe
             )
             self.saved_step = step
-            self._keep_all = keep_all
             if not self.recipe.checkpoint.asynchronous:
                 self._complete()
 
@@ -98,12 +113,25 @@ class Checkpointing:
         with self._held_up():
             self._complete()
 
+    @contextmanager
+    def completed_in_failure(self) -> Iterator[None]:
+        """A run that its own checks end completes the save that is under way: it lies before that.
+
+        All ranks raise a RunFailed alike, so all of them wait here.
+        """
+        try:
+            yield
+        except RunFailed:
+            with suppress(CheckpointError):
+                self.wait()
+            raise
+
     def _complete(self) -> None:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         config = self.recipe.checkpoint
-        keep_last = 0 if self._keep_all else config.keep_last
+        keep_last = 0 if self.keep_all else config.keep_last
         pending.finish(keep_last=keep_last, keep_every=config.keep_every)
 
     @contextmanager
@@ -137,12 +165,8 @@ class Checkpointing:
         """
         folder = self.files.checkpoints
         check_writable(folder)
+        self.ranks.from_rank_zero(lambda: refuse_old_run(self.recipe, folder))
         found, aside = self.ranks.from_rank_zero(self._look)
-        if (found or aside) and self.recipe.trainer.resume == "never":
-            raise InputError(
-                f"{self.files.folder} holds a run already and trainer.resume=never: choose another "
-                "exp_manager.name or exp_manager.explicit_log_dir, or remove it"
-            )
         for path in reversed(found):
             try:
                 state = load_checkpoint(path, make_state)

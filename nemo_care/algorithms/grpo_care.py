@@ -22,6 +22,7 @@ from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Skipped
 from nemo_care.data.stream import PromptStream, TooManySkipped
 from nemo_care.errors import RunStopped
+from nemo_care.evaluation.results import Results
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.weights import export_hf
 from nemo_care.parallel.checkpoints import sharding_metadata
@@ -102,7 +103,7 @@ class GRPOCareTrainer:
         self.resume()
         if self._validation_is_missing():
             self.run_validation()
-        with self.console.steps(self.step):
+        with self.console.steps(self.step), self.checkpoints.completed_in_failure():
             while self.step < self.recipe.trainer.max_steps:
                 self.step += 1
                 metrics, groups, skipped = self.run_training_step()
@@ -137,6 +138,8 @@ class GRPOCareTrainer:
         """The metrics, with those of bad steps; `optimizer_steps` as before this step."""
         bad = self.policy.not_finite
         counts = self.watch.after_update(self.step, groups, bad, optimizer_steps=optimizer_steps)
+        # Weights that make bad steps may be bad themselves: older ones are not removed then.
+        self.checkpoints.keep_all = self.watch.in_bad_steps
         # In a bad step too, once its first update was made: rollout and scoring lie before that.
         if bad is None or bad.update > 0:
             self.watch.check_differences(self.step, metrics, untouched=optimizer_steps == 0)
@@ -187,25 +190,27 @@ class GRPOCareTrainer:
         if not self.validator.levels:
             return
         levels, left_out = self.validator.run(between_batches=self.stop_if_asked)
-        if self.ranks.rank == 0:
-            self.files.list_skipped_once(
-                self.step,
-                [
-                    {"level": level, **asdict(item)}
-                    for level, skipped in left_out.items()
-                    for item in skipped
-                ],
-            )
+        self.ranks.from_rank_zero(lambda: self._record_validation(levels, left_out))
+
+    def _record_validation(
+        self, levels: dict[str, Results], left_out: dict[str, list[Skipped]]
+    ) -> None:
+        """On rank 0: into the run directory, to the loggers, on the console."""
+        skipped = [
+            {"level": level, **asdict(item)} for level, items in left_out.items() for item in items
+        ]
+        with self.files.writing(f"the validation of step {self.step}"):
+            self.files.list_skipped_once(self.step, skipped)
             self.files.append_validation(self.step, levels)
-            metrics = {
-                f"validation/{level}/{name}": float(value)
-                for level, results in levels.items()
-                for name, value in results.items()
-                if isinstance(value, int | float)
-            }
-            for logger in self.loggers:
-                logger.log_metrics(metrics, step=self.step)
-            self.console.validation(self.step, levels)
+        metrics = {
+            f"validation/{level}/{name}": float(value)
+            for level, results in levels.items()
+            for name, value in results.items()
+            if isinstance(value, int | float)
+        }
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.step)
+        self.console.validation(self.step, levels)
 
     def _validation_is_missing(self) -> bool:
         """Before the first step, or when a kill came between a checkpoint and its validation."""
@@ -331,8 +336,7 @@ class GRPOCareTrainer:
     def save(self) -> None:
         """Save this step; all ranks call it."""
         self.console.phase("checkpoint")
-        # Weights that make bad steps may be bad themselves: older ones are not removed then.
-        self.checkpoints.save(self.step, self.state_dict, keep_all=self.watch.in_bad_steps)
+        self.checkpoints.save(self.step, self.state_dict)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run directory, if there is one.
@@ -345,14 +349,18 @@ class GRPOCareTrainer:
             state, path = found
             self.load_state_dict(state)
             self.console.resumed(self.step, path)
-        if self.ranks.rank == 0:
-            self.files.rewind(self.step)
-            self.files.list_skipped_once(self.step, [asdict(item) for item in self.bad_lines])
-            self.console.bad_lines(self.bad_lines)
+        self.ranks.from_rank_zero(self._rewind_records)
         self.prompts.count_again(
             Skipped(**record)
             for record in self.ranks.from_rank_zero(self.files.skipped_in_training)
         )
+
+    def _rewind_records(self) -> None:
+        """On rank 0: drop the records of steps that come again."""
+        with self.files.writing(f"the records up to step {self.step}"):
+            self.files.rewind(self.step)
+            self.files.list_skipped_once(self.step, [asdict(item) for item in self.bad_lines])
+        self.console.bad_lines(self.bad_lines)
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Complete the last checkpoint, export the trained model and write the summary."""
@@ -374,7 +382,8 @@ class GRPOCareTrainer:
             "start": validations.get(0),
             "end": validations.get(self.step),
         }
-        self.files.write_summary(summary)
+        with self.files.writing("the summary"):
+            self.files.write_summary(summary)
         return summary
 
     def _export(self, target: Path) -> None:

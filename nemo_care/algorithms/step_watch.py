@@ -62,7 +62,7 @@ class StepWatch:
     def _store(
         self, step: int, groups: Sequence[Group], bad: NotFinite, optimizer_steps: int
     ) -> None:
-        """Write the groups of all replicas, and what was not finite where (rank 0)."""
+        """Write the groups of all replicas, and what was not finite where."""
         stored: list[StoredGroup] = []
         if self.ranks.is_loss_leader:
             stored = [
@@ -75,8 +75,17 @@ class StepWatch:
             "parameters_not_finite": len(bad.parameters),
         }
         everyone = self.ranks.gather_on_rank_zero((rank, stored))
-        if self.ranks.rank != 0:
-            return
+        # Where rank 0 can't write, all ranks have to stop.
+        self.ranks.from_rank_zero(lambda: self._write(step, everyone, bad, optimizer_steps))
+
+    def _write(
+        self,
+        step: int,
+        everyone: Sequence[tuple[dict[str, Any], list[StoredGroup]]],
+        bad: NotFinite,
+        optimizer_steps: int,
+    ) -> None:
+        """On rank 0: into the run directory and on the console."""
         replicas = [of_rank["replica"] for of_rank, _ in everyone]
         not_finite: list[dict[str, Any]] = [
             {
@@ -97,7 +106,8 @@ class StepWatch:
         }
         parts = [group for _, of_rank in everyone for group in of_rank]
         file = self.files.bad_step(step)
-        write_groups(file, sorted(parts, key=lambda group: group.prompt_index), about)
+        with self.files.writing(f"the inputs of step {step}, which was left out,"):
+            write_groups(file, sorted(parts, key=lambda group: group.prompt_index), about)
         self.console.bad_step(step, why(not_finite), len(self.bad_steps.in_a_row), file)
 
     def _marked(self, group: Group, log_probs: Sequence[torch.Tensor]) -> StoredGroup:

@@ -10,6 +10,7 @@ manifest tells whether it still is what was written.
     step_000010.damaged            not what was written; set aside by the run that found it
 """
 
+import contextlib
 import re
 import secrets
 import shutil
@@ -86,7 +87,18 @@ def discard(checkpoint: Path) -> None:
     """Remove a checkpoint; a kill meanwhile leaves nothing that looks like one."""
     going = checkpoint.with_name(f"{checkpoint.name}.removed-{secrets.token_hex(4)}")
     checkpoint.rename(going)
-    shutil.rmtree(going)
+    _remove(going)
+
+
+def _remove(path: Path) -> None:
+    """Remove what no longer has a checkpoint's name; what can't go yet is left to the next start.
+
+    NFS keeps the folder of a file that somebody reads, such as an evaluation.
+    """
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_old(folder: Path, *, keep_last: int, keep_every: int) -> None:
@@ -104,7 +116,7 @@ def remove_left_overs(folder: Path) -> None:
     if folder.is_dir():
         for path in folder.iterdir():
             if _LEFT_OVER.fullmatch(path.name):
-                shutil.rmtree(path)
+                _remove(path)
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -119,27 +131,43 @@ def check_writable(folder: Path) -> None:
     """Make the folder of checkpoints and try to write there; all ranks call it.
 
     Raises:
-        InputError: a rank can't.
+        InputError: a rank can't, or has another folder of that name. It would take each checkpoint
+            of the others for damaged.
     """
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, _why_not_writable(folder))
-    for rank, reason in enumerate(reasons):
-        if reason is not None:
-            raise InputError(
-                f"{folder}: no checkpoint can be written there: {reason} (rank {rank}); mend the "
-                "folder, or choose another exp_manager.exp_dir or exp_manager.explicit_log_dir"
-            )
-
-
-def _why_not_writable(folder: Path) -> str | None:
-    canary = folder / f"canary-{dist.get_rank()}-{secrets.token_hex(4)}"
+    name = Ranks.from_rank_zero(lambda: f"canary-{secrets.token_hex(4)}")
+    first, mine = (folder / f"{name}-{rank}" for rank in (0, dist.get_rank()))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _refuse_first(folder, _why_not_writable(mine))
+        _refuse_first(
+            folder,
+            None
+            if first.exists()
+            else "what rank 0 writes there does not arrive; all machines have to share the folder",
+        )
+    finally:
+        with contextlib.suppress(OSError):
+            mine.unlink()
+
+
+def _why_not_writable(canary: Path) -> str | None:
+    try:
+        canary.parent.mkdir(parents=True, exist_ok=True)
         canary.write_bytes(b"\0" * 4096)
-        canary.unlink()
     except OSError as error:
         return str(error)
     return None
+
+
+def _refuse_first(folder: Path, reason: str | None) -> None:
+    """Raise, on all ranks alike, the first rank's reason against the folder."""
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    for rank, its in enumerate(reasons):
+        if its is not None:
+            raise InputError(
+                f"{folder}: no checkpoint can be written there: {its} (rank {rank}); mend the "
+                "folder, or choose another exp_manager.exp_dir or exp_manager.explicit_log_dir"
+            )
 
 
 # ---------------------------------------------------------------------- reading

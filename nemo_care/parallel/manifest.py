@@ -6,6 +6,7 @@ the checksums of Python's standard library that tell every changed bit it was th
 a core, against 0.7 of crc32), and `sha256sum` checks a file without this program.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -19,6 +20,8 @@ from nemo_care.errors import DamagedCheckpoint
 
 NAME = "manifest.json"
 _PIECE = 16 << 20  # bytes read at a time
+# What a file system answers that can't sync a folder: SMB and some of FUSE.
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,13 @@ def read_record(file: Path) -> FileRecord:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Have the names in a folder on the disk, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -5,6 +5,7 @@ metrics) travel over gloo groups of our own, so that they never occupy a GPU.
 """
 
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,11 +29,22 @@ def _from_source(make: Callable[[], T], source: int, group: dist.ProcessGroup | 
         try:
             result[0] = make()
         except Exception as error:
-            result[0] = error
+            result[0] = _sendable(error)
     dist.broadcast_object_list(result, src=source, group=group, device=torch.device("cpu"))
     if isinstance(result[0], Exception):
         raise result[0]
     return result[0]  # type: ignore[return-value]
+
+
+def _sendable(error: Exception) -> Exception:
+    """The exception, or another with its text where it can't be pickled, as those of users may."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        told = RuntimeError(f"{type(error).__name__}: {error}")
+        told.__cause__ = error
+        return told
+    return error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,22 @@
+"""What ranks tell each other."""
+
+import threading
+
+import pytest
+
+
+class OfAUser(Exception):
+    """Holds what can't be pickled."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.lock = threading.Lock()
+
+
+def test_an_exception_that_can_not_be_sent_is_told_by_its_text(ranks):
+    def fail():
+        raise OfAUser("no such reward")
+
+    with pytest.raises(RuntimeError, match="OfAUser: no such reward") as raised:
+        ranks.from_rank_zero(fail)
+    assert isinstance(raised.value.__cause__, OfAUser)
