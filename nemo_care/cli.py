@@ -160,11 +160,19 @@ def _plan(arguments: list[str]) -> int:
     return guarded(plan, arguments)
 
 
+def _doctor(arguments: list[str]) -> int:
+    # Not guarded: that imports torch, and this command also runs where there is none.
+    from nemo_care.doctor.command import main as doctor
+
+    return doctor(arguments)
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a policy: --config-name RECIPE [key=value ...]"),
     "evaluate": (_evaluate, "evaluate a model: --config-name RECIPE [key=value ...]"),
     "replay": (_replay, "compute a step again that a run had left out: RUN --step N"),
     "data": (_data, "data check: find what can't be used in a recipe's data"),
+    "doctor": (_doctor, "what this machine has, and whether a recipe can run on it"),
     "plan": (_plan, "memory, time and a dry run of a recipe, before it is queued"),
     "export": (_export, "write a trained model as a Hugging Face directory"),
     "report": (_report, "draw a run's curves and a page that holds them"),

@@ -46,7 +46,11 @@ _NO_ERRORS = {
 
 def problems_of(recipe: Recipe) -> list[str]:
     """Why this machine can't take part in a run; empty where it can."""
-    checks: list[Callable[[Recipe], list[str]]] = [_host_memory, _inputs, _decoding]
+    checks: list[Callable[[Recipe], list[str]]] = [
+        _host_memory,
+        _inputs,
+        lambda _: decoding_problems(),
+    ]
     if os.environ.get("NEMO_CARE_CPU") == "1":
         print("NEMO_CARE_CPU=1: the GPUs are not checked", flush=True)
     else:
@@ -64,7 +68,7 @@ def _gpus(recipe: Recipe) -> list[str]:
             f"{found} usable GPUs, but trainer.devices={wanted} (NEMO_CARE_CPU=1 is for runs "
             "without GPUs)"
         ]
-    problems = _gpu_memory(wanted) + _gpu_errors()
+    problems = _gpu_memory(wanted) + gpu_error_problems()
     # An all-reduce on a GPU that is known to be bad may hang for its whole time.
     return problems or _all_reduce(wanted, "nccl")
 
@@ -85,7 +89,8 @@ def _gpu_memory(count: int) -> list[str]:
     return problems
 
 
-def _gpu_errors() -> list[str]:
+def gpu_error_problems() -> list[str]:
+    """Errors that nvidia-smi counts on this machine's GPUs; empty where there are none."""
     command = ["nvidia-smi", f"--query-gpu=index,{','.join(_NO_ERRORS)}"]
     try:
         done = subprocess.run(
@@ -196,6 +201,11 @@ def _inputs(recipe: Recipe) -> list[str]:
 
 
 def _decoding(recipe: Recipe) -> list[str]:
+    return decoding_problems()
+
+
+def decoding_problems() -> list[str]:
+    """Why no video can be decoded here; empty where one was."""
     from nemo_care.data.video import FrameChoice, VideoFile
     from nemo_care.miniature.files import write_video
 

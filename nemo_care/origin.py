@@ -20,13 +20,13 @@ def origin() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "job": {name: os.environ[name] for name in _JOB if name in os.environ},
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "packages": dict(sorted((each.name, each.version) for each in distributions())),
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, with "-dirty" where files differ from it; None where nobody knows."""
     given = os.environ.get("NEMO_CARE_COMMIT")  # slurm/ asks outside of the container
     if given:

@@ -1,5 +1,8 @@
 """What can be refused before any rank starts: checkpoint, tokenizer, layout, rewards, data."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.algorithms.reward_functions import load_rewards
@@ -51,14 +54,24 @@ def check_training_inputs(recipe: Recipe) -> None:
             model and ranks, kernels that are not there, rewards that can't be imported or called,
             unusable annotations or prompt template.
     """
-    _check_model(recipe)
-    check_training(recipe)
-    check_weights(recipe.model.hf_path)
-    load_rewards(recipe.algorithm)
-    for source in training_sources(recipe.data):
-        ensure_files(source.kind, source.root)
-    read_training(recipe.data, seed=recipe.trainer.seed)
-    _check_levels(recipe)
+    for check in training_checks(recipe):
+        check()
+
+
+def training_checks(recipe: Recipe, *, writes: bool = True) -> list[Callable[[], object]]:
+    """The parts of `check_training_inputs`, in its order; each raises its own InputError.
+
+    Without `writes` the miniature's files are left to the run that needs them, and not read where
+    they are missing.
+    """
+    return [
+        *_model_checks(recipe),
+        lambda: check_training(recipe),
+        lambda: check_weights(recipe.model.hf_path),
+        lambda: load_rewards(recipe.algorithm),
+        lambda: _check_training_data(recipe, writes),
+        lambda: _check_levels(recipe, writes),
+    ]
 
 
 def check_evaluation_inputs(recipe: Recipe) -> None:
@@ -81,18 +94,47 @@ def check_evaluation_inputs(recipe: Recipe) -> None:
     _check_levels(recipe)
 
 
+def _model_checks(recipe: Recipe) -> list[Callable[[], object]]:
+    path = recipe.model.hf_path
+
+    def check_prompts() -> None:
+        hf = read_hf_config(path)
+        PromptBuilder(recipe.data, hf, load_tokenizer(path, hf))
+
+    return [
+        lambda: check_layout(read_hf_config(path), layout_of(recipe)),
+        lambda: check_world(recipe),
+        lambda: check_fp8(recipe.model.precision.fp8, read_hf_config(path), layout_of(recipe)),
+        lambda: check_transformer_engine(recipe.model),
+        check_prompts,
+    ]
+
+
 def _check_model(recipe: Recipe) -> Qwen2_5_VLConfig:
-    hf = read_hf_config(recipe.model.hf_path)
-    check_layout(hf, layout_of(recipe))
-    check_world(recipe)
-    check_fp8(recipe.model.precision.fp8, hf, layout_of(recipe))
-    check_transformer_engine(recipe.model)
-    PromptBuilder(recipe.data, hf, load_tokenizer(recipe.model.hf_path, hf))
-    return hf
+    for check in _model_checks(recipe):
+        check()
+    return read_hf_config(recipe.model.hf_path)
 
 
-def _check_levels(recipe: Recipe) -> None:
+def _check_training_data(recipe: Recipe, writes: bool) -> None:
+    # The parts can be asked one by one: without a source there is nothing to read.
+    check_training(recipe)
+    sources = training_sources(recipe.data)
+    there = [_is_there(source.kind, source.root, writes) for source in sources]
+    if all(there):
+        read_training(recipe.data, seed=recipe.trainer.seed)
+
+
+def _check_levels(recipe: Recipe, writes: bool = True) -> None:
     validation = recipe.data.validation
-    if validation.annotations and validation.root is not None:
-        ensure_files(validation.kind, validation.root)
-    read_levels(recipe.data, seed=recipe.trainer.seed)
+    is_named = bool(validation.annotations) and validation.root is not None
+    if not is_named or _is_there(validation.kind, str(validation.root), writes):
+        read_levels(recipe.data, seed=recipe.trainer.seed)
+
+
+def _is_there(kind: str, root: str, writes: bool) -> bool:
+    """Whether a data set can be read now; False only for a miniature that is not written yet."""
+    if writes:
+        ensure_files(kind, root)
+        return True
+    return kind != "miniature" or Path(root).exists()

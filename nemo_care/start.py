@@ -54,13 +54,13 @@ def start(command: Command, arguments: Sequence[str]) -> int:
         print(_help(command))
         return 0
     quiet_libraries()
-    _import_from_working_directory()
+    import_from_working_directory()
     from nemo_care.parallel.launch import guarded
 
     return guarded(_main, command, list(arguments))
 
 
-def _import_from_working_directory() -> None:
+def import_from_working_directory() -> None:
     """Let a recipe name rewards that lie where the command is started, however it is started.
 
     `python -m`, and so torchrun and our own ranks, begin their path there; the command
