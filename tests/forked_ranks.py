@@ -26,22 +26,34 @@ class RankServer:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         paths = [*sys.path, str(Path(__file__).parent), str(Path(__file__).parent / "faults")]
         environment["PYTHONPATH"] = os.pathsep.join(str(Path(p).resolve()) for p in paths if p)
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
+        self._errors = folder / "server.err"
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+                text=True,
+            )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._questions, self._answers = self._process.stdin, self._process.stdout
         assert self._answers.readline() == "ready\n"
 
     def _ask(self, question: dict[str, Any]) -> Any:
-        self._questions.write(json.dumps(question) + "\n")
-        self._questions.flush()
-        return json.loads(self._answers.readline())
+        try:
+            self._questions.write(json.dumps(question) + "\n")
+            self._questions.flush()
+            answer = self._answers.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise RuntimeError(
+                f"the rank server is gone (status {self._process.wait()}): "
+                f"{self._errors.read_text(errors='replace')}"
+            )
+        return json.loads(answer)
 
     def start(
         self, count: int, arguments: Sequence[str], fault: dict[str, Any] | None = None

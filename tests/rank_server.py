@@ -66,15 +66,20 @@ def _be_rank(job: dict) -> None:
 
 def main() -> None:
     _import_everything()
+    # What terminals and launchers send to a whole process group is not meant for the server.
+    os.setsid()
     answers = os.fdopen(os.dup(1), "w")
     running: set[int] = set()
+    ended: dict[int, int] = {}
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         if "wait" in job:
-            status = _wait(job["wait"], job["seconds"])
+            pid = job["wait"]
+            status = ended[pid] if pid in ended else _wait(pid, job["seconds"])
             if status is not None:
-                running.discard(job["wait"])
+                running.discard(pid)
+                ended[pid] = status
             print(json.dumps(status), file=answers, flush=True)
             continue
         pid = os.fork()
