@@ -102,6 +102,9 @@ class OptimizerConfig:
     """Sum the replicas' gradients while backward still runs. Every parameter must get a gradient
     from a step's last micro-batch: with prompts of text alone the run stops, unless
     model.freeze_vision is set."""
+    offload: bool = False
+    """Keep the optimizer's state (float32 master weights and AdamW's two averages) in CPU memory,
+    and on the GPU only for the optimizer's own step."""
 
 
 def check_model(model: ModelConfig) -> None:

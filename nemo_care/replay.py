@@ -120,8 +120,7 @@ def _replay(recipe: Recipe, ranks: "Ranks", run: Path, step: int) -> None:
     policy = Policy(model, recipe, ranks, layout)
     seen = [_look_at(policy, group) for group in groups]
     policy.forward_backward(layout.batches(groups))
-    policy.optimizer.prepare_grads()
-    norm = float(policy.optimizer.get_grad_norm())
+    norm = policy.gradient_norm()
     policy.clear_gradients()
     everyone = ranks.gather_on_rank_zero((ranks.data_rank, weights, seen))
     if ranks.rank == 0:

@@ -14,9 +14,9 @@ from nemo_care.parallel.gradients import GradientWatch
 from nemo_care.parallel.optimizer import (
     build_optimizer,
     build_scheduler,
-    initialise_adamw_state,
     wrap_data_parallel,
 )
+from nemo_care.parallel.optimizer_offload import OptimizerState
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.group import Group
@@ -47,6 +47,7 @@ class Policy:
         # What the last `update` left a step out for.
         self.not_finite: NotFinite | None = None
         self.optimizer = build_optimizer(recipe.optimizer, self.wrapped)
+        self.optimizer_state = OptimizerState(self.optimizer, offload=recipe.optimizer.offload)
         self.scheduler = build_scheduler(
             recipe.optimizer,
             self.optimizer,
@@ -101,8 +102,8 @@ class Policy:
         first = self._first_not_finite(groups, results)
         if not first:
             self.scheduler.step(1)
-            stepped, grad_norm, _ = self.optimizer.step()
-            metrics["train/grad_norm"] = float(grad_norm)
+            stepped, grad_norm = self.step_optimizer()
+            metrics["train/grad_norm"] = grad_norm
             metrics["train/lr"] = float(self.optimizer.param_groups[0]["lr"])
             if stepped:
                 return metrics, log_probs
@@ -120,6 +121,18 @@ class Policy:
         )
         self.clear_gradients()
         return metrics, log_probs
+
+    def step_optimizer(self) -> tuple[bool, float]:
+        """Whether the optimizer stepped (see `build_optimizer`), and the norm of the gradient."""
+        with self.optimizer_state.in_place():
+            stepped, grad_norm, _ = self.optimizer.step()
+        return stepped, float(grad_norm)
+
+    def gradient_norm(self) -> float:
+        """The norm of the gradients that a backward has left, over all ranks; nothing steps."""
+        with self.optimizer_state.in_place():
+            self.optimizer.prepare_grads()
+            return float(self.optimizer.get_grad_norm())
 
     def _first_not_finite(
         self, groups: Sequence[Group], results: Sequence[Result]
@@ -234,10 +247,12 @@ class Policy:
         """Weights and optimizer state as Megatron sharded tensors; the schedule's step count."""
         model = self.model.sharded_state_dict(prefix=PREFIX, metadata=metadata)
         # For loading, and for saving a run none of whose steps could be taken.
-        initialise_adamw_state(self.optimizer)
+        self.optimizer_state.initialise()
         optimizer = self.optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=metadata
         )
+        # For loading, Megatron may make it anew.
+        self.optimizer_state.put_away()
         return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -245,6 +260,7 @@ class Policy:
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in state["model"].items()}
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer_state.put_away()
         # Megatron's scheduler adds the restored steps to those that it has.
         self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(state["scheduler"])

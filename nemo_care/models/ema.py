@@ -18,6 +18,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
+from nemo_care.parallel import host_memory
+
 
 class WeightAverage:
     """Keeps `model`'s parameters equal to the moving average of another model's.
@@ -112,10 +114,7 @@ class WeightAverage:
 
 
 def _cpu_copy(weight: torch.Tensor) -> torch.Tensor:
-    """A float32 copy in CPU memory, pinned where there is a GPU to copy it to."""
-    copy = torch.empty(weight.shape, dtype=torch.float32, device="cpu").copy_(weight)
-    if torch.cuda.is_available():
-        # Not pin_memory(): torch's allocator rounds every tensor up to a power of two.
-        status = torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)
-        torch.cuda.check_error(int(status))
+    """A float32 copy in CPU memory."""
+    copy = host_memory.host_empty(weight.shape, torch.float32)
+    copy.copy_(weight)
     return copy

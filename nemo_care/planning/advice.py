@@ -66,6 +66,12 @@ def _changes(plan: Plan) -> Iterator[_Change]:
             "some seconds per step, and CPU memory",
             _without_reference,
         )
+    if not recipe.optimizer.offload:
+        yield _Change(
+            "optimizer.offload=true",
+            "some seconds per step, and CPU memory",
+            _without_optimizer,
+        )
     stronger = GRANULARITIES[GRANULARITIES.index(model.recompute_granularity) + 1 :]
     for granularity in stronger:
         cost = "a third" if granularity == "full" else "a little"
@@ -116,7 +122,9 @@ def _layouts(plan: Plan) -> Iterator[_Change]:
         elif 2 * world % ranks == 0:
             yield _Change(f"{more} {overrides}", "twice the machines", _halved(plan))
     if recipe.algorithm.prompts_per_step % (2 * world // (tensor * pipeline)) == 0:
-        yield _Change(more, "twice the machines", _half_the_optimizer)
+        offload = recipe.optimizer.offload
+        change = _half_the_step if offload else _half_the_optimizer
+        yield _Change(more, "twice the machines", change)
 
 
 def _divides(plan: Plan, layout: Layout) -> bool:
@@ -132,10 +140,13 @@ def _scaled(plan: Plan, factors: dict[str, float]) -> Callable[[StagePlan], Peak
 
     def peaks(stage: StagePlan) -> Peaks:
         fixed = stage.held + plan.allowance
-        return {
+        scaled = {
             phase: fixed + (peak - fixed) * factors.get(phase, 1.0)
             for phase, peak in stage.peaks.items()
         }
+        # The optimizer's step takes the same with any lengths.
+        step = fixed + stage.use.optimizer_step
+        return {**scaled, "update": max(scaled["update"], step)}
 
     return peaks
 
@@ -146,6 +157,19 @@ def _without_reference(stage: StagePlan) -> Peaks:
     gone = dict.fromkeys(stage.peaks, build.reference_average + build.reference_weights)
     gone["scoring"] = build.reference_average
     return {phase: peak - gone[phase] for phase, peak in stage.peaks.items()}
+
+
+def _without_optimizer(stage: StagePlan) -> Peaks:
+    """The optimizer's state leaves the GPU, and is there while the optimizer steps."""
+    state = stage.build.optimizer
+    without = {phase: peak - state for phase, peak in stage.peaks.items()}
+    return {**without, "update": without["update"] + _growth(stage, state)}
+
+
+def _growth(stage: StagePlan, state: float) -> float:
+    """How much the update's peak grows when the optimizer's step takes so much more."""
+    passes, step = stage.use.passes_peak(stage.in_flight), stage.use.optimizer_step
+    return max(passes, step + state) - max(passes, step)
 
 
 def _recomputing(granularity: str) -> Callable[[StagePlan], Peaks]:
@@ -169,3 +193,11 @@ def _halved(plan: Plan) -> Callable[[StagePlan], Peaks]:
 
 def _half_the_optimizer(stage: StagePlan) -> Peaks:
     return {phase: peak - stage.build.optimizer / 2 for phase, peak in stage.peaks.items()}
+
+
+def _half_the_step(stage: StagePlan) -> Peaks:
+    """The same where the state is there in the step only."""
+    return {
+        **stage.peaks,
+        "update": stage.peaks["update"] + _growth(stage, -stage.build.optimizer / 2),
+    }

@@ -10,7 +10,7 @@ and its hooks on every module take minutes at these sizes.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
+
+from nemo_care.parallel import host_memory
 
 aten = torch.ops.aten
 _FACTORIES = {aten.empty.memory_format, aten.zeros.default, aten.ones.default}
@@ -48,6 +50,7 @@ class MetaMemory(TorchDispatchMode):
         # Plain replacements: what recomputation runs inside backward escapes function modes.
         self._replaced.enter_context(patch.object(F, _ATTENTION.__name__, _attention))
         self._replaced.enter_context(patch.object(torch, "tensor", _tensor))
+        self._replaced.enter_context(patch.object(host_memory, "host_empty", self._host_empty))
         self._replaced.enter_context(
             patch.object(CausalBias, "__new__", _new_outside_modes, create=True)
         )
@@ -94,6 +97,12 @@ class MetaMemory(TorchDispatchMode):
                 return func(*args, **kwargs)
             kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": False}
         return self._count(func(*args, **kwargs), host=host)
+
+    def _host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """What the code moves to CPU memory on purpose, however small it is."""
+        with _disable_current_modes():
+            made = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        return self._count(made, host=True)
 
     def _count(self, result: Any, *, host: bool = False) -> Any:
         for tensor in result if isinstance(result, tuple | list) else (result,):

@@ -135,7 +135,7 @@ def phase_peaks(
         "scoring": use.scoring_peak(count),
         "update": use.update_peak(in_flight(recipe, stage), count),
     }
-    held = build.held(offload=recipe.algorithm.reference.offload)
+    held = build.held(recipe)
     return {phase: held + extra[phase] + allowance for phase in PHASES if extra[phase]}
 
 
@@ -163,6 +163,7 @@ def host_memory(recipe: Recipe, shape: ModelShape, longest: Lengths, worst: Stag
     return {
         "processes": int(ranks * _PROCESS_GIB * GIB),
         "reference": ranks * worst.reference_average if offload else 0,
+        "optimizer": ranks * worst.optimizer if recipe.optimizer.offload else 0,
         "prompts": ranks * patches * (1 + recipe.data.prefetch_steps),
         "decoding": int(leaders * recipe.data.workers * recipe.data.worker_memory_gib * GIB),
         "saving a checkpoint": gathered + shards,
@@ -271,7 +272,7 @@ def _stage_plan(
     build, use = measured.stage(number)
     peaks = phase_peaks(recipe, build, use, number, allowance)
     flying, count = in_flight(recipe, number), micro_batches_of(recipe)
-    held = build.held(offload=recipe.algorithm.reference.offload)
+    held = build.held(recipe)
     own = recipe.model.recompute_granularity
     by_recomputation = {own: peaks["update"]}
     for granularity in granularities:

@@ -25,6 +25,7 @@ from nemo_care.planning.stage import (
     StageBuild,
     built_stage,
     in_flight,
+    micro_batches_of,
     prompts_of,
     replicas_of,
 )
@@ -61,7 +62,17 @@ def _keys(recipe: Recipe) -> dict[str, str]:
         "model.recompute_granularity": model.recompute_granularity,
         "algorithm.reference.offload": str(algorithm.reference.offload).lower(),
         "algorithm.groups_per_micro_batch": str(algorithm.groups_per_micro_batch),
+        "optimizer.offload": str(recipe.optimizer.offload).lower(),
     }
+
+
+def _offloaded(recipe: Recipe) -> str:
+    """What waits in CPU memory."""
+    waiting = {
+        "reference": recipe.algorithm.reference.offload,
+        "optimizer": recipe.optimizer.offload,
+    }
+    return " and ".join(name for name, offload in waiting.items() if offload) or "nothing"
 
 
 @dataclass
@@ -100,18 +111,28 @@ def search(
             clock = Clock(variant, shape.hf, typical, question.gpu, question.efficiency)
             candidates.append(_Candidate(variant, builds, clock.step(builds)))
     found: dict[tuple[int, int], Found] = {}
+    # What the stages need on top of what they hold, wherever reference and optimizer are.
+    needs: dict[tuple, dict[int, int]] = {}
     for candidate in sorted(candidates, key=lambda candidate: candidate.seconds.total):
         model = candidate.recipe.model
         key = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
         if key in found:
             continue
-        peak, phase = _largest(candidate.recipe, Measurements(candidate.recipe, shape, lengths))
+        algorithm, builds = candidate.recipe.algorithm, candidate.builds
+        alike = (*key, model.recompute_granularity, algorithm.groups_per_micro_batch)
+        if any(
+            builds[number].held(candidate.recipe) + need > question.budget
+            for number, need in needs.get(alike, {}).items()
+        ):
+            continue
+        measured = Measurements(candidate.recipe, shape, lengths)
+        peak, phase, needs[alike] = _largest(candidate.recipe, measured)
         fits = peak <= question.budget
         keys = _keys(candidate.recipe)
         tell(
             f"TP {key[0]} PP {key[1]} {keys['model.recompute_granularity']}, "
             f"{keys['algorithm.groups_per_micro_batch']} group(s), offload "
-            f"{keys['algorithm.reference.offload']}: {gib(peak)} GiB in {phase}"
+            f"{_offloaded(candidate.recipe)}: {gib(peak)} GiB in {phase}"
             f"{'' if fits else ', does not fit'}"
         )
         if fits:
@@ -158,11 +179,13 @@ def _layouts(
 
 
 def _variants(recipe: Recipe) -> Iterator[Recipe]:
-    """The same layout with each recomputation, place of the reference and micro-batch."""
+    """The same layout with each recomputation, micro-batch, place of reference and optimizer."""
     offloads = (False, True) if needs_reference(recipe.algorithm) else (False,)
     groups = [count for count in _GROUPS if prompts_of(recipe) % count == 0]
-    for granularity, offload, count in itertools.product(GRANULARITIES, offloads, groups):
+    switches = itertools.product(GRANULARITIES, offloads, groups, (False, True))
+    for granularity, offload, count, optimizer_offload in switches:
         changed = deepcopy(recipe)
+        changed.optimizer.offload = optimizer_offload
         changed.model.recompute_granularity = granularity
         changed.algorithm.reference.offload = offload
         changed.algorithm.groups_per_micro_batch = count
@@ -173,7 +196,7 @@ def _builds(recipe: Recipe, shape: ModelShape) -> list[StageBuild]:
     """All stages; those between the first and the last are alike and are built once."""
     count = recipe.model.pipeline_model_parallel_size
     kept = deepcopy(recipe)
-    kept.algorithm.reference.offload = False
+    kept.algorithm.reference.offload = kept.optimizer.offload = False
     made = {}
     for number in {0, min(1, count - 1), count - 1}:
         with built_stage(kept, shape, number) as stage:
@@ -183,10 +206,13 @@ def _builds(recipe: Recipe, shape: ModelShape) -> list[StageBuild]:
 
 def _least(recipe: Recipe, builds: list[StageBuild], vision: "_VisionBytes") -> int:
     """A lower bound of the largest peak, which spares trying what can't fit."""
-    offload = recipe.algorithm.reference.offload
-    held = [build.held(offload=offload) for build in builds]
+    held = [build.held(recipe) for build in builds]
+    steps = [
+        size + (build.optimizer if recipe.optimizer.offload else 0)
+        for size, build in zip(held, builds, strict=True)
+    ]
     activations = vision.bytes(recipe) * in_flight(recipe, 0)
-    return max(*held, held[0] + activations) + allowance_of(recipe)
+    return max(*steps, held[0] + activations) + allowance_of(recipe)
 
 
 class _VisionBytes:
@@ -213,17 +239,20 @@ class _VisionBytes:
         return self.found[granularity] * recipe.algorithm.groups_per_micro_batch
 
 
-def _largest(recipe: Recipe, measured: Measurements) -> tuple[int, str]:
-    """The largest peak of all stages and its phase."""
+def _largest(recipe: Recipe, measured: Measurements) -> tuple[int, str, dict[int, int]]:
+    """The largest peak of all stages and its phase; what other offloads don't change (`needs`)."""
     count = recipe.model.pipeline_model_parallel_size
-    largest = []
+    allowance, inputs = allowance_of(recipe), micro_batches_of(recipe)
+    largest, needs = [], {}
     # Of the stages between the first and the last, the second has the most in flight.
     for number in {0, min(1, count - 1), count - 1}:
         build, use = measured.stage(number)
-        peaks = phase_peaks(recipe, build, use, number, allowance_of(recipe))
+        peaks = phase_peaks(recipe, build, use, number, allowance)
         phase = max(peaks, key=lambda name: peaks[name])
         largest.append((peaks[phase], phase))
-    return max(largest)
+        passes = use.passes_peak(in_flight(recipe, number)) + inputs * use.inputs
+        needs[number] = max(use.rollout, use.validation, passes) + allowance
+    return *max(largest), needs
 
 
 def search_report(found: list[Found], question: Question, gpus: int) -> RenderableType:
@@ -244,7 +273,7 @@ def search_report(found: list[Found], question: Question, gpus: int) -> Renderab
             str(model.pipeline_model_parallel_size),
             str(replicas_of(item.recipe)),
             model.recompute_granularity,
-            "yes" if algorithm.reference.offload else "no",
+            _offloaded(item.recipe),
             str(algorithm.groups_per_micro_batch),
             gib(item.peak),
             item.phase,

@@ -16,7 +16,6 @@ from nemo_care.config import Recipe, needs_reference
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.parallel.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
-from nemo_care.parallel.optimizer import initialise_adamw_state
 from nemo_care.planning.meta_memory import MetaMemory, flash_attention
 from nemo_care.planning.precision import as_built, fp8_copies
 from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt, patch_width
@@ -36,7 +35,8 @@ class StageBuild:
     """What a rank of a stage holds all the time, in bytes (and parameters as a count).
 
     `unique_parameters` are those of the stage that no other rank of the replica counts, over all of
-    its tensor-parallel ranks: they sum to the model's. `reference_average` is in host memory with
+    its tensor-parallel ranks: they sum to the model's. `optimizer` is in host memory with
+    `optimizer.offload`, and on the GPU in the optimizer's step only; `reference_average` with
     `algorithm.reference.offload`, and `reference_weights` are then on the GPU while scoring only.
     `fp8_copies` are an estimate (see `planning/precision.py`), the rest is counted.
     """
@@ -50,10 +50,14 @@ class StageBuild:
     reference_weights: int
     fp8_copies: int = 0
 
-    def held(self, *, offload: bool) -> int:
+    def held(self, recipe: Recipe) -> int:
         """Bytes on the GPU between the phases."""
-        own = self.weights + self.gradients + self.optimizer + self.fp8_copies
-        return own if offload else own + self.reference_average + self.reference_weights
+        held = self.weights + self.gradients + self.fp8_copies
+        if not recipe.optimizer.offload:
+            held += self.optimizer
+        if not recipe.algorithm.reference.offload:
+            held += self.reference_average + self.reference_weights
+        return held
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,9 @@ class StageUse:
 
     `update` is the peak of forward and backward with one micro-batch in flight, and each further
     one adds `micro_batch`: what it keeps for backward, of which the vision tower keeps `vision`;
-    `optimizer_step` is the peak of what follows. `inputs` are the patches of one micro-batch; all
-    of a step are on the GPU, in scoring and update. `output_layer` is the peak of the output layer
-    alone.
+    `optimizer_step` is the peak of what follows, with the optimizer's state if that is offloaded.
+    `inputs` are the patches of one micro-batch; all of a step are on the GPU, in scoring and
+    update. `output_layer` is the peak of the output layer alone.
     """
 
     rollout: int
@@ -80,8 +84,12 @@ class StageUse:
 
     def update_peak(self, in_flight: int, micro_batches: int) -> int:
         """Peak of the update with so many micro-batches in flight, of so many in the step."""
-        passes = self.update + (in_flight - 1) * self.micro_batch
+        passes = self.passes_peak(in_flight)
         return max(passes, self.optimizer_step) + micro_batches * self.inputs
+
+    def passes_peak(self, in_flight: int) -> int:
+        """The part of it that forward and backward are."""
+        return self.update + (in_flight - 1) * self.micro_batch
 
     def scoring_peak(self, micro_batches: int) -> int:
         """Peak of the scoring pass over a step of so many micro-batches."""
@@ -159,12 +167,12 @@ class Stage:
         def step() -> Any:
             passes.append(self.memory.peak - before)
             self.memory.reset_peak()
-            return optimizer_step()
+            return step_optimizer()
 
-        optimizer_step = self.policy.optimizer.step
+        step_optimizer = self.policy.step_optimizer
         with (
             self.exchanging(lengths),
-            patch.object(self.policy.optimizer, "step", step),
+            patch.object(self.policy, "step_optimizer", step),
             self.peak() as found,
         ):
             self.policy.update(groups)
@@ -361,9 +369,9 @@ def built_stage(
             scorer = Reference(twin, recipe.algorithm, ranks, layout)
             offload = recipe.algorithm.reference.offload
             average = memory.host if offload else memory.current - weights - copy
-        before = memory.current
+        before = memory.current + memory.host
         policy = Policy(model, recipe, ranks, layout)
-        initialise_adamw_state(policy.optimizer)
+        policy.optimizer_state.initialise()
         _step_as_on_a_gpu(policy)
         gradients = sum(buffer.grad_data.nbytes for buffer in policy.wrapped.buffers)
         build = StageBuild(
@@ -371,7 +379,7 @@ def built_stage(
             unique_parameters=_unique_parameters(model, parallel.tensor),
             weights=weights,
             gradients=gradients,
-            optimizer=memory.current - before - gradients,
+            optimizer=memory.current + memory.host - before - gradients,
             reference_average=average,
             reference_weights=copy,
             fp8_copies=fp8_copies(recipe, model),

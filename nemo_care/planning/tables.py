@@ -95,6 +95,7 @@ def _headline(plan: Plan) -> str:
 
 def _held_table(plan: Plan) -> Table:
     offload = plan.recipe.algorithm.reference.offload
+    waiting = plan.recipe.optimizer.offload
     quantised = plan.recipe.model.precision.fp8.enabled
     table = markdown_table(
         [
@@ -102,7 +103,7 @@ def _held_table(plan: Plan) -> Table:
             "parameters",
             "weights",
             "gradients",
-            "optimizer",
+            f"optimizer{' (step)' if waiting else ''}",
             f"EMA float32{' (CPU)' if offload else ''}",
             f"reference copy{' (scoring)' if offload else ''}",
             *(["8-bit copies*"] if quantised else []),

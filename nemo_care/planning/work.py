@@ -265,4 +265,8 @@ class Clock:
         # AdamW reads and writes gradient, master weight and two moments.
         state = largest * 4 * 2 / self.replicas
         seconds += state / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
+        if self.recipe.optimizer.offload:
+            # There and back.
+            moved = 2 * max(build.optimizer for build in builds)
+            seconds += moved / (self.efficiency.host_gb_s * 1e9)
         return algorithm.updates_per_rollout * seconds
