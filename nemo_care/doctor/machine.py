@@ -123,7 +123,6 @@ def import_or_error(name: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(name), ""
     except Exception as error:
-        # A module that a package of the same name lacks is as good as the package missing.
         lines = str(error).strip().splitlines() or [""]
         return None, f"{type(error).__name__}: {lines[0]}"
 
