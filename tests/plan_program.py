@@ -21,10 +21,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from nemo_care.errors import InputError
 from nemo_care.planning import command
-from nemo_care.planning.advice import remedies
+from nemo_care.planning.advice import _without_optimizer, remedies
 from nemo_care.planning.dry_run import dry_run
 from nemo_care.planning.gpus import read_gpu
-from nemo_care.planning.plan import Question, make_plan
+from nemo_care.planning.plan import Question, make_plan, plan_as_json
 from nemo_care.planning.search import search
 from nemo_care.planning.shapes import lengths_of, read_model_shape
 from nemo_care.planning.stage import built_stage
@@ -59,6 +59,21 @@ def builds(folder: str) -> dict:
         recipe.model.precision.dtype = dtype
         with built_stage(recipe, read_model_shape(folder), 0) as stage:
             found[dtype] = vars(stage.build)
+    return found
+
+
+def offloaded(folder: str) -> dict:
+    """With the optimizer's state on the GPU and in CPU memory: plans, and what the advice says."""
+    found: dict = {}
+    for offload in (False, True):
+        recipe = plan_recipe(folder, 1, 1)
+        recipe.model.precision.dtype = "bf16"
+        recipe.optimizer.offload = offload
+        question = _question(0.001)
+        plan = make_plan(recipe, question, compare=False)
+        found[str(offload)] = plan_as_json(plan, remedies(plan))
+        if not offload:
+            found["advised"] = _without_optimizer(plan.stages[0])
     return found
 
 
@@ -234,6 +249,7 @@ def main() -> None:
         "builds": builds(folder),
         "uses": uses(folder),
         "eight_bits": eight_bits(folder),
+        "offloaded": offloaded(folder),
         "vision": vision_kernels(folder),
         "schedule": schedule(folder),
         "flops": flops(folder),

@@ -212,7 +212,7 @@ def test_impossible_layouts_are_refused_with_the_values_that_fit(planned):
 def test_dry_run_that_does_not_fit_names_a_remedy(planned):
     line = planned["refusals"]["memory"]
     assert line.startswith("stage 0 needs")
-    assert "set model.recompute_granularity=full" in line
+    assert "set optimizer.offload=true" in line
     assert "too much" not in line
     assert "\n" not in line
 
@@ -347,3 +347,29 @@ def test_only_passes_in_eight_bits_are_faster(planned):
     assert seconds["tensorwise"]["update"] < seconds["ends"]["update"] < plain["update"]
     assert seconds["tensorwise"]["scoring"] == plain["scoring"] > seconds["scoring"]["scoring"]
     assert all(variant["rollout"] == plain["rollout"] for variant in seconds.values())
+
+
+def test_state_in_cpu_memory_is_held_there_and_comes_for_the_step(planned):
+    (plain,), (offloaded,) = (planned["offloaded"][name]["stages"] for name in ("False", "True"))
+    assert offloaded["build"] == plain["build"]
+    state = plain["build"]["optimizer"]
+    assert state == pytest.approx(12 * plain["build"]["parameters"], rel=1e-3)
+    assert offloaded["held"] == plain["held"] - state
+    for phase in ("rollout", "scoring"):
+        assert offloaded["peaks"][phase] == plain["peaks"][phase] - state
+    steps = offloaded["use"].pop("optimizer_step"), plain["use"].pop("optimizer_step")
+    assert offloaded["use"] == plain["use"]
+    # Megatron has some scalars of its own beside the state.
+    assert steps[0] - steps[1] == pytest.approx(state, abs=1024)
+    hosts = [planned["offloaded"][name]["host_bytes"]["optimizer"] for name in ("False", "True")]
+    assert hosts == [0, state]
+    times = [planned["offloaded"][name]["seconds"]["update"] for name in ("False", "True")]
+    assert times[1] - times[0] == pytest.approx(2 * state / 20e9, rel=1e-3)
+
+
+def test_advice_says_what_the_state_in_cpu_memory_would_leave(planned):
+    plain, offloaded = (planned["offloaded"][name] for name in ("False", "True"))
+    peaks = offloaded["stages"][0]["peaks"]
+    assert planned["offloaded"]["advised"] == pytest.approx(peaks, abs=1024)
+    assert any(line.startswith("optimizer.offload=true") for line in plain["remedies"])
+    assert not any("optimizer.offload" in line for line in offloaded["remedies"])

@@ -84,6 +84,7 @@ def test_sizes_differ_in_model_layout_and_number_of_prompts_only():
         "model.tensor_model_parallel_size",
         "model.pipeline_model_parallel_size",
         "algorithm.reference.offload",
+        "optimizer.offload",
         "rollout.groups_per_batch",
         "evaluation.samples_per_batch",
     }
