@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from nemo_care.data_config import DATA_KINDS, MISSING, DataConfig, check_data
 from nemo_care.errors import InputError
 from nemo_care.evaluation_config import JUDGES, EvaluationConfig, check_evaluation
@@ -187,6 +189,11 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
 def needs_reference(algorithm: AlgorithmConfig) -> bool:

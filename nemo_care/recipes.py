@@ -217,11 +217,6 @@ def compose_recipe(arguments: Sequence[str], *, with_nemo: bool = True) -> Recip
     return to_recipe(composed[0]) if composed else None
 
 
-def save_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
-
-
 def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A resolved recipe from a run directory, with `overrides` (key=value).
 

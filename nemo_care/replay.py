@@ -131,10 +131,10 @@ def _replay(recipe: Recipe, ranks: "Ranks", run: Path, step: int) -> None:
 
 def _checkpoint_until(run: Path, step: int) -> Path | None:
     """The newest checkpoint that is not newer than the step; None: only the start is there."""
-    from nemo_care.parallel.checkpoints import list_checkpoints
+    from nemo_care.parallel.checkpoints import list_checkpoints, step_of
 
     found = list_checkpoints(run / "checkpoints")
-    older = [path for path in found if int(path.name.removeprefix("step_")) <= step]
+    older = [path for path in found if step_of(path) <= step]
     return older[-1] if older else None
 
 

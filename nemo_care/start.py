@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_care.config import Recipe
+from nemo_care.config import Recipe, recipe_yaml
 from nemo_care.errors import InputError, RunStopped
 from nemo_care.quiet import quiet_libraries
-from nemo_care.recipes import compose_recipe, read_recipe, recipe_names, save_recipe
+from nemo_care.recipes import compose_recipe, read_recipe, recipe_names
 
 if TYPE_CHECKING:
     from nemo_care.parallel.process_groups import RankEnvironment, Ranks
@@ -132,7 +132,7 @@ def _start_ranks(command: Command, recipe: Recipe, node: "Node | None" = None) -
 
     with tempfile.TemporaryDirectory(prefix="nemo-care-") as folder:
         file = Path(folder) / "recipe.yaml"
-        file.write_text(save_recipe(recipe))
+        file.write_text(recipe_yaml(recipe))
         os.environ[_RESOLVED] = str(file)
         program = ["-m", f"nemo_care.{command.name}", *command.rank_arguments]
         status = start_ranks(recipe.trainer.devices, program, node)

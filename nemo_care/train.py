@@ -12,8 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_care.config import Recipe, seconds_of
-from nemo_care.recipes import changed_keys, read_recipe, save_recipe
+from nemo_care.config import Recipe, recipe_yaml, seconds_of
+from nemo_care.recipes import changed_keys, read_recipe
 from nemo_care.start import Command, start
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _train(recipe: Recipe, ranks: "Ranks") -> None:
     def write_start() -> None:
         _tell_changes(files.recipe, recipe)
         with files.writing("recipe.yaml and starts.jsonl"):
-            files.write_recipe(save_recipe(recipe))
+            files.write_recipe(recipe_yaml(recipe))
             files.append_start(origin())
 
     ranks.from_rank_zero(write_start)

@@ -8,6 +8,7 @@ goes to WORK_FOLDER/NAME-export.
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -162,9 +163,10 @@ def gather_vocabulary(logits, ranks: Ranks):
     return torch.cat(parts, dim=-1)
 
 
-def main() -> None:
+def main(run: Callable[[Path, str, Ranks], dict], layouts: dict[str, Layout]) -> None:
+    """Be one rank of `PROGRAM FOLDER LAYOUT`, and write what `run` finds there."""
     folder, name = Path(sys.argv[1]), sys.argv[2]
-    ranks = Ranks(LAYOUTS[name], RankEnvironment.read())
+    ranks = Ranks(layouts[name], RankEnvironment.read())
     result = run(folder, name, ranks)
     if ranks.rank == 0:
         torch.save(result, folder / f"{name}.pt")
@@ -172,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(run, LAYOUTS)

@@ -230,6 +230,20 @@ class RMSNorm(_Layer):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
+def attend_rows(q, k, v, query_starts, key_starts, *, scale=None):
+    """Attention of rows of unequal length, one by one, causal from the bottom right."""
+    outputs = []
+    for row in range(len(query_starts) - 1):
+        queries = slice(query_starts[row], query_starts[row + 1])
+        keys = slice(key_starts[row], key_starts[row + 1])
+        count, total = queries.stop - queries.start, keys.stop - keys.start
+        mask = torch.ones(count, total).tril(total - count).bool()
+        part = [x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys])]
+        out = F.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1).flatten(1))
+    return torch.cat(outputs)
+
+
 class DotProductAttention(_Layer):
     """Rows of unequal length, causal from the bottom right."""
 
@@ -241,18 +255,7 @@ class DotProductAttention(_Layer):
         self.scale = softmax_scale
 
     def forward(self, q, k, v, *, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv):
-        outputs = []
-        for row in range(len(cu_seqlens_q) - 1):
-            queries = slice(cu_seqlens_q[row], cu_seqlens_q[row + 1])
-            keys = slice(cu_seqlens_kv[row], cu_seqlens_kv[row + 1])
-            count, total = queries.stop - queries.start, keys.stop - keys.start
-            mask = torch.ones(count, total).tril(total - count).bool()
-            part = [x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys])]
-            out = F.scaled_dot_product_attention(
-                *part, attn_mask=mask, scale=self.scale, enable_gqa=True
-            )
-            outputs.append(out[0].transpose(0, 1).flatten(1))
-        return torch.cat(outputs)
+        return attend_rows(q, k, v, cu_seqlens_q, cu_seqlens_kv, scale=self.scale)
 
 
 def checkpoint(function, *args, distribute_saved_activations=False, get_rng_state_tracker=None,

@@ -18,13 +18,13 @@ import made_transformer_engine
 made_transformer_engine.install()
 
 import torch
-from layout_program import gather_weights, generate, record_gradients, share_of
+from layout_program import gather_weights, generate, main, record_gradients, share_of
 from made_transformer_engine import PRODUCTS
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.models.weights import _mapping, export_hf
 from nemo_care.parallel.checkpoints import sharding_metadata
-from nemo_care.parallel.process_groups import Layout, RankEnvironment, Ranks
+from nemo_care.parallel.process_groups import Layout, Ranks
 
 LAYOUTS = {
     "one": Layout(),
@@ -142,14 +142,5 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
     return result
 
 
-def main() -> None:
-    folder, name = Path(sys.argv[1]), sys.argv[2]
-    ranks = Ranks(LAYOUTS[name], RankEnvironment.read())
-    result = run(folder, name, ranks)
-    if ranks.rank == 0:
-        torch.save(result, folder / f"{name}.pt")
-    ranks.close()
-
-
 if __name__ == "__main__":
-    main()
+    main(run, LAYOUTS)

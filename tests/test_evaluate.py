@@ -19,8 +19,8 @@ from made_endpoint import refuses, says
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.cli import main
+from nemo_care.config import recipe_yaml
 from nemo_care.objective.rewards import evaluation_accuracy
-from nemo_care.recipes import save_recipe
 from nemo_care.rollouts.megatron import MegatronGenerator
 
 LEVELS = ("L1", "L2", "L3")
@@ -321,7 +321,7 @@ def trained(checkpoint, world, ranks, tmp_path_factory):
     recipe.evaluation.judge = "likelihood"
     recipe.evaluation.forced_reasoning_probe = True
     trainer = small_trainer(recipe, ranks, folder)
-    trainer.files.write_recipe(save_recipe(recipe))
+    trainer.files.write_recipe(recipe_yaml(recipe))
     return folder, trainer.fit()
 
 

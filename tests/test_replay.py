@@ -11,7 +11,7 @@ from bad_numbers import inject_at
 from safetensors.torch import load_file, save_file
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.recipes import save_recipe
+from nemo_care.config import recipe_yaml
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def run(checkpoint, world, ranks, tmp_path):
         trainer = small_trainer(recipe, ranks, tmp_path / "run")
         inject_at(trainer, {2: "loss"})
         trainer.fit()
-        (tmp_path / "run" / "recipe.yaml").write_text(save_recipe(recipe))
+        (tmp_path / "run" / "recipe.yaml").write_text(recipe_yaml(recipe))
         if name is not None:
             weights = load_file(start / "model.safetensors")
             weights[name].view(-1)[0] = math.nan

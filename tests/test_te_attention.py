@@ -9,8 +9,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from made_segments import LENGTH, SEGMENTS, gradients, made_inputs
+from made_transformer_engine import attend_rows
 
 from nemo_care.errors import InputError
 from nemo_care.models.group_attention import GroupAttention
@@ -43,16 +43,7 @@ class WrittenOutKernel(torch.nn.Module):
         assert len(k) == len(v) == cu_seqlens_kv[-1]
         assert int(cu_seqlens_q.diff().max()) == max_seqlen_q
         assert int(cu_seqlens_kv.diff().max()) == max_seqlen_kv
-        outputs = []
-        for row in range(len(cu_seqlens_q) - 1):
-            queries = slice(cu_seqlens_q[row], cu_seqlens_q[row + 1])
-            keys = slice(cu_seqlens_kv[row], cu_seqlens_kv[row + 1])
-            count, total = queries.stop - queries.start, keys.stop - keys.start
-            mask = torch.ones(count, total).tril(total - count).bool()
-            part = [x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys])]
-            out = F.scaled_dot_product_attention(*part, attn_mask=mask, enable_gqa=True)
-            outputs.append(out[0].transpose(0, 1).flatten(1))
-        return torch.cat(outputs)
+        return attend_rows(q, k, v, cu_seqlens_q, cu_seqlens_kv)
 
 
 def build(kind):

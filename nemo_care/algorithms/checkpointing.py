@@ -7,10 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from nemo_care.algorithms.console import Console
-from nemo_care.config import Recipe
+from nemo_care.config import Recipe, recipe_yaml
 from nemo_care.errors import CheckpointError, DamagedCheckpoint, InputError, RunFailed
 from nemo_care.parallel.checkpoint_writer import PendingCheckpoint
 from nemo_care.parallel.checkpoints import (
@@ -20,6 +18,7 @@ from nemo_care.parallel.checkpoints import (
     load_checkpoint,
     remove_left_overs,
     set_aside,
+    step_of,
 )
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.run_files import RunFiles
@@ -84,9 +83,8 @@ class Checkpointing:
         """
         with self._held_up():
             self._complete()
-            recipe = OmegaConf.to_yaml(OmegaConf.structured(self.recipe))
             self._pending = PendingCheckpoint(
-                self.files.checkpoints, step, make_state(), recipe=recipe
+                self.files.checkpoints, step, make_state(), recipe=recipe_yaml(self.recipe)
             )
             self.saved_step = step
             if not self.recipe.checkpoint.asynchronous:
@@ -174,7 +172,7 @@ class Checkpointing:
                 set_it_aside = partial(self._set_aside, path, str(damage))
                 aside.append(self.ranks.from_rank_zero(set_it_aside))
             else:
-                self.saved_step = int(path.name.removeprefix("step_"))
+                self.saved_step = step_of(path)
                 return state, path
         if aside:
             raise InputError(

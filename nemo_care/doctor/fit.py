@@ -6,12 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from nemo_care.config import Recipe
 from nemo_care.doctor.machine import BROKEN, FOUND, GIB, MISSING, GpuState, Machine, free_disk
 from nemo_care.errors import InputError
+from nemo_care.experiment import run_directory
 
 _PLAN_SECONDS = 600
 # Above it a step takes about an hour on a machine's cores.
@@ -219,14 +219,6 @@ def _memory(fit: Fit, recipe: Recipe, machine: Machine) -> None:
     _disk(fit, recipe, plan["checkpoint"])
 
 
-def run_folder(recipe: Recipe) -> Path:
-    """Where the run's files would go."""
-    manager = recipe.exp_manager
-    if manager.explicit_log_dir is not None:
-        return Path(manager.explicit_log_dir)
-    return Path(manager.exp_dir or "nemo_experiments") / (manager.name or "default")
-
-
 def checkpoints_at_a_time(recipe: Recipe) -> int:
     """Checkpoints that lie on the disk at most, the one that is being written counted."""
     saved = -(-recipe.trainer.max_steps // recipe.checkpoint.save_interval)
@@ -237,7 +229,7 @@ def checkpoints_at_a_time(recipe: Recipe) -> int:
 
 
 def _disk(fit: Fit, recipe: Recipe, size: int) -> None:
-    folder, count = run_folder(recipe), checkpoints_at_a_time(recipe)
+    folder, count = run_directory(recipe.exp_manager), checkpoints_at_a_time(recipe)
     free = free_disk(folder)
     fit.facts.append(
         f"disk: a checkpoint is {size / GIB:.2f} GiB, {count} of them lie in {folder} at most; "

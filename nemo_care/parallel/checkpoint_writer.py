@@ -186,14 +186,9 @@ class PendingCheckpoint:
         """
         self._thread.join()
         error = None if self._error is None else f"{self._error} (rank {dist.get_rank()})"
-        mine = (error, self._results, self._records)
-        is_first = dist.get_rank() == 0
-        everyone: list[Any] | None = [None] * dist.get_world_size() if is_first else None
-        dist.gather_object(mine, everyone)
+        everyone = Ranks.gather_on_rank_zero((error, self._results, self._records))
         try:
-            return Ranks.from_rank_zero(
-                lambda: self._complete(everyone or [], keep_last, keep_every)
-            )
+            return Ranks.from_rank_zero(lambda: self._complete(everyone, keep_last, keep_every))
         except CheckpointError as failure:
             raise failure from self._error
 

@@ -56,6 +56,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint of that name (see `checkpoint_path`)."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether the folder is a checkpoint."""
     return (path / "metadata.json").is_file()
@@ -106,8 +111,7 @@ def remove_old(folder: Path, *, keep_last: int, keep_every: int) -> None:
     if not keep_last:
         return
     for old in list_checkpoints(folder)[:-keep_last]:
-        step = int(old.name.removeprefix("step_"))
-        if not (keep_every and step % keep_every == 0):
+        if not (keep_every and step_of(old) % keep_every == 0):
             discard(old)
 
 
@@ -160,14 +164,13 @@ def _why_not_writable(canary: Path) -> str | None:
 
 def _refuse_first(folder: Path, reason: str | None) -> None:
     """Raise, on all ranks alike, the first rank's reason against the folder."""
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    for rank, its in enumerate(reasons):
-        if its is not None:
-            raise InputError(
-                f"{folder}: no checkpoint can be written there: {its} (rank {rank}); mend the "
-                "folder, or choose another exp_manager.exp_dir or exp_manager.explicit_log_dir"
-            )
+    told = Ranks.first_told(reason)
+    if told is not None:
+        rank, its = told
+        raise InputError(
+            f"{folder}: no checkpoint can be written there: {its} (rank {rank}); mend the "
+            "folder, or choose another exp_manager.exp_dir or exp_manager.explicit_log_dir"
+        )
 
 
 # ---------------------------------------------------------------------- reading
@@ -216,11 +219,9 @@ def verify_checkpoint(path: Path, parts: Collection[str] | None = None) -> None:
         if parts is None or record.part is None or record.part in parts
     }
     mine = _dealt(wanted, dist.get_world_size())[dist.get_rank()]
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, find_changed(path, mine))
-    for problem in found:
-        if problem is not None:
-            raise DamagedCheckpoint(problem)
+    told = Ranks.first_told(find_changed(path, mine))
+    if told is not None:
+        raise DamagedCheckpoint(told[1])
 
 
 def _dealt(files: dict[str, FileRecord], ranks: int) -> list[dict[str, FileRecord]]:

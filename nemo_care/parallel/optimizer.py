@@ -68,7 +68,7 @@ def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> 
         ),
         [model],
     )
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
             _repair_torch_adamw(part)
     _step_with_finite_norm_only(optimizer)
@@ -146,12 +146,17 @@ def _repair_torch_adamw(optimizer: DistributedOptimizer) -> None:
     optimizer.load_state_dict = types.MethodType(load_with_own_steps, optimizer)
 
 
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that Megatron has chained; the one itself where it has chained none."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def initialise_adamw_state(optimizer: MegatronOptimizer) -> None:
     """Create torch AdamW's state as its first step would, where it has none yet.
 
     Loading and saving both expect one (see `_repair_torch_adamw`).
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         inner = getattr(part, "optimizer", None)
         if not isinstance(inner, torch.optim.AdamW):
             continue

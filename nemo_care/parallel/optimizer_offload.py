@@ -13,7 +13,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from nemo_care.parallel import host_memory
-from nemo_care.parallel.optimizer import initialise_adamw_state
+from nemo_care.parallel.optimizer import initialise_adamw_state, optimizer_parts
 
 _MASTER = "master weight"
 # A shard of a parameter, what it is to it, and the tensor.
@@ -35,7 +35,7 @@ class OptimizerState:
         # A rank without trained parameters has a part without an optimizer.
         self._parts = [
             part
-            for part in getattr(optimizer, "chained_optimizers", [optimizer])
+            for part in optimizer_parts(optimizer)
             if getattr(part, "optimizer", None) is not None
         ]
         # Where gradients are: before anything has gone, the shards are there too.

@@ -199,11 +199,20 @@ class Ranks:
 
         return self.from_leader(gather)
 
-    def gather_on_rank_zero(self, value: T) -> list[T]:
+    @staticmethod
+    def gather_on_rank_zero(value: T) -> list[T]:
         """One value per rank, in their order, on rank 0; an empty list on the others."""
-        values: list[T | None] = [None] * self.world_size if self.rank == 0 else []
-        dist.gather_object(value, values if self.rank == 0 else None, dst=0)
+        is_first = dist.get_rank() == 0
+        values: list[T | None] = [None] * dist.get_world_size() if is_first else []
+        dist.gather_object(value, values if is_first else None, dst=0)
         return values  # type: ignore[return-value]
+
+    @staticmethod
+    def first_told(problem: str | None) -> tuple[int, str] | None:
+        """The lowest rank that has a problem, and the problem; on all ranks. None: no rank has."""
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        return next(((rank, told) for rank, told in enumerate(problems) if told is not None), None)
 
     def first_rank_with(self, ok: torch.Tensor) -> list[int | None]:
         """For each of `ok` (bool [N], on the compute device) the lowest rank where it is False.

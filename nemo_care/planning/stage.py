@@ -16,6 +16,7 @@ from nemo_care.config import Recipe, needs_reference
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.parallel.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
+from nemo_care.parallel.optimizer import optimizer_parts
 from nemo_care.planning.meta_memory import MetaMemory, flash_attention
 from nemo_care.planning.precision import as_built, fp8_copies
 from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt, patch_width
@@ -401,7 +402,6 @@ def _unique_parameters(model: MegatronModule, tensor: int) -> int:
 
 def _step_as_on_a_gpu(policy: Policy) -> None:
     """torch's AdamW takes all parameters at once on a GPU, with a temporary copy of a state."""
-    optimizer = policy.optimizer
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(policy.optimizer):
         for group in part.optimizer.param_groups:
             group["foreach"] = True
