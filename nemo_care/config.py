@@ -22,7 +22,7 @@ from nemo_care.model_config import FP8_RECIPES, ModelConfig, OptimizerConfig, ch
 # What is usual; more ranks than that ask for more machines.
 _RANKS_OF_A_MACHINE = 8
 
-CONSISTENCY_KINDS = ("group", "accurate", "dense")
+CONSISTENCY_KINDS = ("group", "accurate", "dense", "counterfactual")
 
 
 @dataclass
@@ -59,8 +59,12 @@ class ConsistencyConfig:
 
     kind: str = "group"
     """Who gets it: group (the paper: those of a group's accurate completions whose answer is
-    likely, compared with the others'), accurate (all of the accurate) or dense (every completion
-    with an answer, bonus_coefficient * answer likelihood each)."""
+    likely, compared with the others'), accurate (all of the accurate), dense (every completion
+    with an answer, bonus_coefficient * answer likelihood each) or counterfactual (not in the paper:
+    every completion with an answer, by how much likelier its answer is behind its own reasoning
+    than behind the others'; may be negative)."""
+    counterfactual_share: float = 1.0
+    """Of kind=counterfactual: its share of the bonus; the rest is the paper's."""
     bonus_coefficient: float = 0.5
     """Size of the bonus relative to the accuracy; 0: no bonus (the GRPO baseline)."""
     margin: float = 0.01
@@ -238,6 +242,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "algorithm.kl_coefficient": (0, None),
     "algorithm.min_reasoning_words": (0, None),
     "algorithm.consistency.bonus_coefficient": (0, None),
+    "algorithm.consistency.counterfactual_share": (0, 1),
     "algorithm.consistency.margin": (0, 1),
     "algorithm.consistency.likelihood_clip": (0, 1),
     "algorithm.consistency.accuracy_threshold": (0, 1),
@@ -334,6 +339,11 @@ def seconds_of(duration: str) -> float:
 def _check_together(recipe: Recipe) -> None:
     if recipe.trainer.max_time_per_run is not None:
         seconds_of(recipe.trainer.max_time_per_run)
+    if recipe.algorithm.consistency.kind == "counterfactual" and not recipe.algorithm.shared_prompt:
+        raise InputError(
+            "algorithm.consistency.kind=counterfactual scores every answer behind every reasoning "
+            "of its group, which needs algorithm.shared_prompt=true"
+        )
     check_data(recipe.data)
     check_evaluation(recipe.evaluation)
     check_model(recipe.model)

@@ -1,4 +1,4 @@
-"""Answer likelihood and consistency bonus (arXiv 2506.16141, steps 3 to 5), and its ablations."""
+"""Answer likelihood and consistency bonus (arXiv 2506.16141, steps 3 to 5), and other bonuses."""
 
 import torch
 from torch import Tensor
@@ -99,6 +99,33 @@ def dense_bonus(
     """
     bonus = bonus_coefficient * answer_likelihood.clamp(max=likelihood_clip)
     return torch.where(answer_likelihood.isnan(), 0.0, bonus)
+
+
+def counterfactual_bonus(
+    pair_likelihood: Tensor, *, bonus_coefficient: float = 0.5, floor: float = -5.0
+) -> Tensor:
+    """Bonus for answers that depend on their reasoning: the leave-one-out counterfactual bonus.
+
+    Not in the paper. Per group, with l_ij = max(log p_ref(answer i | reasoning j), floor):
+    cf_i = l_ii - mean of l_ij over the other completions j that have an answer;
+    r^c_i = bonus_coefficient * clip(cf_i, -1, 1), right or wrong, so it can be negative. An answer
+    that is as likely behind anybody's reasoning gets nothing. 0 without an answer, and where no
+    other completion has one.
+
+    `pair_likelihood` [B, G, G]: row i, column j: exp of the mean log-probability of the tokens of
+    answer i behind reasoning j; NaN where either completion has no answer. Returns [B, G] of its
+    type. Raises ValueError for another shape.
+    """
+    if pair_likelihood.dim() != 3 or pair_likelihood.shape[1] != pair_likelihood.shape[2]:
+        raise ValueError(f"pair_likelihood needs [B, G, G], not {tuple(pair_likelihood.shape)}")
+    log_likelihood = pair_likelihood.log().clamp(min=floor)
+    own = log_likelihood.diagonal(dim1=1, dim2=2)
+    others = ~pair_likelihood.isnan()
+    others &= ~torch.eye(pair_likelihood.shape[1], dtype=torch.bool, device=others.device)
+    count = others.sum(dim=-1)
+    elsewhere = torch.where(others, log_likelihood, 0.0).sum(dim=-1) / count
+    bonus = bonus_coefficient * (own - elsewhere).clamp(-1.0, 1.0)
+    return torch.where((count > 0) & ~own.isnan(), bonus, 0.0)
 
 
 def _check_shapes(accuracy: Tensor, answer_likelihood: Tensor) -> None:

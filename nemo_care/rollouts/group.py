@@ -37,10 +37,11 @@ class Group:
 
     Float32 [G] each, filled in this order: `rewards` (by name, such as accuracy and format) and
     `base_reward` (their weighted sum); `answer_likelihood` (the reference; clipped from above, NaN
-    without an answer); `consistency_bonus`, `reward`, `advantage`. `reference_log_probs`, one
+    without an answer); `consistency_bonus`, `reward`, `advantage`. `pair_likelihood` [G, G] (row:
+    answer, column: reasoning) is there for the counterfactual bonus. `reference_log_probs`, one
     float32 [C] per completion with NaN where the reference was not asked (outside the answers,
-    unless there is a KL term), are known on the last pipeline stage only, where the loss is
-    computed.
+    unless there is a KL term), and the pairs are known on the last pipeline stage only, where the
+    loss is computed.
     """
 
     prompt: Prompt
@@ -48,6 +49,7 @@ class Group:
     rewards: dict[str, torch.Tensor] = field(default_factory=dict)
     base_reward: torch.Tensor = field(default_factory=_unset)
     answer_likelihood: torch.Tensor = field(default_factory=_unset)
+    pair_likelihood: torch.Tensor | None = None
     reference_log_probs: list[torch.Tensor] | None = None
     consistency_bonus: torch.Tensor = field(default_factory=_unset)
     reward: torch.Tensor = field(default_factory=_unset)

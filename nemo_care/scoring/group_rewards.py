@@ -4,7 +4,12 @@ import torch
 
 from nemo_care.config import ConsistencyConfig
 from nemo_care.objective.advantages import group_advantages
-from nemo_care.objective.consistency import accurate_bonus, consistency_bonus, dense_bonus
+from nemo_care.objective.consistency import (
+    accurate_bonus,
+    consistency_bonus,
+    counterfactual_bonus,
+    dense_bonus,
+)
 from nemo_care.rollouts.group import Group
 
 
@@ -21,6 +26,15 @@ def add_consistency_bonus(group: Group, config: ConsistencyConfig) -> None:
 
 
 def _bonus(group: Group, config: ConsistencyConfig) -> torch.Tensor:
+    if config.kind == "counterfactual":
+        assert group.pair_likelihood is not None, "the scoring pass makes them"
+        counterfactual = counterfactual_bonus(
+            group.pair_likelihood[None], bonus_coefficient=config.bonus_coefficient
+        )[0]
+        share = config.counterfactual_share
+        if share == 1:
+            return counterfactual
+        return share * counterfactual + (1 - share) * _group_bonus(group, config)
     accuracy, likelihood = group.accuracy[None], group.answer_likelihood[None]
     if config.kind == "dense":
         return dense_bonus(
@@ -36,9 +50,14 @@ def _bonus(group: Group, config: ConsistencyConfig) -> torch.Tensor:
             accuracy_threshold=config.accuracy_threshold,
         )[0]
     assert config.kind == "group", "check_recipe"
+    return _group_bonus(group, config)
+
+
+def _group_bonus(group: Group, config: ConsistencyConfig) -> torch.Tensor:
+    """The paper's."""
     return consistency_bonus(
-        accuracy,
-        likelihood,
+        group.accuracy[None],
+        group.answer_likelihood[None],
         bonus_coefficient=config.bonus_coefficient,
         consistency_margin=config.margin,
         likelihood_clip=config.likelihood_clip,

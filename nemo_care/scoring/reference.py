@@ -46,7 +46,11 @@ class Reference:
         """
         with self.average.in_place():
             tables = self.scorer.score(
-                groups, self._score_batch, rows=len(_FOUND), all_tokens=self.all_tokens
+                groups,
+                self._score_batch,
+                rows=len(_FOUND),
+                all_tokens=self.all_tokens,
+                answer_pairs=self.consistency.kind == "counterfactual",
             )
         for group, table in zip(groups, tables, strict=True):
             for name, values in zip(_FOUND, table, strict=True):
@@ -57,17 +61,20 @@ class Reference:
         with self.average.in_place():
             return self.scorer.answer_likelihoods(groups)
 
-    def _score_batch(self, batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
+    def _score_batch(
+        self, batch: GroupBatch, log_probs: torch.Tensor, pairs: list[torch.Tensor] | None
+    ) -> list[Table]:
         likelihoods = answer_likelihood(log_probs, batch.answer_mask)
         likelihoods = likelihoods.clamp(max=self.consistency.likelihood_clip).cpu()
         asked = batch.asked_of_reference(all_tokens=self.all_tokens)
         vectors = batch.unpadded(torch.where(asked, log_probs, torch.nan))
         sizes = [group.size for group in batch.groups]
         tables = []
-        for group, likelihood, scored in zip(
-            batch.groups, likelihoods.split(sizes), vectors, strict=True
+        for number, (group, likelihood, scored) in enumerate(
+            zip(batch.groups, likelihoods.split(sizes), vectors, strict=True)
         ):
             group.reference_log_probs = scored
+            group.pair_likelihood = None if pairs is None else pairs[number].cpu()
             group.answer_likelihood = likelihood
             add_consistency_bonus(group, self.consistency)
             set_advantage(group)
