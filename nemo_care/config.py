@@ -83,6 +83,11 @@ class ReferenceConfig:
     """Share of the old reference that an update keeps."""
     ema_update_every: int = 10
     """Optimizer steps between updates; 0: the reference stays frozen."""
+    ema_start_step: int = 0
+    """Optimizer steps until which the reference stays what it was at the start."""
+    ema_max_selection_rate: float = 1.0
+    """The reference waits while the bonus tells accurate completions apart in a larger share of the
+    groups than this (care/selection_rate); 1: it never waits, as in the paper."""
     offload: bool = False
     """Keep the reference in CPU memory and on the GPU only while it scores."""
     max_logprob_difference: float = 0.01
@@ -248,6 +253,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "algorithm.consistency.accuracy_threshold": (0, 1),
     "algorithm.reference.ema_decay": (0, 1),
     "algorithm.reference.ema_update_every": (0, None),
+    "algorithm.reference.ema_start_step": (0, None),
+    "algorithm.reference.ema_max_selection_rate": (0, 1),
     "algorithm.reference.max_logprob_difference": (0, None),
     "rollout.temperature": (1e-3, None),
     "rollout.top_p": (1e-6, 1),

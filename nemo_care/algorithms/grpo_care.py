@@ -26,13 +26,18 @@ from nemo_care.evaluation.results import Results
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.weights import export_hf
 from nemo_care.parallel.checkpoints import sharding_metadata
+from nemo_care.parallel.cpu_compat import compute_device
 from nemo_care.parallel.memory import memory_metrics
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.parallel.stop_request import StopRequest
 from nemo_care.rollouts.generator import Generator, Sampling
 from nemo_care.rollouts.group import Group
 from nemo_care.run_files import RunFiles
-from nemo_care.scoring.group_rewards import add_consistency_bonus, set_advantage
+from nemo_care.scoring.group_rewards import (
+    add_consistency_bonus,
+    selection_counts,
+    set_advantage,
+)
 from nemo_care.scoring.reference import Reference
 
 # Tells training's random numbers from those of validation.
@@ -86,6 +91,7 @@ class GRPOCareTrainer:
         self.checkpoints = Checkpointing(recipe, ranks, files, self.console)
         self.watch = StepWatch(recipe, ranks, files, self.console)
         self.step = 0
+        self.selection_rate: float | None = None
         self.timing: dict[str, float] = {}
 
     # ------------------------------------------------------------------ the algorithm
@@ -143,7 +149,8 @@ class GRPOCareTrainer:
         # In a bad step too, once its first update was made: rollout and scoring lie before that.
         if bad is None or bad.update > 0:
             self.watch.check_differences(self.step, metrics, untouched=optimizer_steps == 0)
-        return {**metrics, **counts}
+        self.watch.check_selection(self.step, self.selection_rate)
+        return {**metrics, **counts, "care/selection_rate": self.selection_rate}
 
     def _next_prompts(self) -> tuple[list[Prompt], list[Skipped]]:
         try:
@@ -171,17 +178,26 @@ class GRPOCareTrainer:
 
     def score(self, groups: list[Group]) -> None:
         """Answer likelihood, bonus, reward and advantage of each completion (steps 3 to 6)."""
+        consistency = self.recipe.algorithm.consistency
         if self.reference is not None:
             self.reference.score_answers(groups)
-            return
-        for group in groups:
-            add_consistency_bonus(group, self.recipe.algorithm.consistency)
-            set_advantage(group)
+        else:
+            for group in groups:
+                add_consistency_bonus(group, consistency)
+                set_advantage(group)
+        self.selection_rate = None
+        if consistency.bonus_coefficient > 0:
+            choices, made = self.ranks.sum_over_data(
+                selection_counts(groups, consistency).to(compute_device())
+            ).tolist()
+            self.selection_rate = made / choices if choices else None
 
     def track_policy(self) -> None:
         """Let the reference follow the policy, after an optimizer step (algorithm step 8)."""
         if self.reference is not None:
-            self.reference.track(self.policy.model, self.policy.optimizer_steps)
+            self.reference.track(
+                self.policy.model, self.policy.optimizer_steps, self.selection_rate
+            )
 
     # ------------------------------------------------------------------ validation
 

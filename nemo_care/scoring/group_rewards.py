@@ -1,5 +1,7 @@
 """Bonus, reward and advantage on groups: the pure formulas of `objective`, applied."""
 
+from collections.abc import Sequence
+
 import torch
 
 from nemo_care.config import ConsistencyConfig
@@ -9,6 +11,7 @@ from nemo_care.objective.consistency import (
     consistency_bonus,
     counterfactual_bonus,
     dense_bonus,
+    selection,
 )
 from nemo_care.rollouts.group import Group
 
@@ -63,6 +66,21 @@ def _group_bonus(group: Group, config: ConsistencyConfig) -> torch.Tensor:
         likelihood_clip=config.likelihood_clip,
         accuracy_threshold=config.accuracy_threshold,
     )[0]
+
+
+def selection_counts(groups: Sequence[Group], config: ConsistencyConfig) -> torch.Tensor:
+    """How many groups the bonus could tell accurate completions apart in, and in how many it did:
+    float32 [2]."""
+    counts = torch.zeros(2)
+    for group in groups:
+        has_choice, chooses = selection(
+            group.accuracy[None],
+            group.answer_likelihood[None],
+            group.consistency_bonus[None],
+            accuracy_threshold=config.accuracy_threshold,
+        )
+        counts += torch.tensor([float(has_choice), float(chooses)])
+    return counts
 
 
 def set_advantage(group: Group) -> None:

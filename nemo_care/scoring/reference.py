@@ -31,6 +31,8 @@ class Reference:
         config = algorithm.reference
         self.average = WeightAverage(model, config.ema_decay, offload=config.offload)
         self.update_every = config.ema_update_every
+        self.start_step = config.ema_start_step
+        self.max_selection_rate = config.ema_max_selection_rate
         self.consistency = algorithm.consistency
         self.all_tokens = algorithm.kl_coefficient > 0
         self.ranks = ranks
@@ -82,9 +84,17 @@ class Reference:
             tables.append(table.to(log_probs.device))
         return tables
 
-    def track(self, policy: torch.nn.Module, step: int) -> None:
-        """Move towards the policy after every `ema_update_every` optimizer steps (step 8)."""
-        if self.update_every and step % self.update_every == 0:
+    def track(
+        self, policy: torch.nn.Module, step: int, selection_rate: float | None = None
+    ) -> None:
+        """Move towards the policy after every `ema_update_every` optimizer steps (step 8).
+
+        Not before `ema_start_step`, nor while the share of groups in which the bonus tells accurate
+        completions apart is above `ema_max_selection_rate`.
+        """
+        waits = selection_rate is not None and selection_rate > self.max_selection_rate
+        is_due = self.update_every and step % self.update_every == 0
+        if is_due and step > self.start_step and not waits:
             self.average.update(policy)
 
     def distance(self, policy: torch.nn.Module) -> float:
