@@ -35,6 +35,7 @@ class Reference:
         self.max_selection_rate = config.ema_max_selection_rate
         self.consistency = algorithm.consistency
         self.all_tokens = algorithm.kl_coefficient > 0
+        self.answer_pairs = algorithm.consistency.kind == "counterfactual"
         self.ranks = ranks
         # As the model was built: only a recipe with fp8.scoring builds it for 8 bits.
         self.scorer = Scorer(model, ranks, layout, fp8=True)
@@ -52,7 +53,7 @@ class Reference:
                 self._score_batch,
                 rows=len(_FOUND),
                 all_tokens=self.all_tokens,
-                answer_pairs=self.consistency.kind == "counterfactual",
+                answer_pairs=self.answer_pairs,
             )
         for group, table in zip(groups, tables, strict=True):
             for name, values in zip(_FOUND, table, strict=True):
