@@ -18,7 +18,7 @@ from nemo_care.data_config import DATA_KINDS, MISSING, DataConfig, check_data
 from nemo_care.errors import InputError
 from nemo_care.evaluation_config import JUDGES, EvaluationConfig, check_evaluation
 from nemo_care.model_config import FP8_RECIPES, ModelConfig, OptimizerConfig, check_model
-from nemo_care.rollout_config import ROLLOUT_RANGES, RolloutConfig
+from nemo_care.rollout_config import ROLLOUT_RANGES, RolloutConfig, check_rollout
 
 # What is usual; more ranks than that ask for more machines.
 _RANKS_OF_A_MACHINE = 8
@@ -316,6 +316,7 @@ def _check_together(recipe: Recipe) -> None:
     check_data(recipe.data)
     check_evaluation(recipe.evaluation)
     check_model(recipe.model)
+    check_rollout(recipe.rollout)
 
 
 def check_world(recipe: Recipe) -> None:

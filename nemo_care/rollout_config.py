@@ -1,6 +1,25 @@
-"""The keys under `rollout` of the recipe's schema, and their ranges (see config.py)."""
+"""The keys under `rollout` of the recipe's schema, their ranges and checks (see config.py)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from nemo_care.errors import InputError
+
+
+@dataclass
+class ImportanceSamplingConfig:
+    """Truncated importance sampling, for a sampler whose numbers differ from the trainer's (other
+    kernels, 8 bits): each token's loss, its KL term excepted, is multiplied by
+    min(pi_trainer / pi_rollout, cap), both before the update, without a gradient. Metrics:
+    `rollout/importance_mean` (mean weight of the tokens), `rollout/importance_max` (largest ratio
+    before the cap) and `rollout/importance_truncated` (share of tokens above the cap). The ratio is
+    that of the models at temperature 1 and without top_p. So it asks for rollout.temperature=1; and
+    it mends what kernels change, not what rollout.top_p leaves out: sampling among the likeliest
+    tokens stays the approximation that it is without this switch."""
+
+    enabled: bool = False
+    """Weight the tokens."""
+    cap: float = 2.0
+    """Largest weight; it bounds what a token that the sampler found very unlikely can do."""
 
 
 @dataclass
@@ -19,6 +38,7 @@ class RolloutConfig:
     """The mean difference between a token's log-probability in rollout and in training. Above it
     the first step stops the run, because weights or positions must be wrong on one side; later
     steps are told on the console."""
+    importance_sampling: ImportanceSamplingConfig = field(default_factory=ImportanceSamplingConfig)
 
 
 # As config.RANGES.
@@ -28,4 +48,21 @@ ROLLOUT_RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.max_completion_tokens": (1, None),
     "rollout.groups_per_batch": (1, None),
     "rollout.max_logprob_difference": (0, None),
+    "rollout.importance_sampling.cap": (1, None),
 }
+
+
+def check_rollout(rollout: RolloutConfig) -> None:
+    """Check the keys under `rollout` against each other.
+
+    Raises:
+        InputError: names the keys and what they may be.
+    """
+    # The generator's log-probabilities are those at temperature 1. At another one the tokens come
+    # from other distributions, whose ratio theirs is not.
+    if rollout.importance_sampling.enabled and rollout.temperature != 1:
+        raise InputError(
+            f"rollout.temperature={rollout.temperature:g}: rollout.importance_sampling compares "
+            "sampler and trainer at temperature 1; set rollout.temperature=1, or "
+            "rollout.importance_sampling.enabled=false"
+        )
