@@ -23,6 +23,24 @@ class ImportanceSamplingConfig:
 
 
 @dataclass
+class DynamicSamplingConfig:
+    """Dynamic sampling (DAPO, arXiv 2503.14476): a step samples round after round of
+    algorithm.prompts_per_step prompts until so many groups have a signal, which is an advantage
+    that is not 0, the bonus included. It trains on the first of these in the order of the data; the
+    other groups are set aside, marked `used: false` in rollouts/. Where max_rounds give too few,
+    groups without a signal fill the step up. Metrics: `rollout/rounds`, `rollout/groups_sampled`
+    and `rollout/groups_set_aside`. The metrics of rewards, answers, lengths and groups describe all
+    that was sampled, as they do without this switch, or the policy would look as if it were never
+    sure; train/*, the differences of log-probabilities and importance_* describe what was trained
+    on. An epoch has fewer steps, and `nemo-care plan` counts one round."""
+
+    enabled: bool = False
+    """Sample on until enough groups have a signal."""
+    max_rounds: int = 4
+    """Rounds of a step at most, the first included."""
+
+
+@dataclass
 class RolloutConfig:
     """Sampling completions."""
 
@@ -39,6 +57,7 @@ class RolloutConfig:
     the first step stops the run, because weights or positions must be wrong on one side; later
     steps are told on the console."""
     importance_sampling: ImportanceSamplingConfig = field(default_factory=ImportanceSamplingConfig)
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
 
 
 # As config.RANGES.
@@ -49,6 +68,7 @@ ROLLOUT_RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.groups_per_batch": (1, None),
     "rollout.max_logprob_difference": (0, None),
     "rollout.importance_sampling.cap": (1, None),
+    "rollout.dynamic_sampling.max_rounds": (1, None),
 }
 
 

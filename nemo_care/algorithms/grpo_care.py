@@ -12,6 +12,7 @@ import torch
 
 from nemo_care.algorithms.checkpointing import Checkpointing
 from nemo_care.algorithms.console import Console
+from nemo_care.algorithms.dynamic_sampling import DynamicSampling
 from nemo_care.algorithms.numbers import finite_or_none
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.records import Row, completion_rows, rollout_metrics
@@ -85,8 +86,11 @@ class GRPOCareTrainer:
         self.console = Console(recipe, active=ranks.rank == 0)
         self.checkpoints = Checkpointing(recipe, ranks, files, self.console)
         self.watch = StepWatch(recipe, ranks, files, self.console)
+        self.sampling = DynamicSampling(recipe, ranks)
         self.step = 0
+        # Of the step that runs, over all its rounds of sampling.
         self.timing: dict[str, float] = {}
+        self.skipped: list[Skipped] = []
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -116,21 +120,28 @@ class GRPOCareTrainer:
         return self.finish(time.perf_counter() - started)
 
     def run_training_step(self) -> tuple[Metrics, list[Group], list[Skipped]]:
-        """One step of GRPO-CARE (arXiv 2506.16141)."""
-        self.timing = {}
+        """One step of GRPO-CARE (arXiv 2506.16141); its metrics, and all it sampled and skipped."""
+        self.timing, self.skipped = {}, []
         with self._phase("step"):
-            with self._phase("data"):
-                prompts, skipped = self._next_prompts()
-            with self._phase("rollout"):
-                groups = self.generate_rollouts(prompts)
-            with self._phase("reward"):
-                self.rewards(groups)
-            with self._phase("scoring"):
-                self.score(groups)
+            # One round of sampling, or with rollout.dynamic_sampling several.
+            sampled = self.sampling(self.sample_groups)
             with self._phase("update"):
                 before = self.policy.optimizer_steps
-                metrics = self.policy.update(groups, after_step=self.track_policy)
-        return self._look_at_numbers(metrics, groups, before), groups, skipped
+                metrics = self.policy.update(sampled.trained, after_step=self.track_policy)
+        metrics = self._look_at_numbers(metrics, sampled.trained, before)
+        return {**metrics, **sampled.metrics}, sampled.groups, self.skipped
+
+    def sample_groups(self) -> list[Group]:
+        """The next prompts' groups, all but the update (algorithm steps 1 to 6)."""
+        with self._phase("data"):
+            prompts = self._next_prompts()
+        with self._phase("rollout"):
+            groups = self.generate_rollouts(prompts)
+        with self._phase("reward"):
+            self.rewards(groups)
+        with self._phase("scoring"):
+            self.score(groups)
+        return groups
 
     def _look_at_numbers(
         self, metrics: Metrics, groups: list[Group], optimizer_steps: int
@@ -145,15 +156,18 @@ class GRPOCareTrainer:
             self.watch.check_differences(self.step, metrics, untouched=optimizer_steps == 0)
         return {**metrics, **counts}
 
-    def _next_prompts(self) -> tuple[list[Prompt], list[Skipped]]:
+    def _next_prompts(self) -> list[Prompt]:
         try:
-            return self.prompts.next_step()
+            prompts, skipped = self.prompts.next_step()
         except TooManySkipped as error:
             # The run ends here, on all ranks, and what this step left out is to be mended.
             self.checkpoints.wait()
+            self.skipped.extend(error.skipped)
             if self.ranks.rank == 0:
-                self.files.append_skipped(self.step, [asdict(item) for item in error.skipped])
+                self.files.append_skipped(self.step, [asdict(item) for item in self.skipped])
             raise
+        self.skipped.extend(skipped)
+        return prompts
 
     def generate_rollouts(self, prompts: list[Prompt]) -> list[Group]:
         """Sample G completions of each prompt from the policy (algorithm step 1)."""
@@ -231,7 +245,7 @@ class GRPOCareTrainer:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.timing[name] = time.perf_counter() - started
+        self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - started
 
     def log(self, metrics: Metrics, groups: list[Group], skipped: list[Skipped]) -> None:
         """Write the step's metrics and completions; collective, because rank 0 needs them all.
