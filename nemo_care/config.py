@@ -3,8 +3,8 @@
 A recipe is a YAML file (see `recipes/`) merged over these dataclasses by Hydra and OmegaConf, so
 an unknown key or a value of the wrong type is refused before anything starts. `check_recipe` then
 checks ranges and the keys against each other. Sizes are counts, lengths are tokens unless said.
-The keys under `data`, `evaluation`, `model` and `optimizer` are in `data_config.py`,
-`evaluation_config.py` and `model_config.py`.
+The keys under `data`, `evaluation`, `model`, `optimizer` and `rollout` are in `data_config.py`,
+`evaluation_config.py`, `model_config.py` and `rollout_config.py`.
 """
 
 import math
@@ -18,6 +18,7 @@ from nemo_care.data_config import DATA_KINDS, MISSING, DataConfig, check_data
 from nemo_care.errors import InputError
 from nemo_care.evaluation_config import JUDGES, EvaluationConfig, check_evaluation
 from nemo_care.model_config import FP8_RECIPES, ModelConfig, OptimizerConfig, check_model
+from nemo_care.rollout_config import ROLLOUT_RANGES, RolloutConfig, check_rollout
 
 # What is usual; more ranks than that ask for more machines.
 _RANKS_OF_A_MACHINE = 8
@@ -126,24 +127,6 @@ class AlgorithmConfig:
     """A number for each of the rewards; 0: recorded but not counted; null: 1 each."""
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-
-
-@dataclass
-class RolloutConfig:
-    """Sampling completions."""
-
-    temperature: float = 1.0
-    """Divides the logits before sampling."""
-    top_p: float = 0.95
-    """Sample among the likeliest tokens that hold this much probability together; 1: among all."""
-    max_completion_tokens: int = 768
-    """A longer completion is cut off; without a closing tag it has no format reward."""
-    groups_per_batch: int = 1
-    """Groups that are generated together."""
-    max_logprob_difference: float = 0.05
-    """The mean difference between a token's log-probability in rollout and in training. Above it
-    the first step stops the run, because weights or positions must be wrong on one side; later
-    steps are told on the console."""
 
 
 @dataclass
@@ -256,11 +239,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "algorithm.reference.ema_start_step": (0, None),
     "algorithm.reference.ema_max_selection_rate": (0, 1),
     "algorithm.reference.max_logprob_difference": (0, None),
-    "rollout.temperature": (1e-3, None),
-    "rollout.top_p": (1e-6, 1),
-    "rollout.max_completion_tokens": (1, None),
-    "rollout.groups_per_batch": (1, None),
-    "rollout.max_logprob_difference": (0, None),
+    **ROLLOUT_RANGES,
     "optimizer.lr": (0, None),
     "optimizer.min_lr": (0, None),
     "optimizer.warmup_steps": (0, None),
@@ -354,6 +333,7 @@ def _check_together(recipe: Recipe) -> None:
     check_data(recipe.data)
     check_evaluation(recipe.evaluation)
     check_model(recipe.model)
+    check_rollout(recipe.rollout)
 
 
 def check_world(recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from nemo_care.algorithms.checkpointing import Checkpointing
 from nemo_care.algorithms.console import Console
+from nemo_care.algorithms.dynamic_sampling import DynamicSampling
 from nemo_care.algorithms.numbers import finite_or_none
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.records import Row, completion_rows, rollout_metrics
@@ -26,7 +27,6 @@ from nemo_care.evaluation.results import Results
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.weights import export_hf
 from nemo_care.parallel.checkpoints import sharding_metadata
-from nemo_care.parallel.cpu_compat import compute_device
 from nemo_care.parallel.memory import memory_metrics
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.parallel.stop_request import StopRequest
@@ -35,7 +35,7 @@ from nemo_care.rollouts.group import Group
 from nemo_care.run_files import RunFiles
 from nemo_care.scoring.group_rewards import (
     add_consistency_bonus,
-    selection_counts,
+    selection_rate,
     set_advantage,
 )
 from nemo_care.scoring.reference import Reference
@@ -90,9 +90,12 @@ class GRPOCareTrainer:
         self.console = Console(recipe, active=ranks.rank == 0)
         self.checkpoints = Checkpointing(recipe, ranks, files, self.console)
         self.watch = StepWatch(recipe, ranks, files, self.console)
+        self.sampling = DynamicSampling(recipe, ranks)
         self.step = 0
+        # Of the step that runs, over all its rounds of sampling.
         self.selection_rate: float | None = None
         self.timing: dict[str, float] = {}
+        self.skipped: list[Skipped] = []
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -122,21 +125,31 @@ class GRPOCareTrainer:
         return self.finish(time.perf_counter() - started)
 
     def run_training_step(self) -> tuple[Metrics, list[Group], list[Skipped]]:
-        """One step of GRPO-CARE (arXiv 2506.16141)."""
-        self.timing = {}
+        """One step of GRPO-CARE (arXiv 2506.16141); its metrics, and all it sampled and skipped."""
+        self.timing, self.skipped = {}, []
         with self._phase("step"):
-            with self._phase("data"):
-                prompts, skipped = self._next_prompts()
-            with self._phase("rollout"):
-                groups = self.generate_rollouts(prompts)
-            with self._phase("reward"):
-                self.rewards(groups)
-            with self._phase("scoring"):
-                self.score(groups)
+            # One round of sampling, or with rollout.dynamic_sampling several.
+            sampled = self.sampling(self.sample_groups)
+            self.selection_rate = selection_rate(
+                sampled.groups, self.recipe.algorithm.consistency, self.ranks
+            )
             with self._phase("update"):
                 before = self.policy.optimizer_steps
-                metrics = self.policy.update(groups, after_step=self.track_policy)
-        return self._look_at_numbers(metrics, groups, before), groups, skipped
+                metrics = self.policy.update(sampled.trained, after_step=self.track_policy)
+        metrics = self._look_at_numbers(metrics, sampled.trained, before)
+        return {**metrics, **sampled.metrics}, sampled.groups, self.skipped
+
+    def sample_groups(self) -> list[Group]:
+        """The next prompts' groups, all but the update (algorithm steps 1 to 6)."""
+        with self._phase("data"):
+            prompts = self._next_prompts()
+        with self._phase("rollout"):
+            groups = self.generate_rollouts(prompts)
+        with self._phase("reward"):
+            self.rewards(groups)
+        with self._phase("scoring"):
+            self.score(groups)
+        return groups
 
     def _look_at_numbers(
         self, metrics: Metrics, groups: list[Group], optimizer_steps: int
@@ -152,15 +165,18 @@ class GRPOCareTrainer:
         self.watch.check_selection(self.step, self.selection_rate)
         return {**metrics, **counts, "care/selection_rate": self.selection_rate}
 
-    def _next_prompts(self) -> tuple[list[Prompt], list[Skipped]]:
+    def _next_prompts(self) -> list[Prompt]:
         try:
-            return self.prompts.next_step()
+            prompts, skipped = self.prompts.next_step()
         except TooManySkipped as error:
             # The run ends here, on all ranks, and what this step left out is to be mended.
             self.checkpoints.wait()
+            self.skipped.extend(error.skipped)
             if self.ranks.rank == 0:
-                self.files.append_skipped(self.step, [asdict(item) for item in error.skipped])
+                self.files.append_skipped(self.step, [asdict(item) for item in self.skipped])
             raise
+        self.skipped.extend(skipped)
+        return prompts
 
     def generate_rollouts(self, prompts: list[Prompt]) -> list[Group]:
         """Sample G completions of each prompt from the policy (algorithm step 1)."""
@@ -178,19 +194,12 @@ class GRPOCareTrainer:
 
     def score(self, groups: list[Group]) -> None:
         """Answer likelihood, bonus, reward and advantage of each completion (steps 3 to 6)."""
-        consistency = self.recipe.algorithm.consistency
         if self.reference is not None:
             self.reference.score_answers(groups)
-        else:
-            for group in groups:
-                add_consistency_bonus(group, consistency)
-                set_advantage(group)
-        self.selection_rate = None
-        if consistency.bonus_coefficient > 0:
-            choices, made = self.ranks.sum_over_data(
-                selection_counts(groups, consistency).to(compute_device())
-            ).tolist()
-            self.selection_rate = made / choices if choices else None
+            return
+        for group in groups:
+            add_consistency_bonus(group, self.recipe.algorithm.consistency)
+            set_advantage(group)
 
     def track_policy(self) -> None:
         """Let the reference follow the policy, after an optimizer step (algorithm step 8)."""
@@ -247,7 +256,7 @@ class GRPOCareTrainer:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.timing[name] = time.perf_counter() - started
+        self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - started
 
     def log(self, metrics: Metrics, groups: list[Group], skipped: list[Skipped]) -> None:
         """Write the step's metrics and completions; collective, because rank 0 needs them all.

@@ -6,9 +6,9 @@ metrics) travel over gloo groups of our own, so that they never occupy a GPU.
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -198,6 +198,27 @@ class Ranks:
             return values  # type: ignore[return-value]
 
         return self.from_leader(gather)
+
+    def move_between_replicas(
+        self, moves: Sequence[tuple[int, int]], values: Sequence[T]
+    ) -> list[T]:
+        """Objects from one model replica to another, each rank to its counterpart there.
+
+        `moves` are (from, to) and equal on all ranks; `values` are what this replica gives, in the
+        order of its moves. Returns what it gets, in that order. All ranks call it.
+        """
+        group = parallel_state.get_data_parallel_group_gloo()
+        given = iter(values)
+        received: list[T] = []
+        # One after the other, in an order that all agree on: no two wait for each other.
+        for source, target in moves:
+            if self.data_rank == source:
+                dist.send_object_list([next(given)], group_dst=target, group=group)
+            elif self.data_rank == target:
+                box: list[Any] = [None]
+                dist.recv_object_list(box, group_src=source, group=group)
+                received.append(box[0])
+        return received
 
     @staticmethod
     def gather_on_rank_zero(value: T) -> list[T]:

@@ -13,6 +13,8 @@ from nemo_care.objective.consistency import (
     dense_bonus,
     selection,
 )
+from nemo_care.parallel.cpu_compat import compute_device
+from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.group import Group
 
 
@@ -68,10 +70,17 @@ def _group_bonus(group: Group, config: ConsistencyConfig) -> torch.Tensor:
     )[0]
 
 
-def selection_counts(groups: Sequence[Group], config: ConsistencyConfig) -> torch.Tensor:
-    """How many groups the bonus could tell accurate completions apart in, and in how many it did:
-    float32 [2]."""
-    counts = torch.zeros(2)
+def selection_rate(
+    groups: Sequence[Group], config: ConsistencyConfig, ranks: Ranks
+) -> float | None:
+    """In which share of the groups of all replicas the bonus tells accurate completions apart.
+
+    Groups with fewer than two of these do not count; None where there is no other, or no bonus.
+    Collective over the replicas.
+    """
+    if config.bonus_coefficient == 0:
+        return None
+    counts = torch.zeros(2, device=compute_device())
     for group in groups:
         has_choice, chooses = selection(
             group.accuracy[None],
@@ -79,8 +88,9 @@ def selection_counts(groups: Sequence[Group], config: ConsistencyConfig) -> torc
             group.consistency_bonus[None],
             accuracy_threshold=config.accuracy_threshold,
         )
-        counts += torch.tensor([float(has_choice), float(chooses)])
-    return counts
+        counts += torch.cat([has_choice, chooses]).to(counts)
+    with_choice, chosen = ranks.sum_over_data(counts).tolist()
+    return chosen / with_choice if with_choice else None
 
 
 def set_advantage(group: Group) -> None:
