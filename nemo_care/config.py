@@ -4,7 +4,7 @@ A recipe is a YAML file (see `recipes/`) merged over these dataclasses by Hydra 
 an unknown key or a value of the wrong type is refused before anything starts. `check_recipe` then
 checks ranges and the keys against each other. Sizes are counts, lengths are tokens unless said.
 The keys under `data`, `evaluation`, `model` and `optimizer` are in `data_config.py`,
-`evaluation_config.py` and `model_config.py`.
+`evaluation_config.py` and `model_config.py`, those under `rollout.vllm` in `vllm_config.py`.
 """
 
 import math
@@ -18,6 +18,7 @@ from nemo_care.data_config import DATA_KINDS, MISSING, DataConfig, check_data
 from nemo_care.errors import InputError
 from nemo_care.evaluation_config import JUDGES, EvaluationConfig, check_evaluation
 from nemo_care.model_config import FP8_RECIPES, ModelConfig, OptimizerConfig, check_model
+from nemo_care.vllm_config import PLACEMENTS, ROLLOUT_BACKENDS, VLLMConfig, check_vllm
 
 # What is usual; more ranks than that ask for more machines.
 _RANKS_OF_A_MACHINE = 8
@@ -123,6 +124,9 @@ class AlgorithmConfig:
 class RolloutConfig:
     """Sampling completions."""
 
+    backend: str = "megatron"
+    """Who samples: megatron (the training ranks themselves; needs nothing) or vllm (vLLM's engines,
+    which get the weights after each update)."""
     temperature: float = 1.0
     """Divides the logits before sampling."""
     top_p: float = 0.95
@@ -130,11 +134,12 @@ class RolloutConfig:
     max_completion_tokens: int = 768
     """A longer completion is cut off; without a closing tag it has no format reward."""
     groups_per_batch: int = 1
-    """Groups that are generated together."""
+    """Groups that are generated together; vllm finds out by itself."""
     max_logprob_difference: float = 0.05
     """The mean difference between a token's log-probability in rollout and in training. Above it
     the first step stops the run, because weights or positions must be wrong on one side; later
     steps are told on the console."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 
 @dataclass
@@ -209,6 +214,8 @@ CHOICES = {
     "model.precision.fp8.recipe": FP8_RECIPES,
     "model.precision.fp8.format": ("auto", "e4m3", "hybrid"),
     "algorithm.consistency.kind": CONSISTENCY_KINDS,
+    "rollout.backend": ROLLOUT_BACKENDS,
+    "rollout.vllm.placement": PLACEMENTS,
     "optimizer.schedule": ("cosine", "constant"),
     "evaluation.judge": JUDGES,
     "data.train.kind": DATA_KINDS,
@@ -249,6 +256,12 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.max_completion_tokens": (1, None),
     "rollout.groups_per_batch": (1, None),
     "rollout.max_logprob_difference": (0, None),
+    "rollout.vllm.tensor_parallel_size": (1, None),
+    "rollout.vllm.gpu_memory_utilization": (0.01, 1),
+    "rollout.vllm.kv_cache_gib": (1e-3, None),
+    "rollout.vllm.sleep_level": (0, 2),
+    "rollout.vllm.bucket_mib": (1, None),
+    "rollout.vllm.timeout_seconds": (1, None),
     "optimizer.lr": (0, None),
     "optimizer.min_lr": (0, None),
     "optimizer.warmup_steps": (0, None),
@@ -337,6 +350,8 @@ def _check_together(recipe: Recipe) -> None:
     check_data(recipe.data)
     check_evaluation(recipe.evaluation)
     check_model(recipe.model)
+    if recipe.rollout.backend == "vllm":
+        check_vllm(recipe.rollout.vllm)
 
 
 def check_world(recipe: Recipe) -> None:
