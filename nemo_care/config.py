@@ -3,8 +3,8 @@
 A recipe is a YAML file (see `recipes/`) merged over these dataclasses by Hydra and OmegaConf, so
 an unknown key or a value of the wrong type is refused before anything starts. `check_recipe` then
 checks ranges and the keys against each other. Sizes are counts, lengths are tokens unless said.
-The keys under `data`, `evaluation`, `model`, `optimizer` and `rollout` are in `data_config.py`,
-`evaluation_config.py`, `model_config.py` and `rollout_config.py`.
+The keys under `data`, `evaluation`, `model`, `optimizer`, `rollout` and `rollout.vllm` lie in
+`data_config.py`, `evaluation_config.py`, `model_config.py`, `rollout_config.py`, `vllm_config.py`.
 """
 
 import math
@@ -19,6 +19,7 @@ from nemo_care.errors import InputError
 from nemo_care.evaluation_config import JUDGES, EvaluationConfig, check_evaluation
 from nemo_care.model_config import FP8_RECIPES, ModelConfig, OptimizerConfig, check_model
 from nemo_care.rollout_config import ROLLOUT_RANGES, RolloutConfig, check_rollout
+from nemo_care.vllm_config import PLACEMENTS, ROLLOUT_BACKENDS
 
 # What is usual; more ranks than that ask for more machines.
 _RANKS_OF_A_MACHINE = 8
@@ -201,6 +202,8 @@ CHOICES = {
     "model.precision.fp8.recipe": FP8_RECIPES,
     "model.precision.fp8.format": ("auto", "e4m3", "hybrid"),
     "algorithm.consistency.kind": CONSISTENCY_KINDS,
+    "rollout.backend": ROLLOUT_BACKENDS,
+    "rollout.vllm.placement": PLACEMENTS,
     "optimizer.schedule": ("cosine", "constant"),
     "evaluation.judge": JUDGES,
     "data.train.kind": DATA_KINDS,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from nemo_care.errors import InputError
+from nemo_care.vllm_config import VLLMConfig, check_vllm
 
 
 @dataclass
@@ -44,6 +45,9 @@ class DynamicSamplingConfig:
 class RolloutConfig:
     """Sampling completions."""
 
+    backend: str = "megatron"
+    """Who samples: megatron (the training ranks themselves; needs nothing) or vllm (vLLM's engines,
+    which get the weights after each update)."""
     temperature: float = 1.0
     """Divides the logits before sampling."""
     top_p: float = 0.95
@@ -51,13 +55,14 @@ class RolloutConfig:
     max_completion_tokens: int = 768
     """A longer completion is cut off; without a closing tag it has no format reward."""
     groups_per_batch: int = 1
-    """Groups that are generated together."""
+    """Groups that are generated together; vllm finds out by itself."""
     max_logprob_difference: float = 0.05
     """The mean difference between a token's log-probability in rollout and in training. Above it
     the first step stops the run, because weights or positions must be wrong on one side; later
     steps are told on the console."""
     importance_sampling: ImportanceSamplingConfig = field(default_factory=ImportanceSamplingConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 
 # As config.RANGES.
@@ -69,6 +74,12 @@ ROLLOUT_RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.max_logprob_difference": (0, None),
     "rollout.importance_sampling.cap": (1, None),
     "rollout.dynamic_sampling.max_rounds": (1, None),
+    "rollout.vllm.tensor_parallel_size": (1, None),
+    "rollout.vllm.gpu_memory_utilization": (0.01, 1),
+    "rollout.vllm.kv_cache_gib": (1e-3, None),
+    "rollout.vllm.sleep_level": (0, 2),
+    "rollout.vllm.bucket_mib": (1, None),
+    "rollout.vllm.timeout_seconds": (1, None),
 }
 
 
@@ -86,3 +97,5 @@ def check_rollout(rollout: RolloutConfig) -> None:
             "sampler and trainer at temperature 1; set rollout.temperature=1, or "
             "rollout.importance_sampling.enabled=false"
         )
+    if rollout.backend == "vllm":
+        check_vllm(rollout.vllm)

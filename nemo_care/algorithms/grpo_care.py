@@ -181,7 +181,7 @@ class GRPOCareTrainer:
     def generate_rollouts(self, prompts: list[Prompt]) -> list[Group]:
         """Sample G completions of each prompt from the policy (algorithm step 1)."""
         rollout = self.recipe.rollout
-        return self.generator.generate(
+        groups = self.generator.generate(
             prompts,
             Sampling(
                 group_size=self.recipe.algorithm.group_size,
@@ -191,6 +191,8 @@ class GRPOCareTrainer:
                 seed=(self.recipe.trainer.seed, _SEED_DOMAIN),
             ),
         )
+        self.generator.rest()
+        return groups
 
     def score(self, groups: list[Group]) -> None:
         """Answer likelihood, bonus, reward and advantage of each completion (steps 3 to 6)."""
@@ -391,6 +393,7 @@ class GRPOCareTrainer:
         """Complete the last checkpoint, export the trained model and write the summary."""
         self.checkpoints.wait()
         self.validator.evaluator.close()
+        self.generator.close()
         export = self.files.export if self.recipe.checkpoint.export else None
         if export is not None:
             self._export(export)

@@ -88,12 +88,14 @@ class Evaluator:
             pending.append(self._ask(made))
             while pending and (len(pending) > _PENDING or self._is_judged(pending[0])):
                 yield self._collect(pending.popleft())
+        self.generator.rest()
         while pending:
             yield self._collect(pending.popleft())
 
     def close(self) -> None:
-        """End the judge; nothing is asked afterwards."""
+        """End the judge and the generator; nothing is asked afterwards."""
         self.judge.close()
+        self.generator.close()
 
     def _shares(self, samples: Sequence[Sample], done: frozenset[int]) -> list[list[Numbered]]:
         """This replica's part of each batch that is not done everywhere."""

@@ -154,6 +154,7 @@ class Ranks:
         model_ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
         dist.all_gather_object(replicas, sorted(model_ranks))
         unique = sorted({tuple(members) for members in replicas})
+        self.model_ranks = tuple(sorted(model_ranks))
         self.model_leader = min(model_ranks)
         self.is_model_leader = self.rank == self.model_leader
         self._model_group, _ = dist.new_subgroups_by_enumeration(
@@ -188,6 +189,12 @@ class Ranks:
         An exception of `make` is raised on every rank of the replica, so that none waits forever.
         """
         return _from_source(make, self.model_leader, self._model_group)
+
+    def gather_in_replica(self, value: T) -> list[T]:
+        """One value per rank of this model replica, in their order, on each of them."""
+        values: list[T | None] = [None] * dist.get_world_size(self._model_group)
+        dist.all_gather_object(values, value, group=self._model_group)
+        return values  # type: ignore[return-value]
 
     def gather_from_replicas(self, value: T) -> list[T]:
         """One value per model replica, in data-parallel order, on every rank."""

@@ -1,0 +1,45 @@
+"""One trainer whose rollouts come from a real vLLM, for all tests of this folder."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+def vllm_recipe(checkpoint, world):
+    from small_runs import small_recipe
+
+    recipe = small_recipe(checkpoint, world)
+    recipe.rollout.backend = "vllm"
+    recipe.rollout.vllm.kv_cache_gib = 0.25
+    recipe.rollout.vllm.enforce_eager = True
+    recipe.rollout.vllm.timeout_seconds = 600
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def trainer(checkpoint, world, ranks, tmp_path_factory):
+    from small_runs import small_trainer
+
+    made = small_trainer(vllm_recipe(checkpoint, world), ranks, tmp_path_factory.mktemp("run"))
+    yield made
+    made.generator.close()
+
+
+@pytest.fixture(scope="session")
+def megatron(trainer):
+    from nemo_care.rollouts.megatron import MegatronGenerator
+
+    return MegatronGenerator(
+        trainer.policy.model, trainer.generator.tokenizer, trainer.ranks, groups_per_batch=4
+    )
+
+
+@pytest.fixture(scope="session")
+def prompts(checkpoint, world, tmp_path_factory):
+    """A video, two videos, an image behind a video, text only."""
+    from made_groups import make_prompts
+
+    return make_prompts(checkpoint, world, tmp_path_factory.mktemp("images"))
