@@ -1,6 +1,7 @@
 """`nemo-care study`: what is run, what is refused, what comes out."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,8 +9,13 @@ import pytest
 
 from nemo_care.errors import InputError
 from nemo_care.json_lines import complete_lines
-from nemo_care.study.command import run_study
+from nemo_care.study.command import main, run_study
 from nemo_care.study.config import find_study, read_study
+from nemo_care.study.docs import filled_page
+from nemo_care.study.findings import Findings
+from nemo_care.study.results import check_results, read_results
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 # A stand-in for training: writes what a run leaves behind. Seed 3 of "grpo" fails.
 FAKE = """
@@ -94,6 +100,25 @@ class World:
 @pytest.fixture
 def made(tmp_path):
     return World(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A study of which one run failed; tests read it only."""
+    world = World(tmp_path_factory.mktemp("trained"))
+    world.run()
+    return world
+
+
+@pytest.fixture
+def published(made, trained):
+    """Publishes those results anew, which trains nothing."""
+
+    def publish(**options):
+        assert made.run(results_file=trained.out / "results.jsonl", **options) == []
+        return made.out
+
+    return publish
 
 
 def test_failing_run_stops_no_other_and_is_the_only_one_to_run_again(made, capsys):
@@ -206,3 +231,207 @@ def test_studies_that_come_with_the_package_are_usable(file, tmp_path):
     runs = study_runs(read_study(file), tmp_path, None)
     assert len({run.folder for made in runs.values() for run in made}) >= 2
     assert json.dumps([run.arguments() for made in runs.values() for run in made])
+
+
+def row(text: str, first: str) -> list[str]:
+    """The cells of the Markdown table's row that begins so, behind its first."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_table_has_means_of_what_is_done(published):
+    text = (published() / "study.md").read_text().split("## Every seed")[0]
+    assert "4 of 5 runs are done." in text
+    table = text.split("## Two ways")[1]
+    heading = row(table, "variant")
+    start, grpo, care = (row(table, name) for name in ("start", "GRPO", "care"))
+    assert heading[:3] == ["L1 accuracy", "L2 accuracy", "L3 accuracy"]
+    assert heading[6:8] == [f"{level} consistency of the right ones" for level in ("L1", "L3")]
+    assert heading[8:] == [
+        "L1 probe implied",
+        "L1 probe true",
+        "L1 reasoning words",
+        "L1 format",
+        "seeds",
+    ]
+    assert start[:2] == ["0.50 ± 0.00", "0.40 ± 0.00"]
+    # The start of seed 3 is not known yet: its one run failed.
+    assert start[-1] == "2 of 3"
+    assert grpo[3] == "0.45 ± 0.07"
+    assert grpo[-1] == "2 of 3"
+    assert care[3:6] == ["0.96 ± 0.03", "0.86 ± 0.03", "0.76 ± 0.03"]
+    assert care[10] == "11.5 ± 0.7"
+    assert care[-1] == "2"
+
+
+def test_contrasts_are_paired_by_seed(published):
+    out = published()
+    cells = row((out / "study.md").read_text(), "care − GRPO")
+    # 0.98 - 0.50 and 0.94 - 0.40: mean 0.51, deviation 0.06 / sqrt(2).
+    assert cells == [
+        "The bonus.",
+        *["0.00 ± 0.00 (0/2)"] * 3,
+        *["+0.51 ± 0.04 (2/2)"] * 3,
+        "0.00 ± 0.00 (0/2)",
+    ]
+    record = json.loads((out / "study.json").read_text())
+    consistency = record["contrasts"][0]["differences"][3]
+    assert (consistency["level"], consistency["key"]) == ("L1", "consistency_rate")
+    assert consistency["mean"] == pytest.approx(0.51)
+    assert consistency["std"] == pytest.approx(0.06 / 2**0.5)
+    assert (consistency["positive"], consistency["seeds"]) == (2, 2)
+    ends = record["variants"]["grpo"]["end"]
+    assert ends["L1"]["consistency_rate"]["mean"] == pytest.approx(0.45)
+
+
+def test_differences_below_zero_have_a_sign_and_unpaired_seeds_are_left_out(made, trained):
+    # One seed of care is gone: a mean of one pair, without a deviation.
+    lines = complete_lines(trained.out / "results.jsonl")
+    results = made.folder / "some.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    made.edit("{left: care, right: grpo,", "{left: grpo, right: care,")
+    made.run(results_file=results)
+    cells = row((made.out / "study.md").read_text(), "GRPO − care")
+    assert cells[4] == "−0.48 (0/1)"
+
+
+def test_every_seed_and_the_time_are_told(published):
+    text = (published() / "study.md").read_text()
+    seeds, time = text.split("## Every seed")[1].split("## Time")
+    assert len([line for line in seeds.splitlines() if line.startswith("| GRPO |")]) == 2
+    assert "| GRPO | 2 | 0.90 |" in seeds
+    # Medians of 61 s and 62 s, of 1.5 s and 2.5 s.
+    assert row(time, "care") == ["120", "1 min 2 s", "2.00 s", "2"]
+
+
+def test_page_is_whole_and_needs_no_other_file(published, made, capsys):
+    made.edit("title: GRPO", "title: <b>GRPO</b>")
+    out = published()
+    page = (out / "study.html").read_text()
+    assert "&lt;b&gt;GRPO" in page
+    assert "<b>" not in page
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 2
+    assert "http" not in page
+    assert "4 of 5 runs are done" in page
+    assert "planted by the warm start" in page
+    printed = capsys.readouterr().out
+    assert "study.html" in printed
+    assert "±0.07" in printed
+    assert max(map(len, printed.splitlines()[:-1])) <= 80  # the last line is the page's path
+
+
+def test_figures_are_drawn_the_same_again(published):
+    figures = [published() / f"study_{name}.png" for name in ("dots", "curves")]
+    before = [figure.read_bytes() for figure in figures]
+    published()
+    assert [figure.read_bytes() for figure in figures] == before
+
+
+def test_variant_that_starts_elsewhere_is_named(made, trained):
+    lines = complete_lines(trained.out / "results.jsonl")
+    lines[-1]["start"]["L1"]["accuracy"] = 0.1
+    results = made.folder / "some.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made.run(results_file=results)
+    assert 'The row "start" is not the start of: care.' in (made.out / "study.md").read_text()
+
+
+def test_study_without_a_finished_run_publishes_nothing(made, capsys):
+    made.command = [sys.executable, "-c", "raise SystemExit(3)"]
+    assert len(made.run(only=["care"])) == 2
+    assert "no run is done yet" in capsys.readouterr().err
+    assert not (made.out / "study.html").exists()
+
+
+PAGE = """# By hand
+
+<!-- study:table -->
+old
+<!-- /study:table -->
+Between. <!-- study:table --> is no block within a line.
+<!-- study:dots -->
+<!-- /study:dots -->
+"""
+
+
+def test_docs_get_fresh_tables_figures_and_results(published, made):
+    docs = made.folder / "docs"
+    docs.mkdir()
+    page = docs / "tiny.md"
+    page.write_text(PAGE)
+    out = published(docs=page)
+    text = page.read_text()
+    assert text.startswith("# By hand\n\n<!-- study:table -->\n\n| variant |")
+    assert "old" not in text
+    assert "Between. <!-- study:table --> is" in text
+    assert "](tiny_dots.png)\n\n<!-- /study:dots -->\n" in text
+    assert (docs / "tiny_dots.png").read_bytes() == (out / "study_dots.png").read_bytes()
+    assert (docs / "tiny_curves.png").is_file()
+    # Again, from the results beside it: nothing changes.
+    assert made.run(results_file=docs / "tiny.jsonl", docs=page) == []
+    assert page.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        (
+            "study:dots",
+            "study:dost",
+            r'page.md:7: there is no block "study:dost"; blocks: variants',
+        ),
+        ("<!-- /study:dots -->\n", "", "page.md:7: the block is not closed"),
+        ("<!-- /study:table -->\n", "", "page.md:3: the block is not closed"),
+        ("<!-- study:table -->\nold\n", "", 'page.md:3: "/study:table" closes what is not open'),
+    ],
+)
+def test_unusable_docs_are_refused_before_the_first_run(made, old, new, named):
+    page = made.folder / "page.md"
+    page.write_text(PAGE.replace(old, new))
+    before = page.read_text()
+    with pytest.raises(InputError, match=named):
+        made.run(docs=page)
+    assert page.read_text() == before
+    assert not made.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"variant": "cure"}, "seed 1 of cure is not in the study"),
+        ({"seed": 9}, "seed 9 of grpo is not in the study"),
+        ({"overrides": ["a=1"]}, "seed 1 of grpo was made with other overrides: a=1"),
+        ({"seed": 2}, "seed 2 of grpo is there twice"),
+        ({"mood": "good"}, 'some.jsonl:1: unknown key "mood"'),
+    ],
+)
+def test_results_of_another_study_are_refused(made, trained, change, named):
+    lines = complete_lines(trained.out / "results.jsonl")
+    results = made.folder / "some.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in [lines[0] | change, *lines[1:]]))
+    with pytest.raises(InputError, match=named):
+        made.run(results_file=results)
+
+
+def test_command_line_tells_status_and_reason(made, trained, capsys):
+    where = ["--config-path", str(made.folder), "--out", str(made.out)]
+    results = str(trained.out / "results.jsonl")
+    assert main(["--config-name", "mine", *where, "--results", results]) == 0
+    assert main(["--config-name", "none", *where]) == 2
+    assert "there is no study none" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["--config-name", "mine", *where, "--results", results, "--jobs", "2"])
+    assert end.value.code == 2
+
+
+def test_committed_page_says_what_its_results_say():
+    page, results = DOCS / "study.md", DOCS / "study.jsonl"
+    if not (page.is_file() and results.is_file()):
+        pytest.skip("the study was not run yet")
+    study = read_study(find_study("study_miniature"))
+    found = read_results(results)
+    check_results(study, found, results)
+    text = page.read_text(encoding="utf-8")
+    assert filled_page(text, page, Findings(study, found)) == text
+    for name in re.findall(r"\]\((study_\w+\.png)\)", text):
+        assert (DOCS / name).is_file()

@@ -11,6 +11,7 @@ from nemo_care.errors import InputError
 from nemo_care.json_lines import replace_lines
 from nemo_care.reporting.reader import Levels, RunRecord, number, read_lines, read_run
 from nemo_care.reporting.training_runs import TrainingRun
+from nemo_care.study.config import Study
 
 RESULTS = "results.jsonl"
 # What is drawn over the steps.
@@ -18,7 +19,6 @@ CURVES = ("rollout/consistency_rate", "reward/accuracy", "care/answer_likelihood
 # Enough for a line three inches long.
 _POINTS = 50
 _DIGITS = 5
-_REQUIRED = ("variant", "seed", "start", "end", "curves")
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,8 @@ class Result:
     end: Levels | None
     curves: Mapping[str, Sequence[float | None]]
     """`step`, and the mean of each of `CURVES` over the steps up to there."""
-
-    def level(self, level: str, key: str) -> float:
-        """One number of the last validation; NaN where there is none."""
-        return level_number(self.end, level, key)
-
-
-def level_number(levels: Levels | None, level: str, key: str) -> float:
-    """One number of a validation; NaN where there is none."""
-    return number((levels or {}).get(level, {}).get(key))
+    data: str | None
+    """Kind of the training data."""
 
 
 def read_result(variant: str, run: TrainingRun) -> Result:
@@ -65,6 +58,7 @@ def read_result(variant: str, run: TrainingRun) -> Result:
         start=record.start,
         end=record.end,
         curves=_thinned(record),
+        data=record.setting("data.train.kind"),
     )
 
 
@@ -118,11 +112,30 @@ def read_results(file: Path) -> list[Result]:
     if not file.is_file():
         raise InputError(f"{file}: no such file; give the results.jsonl of a study")
     results = []
-    for place, line in enumerate(read_lines(file, required=_REQUIRED), start=1):
+    for place, line in enumerate(
+        read_lines(file, required=tuple(Result.__dataclass_fields__)), start=1
+    ):
         unknown = sorted(line.keys() - Result.__dataclass_fields__.keys())
-        missing = sorted(Result.__dataclass_fields__.keys() - line.keys())
-        if unknown or missing:
-            raise InputError(f"{file}:{place}: not a line of this version: {unknown or missing}")
+        if unknown:
+            raise InputError(f'{file}:{place}: unknown key "{unknown[0]}"; mend or remove the line')
         values: dict[str, Any] = line
         results.append(Result(**values))
     return results
+
+
+def check_results(study: Study, results: Sequence[Result], file: Path) -> None:
+    """Refuse results of another study: its tables would tell of runs that are not named there.
+
+    Raises:
+        InputError: a run that the study does not have, has with other overrides, or has once.
+    """
+    met = set()
+    for one in results:
+        run = f"{file}: seed {one.seed} of {one.variant}"
+        if one.variant not in study.variants or one.seed not in study.seeds_of(one.variant):
+            raise InputError(f"{run} is not in the study; remove the line or name the run there")
+        if one.overrides != list(study.overrides_of(one.variant)):
+            raise InputError(f"{run} was made with other overrides: {' '.join(one.overrides)}")
+        if (one.variant, one.seed) in met:
+            raise InputError(f"{run} is there twice; remove one of the lines")
+        met.add((one.variant, one.seed))
