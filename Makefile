@@ -6,7 +6,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Overrides for train and compare, such as ARGS="trainer.max_steps=20 trainer.devices=2".
+# Overrides for train and compare, such as ARGS="trainer.max_steps=20 trainer.devices=2"; options of
+# study, such as ARGS="--jobs 8".
 ARGS ?=
 
 # PyPI's Linux wheel of torch brings several GB of CUDA libraries; without an NVIDIA driver the CPU
@@ -21,7 +22,7 @@ endif
 # The big recipes that differ in their layout.
 SIZES := 3b 7b 32b 72b 32b_fp8 72b_fp8
 
-.PHONY: train test test-slow dry-runs audit compare bench report docs plans lint format clean help
+.PHONY: train test test-slow dry-runs audit compare study bench report docs plans lint format clean help
 
 train: $(INSTALLED)
 	$(BIN)/nemo-care train --config-name tiny_cpu $(ARGS)
@@ -42,6 +43,10 @@ dry-runs: $(INSTALLED)
 # GRPO and GRPO-CARE with three seeds each, and one table of both.
 compare: $(INSTALLED)
 	$(BIN)/nemo-care compare --recipes tiny_cpu_grpo tiny_cpu --seeds 1 2 3 $(if $(ARGS),--set $(ARGS))
+
+# The variants of recipes/studies/study_miniature.yaml; their tables go into docs/study.md.
+study: $(INSTALLED)
+	$(BIN)/nemo-care study --config-name study_miniature --docs docs/study.md $(ARGS)
 
 # Speed and memory against the simple way and against TRL, which gets an environment of its own.
 bench: $(INSTALLED) .venv-trl/.installed
@@ -101,6 +106,7 @@ clean:
 help:
 	@echo "make train     train the tiny model on this machine: 100 steps, minutes"
 	@echo "make compare   GRPO against GRPO-CARE, three seeds each"
+	@echo "make study     variants of GRPO-CARE, several seeds each: hours; fills docs/study.md"
 	@echo "make bench     benchmarks of scoring, step and data, and against TRL: 20 minutes"
 	@echo "make report    curves and a page of the last make train"
 	@echo "make test      the tests; make test-slow the long ones"
@@ -109,4 +115,4 @@ help:
 	@echo "make audit     known vulnerabilities of the installed packages"
 	@echo "make lint      ruff and mypy; make format mends what can be mended"
 	@echo "make clean     remove the virtual environment and the runs"
-	@echo 'ARGS="key=value ..." goes to train and compare as recipe overrides'
+	@echo 'ARGS="key=value ..." goes to train and compare as recipe overrides, to study as options'

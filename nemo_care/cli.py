@@ -115,6 +115,12 @@ def _compare(arguments: list[str]) -> int:
     return guarded(compare)
 
 
+def _study(arguments: list[str]) -> int:
+    from nemo_care.study.command import main as study
+
+    return study(arguments)
+
+
 def _miniature(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nemo-care miniature",
@@ -177,6 +183,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "export": (_export, "write a trained model as a Hugging Face directory"),
     "report": (_report, "draw a run's curves and a page that holds them"),
     "compare": (_compare, "train several recipes and seeds, and print one table"),
+    "study": (_study, "train the variants of a study; tables, figures and a page"),
     "miniature": (_miniature, "make the tiny world or the tiny checkpoint"),
 }
 

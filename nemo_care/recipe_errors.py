@@ -72,7 +72,8 @@ def _texts(error: BaseException | None) -> Iterator[str]:
 
 def _groups(folders: Iterable[Path]) -> list[str]:
     """Names of the groups of files that recipes are composed of, such as data and layout."""
-    return sorted({file.parent.name for folder in folders for file in folder.glob("*/*.yaml")})
+    found = {file.parent.name for folder in folders for file in folder.glob("*/*.yaml")}
+    return sorted(found - {"studies"})  # those are no recipes, see nemo_care/study/
 
 
 def _missing_file(name: str, options: Sequence[str], folders: Sequence[Path]) -> str:

@@ -250,7 +250,7 @@ def test_unknown_command_is_refused(run):
 def test_every_command_has_help():
     for command in ("train", "evaluate"):
         assert main([command, "--help"]) == 0
-    for command in ("data", "doctor", "export", "report", "compare", "miniature"):
+    for command in ("data", "doctor", "export", "report", "compare", "study", "miniature"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0

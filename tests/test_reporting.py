@@ -13,13 +13,13 @@ import pytest
 from rich.console import Console
 
 from nemo_care.errors import InputError
-from nemo_care.reporting import compare as compare_module
 from nemo_care.reporting.compare import compare
 from nemo_care.reporting.page import choose_samples
 from nemo_care.reporting.processes import available_cores, last_lines
 from nemo_care.reporting.reader import last_step, read_lines, read_run
 from nemo_care.reporting.report import duration, write_report
 from nemo_care.reporting.tables import validation_table
+from nemo_care.reporting.training_runs import quoted
 
 ATTACK = '<script>alert("x")</script> & <img src=http://evil.example/a.png>'
 METRICS = (
@@ -419,7 +419,7 @@ def test_paths_are_quoted_as_hydra_reads_them():
 
     parser = OverridesParser.create()
     for path in ("/runs/care-seed1", "/my runs/it's, a=b/x", "C:/a b/(1)"):
-        override = parser.parse_override("key=" + compare_module._quoted(path))
+        override = parser.parse_override("key=" + quoted(path))
         assert override.value() == path
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nemo_care.reporting.reader import Levels, number
-from nemo_care.reporting.tables import COLUMNS, level_names, rate
+from nemo_care.reporting.reader import Levels
+from nemo_care.reporting.tables import (
+    COLUMNS,
+    known_numbers,
+    level_names,
+    markdown_row,
+    mean_and_spread,
+    rate,
+    summary_by_level,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,7 +74,7 @@ class Comparison:
         probed = [
             level
             for level in levels
-            if any(_known([result], level, "probe_implied") for result in results)
+            if any(known_numbers([result], level, "probe_implied") for result in results)
         ]
         columns.extend((level, "probe_implied") for level in probed[:1])
         return columns
@@ -162,11 +168,16 @@ class Comparison:
         """The same table in Markdown, with its notes."""
         columns = self._columns()
         heading = ["run", "seed", *(f"{level} {COLUMNS[key]}" for level, key in columns)]
-        lines = ["# Comparison", "", _line(heading), _line(["---"] * 2 + ["---:"] * len(columns))]
+        lines = [
+            "# Comparison",
+            "",
+            markdown_row(heading),
+            markdown_row(["---"] * 2 + ["---:"] * len(columns)),
+        ]
         for row in (row for rows in self._rows() for row in rows):
             cells = [f"{text} ± {spread}" if spread else text for text, spread in row.values]
             cells = [row.name, row.seed, *cells]
-            lines.append(_line([f"**{cell}**" for cell in cells] if row.is_mean else cells))
+            lines.append(markdown_row([f"**{cell}**" for cell in cells] if row.is_mean else cells))
         if self.overrides:
             changed = ", ".join(f"`{override}`" for override in self.overrides)
             lines += ["", f"Overrides of the recipes: {changed}."]
@@ -191,7 +202,7 @@ class Comparison:
         ]
         summary = {
             recipe: {
-                side: _summary([getattr(one, side) for one in outcomes])
+                side: summary_by_level([getattr(one, side) for one in outcomes])
                 for side in ("start", "end")
             }
             for recipe, outcomes in self._recipes().items()
@@ -208,31 +219,7 @@ def _values(levels: Levels | None, columns: Sequence[tuple[str, str]]) -> list[s
     return [rate((levels or {}).get(level, {}).get(key)) for level, key in columns]
 
 
-def _known(results: Sequence[Levels | None], level: str, key: str) -> list[float]:
-    values = [number(levels.get(level, {}).get(key)) for levels in results if levels]
-    return [value for value in values if not math.isnan(value)]
-
-
 def _mean_text(results: Sequence[Levels | None], level: str, key: str) -> tuple[str, str]:
-    known = _known(results, level, key)
-    if not known:
-        return "–", ""
-    return rate(statistics.fmean(known)), rate(statistics.stdev(known)) if len(known) > 1 else ""
-
-
-def _summary(results: Sequence[Levels | None]) -> dict[str, dict[str, dict[str, Any]]]:
-    table: dict[str, dict[str, dict[str, Any]]] = {}
-    for level in level_names(*results):
-        for key in COLUMNS:
-            known = _known(results, level, key)
-            if known:
-                table.setdefault(level, {})[key] = {
-                    "mean": statistics.fmean(known),
-                    "std": statistics.stdev(known) if len(known) > 1 else None,
-                    "seeds": len(known),
-                }
-    return table
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    known = known_numbers(results, level, key)
+    mean, spread = mean_and_spread(known)
+    return rate(mean), rate(spread) if len(known) > 1 else ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_care.reporting.reader import Levels, RunRecord, number
@@ -42,6 +43,47 @@ def rate(value: Any) -> str:
 def level_names(*results: Levels | None) -> list[str]:
     """Names of the levels that occur, in their order."""
     return list(dict.fromkeys(name for levels in results if levels for name in levels))
+
+
+def level_number(levels: Levels | None, level: str, key: str) -> float:
+    """One number of a validation; NaN where there is none."""
+    return number((levels or {}).get(level, {}).get(key))
+
+
+def known_numbers(results: Iterable[Levels | None], level: str, key: str) -> list[float]:
+    """One number of several validations, of those that have it."""
+    values = [level_number(levels, level, key) for levels in results]
+    return [value for value in values if not math.isnan(value)]
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; NaN where there are too few values."""
+    mean = statistics.fmean(values) if values else math.nan
+    return mean, statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def summary_by_level(
+    results: Sequence[Levels | None], keys: Iterable[str] = COLUMNS
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Mean, sample standard deviation and count of each level's numbers, for JSON."""
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    keys = list(keys)
+    for level in level_names(*results):
+        for key in keys:
+            known = known_numbers(results, level, key)
+            if known:
+                mean, spread = mean_and_spread(known)
+                table.setdefault(level, {})[key] = {
+                    "mean": mean,
+                    "std": None if math.isnan(spread) else spread,
+                    "seeds": len(known),
+                }
+    return table
+
+
+def markdown_row(cells: Iterable[str]) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def present(key: str, results: Sequence[Levels | None]) -> bool:
@@ -114,11 +156,16 @@ def evaluation_table(levels: Levels) -> Table:
     return table
 
 
-def result_notes(run: RunRecord) -> list[str]:
-    """What a reader of the validation results has to know to read them rightly."""
+def reading_notes(results: Sequence[Levels | None], data: Any) -> list[str]:
+    """What a reader of validation results on this kind of data has to know to read them rightly."""
     notes = []
-    if present("probe_implied", [run.start, run.end]):
+    if present("probe_implied", results):
         notes.append(_PROBE_NOTE)
-    if run.setting("data.train.kind") == "miniature":
+    if data == "miniature":
         notes.append(_MINIATURE_NOTE)
     return notes
+
+
+def result_notes(run: RunRecord) -> list[str]:
+    """The notes of one run."""
+    return reading_notes([run.start, run.end], run.setting("data.train.kind"))
