@@ -1,10 +1,12 @@
 """The generator that a recipe asks for."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from nemo_care.config import Recipe
 from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.generator import Generator
@@ -12,8 +14,13 @@ from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.rollouts.vllm.fleet import Fleet, sleep_level
 from nemo_care.rollouts.vllm.generator import VLLMGenerator
 from nemo_care.rollouts.vllm.messages import EngineSettings
+from nemo_care.rollouts.vllm.placement import check_placement
 from nemo_care.rollouts.vllm.weight_sync import transfer_backend
 
+_INSTALL = (
+    "install it with pip install -e '.[vllm]' into an environment of its own (it asks for exactly "
+    "one version of torch), or set rollout.backend=megatron, which needs nothing"
+)
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -61,6 +68,31 @@ def build_generator(
     return VLLMGenerator(
         model, tokenizer, ranks, fleet, version=version, from_checkpoint=from_checkpoint
     )
+
+
+def check_rollouts(recipe: Recipe) -> None:
+    """Refuse rollouts that can be seen to fail before any rank starts.
+
+    Raises:
+        InputError: vLLM is missing, or the recipe's engines do not fit its ranks or its precision.
+    """
+    if recipe.rollout.backend == "megatron":
+        return
+    model, fp8 = recipe.model, recipe.model.precision.fp8
+    if fp8.enabled and fp8.rollout:
+        raise InputError(
+            "model.precision.fp8.rollout=true is for rollout.backend=megatron; vllm gets the bf16 "
+            "weights and computes with them: set it to false"
+        )
+    check_placement(
+        recipe.rollout.vllm,
+        devices=recipe.trainer.devices,
+        machines=recipe.trainer.num_nodes,
+        tensor=model.tensor_model_parallel_size,
+        pipeline=model.pipeline_model_parallel_size,
+    )
+    if find_spec("vllm") is None:
+        raise InputError(f"rollout.backend=vllm needs the package vllm: {_INSTALL}")
 
 
 def engine_settings(recipe: Recipe, model: Qwen25VL, *, from_checkpoint: bool) -> EngineSettings:
