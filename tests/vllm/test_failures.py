@@ -4,8 +4,8 @@ import time
 
 import psutil
 import pytest
-from conftest import vllm_recipe
 from small_runs import small_trainer
+from vllm_runs import vllm_recipe
 
 from nemo_care.errors import RunFailed
 from nemo_care.rollouts.generator import Sampling
