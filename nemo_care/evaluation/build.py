@@ -1,10 +1,12 @@
 """Put an evaluator together from a recipe; training and `nemo-care evaluate` both do."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_care.config import Recipe
 from nemo_care.data.loader import PromptLoader
 from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.evaluation.agreement import check_agreement
 from nemo_care.evaluation.evaluator import Evaluator
 from nemo_care.evaluation.judges import Judge, LeaderJudge, NoJudge, RuleJudge
 from nemo_care.evaluation.likelihood_judge import LikelihoodJudge, Likelihoods
@@ -13,6 +15,7 @@ from nemo_care.evaluation.probe import ForcedReasoningProbe
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.build import build_generator
 from nemo_care.rollouts.generator import Generator
+from nemo_care.rollouts.group import Group
 from nemo_care.scoring.score import Scorer
 
 
@@ -55,7 +58,16 @@ def build_evaluator(
         max_tokens=recipe.rollout.max_completion_tokens,
         min_reasoning_words=recipe.algorithm.min_reasoning_words,
         seed=recipe.trainer.seed,
+        check=_agreement_check(recipe, scorer),
     )
+
+
+def _agreement_check(recipe: Recipe, scorer: Scorer) -> Callable[[Sequence[Group]], None]:
+    """What holds the first completions of an engine against the model itself."""
+    if recipe.rollout.backend == "megatron":
+        return lambda groups: None
+    bound = recipe.rollout.max_logprob_difference
+    return lambda groups: check_agreement(scorer, groups, bound)
 
 
 def _build_judge(

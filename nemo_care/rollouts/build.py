@@ -1,10 +1,12 @@
 """The generator that a recipe asks for."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from nemo_care.config import Recipe
 from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.generator import Generator
@@ -12,8 +14,13 @@ from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.rollouts.vllm.fleet import Fleet, sleep_level
 from nemo_care.rollouts.vllm.generator import VLLMGenerator
 from nemo_care.rollouts.vllm.messages import EngineSettings
+from nemo_care.rollouts.vllm.placement import check_placement
 from nemo_care.rollouts.vllm.weight_sync import transfer_backend
 
+_INSTALL = (
+    "install it with pip install -e '.[vllm]' into an environment of its own (it asks for exactly "
+    "one version of torch), or set rollout.backend=megatron, which needs nothing"
+)
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -53,7 +60,7 @@ def build_generator(
         )
     fleet = Fleet(
         recipe.rollout.vllm,
-        engine_settings(recipe, model, from_checkpoint=from_checkpoint),
+        engine_settings(recipe, model),
         ranks,
         devices=recipe.trainer.devices,
         logs=folder / "logs",
@@ -63,7 +70,34 @@ def build_generator(
     )
 
 
-def engine_settings(recipe: Recipe, model: Qwen25VL, *, from_checkpoint: bool) -> EngineSettings:
+def check_rollouts(recipe: Recipe) -> None:
+    """Refuse rollouts that can be seen to fail before any rank starts.
+
+    Raises:
+        InputError: vLLM is missing, or the recipe's engines do not fit its ranks or its precision.
+    """
+    if recipe.rollout.backend == "megatron":
+        return
+    model, fp8 = recipe.model, recipe.model.precision.fp8
+    if fp8.enabled and fp8.rollout:
+        raise InputError(
+            "model.precision.fp8.rollout=true is for rollout.backend=megatron; vllm gets the bf16 "
+            "weights and computes with them: set it to false"
+        )
+    check_placement(
+        recipe.rollout.vllm,
+        devices=recipe.trainer.devices,
+        machines=recipe.trainer.num_nodes,
+        tensor=model.tensor_model_parallel_size,
+        pipeline=model.pipeline_model_parallel_size,
+    )
+    found = find_spec("vllm")
+    # A folder of that name, in the working directory for example, is none.
+    if found is None or found.origin is None:
+        raise InputError(f"rollout.backend=vllm needs the package vllm: {_INSTALL}")
+
+
+def engine_settings(recipe: Recipe, model: Qwen25VL) -> EngineSettings:
     """What the recipe says about engines."""
     vllm, data = recipe.rollout.vllm, recipe.data
     longest = data.max_prompt_tokens + recipe.rollout.max_completion_tokens
@@ -78,5 +112,4 @@ def engine_settings(recipe: Recipe, model: Qwen25VL, *, from_checkpoint: bool) -
         kv_cache_gib=vllm.kv_cache_gib,
         enforce_eager=vllm.enforce_eager,
         sleeps=sleep_level(vllm) > 0,
-        loads_weights=from_checkpoint,
     )

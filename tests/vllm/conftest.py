@@ -8,20 +8,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
-def vllm_recipe(checkpoint, world):
-    from small_runs import small_recipe
-
-    recipe = small_recipe(checkpoint, world)
-    recipe.rollout.backend = "vllm"
-    recipe.rollout.vllm.kv_cache_gib = 0.25
-    recipe.rollout.vllm.enforce_eager = True
-    recipe.rollout.vllm.timeout_seconds = 600
-    return recipe
-
-
 @pytest.fixture(scope="session")
 def trainer(checkpoint, world, ranks, tmp_path_factory):
     from small_runs import small_trainer
+    from vllm_runs import vllm_recipe
 
     made = small_trainer(vllm_recipe(checkpoint, world), ranks, tmp_path_factory.mktemp("run"))
     yield made

@@ -199,7 +199,7 @@ class Engine:
                 break
             if reply.number < 0:
                 reason = reply.error or reason
-                continue
+                break
             with self._lock:
                 answer = self._waiting.pop(reply.number)
             if reply.error is not None:

@@ -65,7 +65,10 @@ class Engine:
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enforce_eager=settings.enforce_eager,
             enable_sleep_mode=settings.sleeps,
-            load_format="auto" if settings.loads_weights else "dummy",
+            # Not "dummy", although weights are sent before anything is sampled: that fills buffers
+            # with random numbers too, such as those of the pixels' normalisation, which nobody
+            # sends.
+            load_format="auto",
             # The model's own log-probabilities: before temperature and top-p.
             logprobs_mode="raw_logprobs",
             # What the checkpoint recommends for sampling is not what the recipe says.

@@ -15,8 +15,7 @@ class EngineSettings:
 
     `folder` is the checkpoint's directory as the engine's machine sees it. `max_pixels` is the area
     of the largest frame, `dtype` vLLM's name of the weights' type, `backend` that of its weight
-    transfer. With `loads_weights` the engine reads the checkpoint, without it waits for the first
-    weights that are sent.
+    transfer.
     """
 
     folder: str
@@ -29,7 +28,6 @@ class EngineSettings:
     kv_cache_gib: float | None
     enforce_eager: bool
     sleeps: bool
-    loads_weights: bool
 
 
 @dataclass(frozen=True)

@@ -72,24 +72,32 @@ def share(engines: int, replicas: Sequence[int], mine: int, key: str) -> Share:
     )
 
 
-def check_placement(vllm: VLLMConfig, *, devices: int, machines: int, model_ranks: int) -> None:
-    """Refuse what can be seen to fail before any rank starts.
+def check_placement(
+    vllm: VLLMConfig, *, devices: int, machines: int, tensor: int, pipeline: int
+) -> None:
+    """Refuse, before any rank starts, what the ranks would refuse.
 
     Args:
         vllm: the recipe's keys.
         devices: ranks of one machine.
         machines: how many there are.
-        model_ranks: ranks of one model replica.
+        tensor, pipeline: sizes of the trainer's layout.
 
     Raises:
         InputError: as `colocate` and `share`.
     """
-    replicas = range(max(devices * machines // model_ranks, 1))
+    replicas = max(devices * machines // (tensor * pipeline), 1)
     if vllm.placement == "colocated":
-        # Data-parallel ranks lie between the pipeline stages, but whole tensor-parallel groups
-        # stay together, so the first replica's stages are as many blocks apart as another's.
-        size = vllm.tensor_parallel_size
-        if model_ranks % size or (devices % size and devices > 1):
-            colocate(vllm, range(model_ranks), devices)
+        # Megatron counts tensor-parallel ranks first, then replicas, then stages.
+        stages = range(0, tensor * replicas * pipeline, tensor * replicas)
+        first = [stage + rank for stage in stages for rank in range(tensor)]
+        colocate(vllm, first, devices)
     elif vllm.hosts is not None:
-        share(len(vllm.hosts), replicas, 0, f"rollout.vllm.hosts={vllm.hosts}")
+        share(len(vllm.hosts), range(replicas), 0, f"rollout.vllm.hosts={vllm.hosts}")
+    else:
+        gpus = vllm.gpus or []
+        engines = len(gpus) // vllm.tensor_parallel_size
+        where = [replica * tensor // devices for replica in range(replicas)]
+        for machine in sorted(set(where)):
+            here = [replica for replica in range(replicas) if where[replica] == machine]
+            share(engines, here, here[0], f"rollout.vllm.gpus={gpus}")
