@@ -64,20 +64,17 @@ class Reference:
         with self.average.in_place():
             return self.scorer.answer_likelihoods(groups)
 
-    def _score_batch(
-        self, batch: GroupBatch, log_probs: torch.Tensor, pairs: list[torch.Tensor] | None
-    ) -> list[Table]:
+    def _score_batch(self, batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
         likelihoods = answer_likelihood(log_probs, batch.answer_mask)
         likelihoods = likelihoods.clamp(max=self.consistency.likelihood_clip).cpu()
         asked = batch.asked_of_reference(all_tokens=self.all_tokens)
         vectors = batch.unpadded(torch.where(asked, log_probs, torch.nan))
         sizes = [group.size for group in batch.groups]
         tables = []
-        for number, (group, likelihood, scored) in enumerate(
-            zip(batch.groups, likelihoods.split(sizes), vectors, strict=True)
+        for group, likelihood, scored in zip(
+            batch.groups, likelihoods.split(sizes), vectors, strict=True
         ):
             group.reference_log_probs = scored
-            group.pair_likelihood = None if pairs is None else pairs[number].cpu()
             group.answer_likelihood = likelihood
             add_consistency_bonus(group, self.consistency)
             set_advantage(group)

@@ -6,7 +6,6 @@ micro-batch. One small broadcast then tells the other stages.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -45,7 +44,7 @@ class Scorer:
         NaN without an answer.
         """
 
-        def likelihood(batch: GroupBatch, log_probs: torch.Tensor, _: None) -> list[Table]:
+        def likelihood(batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
             likelihoods = answer_likelihood(log_probs, batch.answer_mask)
             return list(likelihoods[None].split([group.size for group in batch.groups], dim=1))
 
@@ -69,7 +68,7 @@ class Scorer:
     def score(
         self,
         groups: Sequence[Group],
-        table_of: Callable[[GroupBatch, torch.Tensor, Any], list[Table]],
+        table_of: Callable[[GroupBatch, torch.Tensor], list[Table]],
         *,
         rows: int,
         all_tokens: bool = False,
@@ -79,13 +78,13 @@ class Scorer:
 
         Args:
             groups: to be scored.
-            table_of: called on the last stage with a micro-batch, the log-probabilities float32
-                [N, C] of its completions' answer tokens (zero elsewhere), and the pairs; gives a
-                table [rows, G] per group.
+            table_of: called on the last stage with a micro-batch and the log-probabilities float32
+                [N, C] of its completions' answer tokens (zero elsewhere); gives a table [rows, G]
+                per group.
             rows: K of those tables.
             all_tokens: log-probabilities of all completion tokens, not only the answers'.
             answer_pairs: score every answer behind every reasoning too (see `pair_likelihoods`);
-                otherwise `table_of` gets None for them.
+                the groups have them as `pair_likelihood` when `table_of` is called.
 
         Raises:
             ValueError: answer pairs in a layout that does not share the prompt.
@@ -93,8 +92,11 @@ class Scorer:
 
         def result(hidden: torch.Tensor, batch: GroupBatch) -> list[Table]:
             asked = batch.asked_of_reference(all_tokens=all_tokens)
-            pairs = batch.pair_likelihoods(self.model, hidden) if answer_pairs else None
-            return table_of(batch, batch.log_probs(self.model, hidden, asked), pairs)
+            if answer_pairs:
+                pairs = batch.pair_likelihoods(self.model, hidden)
+                for group, of_group in zip(batch.groups, pairs, strict=True):
+                    group.pair_likelihood = of_group.cpu()
+            return table_of(batch, batch.log_probs(self.model, hidden, asked))
 
         shapes = [(rows, group.size) for group in groups]
         batches = self.layout.batches(groups, answer_pairs=answer_pairs)
