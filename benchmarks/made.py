@@ -126,6 +126,7 @@ def video_prompt(config: Qwen2_5_VLConfig, prompt_tokens: int, index: int = 0) -
             grid[0] * grid[1] * grid[2], 3 * TEMPORAL_PATCH * PATCH**2, generator=generator
         ),
         grid_thw=torch.tensor([grid]),
+        seconds_per_grid=(1.0,),
     )
 
 

@@ -3,8 +3,8 @@
 A recipe is a YAML file (see `recipes/`) merged over these dataclasses by Hydra and OmegaConf, so
 an unknown key or a value of the wrong type is refused before anything starts. `check_recipe` then
 checks ranges and the keys against each other. Sizes are counts, lengths are tokens unless said.
-The keys under `data`, `evaluation`, `model` and `optimizer` are in `data_config.py`,
-`evaluation_config.py` and `model_config.py`.
+The keys under `data`, `evaluation`, `model`, `optimizer`, `rollout` and `rollout.vllm` lie in
+`data_config.py`, `evaluation_config.py`, `model_config.py`, `rollout_config.py`, `vllm_config.py`.
 """
 
 import math
@@ -18,6 +18,8 @@ from nemo_care.data_config import DATA_KINDS, MISSING, DataConfig, check_data
 from nemo_care.errors import InputError
 from nemo_care.evaluation_config import JUDGES, EvaluationConfig, check_evaluation
 from nemo_care.model_config import FP8_RECIPES, ModelConfig, OptimizerConfig, check_model
+from nemo_care.rollout_config import ROLLOUT_RANGES, RolloutConfig, check_rollout
+from nemo_care.vllm_config import PLACEMENTS, ROLLOUT_BACKENDS
 
 # What is usual; more ranks than that ask for more machines.
 _RANKS_OF_A_MACHINE = 8
@@ -83,6 +85,11 @@ class ReferenceConfig:
     """Share of the old reference that an update keeps."""
     ema_update_every: int = 10
     """Optimizer steps between updates; 0: the reference stays frozen."""
+    ema_start_step: int = 0
+    """Optimizer steps until which the reference stays what it was at the start."""
+    ema_max_selection_rate: float = 1.0
+    """The reference waits while the bonus tells accurate completions apart in a larger share of the
+    groups than this (care/selection_rate); 1: it never waits, as in the paper."""
     offload: bool = False
     """Keep the reference in CPU memory and on the GPU only while it scores."""
     max_logprob_difference: float = 0.01
@@ -121,24 +128,6 @@ class AlgorithmConfig:
     """A number for each of the rewards; 0: recorded but not counted; null: 1 each."""
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-
-
-@dataclass
-class RolloutConfig:
-    """Sampling completions."""
-
-    temperature: float = 1.0
-    """Divides the logits before sampling."""
-    top_p: float = 0.95
-    """Sample among the likeliest tokens that hold this much probability together; 1: among all."""
-    max_completion_tokens: int = 768
-    """A longer completion is cut off; without a closing tag it has no format reward."""
-    groups_per_batch: int = 1
-    """Groups that are generated together."""
-    max_logprob_difference: float = 0.05
-    """The mean difference between a token's log-probability in rollout and in training. Above it
-    the first step stops the run, because weights or positions must be wrong on one side; later
-    steps are told on the console."""
 
 
 @dataclass
@@ -213,6 +202,8 @@ CHOICES = {
     "model.precision.fp8.recipe": FP8_RECIPES,
     "model.precision.fp8.format": ("auto", "e4m3", "hybrid"),
     "algorithm.consistency.kind": CONSISTENCY_KINDS,
+    "rollout.backend": ROLLOUT_BACKENDS,
+    "rollout.vllm.placement": PLACEMENTS,
     "optimizer.schedule": ("cosine", "constant"),
     "evaluation.judge": JUDGES,
     "data.train.kind": DATA_KINDS,
@@ -248,12 +239,10 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "algorithm.consistency.accuracy_threshold": (0, 1),
     "algorithm.reference.ema_decay": (0, 1),
     "algorithm.reference.ema_update_every": (0, None),
+    "algorithm.reference.ema_start_step": (0, None),
+    "algorithm.reference.ema_max_selection_rate": (0, 1),
     "algorithm.reference.max_logprob_difference": (0, None),
-    "rollout.temperature": (1e-3, None),
-    "rollout.top_p": (1e-6, 1),
-    "rollout.max_completion_tokens": (1, None),
-    "rollout.groups_per_batch": (1, None),
-    "rollout.max_logprob_difference": (0, None),
+    **ROLLOUT_RANGES,
     "optimizer.lr": (0, None),
     "optimizer.min_lr": (0, None),
     "optimizer.warmup_steps": (0, None),
@@ -347,6 +336,7 @@ def _check_together(recipe: Recipe) -> None:
     check_data(recipe.data)
     check_evaluation(recipe.evaluation)
     check_model(recipe.model)
+    check_rollout(recipe.rollout)
 
 
 def check_world(recipe: Recipe) -> None:

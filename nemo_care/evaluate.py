@@ -134,6 +134,7 @@ def _build(
         PromptLoader(PromptBuilder(for_validation(recipe.data), model.hf, tokenizer), workers),
         likelihoods=judging.answer_likelihoods if judging is not None else None,
         folder=files.folder.parent,
+        from_checkpoint=source.folder.resolve() == Path(recipe.model.hf_path).resolve(),
     )
 
 

@@ -22,8 +22,15 @@ def origin() -> dict[str, Any]:
         "job": {name: os.environ[name] for name in _JOB if name in os.environ},
         "commit": commit(),
         "python": platform.python_version(),
-        "packages": dict(sorted((each.name, each.version) for each in distributions())),
+        "packages": _packages(),
     }
+
+
+def _packages() -> dict[str, str]:
+    """Name and version of all installed packages."""
+    # Each `metadata` reads a file: asking for name and version would read it twice.
+    found = (each.metadata for each in distributions())
+    return dict(sorted((each["Name"], each["Version"]) for each in found))
 
 
 def commit() -> str | None:

@@ -19,6 +19,7 @@ from nemo_care.models.precision import check_fp8, check_transformer_engine
 from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.models.weights import check_weights
 from nemo_care.parallel.process_groups import Layout
+from nemo_care.rollouts.build import check_rollouts
 
 
 def layout_of(recipe: Recipe) -> Layout:
@@ -106,6 +107,7 @@ def _model_checks(recipe: Recipe) -> list[Callable[[], object]]:
         lambda: check_world(recipe),
         lambda: check_fp8(recipe.model.precision.fp8, read_hf_config(path), layout_of(recipe)),
         lambda: check_transformer_engine(recipe.model),
+        lambda: check_rollouts(recipe),
         check_prompts,
     ]
 

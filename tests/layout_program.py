@@ -135,6 +135,15 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
     result["with_kl"] = trainer.policy.update(groups)
     recipe.algorithm.kl_coefficient = 0.0
 
+    # And one whose sampler was another model than the trainer.
+    for group in groups:
+        for number, completion in enumerate(group.completions):
+            chances = torch.arange(completion.length) % 7 + number
+            completion.log_probs = -0.4 * chances.float()
+    recipe.rollout.importance_sampling.enabled = True
+    result["weighted"] = trainer.policy.update(groups)
+    recipe.rollout.importance_sampling.enabled = False
+
     # A trainer's own first step, from prompts to EMA.
     trainer = small_trainer(recipe, ranks, folder / f"{name}-step")
     trainer.step = 1

@@ -71,7 +71,7 @@ def assert_refused(result: tuple[int, str], *parts: str) -> None:
         ("algorithm.group_size=many", ["algorithm.group_size", "many"]),
         ("algorithm.group_size=1", ["algorithm.group_size=1", "at least 2"]),
         ("rollout.top_p=1.5", ["rollout.top_p=1.5", "between"]),
-        ("algorithm.consistency.kind=sparse", ["kind=sparse", "group or accurate or dense"]),
+        ("algorithm.consistency.kind=sparse", ["kind=sparse", "or dense or counterfactual"]),
         ("data.validation.max_frames=2", ["data.video.min_frames", "data.validation.max_frames"]),
         ("trainer.resume=maybe", ["trainer.resume=maybe", "auto or never"]),
         ("model.hf_path=/no/such/folder", ["model.hf_path=/no/such/folder", "config.json"]),

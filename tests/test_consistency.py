@@ -10,7 +10,9 @@ from nemo_care.objective.consistency import (
     accurate_bonus,
     answer_likelihood,
     consistency_bonus,
+    counterfactual_bonus,
     dense_bonus,
+    selection,
 )
 
 NAN = math.nan
@@ -220,3 +222,68 @@ def test_the_accurate_bonus_asks_for_an_answer_and_not_how_likely_it_is():
     assert whole.tolist() == [[0.5, 0]]
     with pytest.raises(ValueError, match=r"\[B, G\]"):
         accurate_bonus(torch.ones(3), torch.ones(3))
+
+
+def counterfactual_by_hand(table, coefficient=0.5, floor=-5.0) -> list[float]:
+    """The leave-one-out counterfactual bonus of one group, in plain Python."""
+    size = len(table)
+
+    def log_of(p):
+        return max(math.log(p), floor) if p > 0 else floor
+
+    bonuses = []
+    for i in range(size):
+        others = [log_of(table[i][j]) for j in range(size) if j != i and table[i][j] == table[i][j]]
+        if math.isnan(table[i][i]) or not others:
+            bonuses.append(0.0)
+        else:
+            difference = log_of(table[i][i]) - statistics.mean(others)
+            bonuses.append(coefficient * min(max(difference, -1.0), 1.0))
+    return bonuses
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 5, 8])
+def test_counterfactual_bonus_of_random_groups_agrees_with_plain_python(group_size):
+    draw = random.Random(group_size)
+    tables = []
+    for _ in range(50):
+        answered = [draw.random() < 0.8 for _ in range(group_size)]
+        tables.append(
+            [
+                [
+                    draw.choice([0.0, 1e-30, draw.random(), 1.0]) if a and b else NAN
+                    for b in answered
+                ]
+                for a in answered
+            ]
+        )
+    expected = torch.tensor([counterfactual_by_hand(table, 0.7, -4.0) for table in tables])
+    found = counterfactual_bonus(torch.tensor(tables), bonus_coefficient=0.7, floor=-4.0)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_an_answer_that_is_as_likely_behind_any_reasoning_gets_no_counterfactual_bonus():
+    # Likely whatever was thought; follows from its own reasoning; contradicts its own reasoning.
+    table = torch.tensor([[0.9, 0.9, 0.9], [0.01, 0.9, 0.01], [0.9, 0.9, 0.3]])
+    bonus = counterfactual_bonus(table[None])[0].tolist()
+    assert bonus == pytest.approx([0.0, 0.5, -0.5])
+
+
+def test_counterfactual_bonus_wants_a_square_per_group():
+    with pytest.raises(ValueError, match=r"\[B, G, G\], not \(2, 3, 4\)"):
+        counterfactual_bonus(torch.rand(2, 3, 4))
+
+
+def test_the_bonus_selects_where_equally_accurate_completions_get_different_bonuses():
+    accuracy = torch.tensor(
+        [[1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0], [1.0, 0.8, 0.1]]
+    )
+    likelihood = torch.full_like(accuracy, 0.5)
+    likelihood[3, :2] = NAN
+    bonus = torch.tensor(
+        [[0.5, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0], [0, 0, 0.5], [0.1, 0, 0], [0.5, 0.4, 0]]
+    )
+    has_choice, chooses = selection(accuracy, likelihood, bonus)
+    # The last: of unequal accuracy, so the bonus follows the accuracy.
+    assert has_choice.tolist() == [True, True, False, False, False, True]
+    assert chooses.tolist() == [True, False, False, False, False, False]

@@ -184,6 +184,16 @@ def test_step_with_a_kl_term_is_the_same_in_every_layout(layout):
         assert result["with_kl"][key] == pytest.approx(base[key], abs=1e-5, rel=5e-3), key
 
 
+def test_step_with_importance_weights_is_the_same_in_every_layout(layout):
+    _, result, folder = layout
+    base = torch.load(folder / "tp1.pt", weights_only=False)["weighted"]
+    assert 0.05 < base["rollout/importance_truncated"] < 0.95
+    keys = [f"rollout/importance_{name}" for name in ("mean", "max", "truncated")]
+    for key in ("train/loss", "train/grad_norm", *keys):
+        # Two AdamW steps lie before it.
+        assert result["weighted"][key] == pytest.approx(base[key], abs=1e-5, rel=5e-3), key
+
+
 def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -103,6 +103,7 @@ def test_a_policy_that_has_not_moved_has_the_gradient_of_one_update(inputs):
 
 @pytest.mark.parametrize("kl_coefficient", [0.0, 0.04])
 def test_micro_batches_add_up(inputs, kl_coefficient):
+    inputs = dataclasses.replace(inputs, token_weights=torch.linspace(0, 2, N * C).view(N, C))
     whole = policy_loss(inputs, kl_coefficient=kl_coefficient)
     whole.loss_sum.backward()
     gradient = inputs.log_probs.grad.clone()
@@ -204,6 +205,7 @@ def test_a_coefficient_without_a_reference_is_refused(inputs):
         ("mask", torch.ones(N, C + 1, dtype=torch.bool)),
         ("old_log_probs", torch.zeros(N, 1)),
         ("reference_log_probs", torch.zeros(C)),
+        ("token_weights", torch.zeros(N)),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(inputs, name, value):
@@ -212,6 +214,7 @@ def test_shapes_that_do_not_fit_are_named(inputs, name, value):
 
 
 def test_only_the_policy_gets_a_gradient_and_sums_are_float32(inputs):
+    inputs = dataclasses.replace(inputs, token_weights=torch.ones(N, C))
     tensors = {
         field.name: getattr(inputs, field.name) for field in dataclasses.fields(PolicyLossInputs)
     }
@@ -225,3 +228,55 @@ def test_only_the_policy_gets_a_gradient_and_sums_are_float32(inputs):
         value = getattr(output, field.name)
         assert value.dtype == torch.float32
         assert value.requires_grad == (field.name == "loss_sum")
+
+
+@pytest.mark.parametrize("several_updates", [False, True])
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.04])
+def test_token_weights_multiply_the_surrogate_and_not_the_kl_term(
+    inputs, several_updates, kl_coefficient
+):
+    """One token at a time: the surrogate's part of loss and slope times its weight."""
+    if not several_updates:
+        inputs = dataclasses.replace(inputs, old_log_probs=None)
+    weights = torch.rand(N, C, generator=torch.Generator().manual_seed(1)) + 0.5
+    weights.requires_grad_()
+    # What lies outside the mask is ignored, whatever it holds.
+    spoilt = torch.where(inputs.mask, weights, math.nan)
+    weighted = dataclasses.replace(inputs, token_weights=spoilt)
+    output = policy_loss(weighted, kl_coefficient=kl_coefficient)
+    output.loss_sum.backward()
+    assert weights.grad is None
+
+    loss, gradient = 0.0, torch.zeros(N, C)
+    for i in range(N):
+        tokens = [t for t in range(C) if inputs.mask[i, t]]
+        advantage = inputs.advantages[i].item()
+        for t in tokens:
+            new = inputs.log_probs[i, t].item()
+            ratio = 1.0
+            if several_updates:
+                ratio = math.exp(new - inputs.old_log_probs[i, t].item())
+            kept = ratio * advantage <= min(max(ratio, 0.8), 1.2) * advantage
+            bounded = ratio if kept else min(max(ratio, 0.8), 1.2)
+            weight = weights[i, t].item()
+            d = inputs.reference_log_probs[i, t].item() - new
+            loss += -weight * bounded * advantage / len(tokens)
+            loss += kl_coefficient * (math.exp(d) - d - 1) / len(tokens)
+            slope = -weight * advantage * ratio if kept else 0.0
+            gradient[i, t] = (slope + kl_coefficient * (1 - math.exp(d))) / len(tokens)
+    assert output.loss_sum.item() == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(inputs.log_probs.grad, gradient)
+    plain = policy_loss(inputs, kl_coefficient=kl_coefficient)
+    assert torch.equal(output.kl_sum, plain.kl_sum)
+    assert torch.equal(output.clipped_sum, plain.clipped_sum)
+
+
+def test_weights_of_one_leave_the_loss_as_it_is_bit_for_bit(inputs):
+    results = []
+    for weights in (None, torch.ones(N, C)):
+        log_probs = inputs.log_probs.detach().clone().requires_grad_()
+        changed = dataclasses.replace(inputs, log_probs=log_probs, token_weights=weights)
+        output = policy_loss(changed, kl_coefficient=0.04)
+        output.loss_sum.backward()
+        results.append((output.loss_sum, log_probs.grad))
+    assert all(map(torch.equal, *results))

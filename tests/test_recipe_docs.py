@@ -36,7 +36,7 @@ def test_choices_and_ranges_name_keys_of_the_schema():
 def test_a_key_is_shown_with_type_default_and_bounds():
     assert KEYS["trainer.max_steps"].default == "required"
     assert KEYS["rollout.top_p"].allowed == "1e-06 to 1"
-    assert KEYS["algorithm.consistency.kind"].allowed == "group, accurate, dense"
+    assert KEYS["algorithm.consistency.kind"].allowed == "group, accurate, dense, counterfactual"
     assert KEYS["model.sequence_parallel"].default == "`false`"
     assert KEYS["optimizer.decay_steps"].type == "int | null"
     assert KEYS["data.train.sources[].kind"].allowed == KEYS["data.train.kind"].allowed

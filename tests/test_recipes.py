@@ -179,6 +179,10 @@ ABLATIONS = {
     ],
     "frozen_reference": ["algorithm.reference.ema_update_every: 10 -> 0"],
     "dense_bonus": ["algorithm.consistency.kind: group -> dense"],
+    "counterfactual": [
+        "algorithm.consistency.kind: group -> counterfactual",
+        "algorithm.consistency.bonus_coefficient: 0.5 -> 1.0",
+    ],
     "accurate_bonus": ["algorithm.consistency.kind: group -> accurate"],
     "margin_0_01": ["algorithm.consistency.margin: 0.0 -> 0.01"],
 }

@@ -10,6 +10,7 @@ from made_groups import make_groups, make_prompts
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.algorithms.numbers import reference_is_finite
+from nemo_care.objective.consistency import counterfactual_bonus
 from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.group import Completion, Group
 from nemo_care.scoring.score import Scorer
@@ -105,6 +106,36 @@ def test_every_answer_behind_every_reasoning(trainer, groups, long_answers):
         # The reasoning matters: an answer is not as likely behind each of them.
         known = table[~table.isnan().all(dim=1)]
         assert (known.nan_to_num(0).amax(dim=1) - known.nan_to_num(2).amin(dim=1)).max() > 0.01
+
+
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.04])
+def test_counterfactual_bonus_comes_out_of_the_one_scoring_pass(
+    checkpoint, world, ranks, tmp_path, groups, kl_coefficient
+):
+    made = []
+    for kind in ("group", "counterfactual"):
+        recipe = small_recipe(checkpoint, world)
+        recipe.algorithm.kl_coefficient = kl_coefficient
+        recipe.algorithm.consistency.kind = kind
+        made.append(small_trainer(recipe, ranks, tmp_path / kind))
+    trainer, counterfactual = made
+    groups = with_long_answers(groups)
+    trainer.reference.score_answers(groups)
+    before = [(group.answer_likelihood, group.reference_log_probs) for group in groups]
+    counterfactual.reference.score_answers(groups)
+    tables = scorer(trainer, shared_prompt=True).pair_likelihoods(groups)
+    for group, (likelihood, log_probs), table in zip(groups, before, tables, strict=True):
+        expected = counterfactual_bonus(table[None])[0]
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(group.consistency_bonus, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(group.reward, group.base_reward + group.consistency_bonus)
+        # The answers placed behind other reasonings change nothing for the others.
+        torch.testing.assert_close(
+            group.answer_likelihood, likelihood, atol=1e-5, rtol=1e-5, equal_nan=True
+        )
+        torch.testing.assert_close(
+            group.reference_log_probs, log_probs, atol=1e-5, rtol=1e-5, equal_nan=True
+        )
 
 
 def test_groups_of_unequal_size_and_without_answers_share_a_batch(trainer, groups):

@@ -277,6 +277,7 @@ def wait_for_step(slurm: made_slurm.Cluster, number: str, run: Path, step: int) 
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_run_on_two_nodes_goes_on_after_time_limit_and_preemption(slurm, submit, small, tmp_path):
     """One that nobody disturbs, and one that gets both signals in the middle of a step."""
     layout = (*small, "model.pipeline_model_parallel_size=2")

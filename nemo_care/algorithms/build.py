@@ -26,7 +26,7 @@ from nemo_care.models.weights import load_hf_weights
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.parallel.stop_request import StopRequest
 from nemo_care.rollouts.batches import BatchLayout
-from nemo_care.rollouts.megatron import MegatronGenerator
+from nemo_care.rollouts.build import build_generator
 from nemo_care.run_files import RunFiles
 from nemo_care.scoring.reference import Reference
 from nemo_care.scoring.score import Scorer
@@ -95,6 +95,18 @@ def build_trainer(
     if needs_reference(algorithm):
         twin = load_model(recipe, ranks, fp8=fp8.scoring)
         reference = Reference(twin, algorithm, ranks, layout)
+    policy = Policy(model, recipe, ranks, layout)
+    generator = build_generator(
+        recipe,
+        ranks,
+        model,
+        tokenizer,
+        groups_per_batch=recipe.rollout.groups_per_batch,
+        shared_prompt=algorithm.shared_prompt,
+        folder=files.folder,
+        version=lambda: policy.optimizer_steps,
+        from_checkpoint=True,
+    )
     evaluator = build_evaluator(
         recipe,
         ranks,
@@ -102,6 +114,8 @@ def build_trainer(
         PromptLoader(validation_prompts, workers),
         likelihoods=reference.answer_likelihoods if reference is not None else None,
         folder=files.folder,
+        # vLLM's engines are there for both; in the training shards, batches differ in size.
+        generator=generator if recipe.rollout.backend == "vllm" else None,
     )
     return GRPOCareTrainer(
         recipe,
@@ -116,17 +130,10 @@ def build_trainer(
             max_skipped_fraction=recipe.data.max_skipped_fraction,
             prefetch_steps=recipe.data.prefetch_steps,
         ),
-        generator=MegatronGenerator(
-            model,
-            tokenizer,
-            ranks,
-            groups_per_batch=recipe.rollout.groups_per_batch,
-            shared_prompt=algorithm.shared_prompt,
-            fp8=fp8,
-        ),
+        generator=generator,
         rewards=BaseRewards(algorithm, ranks),
         reference=reference,
-        policy=Policy(model, recipe, ranks, layout),
+        policy=policy,
         validator=Validator(
             {level: annotations.samples for level, annotations in levels.items()}, evaluator
         ),

@@ -121,6 +121,17 @@ class Console:
         )
         self._print(Text(text, style="yellow"))
 
+    def idle_bonus(self, step: int, rate: float, steps: int, again: int) -> None:
+        """Say that the consistency bonus no longer selects."""
+        text = (
+            f"step {step}: in the last {steps} steps the bonus told accurate completions apart in "
+            f"{rate:.0%} of the groups. Either their reasoning supports the answer by now, or the "
+            "reference is as sure of an answer whatever the reasoning says: a validation's "
+            "consistency rate and forced-reasoning probe tell which (metric care/selection_rate; "
+            f"told every {again} such steps)"
+        )
+        self._print(Text(text, style="yellow"))
+
     def resumed(self, step: int, checkpoint: Path) -> None:
         """Say where the run goes on."""
         self._print(Text(f"resumed after step {step} from {checkpoint}"))

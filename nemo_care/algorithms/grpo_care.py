@@ -12,6 +12,7 @@ import torch
 
 from nemo_care.algorithms.checkpointing import Checkpointing
 from nemo_care.algorithms.console import Console
+from nemo_care.algorithms.dynamic_sampling import DynamicSampling
 from nemo_care.algorithms.numbers import finite_or_none
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.records import Row, completion_rows, rollout_metrics
@@ -32,7 +33,11 @@ from nemo_care.parallel.stop_request import StopRequest
 from nemo_care.rollouts.generator import Generator, Sampling
 from nemo_care.rollouts.group import Group
 from nemo_care.run_files import RunFiles
-from nemo_care.scoring.group_rewards import add_consistency_bonus, set_advantage
+from nemo_care.scoring.group_rewards import (
+    add_consistency_bonus,
+    selection_rate,
+    set_advantage,
+)
 from nemo_care.scoring.reference import Reference
 
 # Tells training's random numbers from those of validation.
@@ -85,8 +90,12 @@ class GRPOCareTrainer:
         self.console = Console(recipe, active=ranks.rank == 0)
         self.checkpoints = Checkpointing(recipe, ranks, files, self.console)
         self.watch = StepWatch(recipe, ranks, files, self.console)
+        self.sampling = DynamicSampling(recipe, ranks)
         self.step = 0
+        # Of the step that runs, over all its rounds of sampling.
+        self.selection_rate: float | None = None
         self.timing: dict[str, float] = {}
+        self.skipped: list[Skipped] = []
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -116,21 +125,31 @@ class GRPOCareTrainer:
         return self.finish(time.perf_counter() - started)
 
     def run_training_step(self) -> tuple[Metrics, list[Group], list[Skipped]]:
-        """One step of GRPO-CARE (arXiv 2506.16141)."""
-        self.timing = {}
+        """One step of GRPO-CARE (arXiv 2506.16141); its metrics, and all it sampled and skipped."""
+        self.timing, self.skipped = {}, []
         with self._phase("step"):
-            with self._phase("data"):
-                prompts, skipped = self._next_prompts()
-            with self._phase("rollout"):
-                groups = self.generate_rollouts(prompts)
-            with self._phase("reward"):
-                self.rewards(groups)
-            with self._phase("scoring"):
-                self.score(groups)
+            # One round of sampling, or with rollout.dynamic_sampling several.
+            sampled = self.sampling(self.sample_groups)
+            self.selection_rate = selection_rate(
+                sampled.groups, self.recipe.algorithm.consistency, self.ranks
+            )
             with self._phase("update"):
                 before = self.policy.optimizer_steps
-                metrics = self.policy.update(groups, after_step=self.track_policy)
-        return self._look_at_numbers(metrics, groups, before), groups, skipped
+                metrics = self.policy.update(sampled.trained, after_step=self.track_policy)
+        metrics = self._look_at_numbers(metrics, sampled.trained, before)
+        return {**metrics, **sampled.metrics}, sampled.groups, self.skipped
+
+    def sample_groups(self) -> list[Group]:
+        """The next prompts' groups, all but the update (algorithm steps 1 to 6)."""
+        with self._phase("data"):
+            prompts = self._next_prompts()
+        with self._phase("rollout"):
+            groups = self.generate_rollouts(prompts)
+        with self._phase("reward"):
+            self.rewards(groups)
+        with self._phase("scoring"):
+            self.score(groups)
+        return groups
 
     def _look_at_numbers(
         self, metrics: Metrics, groups: list[Group], optimizer_steps: int
@@ -143,22 +162,26 @@ class GRPOCareTrainer:
         # In a bad step too, once its first update was made: rollout and scoring lie before that.
         if bad is None or bad.update > 0:
             self.watch.check_differences(self.step, metrics, untouched=optimizer_steps == 0)
-        return {**metrics, **counts}
+        self.watch.check_selection(self.step, self.selection_rate)
+        return {**metrics, **counts, "care/selection_rate": self.selection_rate}
 
-    def _next_prompts(self) -> tuple[list[Prompt], list[Skipped]]:
+    def _next_prompts(self) -> list[Prompt]:
         try:
-            return self.prompts.next_step()
+            prompts, skipped = self.prompts.next_step()
         except TooManySkipped as error:
             # The run ends here, on all ranks, and what this step left out is to be mended.
             self.checkpoints.wait()
+            self.skipped.extend(error.skipped)
             if self.ranks.rank == 0:
-                self.files.append_skipped(self.step, [asdict(item) for item in error.skipped])
+                self.files.append_skipped(self.step, [asdict(item) for item in self.skipped])
             raise
+        self.skipped.extend(skipped)
+        return prompts
 
     def generate_rollouts(self, prompts: list[Prompt]) -> list[Group]:
         """Sample G completions of each prompt from the policy (algorithm step 1)."""
         rollout = self.recipe.rollout
-        return self.generator.generate(
+        groups = self.generator.generate(
             prompts,
             Sampling(
                 group_size=self.recipe.algorithm.group_size,
@@ -168,6 +191,8 @@ class GRPOCareTrainer:
                 seed=(self.recipe.trainer.seed, _SEED_DOMAIN),
             ),
         )
+        self.generator.rest()
+        return groups
 
     def score(self, groups: list[Group]) -> None:
         """Answer likelihood, bonus, reward and advantage of each completion (steps 3 to 6)."""
@@ -181,7 +206,9 @@ class GRPOCareTrainer:
     def track_policy(self) -> None:
         """Let the reference follow the policy, after an optimizer step (algorithm step 8)."""
         if self.reference is not None:
-            self.reference.track(self.policy.model, self.policy.optimizer_steps)
+            self.reference.track(
+                self.policy.model, self.policy.optimizer_steps, self.selection_rate
+            )
 
     # ------------------------------------------------------------------ validation
 
@@ -231,7 +258,7 @@ class GRPOCareTrainer:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.timing[name] = time.perf_counter() - started
+        self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - started
 
     def log(self, metrics: Metrics, groups: list[Group], skipped: list[Skipped]) -> None:
         """Write the step's metrics and completions; collective, because rank 0 needs them all.
@@ -366,6 +393,7 @@ class GRPOCareTrainer:
         """Complete the last checkpoint, export the trained model and write the summary."""
         self.checkpoints.wait()
         self.validator.evaluator.close()
+        self.generator.close()
         export = self.files.export if self.recipe.checkpoint.export else None
         if export is not None:
             self._export(export)

@@ -9,6 +9,7 @@ from nemo_care.algorithms.numbers import KINDS, NotFinite, reference_is_finite, 
 from nemo_care.config import Recipe
 from nemo_care.models.pipeline import forward_backward
 from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.objective.importance import ImportanceWeights, importance_weights
 from nemo_care.objective.losses import PolicyLossInputs, policy_loss
 from nemo_care.parallel.gradients import GradientWatch
 from nemo_care.parallel.optimizer import (
@@ -24,8 +25,8 @@ from nemo_care.rollouts.group_batch import GroupBatch
 
 PREFIX = "policy."
 
-# Of a micro-batch, on the last stage: sums for the metrics, the largest difference to the rollout,
-# and the log-probabilities [N, C].
+# Of a micro-batch, on the last stage: sums for the metrics, the largest difference to the rollout
+# and logarithm of an importance ratio, and the log-probabilities [N, C].
 Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -36,6 +37,7 @@ class Policy:
         """`model` holds the weights to start from."""
         self.model = model
         self.algorithm = recipe.algorithm
+        self.importance = recipe.rollout.importance_sampling
         self.ranks = ranks
         self.layout = layout
         if recipe.model.freeze_vision and ranks.is_first_stage:
@@ -170,20 +172,25 @@ class Policy:
         def loss_of(hidden: torch.Tensor, batch: GroupBatch) -> tuple[torch.Tensor, Result]:
             log_probs = batch.log_probs(self.model, hidden, batch.mask)
             reference, asked = self._reference_log_probs(batch)
+            rollout = batch.padded([[c.log_probs for c in g.completions] for g in batch.groups])
+            old = old_of.get(id(batch))
+            importance = self._importance(batch, log_probs if old is None else old, rollout)
             loss = policy_loss(
                 PolicyLossInputs(
                     log_probs=log_probs,
                     advantages=batch.advantages(),
                     mask=batch.mask,
-                    old_log_probs=old_of.get(id(batch)),
+                    old_log_probs=old,
                     reference_log_probs=reference if self.algorithm.kl_coefficient else None,
+                    token_weights=importance.weights if importance else None,
                 ),
                 clip_low=self.algorithm.clip_low,
                 clip_high=self.algorithm.clip_high,
                 kl_coefficient=self.algorithm.kl_coefficient,
             )
-            difference = self._rollout_difference(batch, log_probs.detach())
+            difference = torch.where(batch.mask, (rollout - log_probs.detach()).abs(), 0.0)
             from_reference = torch.where(asked, (reference - log_probs.detach()).abs(), 0.0)
+            nothing = torch.zeros_like(loss.kl_sum)
             sums = torch.stack(
                 [
                     loss.loss_sum.detach(),
@@ -193,12 +200,17 @@ class Policy:
                     batch.mask.sum(),
                     from_reference.sum(),
                     asked.sum(),
+                    importance.weights.sum() if importance else nothing,
+                    importance.truncated.sum() if importance else nothing,
                 ]
+            )
+            largest = torch.stack(
+                [difference.max(), importance.log_ratio.max() if importance else nothing]
             )
             # Megatron averages gradients over the data-parallel ranks; this step's loss is a mean
             # over the completions of all of them.
             share = loss.loss_sum * self.ranks.data_size / completions
-            return share, (sums, difference.max(), log_probs.detach())
+            return share, (sums, largest, log_probs.detach())
 
         self.wrapped.train()
         self.clear_gradients()
@@ -215,33 +227,41 @@ class Policy:
         asked = batch.asked_of_reference(all_tokens=self.algorithm.kl_coefficient > 0)
         return batch.padded(known), asked
 
-    @staticmethod
-    def _rollout_difference(batch: GroupBatch, log_probs: torch.Tensor) -> torch.Tensor:
-        """|log-probability in the rollout - in training| of each token, [N, C]."""
-        rollout = batch.padded([[c.log_probs for c in group.completions] for group in batch.groups])
-        return torch.where(batch.mask, (rollout - log_probs).abs(), 0.0)
+    def _importance(
+        self, batch: GroupBatch, log_probs: torch.Tensor, rollout: torch.Tensor
+    ) -> ImportanceWeights | None:
+        """Of each token: `log_probs` [N, C] in training, before any update, against `rollout`."""
+        if not self.importance.enabled:
+            return None
+        return importance_weights(log_probs, rollout, batch.mask, cap=self.importance.cap)
 
     def _reduce(self, results: Sequence[Result]) -> dict[str, float | None]:
         """The step's metrics from the micro-batches of all replicas."""
         completions = self.algorithm.prompts_per_step * self.algorithm.group_size
         device = next(self.model.parameters()).device
-        sums, largest = torch.zeros(7, device=device), torch.zeros(1, device=device)
+        sums, largest = torch.zeros(9, device=device), torch.zeros(2, device=device)
         if results:
             sums = torch.stack([sums for sums, _, _ in results]).sum(0)
-            largest = torch.stack([largest for _, largest, _ in results]).max().reshape(1)
+            largest = torch.stack([largest for _, largest, _ in results]).amax(0)
         self.ranks.broadcast_from_last_stage(sums)
         self.ranks.broadcast_from_last_stage(largest)
-        loss, kl, clipped, difference, tokens, from_reference, scored = self.ranks.sum_over_data(
-            sums
-        ).tolist()
-        return {
+        loss, kl, clipped, difference, tokens, from_reference, scored, weights, truncated = (
+            self.ranks.sum_over_data(sums).tolist()
+        )
+        self.ranks.max_over_data(largest)
+        metrics = {
             "train/loss": loss / completions,
             "train/kl": kl / completions if self.algorithm.kl_coefficient else None,
             "train/clipped_fraction": clipped / completions,
             "care/logprob_difference": from_reference / scored if scored else None,
             "rollout/logprob_difference": difference / tokens,
-            "rollout/logprob_difference_max": float(self.ranks.max_over_data(largest)),
+            "rollout/logprob_difference_max": float(largest[0]),
         }
+        if self.importance.enabled:
+            metrics["rollout/importance_mean"] = weights / tokens
+            metrics["rollout/importance_max"] = float(largest[1].exp())
+            metrics["rollout/importance_truncated"] = truncated / tokens
+        return metrics
 
     def sharded_state_dict(self, metadata: dict[str, Any], is_loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as Megatron sharded tensors; the schedule's step count."""

@@ -28,7 +28,8 @@ def _number(values: torch.Tensor | None, place: int) -> float | None:
 def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
     """One row per completion, as written to `rollouts/`; `judge` is the recipe's.
 
-    `accuracy` and `format` are None where the recipe leaves them out of its rewards.
+    `accuracy` and `format` are None where the recipe leaves them out of its rewards. `used` is
+    there with dynamic sampling only: whether the step trained on the group.
     """
     return [
         {
@@ -55,6 +56,7 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
             "bonus": _number(group.consistency_bonus, place),
             "reward": _number(group.reward, place),
             "advantage": _number(group.advantage, place),
+            **({} if group.used is None else {"used": group.used}),
         }
         for group in groups
         for place, completion in enumerate(group.completions)
@@ -62,7 +64,7 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
 
 
 def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, float | None]:
-    """Metrics of a step's completions (None where nothing has a value).
+    """Metrics of a step's completions, trained on or not (None where nothing has a value).
 
     `reward/NAME` is the unweighted mean of a reward, `reward/total` the mean of the weighted sum
     and the bonus. Rates and rewards are means over completions, `groups_*` count groups,

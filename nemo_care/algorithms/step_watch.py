@@ -1,5 +1,6 @@
 """What the trainer does about numbers: bad steps are stored, counted and told, too many stop it."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,12 @@ from nemo_care.run_files import RunFiles
 
 Metrics = Mapping[str, float | None]
 
-# A difference that stays too large is told again after so many steps.
+# A difference that stays too large, or a bonus that stays idle, is told again after so many steps.
 _TELL_AGAIN = 50
+# The bonus is idle when over so many steps it told completions apart in at most this share of the
+# groups that gave it a choice.
+_IDLE_STEPS = 20
+_IDLE_RATE = 0.05
 # Of each rank. Backward hands a NaN on towards the input: the last ones are nearest to its origin.
 _PARAMETERS = 50
 
@@ -38,6 +43,8 @@ class StepWatch:
         self.console = console
         self.bad_steps = BadSteps()
         self._differences = 0
+        self._selection_rates: deque[float] = deque(maxlen=_IDLE_STEPS)
+        self._idle_steps = 0
 
     def after_update(
         self,
@@ -168,6 +175,22 @@ class StepWatch:
             if self._differences % _TELL_AGAIN == 0:
                 self.console.difference(step, difference, bound, again=_TELL_AGAIN)
             self._differences += 1
+
+    def check_selection(self, step: int, rate: float | None) -> None:
+        """Say when the bonus no longer tells accurate completions apart.
+
+        `rate`: the share of groups in which it did, None where no group gave it a choice.
+        """
+        if rate is None:
+            return
+        self._selection_rates.append(rate)
+        mean = sum(self._selection_rates) / len(self._selection_rates)
+        if len(self._selection_rates) < _IDLE_STEPS or mean > _IDLE_RATE:
+            self._idle_steps = 0
+            return
+        if self._idle_steps % _TELL_AGAIN == 0:
+            self.console.idle_bonus(step, mean, _IDLE_STEPS, again=_TELL_AGAIN)
+        self._idle_steps += 1
 
     def _check_first_step(self, metrics: Metrics) -> None:
         bounds = [

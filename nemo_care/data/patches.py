@@ -16,8 +16,8 @@ from nemo_care.errors import InputError
 Grid = tuple[int, int, int]
 """Patches along time, height and width."""
 
-_CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
-_CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def frames_to_patches(
         InputError: one side of the frames is more than 200 times the other.
     """
     images = torch.stack([_resize(frame, bounds, patch) for frame in frames])
-    images = (images.float() / 255 - _CLIP_MEAN) / _CLIP_STD
+    images = (images.float() / 255 - CLIP_MEAN) / CLIP_STD
     missing = -len(images) % patch.frames
     if missing:
         images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])

@@ -46,7 +46,8 @@ class Prompt:
     sampling, whichever rank it lands on. `token_ids` is [P], `position_ids` [3, P], `is_vision`
     bool [P] (True at the tokens that stand for a vision feature), `pixel_values`
     [patches, 3 * temporal_patch * patch * patch] and `grid_thw` [items, 3], in order of
-    appearance; both None for a text-only prompt.
+    appearance; both None for a text-only prompt. `seconds_per_grid` has the seconds that one grid
+    step of each item covers, 0.0 for an image.
     """
 
     index: int
@@ -56,6 +57,7 @@ class Prompt:
     is_vision: torch.Tensor
     pixel_values: torch.Tensor | None
     grid_thw: torch.Tensor | None
+    seconds_per_grid: tuple[float, ...] = ()
 
     @property
     def length(self) -> int:
@@ -160,6 +162,7 @@ class PromptBuilder:
             is_vision=(ids == self.hf.video_token_id) | (ids == self.hf.image_token_id),
             pixel_values=None if pixels is None else torch.from_numpy(pixels),
             grid_thw=torch.tensor(media.grids) if media.grids else None,
+            seconds_per_grid=tuple(media.seconds_per_grid),
         )
 
     def _token_ids(self, sample: Sample) -> list[int]:

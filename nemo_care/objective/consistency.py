@@ -68,6 +68,29 @@ def consistency_bonus(
     return _share_of_accuracy(consistent, accuracy, bonus_coefficient)
 
 
+def selection(
+    accuracy: Tensor,
+    answer_likelihood: Tensor,
+    bonus: Tensor,
+    *,
+    accuracy_threshold: float = 0.1,
+) -> tuple[Tensor, Tensor]:
+    """Which groups have a choice, and in which of them the bonus makes one.
+
+    A group has a choice when its S (see `consistency_bonus`) has two completions with an answer;
+    the bonus chooses when it differs among completions of S that are equally accurate.
+
+    `accuracy`, `answer_likelihood` and `bonus` [B, G]. Returns two masks [B].
+    """
+    _check_shapes(accuracy, answer_likelihood)
+    eligible = _accurate(accuracy, accuracy_threshold) & ~answer_likelihood.isnan()
+    equal = (accuracy[:, :, None] - accuracy[:, None, :]).abs() <= TIE
+    pairs = equal & eligible[:, :, None] & eligible[:, None, :]
+    differs = (bonus[:, :, None] - bonus[:, None, :]).abs() > TIE
+    has_choice = eligible.sum(dim=-1) > 1
+    return has_choice, has_choice & (pairs & differs).flatten(1).any(dim=-1)
+
+
 def accurate_bonus(
     accuracy: Tensor,
     answer_likelihood: Tensor,

@@ -17,6 +17,8 @@ class PolicyLossInputs:
     `old_log_probs` [N, C] or None: under the policy that sampled. None means one update per
     rollout, where the ratio is 1 in value and only carries the gradient.
     `reference_log_probs` [N, C] or None: under the reference; needed by the KL term only.
+    `token_weights` [N, C] or None: what each token's surrogate is multiplied by, such as importance
+    weights (importance.py); no gradient goes through them. None: 1 each.
     """
 
     log_probs: Tensor
@@ -24,6 +26,7 @@ class PolicyLossInputs:
     mask: Tensor
     old_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    token_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ def policy_loss(
     `kl_coefficient` > 0 (the GRPO baseline, not CARE) it adds
     kl_coefficient * k3, k3 = exp(d) - d - 1, d = logp_ref - logp.
 
+    `token_weights` multiply the surrogate, behind the clip. The KL term is not weighted, as the
+    ratio of several updates does not weight it either: it is a penalty that holds the policy to the
+    reference on the tokens at hand, whoever sampled them, and not an estimate of the reward's
+    gradient that sampling from another policy would bias.
+
     Computes in float32 whatever type the inputs have. Raises ValueError when shapes don't fit, or
     when the KL term is asked for without `reference_log_probs`.
     """
@@ -76,6 +84,10 @@ def policy_loss(
         clipped_surrogate = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
         token_loss = -torch.minimum(surrogate, clipped_surrogate)
         clipped = clipped_surrogate.detach() < surrogate.detach()
+
+    if inputs.token_weights is not None:
+        weights = torch.where(mask, inputs.token_weights.detach().float(), 0.0)
+        token_loss = token_loss * weights
 
     kl = torch.zeros_like(log_probs)
     if kl_coefficient > 0:
@@ -111,7 +123,7 @@ def _check_shapes(inputs: PolicyLossInputs) -> None:
         raise ValueError(
             f"advantages need {tuple(shape[:1])}, not {tuple(inputs.advantages.shape)}"
         )
-    for name in ("mask", "old_log_probs", "reference_log_probs"):
+    for name in ("mask", "old_log_probs", "reference_log_probs", "token_weights"):
         tensor = getattr(inputs, name)
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} needs {tuple(shape)}, not {tuple(tensor.shape)}")

@@ -6,9 +6,9 @@ metrics) travel over gloo groups of our own, so that they never occupy a GPU.
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -154,6 +154,7 @@ class Ranks:
         model_ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
         dist.all_gather_object(replicas, sorted(model_ranks))
         unique = sorted({tuple(members) for members in replicas})
+        self.model_ranks = tuple(sorted(model_ranks))
         self.model_leader = min(model_ranks)
         self.is_model_leader = self.rank == self.model_leader
         self._model_group, _ = dist.new_subgroups_by_enumeration(
@@ -189,6 +190,12 @@ class Ranks:
         """
         return _from_source(make, self.model_leader, self._model_group)
 
+    def gather_in_replica(self, value: T) -> list[T]:
+        """One value per rank of this model replica, in their order, on each of them."""
+        values: list[T | None] = [None] * dist.get_world_size(self._model_group)
+        dist.all_gather_object(values, value, group=self._model_group)
+        return values  # type: ignore[return-value]
+
     def gather_from_replicas(self, value: T) -> list[T]:
         """One value per model replica, in data-parallel order, on every rank."""
 
@@ -198,6 +205,27 @@ class Ranks:
             return values  # type: ignore[return-value]
 
         return self.from_leader(gather)
+
+    def move_between_replicas(
+        self, moves: Sequence[tuple[int, int]], values: Sequence[T]
+    ) -> list[T]:
+        """Objects from one model replica to another, each rank to its counterpart there.
+
+        `moves` are (from, to) and equal on all ranks; `values` are what this replica gives, in the
+        order of its moves. Returns what it gets, in that order. All ranks call it.
+        """
+        group = parallel_state.get_data_parallel_group_gloo()
+        given = iter(values)
+        received: list[T] = []
+        # One after the other, in an order that all agree on: no two wait for each other.
+        for source, target in moves:
+            if self.data_rank == source:
+                dist.send_object_list([next(given)], group_dst=target, group=group)
+            elif self.data_rank == target:
+                box: list[Any] = [None]
+                dist.recv_object_list(box, group_src=source, group=group)
+                received.append(box[0])
+        return received
 
     @staticmethod
     def gather_on_rank_zero(value: T) -> list[T]:

@@ -144,9 +144,10 @@ class Stage:
         ]
 
     @contextmanager
-    def exchanging(self, lengths: Lengths) -> Iterator[None]:
+    def exchanging(self, lengths: Lengths, *, answer_pairs: bool = False) -> Iterator[None]:
         """The shape of a micro-batch's hidden states between the stages."""
-        batch = self.layout.batches(self.groups(_without_videos(lengths), 1))[0]
+        groups = self.groups(_without_videos(lengths), 1)
+        batch = self.layout.batches(groups, answer_pairs=answer_pairs)[0]
         with exchanged_shape(self._hidden(batch).shape):
             yield
 
@@ -187,7 +188,8 @@ class Stage:
         if self.reference is None:
             return 0
         groups = self.groups(lengths, 1)
-        with self.exchanging(lengths), self.peak() as found:
+        pairs = self.reference.answer_pairs
+        with self.exchanging(lengths, answer_pairs=pairs), self.peak() as found:
             self.reference.score_answers(groups)
         return found[0]
 

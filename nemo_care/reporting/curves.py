@@ -125,6 +125,7 @@ _SHEETS = (
                     "rollout/groups_all_right": "all right",
                     "rollout/groups_all_wrong": "all wrong",
                     "rollout/groups_without_signal": "without signal",
+                    "rollout/groups_set_aside": "set aside",
                 },
                 "groups per step",
             ),
@@ -132,6 +133,14 @@ _SHEETS = (
                 "Rollout against training",
                 {"rollout/logprob_difference": "difference"},
                 "log-probability difference",
+            ),
+            _Panel(
+                "Importance weights",
+                {
+                    "rollout/importance_mean": "mean weight",
+                    "rollout/importance_truncated": "share above the cap",
+                },
+                "per token",
             ),
         ],
     ),

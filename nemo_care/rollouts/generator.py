@@ -26,3 +26,11 @@ class Generator(Protocol):
         """One group per prompt. The same prompts and sampling give the same completions in every
         parallel layout (up to logits that differ by rounding)."""
         ...
+
+    def rest(self) -> None:
+        """Give back what is only needed while sampling; `generate` takes it again. Collective."""
+        ...
+
+    def close(self) -> None:
+        """End what was started for sampling."""
+        ...

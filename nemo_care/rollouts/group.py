@@ -41,7 +41,8 @@ class Group:
     answer, column: reasoning) is there for the counterfactual bonus. `reference_log_probs`, one
     float32 [C] per completion with NaN where the reference was not asked (outside the answers,
     unless there is a KL term), and the pairs are known on the last pipeline stage only, where the
-    loss is computed.
+    loss is computed. `used` says whether the step trains on the group, None without dynamic
+    sampling (it does).
     """
 
     prompt: Prompt
@@ -54,6 +55,7 @@ class Group:
     consistency_bonus: torch.Tensor = field(default_factory=_unset)
     reward: torch.Tensor = field(default_factory=_unset)
     advantage: torch.Tensor = field(default_factory=_unset)
+    used: bool | None = None
 
     @property
     def size(self) -> int:

@@ -84,12 +84,13 @@ class StoredGroup:
             for key, values in tensors.items()
             if key.startswith("rewards.")
         }
+        vectors: dict[str, Any] = {name: tensors[name] for name in _PER_COMPLETION}
         return Group(
             prompt,
             completions,
             rewards=rewards,
             reference_log_probs=known if len(known) == count else None,
-            **{name: tensors[name] for name in _PER_COMPLETION},
+            **vectors,
         )
 
 

@@ -20,9 +20,9 @@ from nemo_care.models.qwen2_5_vl import ModelInputs, Qwen25VL
 from nemo_care.models.segments import PackedSegments, Segment
 from nemo_care.parallel.cpu_compat import compute_device
 from nemo_care.parallel.process_groups import Ranks
-from nemo_care.rollouts.answer_span import answer_token_span
+from nemo_care.rollouts.completions import completion_of
 from nemo_care.rollouts.generator import Sampling
-from nemo_care.rollouts.group import Completion, Group
+from nemo_care.rollouts.group import Group
 from nemo_care.rollouts.group_batch import model_inputs
 from nemo_care.rollouts.sampling import sample_tokens, uniform_numbers
 
@@ -98,22 +98,17 @@ class MegatronGenerator:
         groups = []
         for number, prompt in enumerate(prompts):
             rows = range(number * sampling.group_size, (number + 1) * sampling.group_size)
-            completions = [self._completion(tokens[row], log_probs[row]) for row in rows]
+            completions = [
+                completion_of(tokens[row], log_probs[row], self.tokenizer) for row in rows
+            ]
             groups.append(Group(prompt, completions))
         return groups
 
-    def _completion(self, tokens: torch.Tensor, log_probs: torch.Tensor) -> Completion:
-        """Cut a row [C_max] after its EOS."""
-        ids = tokens.tolist()
-        end = next((at for at, token in enumerate(ids) if token in self.tokenizer.eos_ids), None)
-        length = len(ids) if end is None else end + 1
-        return Completion(
-            token_ids=tokens[:length].clone(),
-            log_probs=log_probs[:length].clone(),
-            text=self.tokenizer.completion_text(ids[:length]),
-            ended=end is not None,
-            answer_span=answer_token_span(self.tokenizer.base, ids[:length]),
-        )
+    def rest(self) -> None:
+        """Nothing is held between rollouts."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 class Decoding:

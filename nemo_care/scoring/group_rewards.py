@@ -1,5 +1,7 @@
 """Bonus, reward and advantage on groups: the pure formulas of `objective`, applied."""
 
+from collections.abc import Sequence
+
 import torch
 
 from nemo_care.config import ConsistencyConfig
@@ -9,7 +11,10 @@ from nemo_care.objective.consistency import (
     consistency_bonus,
     counterfactual_bonus,
     dense_bonus,
+    selection,
 )
+from nemo_care.parallel.cpu_compat import compute_device
+from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.group import Group
 
 
@@ -63,6 +68,29 @@ def _group_bonus(group: Group, config: ConsistencyConfig) -> torch.Tensor:
         likelihood_clip=config.likelihood_clip,
         accuracy_threshold=config.accuracy_threshold,
     )[0]
+
+
+def selection_rate(
+    groups: Sequence[Group], config: ConsistencyConfig, ranks: Ranks
+) -> float | None:
+    """In which share of the groups of all replicas the bonus tells accurate completions apart.
+
+    Groups with fewer than two of these do not count; None where there is no other, or no bonus.
+    Collective over the replicas.
+    """
+    if config.bonus_coefficient == 0:
+        return None
+    counts = torch.zeros(2, device=compute_device())
+    for group in groups:
+        has_choice, chooses = selection(
+            group.accuracy[None],
+            group.answer_likelihood[None],
+            group.consistency_bonus[None],
+            accuracy_threshold=config.accuracy_threshold,
+        )
+        counts += torch.cat([has_choice, chooses]).to(counts)
+    with_choice, chosen = ranks.sum_over_data(counts).tolist()
+    return chosen / with_choice if with_choice else None
 
 
 def set_advantage(group: Group) -> None:

@@ -31,8 +31,11 @@ class Reference:
         config = algorithm.reference
         self.average = WeightAverage(model, config.ema_decay, offload=config.offload)
         self.update_every = config.ema_update_every
+        self.start_step = config.ema_start_step
+        self.max_selection_rate = config.ema_max_selection_rate
         self.consistency = algorithm.consistency
         self.all_tokens = algorithm.kl_coefficient > 0
+        self.answer_pairs = algorithm.consistency.kind == "counterfactual"
         self.ranks = ranks
         # As the model was built: only a recipe with fp8.scoring builds it for 8 bits.
         self.scorer = Scorer(model, ranks, layout, fp8=True)
@@ -50,7 +53,7 @@ class Reference:
                 self._score_batch,
                 rows=len(_FOUND),
                 all_tokens=self.all_tokens,
-                answer_pairs=self.consistency.kind == "counterfactual",
+                answer_pairs=self.answer_pairs,
             )
         for group, table in zip(groups, tables, strict=True):
             for name, values in zip(_FOUND, table, strict=True):
@@ -82,9 +85,17 @@ class Reference:
             tables.append(table.to(log_probs.device))
         return tables
 
-    def track(self, policy: torch.nn.Module, step: int) -> None:
-        """Move towards the policy after every `ema_update_every` optimizer steps (step 8)."""
-        if self.update_every and step % self.update_every == 0:
+    def track(
+        self, policy: torch.nn.Module, step: int, selection_rate: float | None = None
+    ) -> None:
+        """Move towards the policy after every `ema_update_every` optimizer steps (step 8).
+
+        Not before `ema_start_step`, nor while the share of groups in which the bonus tells accurate
+        completions apart is above `ema_max_selection_rate`.
+        """
+        waits = selection_rate is not None and selection_rate > self.max_selection_rate
+        is_due = self.update_every and step % self.update_every == 0
+        if is_due and step > self.start_step and not waits:
             self.average.update(policy)
 
     def distance(self, policy: torch.nn.Module) -> float:

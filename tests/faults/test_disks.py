@@ -26,7 +26,11 @@ def flip_a_bit(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"), [(truncate, "bytes were written"), (flip_a_bit, "content changed")]
+    ("damage", "said"),
+    [
+        pytest.param(truncate, "bytes were written", marks=pytest.mark.slow),
+        (flip_a_bit, "content changed"),
+    ],
 )
 def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     run: Run, undisturbed, report, damage, said

@@ -11,12 +11,12 @@ from fault_runs import STEPS, assert_equal_runs
     ("layout", "rank", "phase"),
     [
         ("PP 2", 0, "rollout"),
-        ("DP 2", 1, "rollout"),
+        pytest.param("DP 2", 1, "rollout", marks=pytest.mark.slow),
         ("DP 2", 0, "scoring"),
-        ("PP 2", 1, "scoring"),
-        ("TP 2", 0, "update"),
+        pytest.param("PP 2", 1, "scoring", marks=pytest.mark.slow),
+        pytest.param("TP 2", 0, "update", marks=pytest.mark.slow),
         ("DP 2", 1, "update"),
-        ("DP 2", 0, "checkpoint"),
+        pytest.param("DP 2", 0, "checkpoint", marks=pytest.mark.slow),
         ("TP 2", 1, "checkpoint"),
     ],
 )
@@ -48,7 +48,10 @@ def test_killed_rank_costs_only_what_was_not_saved(run, undisturbed, report, lay
     )
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [(signal.SIGTERM, 0), pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow)],
+)
 def test_signal_to_any_rank_lets_the_step_end_and_saves(run, undisturbed, report, number, rank):
     start = run.start("DP 2")
     run.wait_for_step(3)

@@ -1,0 +1,37 @@
+"""Whether a generator of its own and the model that it samples from agree on the same tokens."""
+
+from collections.abc import Sequence
+
+import torch
+
+from nemo_care.errors import RunFailed
+from nemo_care.rollouts.group import Group
+from nemo_care.rollouts.group_batch import GroupBatch
+from nemo_care.scoring.score import Scorer, Table
+
+
+def check_agreement(scorer: Scorer, groups: Sequence[Group], bound: float) -> None:
+    """Hold sampled log-probabilities against the model's own; all ranks of the replica call it.
+
+    In training every step does that; an evaluation without it would believe whatever an engine
+    with wrong weights or positions says.
+
+    Raises:
+        RunFailed: they differ by more than `bound` on average.
+    """
+
+    def differences(batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
+        sampled = batch.padded([[c.log_probs for c in group.completions] for group in batch.groups])
+        apart = torch.where(batch.mask, (sampled - log_probs).abs(), 0.0).sum(1)
+        return list(apart[None].split([group.size for group in batch.groups], dim=1))
+
+    tables = scorer.score(groups, differences, rows=1, all_tokens=True)
+    tokens = sum(completion.length for group in groups for completion in group.completions)
+    mean = float(sum(table.sum() for table in tables)) / max(tokens, 1)
+    # NaN has no place in an evaluation either.
+    if not mean <= bound:
+        raise RunFailed(
+            f"log-probabilities of the first samples' tokens differ by {mean:.4f} on average "
+            "between vLLM and the model itself, more than rollout.max_logprob_difference="
+            f"{bound}: weights or positions are wrong on one side"
+        )

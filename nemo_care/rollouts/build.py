@@ -1,0 +1,115 @@
+"""The generator that a recipe asks for."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from nemo_care.config import Recipe
+from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.errors import InputError
+from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.generator import Generator
+from nemo_care.rollouts.megatron import MegatronGenerator
+from nemo_care.rollouts.vllm.fleet import Fleet, sleep_level
+from nemo_care.rollouts.vllm.generator import VLLMGenerator
+from nemo_care.rollouts.vllm.messages import EngineSettings
+from nemo_care.rollouts.vllm.placement import check_placement
+from nemo_care.rollouts.vllm.weight_sync import transfer_backend
+
+_INSTALL = (
+    "install it with pip install -e '.[vllm]' into an environment of its own (it asks for exactly "
+    "one version of torch), or set rollout.backend=megatron, which needs nothing"
+)
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def build_generator(
+    recipe: Recipe,
+    ranks: Ranks,
+    model: Qwen25VL,
+    tokenizer: ChatTokenizer,
+    *,
+    groups_per_batch: int,
+    shared_prompt: bool,
+    folder: Path,
+    version: Callable[[], int] = lambda: 0,
+    from_checkpoint: bool,
+) -> Generator:
+    """A generator of this model's completions; collective over all ranks.
+
+    Args:
+        recipe: says which, in rollout.backend.
+        ranks: this rank.
+        model: its part of the policy.
+        tokenizer: the checkpoint's.
+        groups_per_batch: see `MegatronGenerator`.
+        shared_prompt: see there too.
+        folder: of the run; vLLM's output goes into its logs.
+        version: changes whenever the weights have changed.
+        from_checkpoint: the weights of version 0 are those in model.hf_path.
+    """
+    if recipe.rollout.backend == "megatron":
+        return MegatronGenerator(
+            model,
+            tokenizer,
+            ranks,
+            groups_per_batch=groups_per_batch,
+            shared_prompt=shared_prompt,
+            fp8=recipe.model.precision.fp8,
+        )
+    fleet = Fleet(
+        recipe.rollout.vllm,
+        engine_settings(recipe, model),
+        ranks,
+        devices=recipe.trainer.devices,
+        logs=folder / "logs",
+    )
+    return VLLMGenerator(
+        model, tokenizer, ranks, fleet, version=version, from_checkpoint=from_checkpoint
+    )
+
+
+def check_rollouts(recipe: Recipe) -> None:
+    """Refuse rollouts that can be seen to fail before any rank starts.
+
+    Raises:
+        InputError: vLLM is missing, or the recipe's engines do not fit its ranks or its precision.
+    """
+    if recipe.rollout.backend == "megatron":
+        return
+    model, fp8 = recipe.model, recipe.model.precision.fp8
+    if fp8.enabled and fp8.rollout:
+        raise InputError(
+            "model.precision.fp8.rollout=true is for rollout.backend=megatron; vllm gets the bf16 "
+            "weights and computes with them: set it to false"
+        )
+    check_placement(
+        recipe.rollout.vllm,
+        devices=recipe.trainer.devices,
+        machines=recipe.trainer.num_nodes,
+        tensor=model.tensor_model_parallel_size,
+        pipeline=model.pipeline_model_parallel_size,
+    )
+    found = find_spec("vllm")
+    # A folder of that name, in the working directory for example, is none.
+    if found is None or found.origin is None:
+        raise InputError(f"rollout.backend=vllm needs the package vllm: {_INSTALL}")
+
+
+def engine_settings(recipe: Recipe, model: Qwen25VL) -> EngineSettings:
+    """What the recipe says about engines."""
+    vllm, data = recipe.rollout.vllm, recipe.data
+    longest = data.max_prompt_tokens + recipe.rollout.max_completion_tokens
+    return EngineSettings(
+        folder=str(Path(recipe.model.hf_path).resolve()),
+        dtype=_DTYPES[recipe.model.precision.dtype],
+        tensor_parallel_size=vllm.tensor_parallel_size,
+        max_tokens=min(longest, model.hf.text_config.max_position_embeddings),
+        max_pixels=max(data.video.max_pixels, data.image.max_pixels),
+        backend=transfer_backend(vllm.placement),
+        gpu_memory_utilization=vllm.gpu_memory_utilization,
+        kv_cache_gib=vllm.kv_cache_gib,
+        enforce_eager=vllm.enforce_eager,
+        sleeps=sleep_level(vllm) > 0,
+    )

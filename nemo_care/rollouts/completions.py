@@ -1,0 +1,23 @@
+"""What a generator has sampled becomes completions, the same way whoever sampled."""
+
+import torch
+
+from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.rollouts.answer_span import answer_token_span
+from nemo_care.rollouts.group import Completion
+
+
+def completion_of(
+    tokens: torch.Tensor, log_probs: torch.Tensor, tokenizer: ChatTokenizer
+) -> Completion:
+    """Cut a row of tokens [C_max] and its log-probabilities float32 [C_max] after its EOS."""
+    ids = tokens.tolist()
+    end = next((at for at, token in enumerate(ids) if token in tokenizer.eos_ids), None)
+    length = len(ids) if end is None else end + 1
+    return Completion(
+        token_ids=tokens[:length].clone(),
+        log_probs=log_probs[:length].clone(),
+        text=tokenizer.completion_text(ids[:length]),
+        ended=end is not None,
+        answer_span=answer_token_span(tokenizer.base, ids[:length]),
+    )

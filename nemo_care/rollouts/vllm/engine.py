@@ -1,0 +1,233 @@
+"""An engine as the trainer holds it: a connection to its host, and the answers to come."""
+
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as Unanswered
+from itertools import count
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from nemo_care.errors import InputError, RunFailed
+from nemo_care.rollouts.vllm.host import KEY, connect
+from nemo_care.rollouts.vllm.messages import LEAVE, Call, EngineSettings, Reply
+
+_SHOWN_LINES = 15
+_PAUSE = 0.1
+
+
+class HostProcess:
+    """A host that this process has started."""
+
+    def __init__(self, log: Path, gpus: Sequence[str] | None) -> None:
+        """Start it; its output goes to `log`. `gpus` as in CUDA_VISIBLE_DEVICES, None on CPUs."""
+        # A socket's path may have some hundred characters at most, so not in the run directory.
+        self._folder = tempfile.TemporaryDirectory(prefix="nemo-care-")
+        self.address = str(Path(self._folder.name) / "engine")
+        self.key = os.environ.get(KEY) or secrets.token_hex(32)
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        # Other ranks' addresses and settings are nothing to vLLM, which reads the same names.
+        env = {k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES}
+        env[KEY] = self.key
+        # Plugins of other packages, such as NeMo's, are loaded by every vLLM process else.
+        env.setdefault("VLLM_PLUGINS", "")
+        if gpus is not None:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        program = [sys.executable, "-m", "nemo_care.rollouts.vllm.host", "--watch-stdin"]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*program, "--listen", self.address],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                # Signals for the trainer, such as a terminal's Ctrl-C, are the trainer's to handle.
+                start_new_session=True,
+            )
+
+    def end_of_log(self) -> str:
+        """The last lines of its output."""
+        with self.log.open(errors="replace") as lines:
+            return "".join(deque(lines, maxlen=_SHOWN_LINES)).strip()
+
+    def close(self, patience: float = 30.0) -> None:
+        """Wait until it has ended; it does when nobody is connected any more."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._folder.cleanup()
+
+
+_RANK_VARIABLES = frozenset(
+    {
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "GROUP_WORLD_SIZE",
+        "ROLE_RANK",
+        "ROLE_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+        "TORCHELASTIC_USE_AGENT_STORE",
+        "NEMO_CARE_RESOLVED_RECIPE",
+    }
+)
+
+
+class Engine:
+    """One vLLM engine. Calls return at once, with an answer to wait for; any thread may call."""
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        key: str,
+        settings: EngineSettings,
+        *,
+        timeout: float,
+        process: HostProcess | None = None,
+    ) -> None:
+        """Nothing is connected yet; `process` is the host where this process has started it.
+
+        `timeout` bounds, in seconds, the waiting for each answer.
+        """
+        self.name = name
+        self.address = address
+        self.key = key
+        self.settings = settings
+        self.timeout = timeout
+        self.process = process
+        self._connection: Connection | None = None
+        self._opened: Future | None = None
+        self._numbers = count()
+        self._waiting: dict[int, Future] = {}
+        self._lock = threading.Lock()
+        self._dead: str | None = None
+
+    def call(self, name: str, **arguments: Any) -> Future:
+        """Ask for something; the future has the answer, or RunFailed where the engine has died."""
+        answer: Future = Future()
+        with self._lock:
+            if self._dead is not None:
+                answer.set_exception(RunFailed(self._dead))
+                return answer
+            assert self._connection is not None, "open comes first"
+            number = next(self._numbers)
+            self._waiting[number] = answer
+            try:
+                self._connection.send(Call(number, name, arguments))
+            except OSError as error:
+                del self._waiting[number]
+                answer.set_exception(RunFailed(self._death(str(error))))
+        return answer
+
+    def ask(self, name: str, **arguments: Any) -> Any:
+        """`call`, and wait."""
+        return self.wait(self.call(name, **arguments), name)
+
+    def wait(self, answer: Future, what: str) -> Any:
+        """The answer.
+
+        Raises:
+            RunFailed: the engine has failed, died, or not answered in time.
+        """
+        try:
+            return answer.result(self.timeout)
+        except Unanswered:
+            raise RunFailed(
+                f"vLLM's engine {self.name} did not answer ({what}) within "
+                f"rollout.vllm.timeout_seconds={self.timeout:g}{self._log_hint()}"
+            ) from None
+
+    def begin(self) -> None:
+        """Connect, and ask the host to load the model; `ready` waits for it.
+
+        Raises:
+            InputError: nobody listens at the address that the recipe names.
+            RunFailed: the host that was started has ended.
+        """
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                self._connection = connect(self.address, self.key.encode())
+                break
+            except OSError as error:
+                self._check_started(error, deadline)
+            time.sleep(_PAUSE)
+        threading.Thread(target=self._read, args=(self._connection,), daemon=True).start()
+        self._opened = self.call("open", settings=self.settings)
+
+    def ready(self) -> None:
+        """Wait until the model is loaded."""
+        assert self._opened is not None, "begin comes first"
+        self.wait(self._opened, "start")
+
+    def _check_started(self, error: OSError, deadline: float) -> None:
+        """Whether it is worth to go on trying to connect."""
+        if self.process is None:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"rollout.vllm.hosts: no engine at {self.address} ({error}); start python -m "
+                    "nemo_care.rollouts.vllm.host there"
+                ) from error
+        elif self.process.process.poll() is not None:
+            raise RunFailed(self._death("its process has ended")) from error
+
+    def _read(self, connection: Connection) -> None:
+        """In a thread: hand out answers until the connection ends."""
+        reason = "its process has ended"
+        while True:
+            try:
+                reply: Reply = connection.recv()
+            except (EOFError, OSError):
+                break
+            if reply.number < 0:
+                reason = reply.error or reason
+                break
+            with self._lock:
+                answer = self._waiting.pop(reply.number)
+            if reply.error is not None:
+                answer.set_exception(
+                    RunFailed(f"vLLM's engine {self.name}: {reply.error}{self._log_hint()}")
+                )
+            else:
+                answer.set_result(reply.value)
+        with self._lock:
+            self._dead = self._death(reason)
+            waiting, self._waiting = list(self._waiting.values()), {}
+        for answer in waiting:
+            answer.set_exception(RunFailed(self._dead))
+
+    def _death(self, reason: str) -> str:
+        message = f"vLLM's engine {self.name} has died: {reason}{self._log_hint()}"
+        if self.process is not None:
+            message += f"; its last words:\n{self.process.end_of_log()}"
+        return message
+
+    def _log_hint(self) -> str:
+        return f" (see {self.process.log})" if self.process is not None else ""
+
+    def close(self) -> None:
+        """Leave; the host ends when the last one has left."""
+        with self._lock:
+            if self._dead is None and self._connection is not None:
+                # Closing it here would not wake the thread that reads from it.
+                self._connection.send(Call(-1, LEAVE, {}))
+        if self.process is not None:
+            self.process.close()

@@ -1,0 +1,249 @@
+"""Rollouts with vLLM: prompts go to the engines, and the weights after each update."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from nemo_care.data.prompts import Prompt
+from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.errors import InputError, RunFailed
+from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.completions import completion_of
+from nemo_care.rollouts.generator import Sampling
+from nemo_care.rollouts.group import Group
+from nemo_care.rollouts.vllm.engine import Engine
+from nemo_care.rollouts.vllm.fleet import Fleet
+from nemo_care.rollouts.vllm.messages import SampleReply
+from nemo_care.rollouts.vllm.requests import RequestBuilder
+from nemo_care.rollouts.vllm.weight_stream import WeightStream
+from nemo_care.rollouts.vllm.weight_sync import Sender, make_sender
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A rollout that the engines work on; `answers` are those of this rank's own engines.
+
+    Greedy completions of a prompt are all the same: one is asked for, and counted `copies` times.
+    """
+
+    prompts: Sequence[Prompt]
+    copies: int
+    answers: Sequence[tuple[Engine, Future]]
+
+
+class VLLMGenerator:
+    """Samples from vLLM's copy of the model that is being trained.
+
+    `generate` is `submit` and `collect`; between the two the engines work and this process is free.
+    """
+
+    def __init__(
+        self,
+        model: Qwen25VL,
+        tokenizer: ChatTokenizer,
+        ranks: Ranks,
+        fleet: Fleet,
+        *,
+        version: Callable[[], int],
+        from_checkpoint: bool,
+    ) -> None:
+        """`fleet` are the engines. `version` changes whenever the weights have changed.
+
+        With `from_checkpoint` the model's weights are those of the checkpoint's directory as long
+        as the version is 0: then vLLM's own reading of it is held against what was sent.
+        """
+        self.tokenizer = tokenizer
+        self.ranks = ranks
+        self.fleet = fleet
+        self.version = version
+        self.from_checkpoint = from_checkpoint
+        self.requests = RequestBuilder(model.hf, tokenizer.eos_ids)
+        self.weights = WeightStream(model, ranks)
+        self._sender: Sender | None = None
+        self._sent: int | None = None
+        self._asleep = False
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """One group per prompt; all ranks of the model replica call it with equal prompts."""
+        return self.collect(self.submit(prompts, sampling))
+
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling) -> Begun:
+        """Bring the weights up to date and let the engines begin. Collective over all ranks.
+
+        Raises:
+            RunFailed: an engine has died, or did not take the weights.
+        """
+        self._wake()
+
+        def begin() -> list[tuple[Engine, Future]]:
+            return [
+                (
+                    engine,
+                    engine.call(
+                        "generate",
+                        requests=[self.requests.build(prompt, sampling) for prompt in part],
+                    ),
+                )
+                for engine, part in self._parts(prompts)
+                if part
+            ]
+
+        copies = sampling.group_size if sampling.temperature == 0 else 1
+        return Begun(prompts, copies, self._together(begin))
+
+    def collect(self, begun: Begun) -> list[Group]:
+        """Wait for the completions of a `submit`. Collective over the ranks of the replica.
+
+        Raises:
+            InputError: vLLM saw other tokens in a prompt than training will.
+            RunFailed: an engine has died or refused a prompt.
+        """
+
+        def own() -> list[list[SampleReply]]:
+            return [engine.wait(answer, "generation") for engine, answer in begun.answers]
+
+        of_engines = [
+            replies
+            for of_rank in self.ranks.gather_in_replica(self._together(own))
+            for replies in of_rank
+        ]
+        # Dealt one by one to the engines; those behind the last prompt were not asked.
+        count = len(of_engines)
+        groups = []
+        for number, prompt in enumerate(begun.prompts):
+            reply = of_engines[number % count][number // count]
+            self._check_tokens(prompt, reply)
+            groups.append(
+                Group(
+                    prompt,
+                    [
+                        completion_of(
+                            torch.tensor(sampled.token_ids, dtype=torch.long),
+                            torch.from_numpy(sampled.log_probs),
+                            self.tokenizer,
+                        )
+                        for sampled in reply.completions * begun.copies
+                    ],
+                )
+            )
+        return groups
+
+    def rest(self) -> None:
+        """Colocated: the engines give their memory back to training. Collective."""
+        if self.fleet.sleep_level == 0 or self._asleep or self._sent is None:
+            return
+        self._tell("sleep", level=self.fleet.sleep_level)
+        self._asleep = True
+        if self.fleet.sleep_level == 2:
+            self._sent = None
+
+    def close(self) -> None:
+        """End the engines."""
+        self.fleet.close()
+
+    # ------------------------------------------------------------------ weights
+
+    def _wake(self) -> None:
+        """Weights of this version in the engines, and all of their memory. Collective."""
+        first = self._sender is None
+        if first:
+            self._together(self.fleet.start)
+        if self._asleep:
+            self._tell("wake_up", tags=["weights"])
+        version = self.version()
+        if self._sent != version:
+            self._send(check=first and self.from_checkpoint and version == 0)
+            self._sent = version
+        if self._asleep:
+            self._tell("wake_up", tags=["kv_cache"])
+            self._asleep = False
+
+    def _send(self, *, check: bool) -> None:
+        before = self._together(self._digests) if check else {}
+        fed = self.fleet.fed
+
+        def send() -> None:
+            if self._sender is None:
+                self._sender = make_sender(
+                    self.fleet.settings.backend, self.weights, fed, self.fleet.bucket_bytes
+                )
+            self._sender.send_weights()
+
+        # Replicas whose engines get their weights from another one wait for it.
+        self._together(send if self.fleet.feeds else lambda: None)
+        if self._sender is None:
+            self._sender = _NothingToSend()
+        if self.fleet.is_shared:
+            self.ranks.barrier()
+        if check:
+            self._together(lambda: self._check_digests(before))
+
+    def _digests(self) -> dict[str, dict[str, str]]:
+        return {engine.name: engine.ask("digests") for engine in self.fleet.fed}
+
+    def _check_digests(self, before: dict[str, dict[str, str]]) -> None:
+        """The untouched weights that were sent make the parameters that vLLM itself has loaded."""
+        for name, digests in self._digests().items():
+            wrong = [key for key, digest in before[name].items() if digests.get(key) != digest]
+            if wrong:
+                raise RunFailed(
+                    f"vLLM's engine {name} holds other weights after they were sent than after "
+                    f"it had loaded {self.fleet.settings.folder} itself: {len(wrong)} of "
+                    f"{len(digests)} parameters differ, the first is {wrong[0]}"
+                )
+
+    # ------------------------------------------------------------------ engines and ranks
+
+    def _parts(self, prompts: Sequence[Prompt]) -> list[tuple[Engine, Sequence[Prompt]]]:
+        """This rank's engines, each with its part of the replica's prompts."""
+        return [(engine, prompts[place :: self.fleet.count]) for place, engine in self.fleet.own]
+
+    def _tell(self, name: str, **arguments: object) -> None:
+        def ask() -> None:
+            answers = [(engine, engine.call(name, **arguments)) for engine in self.fleet.fed]
+            for engine, answer in answers:
+                engine.wait(answer, name)
+
+        self._together(ask)
+
+    def _together(self, do: Callable[[], T]) -> T:
+        """What this rank does; where any rank of the replica fails, all of them do."""
+        result: T | None = None
+        error: InputError | RunFailed | None = None
+        try:
+            result = do()
+        except (InputError, RunFailed) as failure:
+            error = failure
+        told = next((one for one in self.ranks.gather_in_replica(error) if one is not None), None)
+        if told is not None:
+            raise told
+        return result  # type: ignore[return-value]
+
+    @staticmethod
+    def _check_tokens(prompt: Prompt, reply: SampleReply) -> None:
+        ours = prompt.token_ids.tolist()
+        if reply.prompt_token_ids == ours:
+            return
+        theirs = reply.prompt_token_ids
+        at = next(
+            (i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]),
+            min(len(ours), len(theirs)),
+        )
+        raise InputError(
+            f"sample {prompt.sample.sample_id}: vLLM's prompt has {len(theirs)} tokens and ours "
+            f"{len(ours)}, and they differ from token {at} on: vLLM reads the tokenizer or the "
+            "vision settings of model.hf_path otherwise; sample with rollout.backend=megatron"
+        )
+
+
+class _NothingToSend:
+    """Of a replica whose engines get their weights from another one."""
+
+    def send_weights(self) -> None:
+        """Nothing."""

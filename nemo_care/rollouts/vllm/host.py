@@ -1,0 +1,177 @@
+"""The process around one vLLM engine: does what the trainers that connect to it ask for.
+
+    python -m nemo_care.rollouts.vllm.host --listen 0.0.0.0:5600
+
+Trainers start it themselves on the machines where they run. Elsewhere it is started by hand or by a
+batch script, with the same NEMO_CARE_VLLM_KEY in its environment as the trainers have; it takes
+the first trainer's settings and ends when the last trainer has left.
+
+A process of its own keeps vLLM's GPUs, threads, and changes to other packages out of the trainer,
+and lets the trainer compute while the engine generates.
+"""
+
+import argparse
+import contextlib
+import os
+import queue
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Client, Connection, Listener
+from typing import TYPE_CHECKING, Any
+
+from nemo_care.rollouts.vllm.messages import LEAVE, Call, EngineSettings, Reply
+
+if TYPE_CHECKING:
+    from nemo_care.rollouts.vllm.llm import Engine
+
+KEY = "NEMO_CARE_VLLM_KEY"
+
+# From a connection's reader: who, and what; no call when it has left. No client: who started this
+# process has ended.
+Event = tuple[Connection | None, Call | None]
+
+
+class Host:
+    """Serves one engine. The main thread alone touches it; readers fill a queue."""
+
+    def __init__(self, listener: Listener, *, watches_stdin: bool = False) -> None:
+        """`listener` is open already. With `watches_stdin` the end of stdin is that of who started
+        this process: without trainers, it ends then too."""
+        self.watches_stdin = watches_stdin
+        self.listener = listener
+        self.events: queue.Queue[Event] = queue.Queue()
+        self.clients: set[Connection] = set()
+        self.engine: Engine | None = None
+        self.settings: EngineSettings | None = None
+
+    def serve(self) -> int:
+        """Serve until the last trainer has left; the exit status."""
+        threading.Thread(target=self._accept, daemon=True).start()
+        if self.watches_stdin:
+            threading.Thread(target=self._watch, daemon=True).start()
+        try:
+            while True:
+                busy = self.engine is not None and self.engine.is_busy
+                if not busy or not self.events.empty():
+                    client, call = self.events.get()
+                    if client is None or call is None:
+                        if client is not None:
+                            self.clients.discard(client)
+                        if not self.clients:
+                            return 0
+                        continue
+                    self._answer(client, call)
+                else:
+                    assert self.engine is not None
+                    for finished, reply in self.engine.step():
+                        self._send(finished, reply)
+        except Exception as error:
+            # The engine is gone: whoever waits for it has to hear of it.
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {error}"
+            for client in self.clients:
+                self._send(client, Reply(-1, error=text))
+            return 1
+        finally:
+            if self.engine is not None:
+                self.engine.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client = self.listener.accept()
+            except OSError:
+                return
+            except Exception:  # a stranger without the key
+                traceback.print_exc()
+                continue
+            self.clients.add(client)
+            threading.Thread(target=self._read, args=(client,), daemon=True).start()
+
+    def _watch(self) -> None:
+        sys.stdin.read()
+        self.events.put((None, None))
+
+    def _read(self, client: Connection) -> None:
+        while True:
+            try:
+                call = client.recv()
+            except (EOFError, OSError):
+                call = None
+            if call is None or call.name == LEAVE:
+                self.events.put((client, None))
+                client.close()
+                return
+            self.events.put((client, call))
+
+    def _answer(self, client: Connection, call: Call) -> None:
+        """Do it; a generation is answered by later steps."""
+        try:
+            if call.name == "open":
+                self._open(**call.arguments)
+                value = None
+            elif self.engine is None:
+                raise RuntimeError("no engine was opened")
+            elif call.name == "generate":
+                self.engine.submit(client, call.number, **call.arguments)
+                return
+            else:
+                value = getattr(self.engine, call.name)(**call.arguments)
+        except Exception as error:
+            traceback.print_exc()
+            self._send(client, Reply(call.number, error=f"{type(error).__name__}: {error}"))
+            if self.engine is not None and self.engine.is_fatal(error):
+                raise
+            return
+        self._send(client, Reply(call.number, value))
+
+    def _open(self, settings: EngineSettings) -> None:
+        """Make the engine, or find that it is the one that is wanted."""
+        if self.engine is None:
+            from nemo_care.rollouts.vllm.llm import Engine
+
+            self.settings = settings
+            self.engine = Engine(settings)
+        elif settings != self.settings:
+            raise ValueError(f"this engine was opened with other settings: {self.settings}")
+
+    @staticmethod
+    def _send(client: Connection, reply: Reply) -> None:
+        with contextlib.suppress(OSError):
+            client.send(reply)
+
+
+def address_of(text: str) -> Any:
+    """What multiprocessing calls an address: (node, port), or the path of a socket."""
+    node, _, port = text.rpartition(":")
+    return (node, int(port)) if node and port.isdigit() else text
+
+
+def connect(address: str, key: bytes) -> Connection:
+    """Connect to a host; OSError where nobody listens (yet)."""
+    return Client(address_of(address), authkey=key)
+
+
+def main(arguments: list[str]) -> int:
+    """Listen, serve, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m nemo_care.rollouts.vllm.host")
+    parser.add_argument("--listen", required=True, help="NODE:PORT, or the path of a socket")
+    parser.add_argument("--watch-stdin", action="store_true", help="end with who holds stdin")
+    chosen = parser.parse_args(arguments)
+    key = os.environ.get(KEY)
+    if not key:
+        print(f"{KEY} is not set: give engines and trainers the same secret", file=sys.stderr)
+        return 2
+    # Whoever can connect can run code here, as with any pickle: hence the key.
+    address = address_of(chosen.listen)
+    with Listener(address, backlog=64, authkey=key.encode()) as listener:
+        return Host(listener, watches_stdin=chosen.watch_stdin).serve()
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads that read from connections would hold the interpreter up.
+    os._exit(status)

@@ -1,0 +1,283 @@
+"""vLLM's engine as the host uses it; this module imports vLLM."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Our own worker extension is no secret function of a stranger's: the host unpickles only what
+# came with its key. vLLM's workers get weights' handles pickled.
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+
+import vllm
+from vllm.config import WeightTransferConfig
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from nemo_care.data.patches import CLIP_MEAN, CLIP_STD
+from nemo_care.rollouts.vllm.messages import (
+    EngineSettings,
+    Reply,
+    Sampled,
+    SampleReply,
+    SampleRequest,
+)
+
+_LEAST_PIXELS = 28 * 28
+_EXTENSION = "nemo_care.rollouts.vllm.worker.WorkerExtension"
+
+
+@dataclass
+class _Batch:
+    """The requests of one call, and what has come of them."""
+
+    client: Connection
+    number: int
+    missing: set[str]
+    replies: dict[str, SampleReply] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+
+
+class Engine:
+    """One vLLM engine, and the batches that are being generated."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        """Load the model; takes seconds to minutes."""
+        self._folder = tempfile.TemporaryDirectory(prefix="nemo-care-vllm-")
+        make_model_folder(Path(settings.folder), Path(self._folder.name), settings.max_pixels)
+        options: dict[str, Any] = {}
+        if settings.kv_cache_gib is not None:
+            options["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
+        if current_platform.is_cpu():
+            # It guards GPU memory against the largest item; here it only costs time.
+            options["skip_mm_profiling"] = True
+        self.llm = vllm.LLM(
+            model=self._folder.name,
+            dtype=settings.dtype,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            max_model_len=settings.max_tokens,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            enforce_eager=settings.enforce_eager,
+            enable_sleep_mode=settings.sleeps,
+            # Not "dummy", although weights are sent before anything is sampled: that fills buffers
+            # with random numbers too, such as those of the pixels' normalisation, which nobody
+            # sends.
+            load_format="auto",
+            # The model's own log-probabilities: before temperature and top-p.
+            logprobs_mode="raw_logprobs",
+            # What the checkpoint recommends for sampling is not what the recipe says.
+            generation_config="vllm",
+            weight_transfer_config=WeightTransferConfig(backend=settings.backend),
+            worker_extension_cls=_EXTENSION,
+            disable_log_stats=True,
+            **options,
+        )
+        self.engine = self.llm.llm_engine
+        self.batches: dict[str, _Batch] = {}
+        self._count = 0
+
+    # ------------------------------------------------------------------ generation
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is being generated."""
+        return bool(self.batches)
+
+    def submit(self, client: Connection, number: int, requests: list[SampleRequest]) -> None:
+        """Begin to generate; `step` gives the reply when all requests are done.
+
+        Raises:
+            ValueError: vLLM refuses a request; none is begun then.
+        """
+        batch = _Batch(client, number, set())
+        try:
+            for request in requests:
+                name = str(self._count)
+                self._count += 1
+                try:
+                    self.engine.add_request(name, engine_prompt(request), sampling_params(request))
+                except ValueError as error:
+                    raise ValueError(f"sample {request.name}: {error}") from error
+                batch.missing.add(name)
+                batch.order.append(name)
+                self.batches[name] = batch
+        except Exception:
+            self.engine.abort_request(sorted(batch.missing))
+            for name in batch.missing:
+                del self.batches[name]
+            raise
+
+    def step(self) -> list[tuple[Connection, Reply]]:
+        """Generate one more token of everything; the batches that are complete now."""
+        complete = []
+        for output in self.engine.step():
+            if not output.finished:
+                continue
+            batch = self.batches.pop(output.request_id)
+            batch.missing.remove(output.request_id)
+            batch.replies[output.request_id] = sampled(output)
+            if not batch.missing:
+                replies = [batch.replies[name] for name in batch.order]
+                complete.append((batch.client, Reply(batch.number, replies)))
+        return complete
+
+    # ------------------------------------------------------------------ weights and memory
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """vLLM's handshake with who will send weights."""
+        self._rpc("init_weight_transfer_engine", init_info=init_info)
+
+    def start_weight_update(self) -> None:
+        """Before the first piece of new weights.
+
+        Raises:
+            RuntimeError: something is being generated with the old ones.
+        """
+        if self.is_busy:
+            raise RuntimeError("weights can't change while completions are generated: collect them")
+        self._rpc("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        """One piece of new weights."""
+        self._rpc("update_weights", update_info=update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """After the last piece. Forgets all that was computed with the old weights: prefixes of the
+        key-value cache and vision features, because the vision tower is trained too."""
+        self._rpc("finish_weight_update")
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("vLLM could not forget the prefixes of the old weights")
+        self.engine.reset_encoder_cache()
+        self.engine.reset_mm_cache()
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each parameter of each worker."""
+        return {
+            name: digest
+            for worker in self._rpc("nemo_care_digests")
+            for name, digest in worker.items()
+        }
+
+    def sleep(self, level: int) -> None:
+        """Give back GPU memory."""
+        self.engine.sleep(level=level)
+
+    def wake_up(self, tags: list[str]) -> None:
+        """Take back the memory of weights or of the key-value cache."""
+        self.engine.wake_up(tags)
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self.engine.engine_core.shutdown()
+        self._folder.cleanup()
+
+    @staticmethod
+    def is_fatal(error: Exception) -> bool:
+        """Whether the engine can do nothing more after this error."""
+        return isinstance(error, EngineDeadError)
+
+    def _rpc(self, method: str, **arguments: Any) -> list[Any]:
+        return self.engine.collective_rpc(method, kwargs=arguments)
+
+
+def engine_prompt(request: SampleRequest) -> dict[str, Any]:
+    """A request's tokens and media in vLLM's words."""
+    from PIL import Image
+
+    media: dict[str, Any] = {}
+    if request.videos:
+        media["video"] = [
+            (
+                video.frames,
+                {
+                    "fps": video.fps,
+                    "duration": len(video.frames) / video.fps,
+                    "total_num_frames": len(video.frames),
+                    "frames_indices": list(range(len(video.frames))),
+                    "video_backend": "nemo_care",
+                    "do_sample_frames": False,
+                },
+            )
+            for video in request.videos
+        ]
+    if request.images:
+        media["image"] = [Image.fromarray(image) for image in request.images]
+    prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
+    if media:
+        prompt["multi_modal_data"] = media
+        # The frames have been chosen and resized.
+        prompt["mm_processor_kwargs"] = {"do_sample_frames": False}
+    return prompt
+
+
+def sampling_params(request: SampleRequest) -> SamplingParams:
+    """How to sample a request; temperature 0 is greedy."""
+    return SamplingParams(
+        n=request.count,
+        temperature=request.temperature,
+        top_p=request.top_p if request.temperature > 0 else 1.0,
+        seed=request.seed if request.temperature > 0 else None,
+        max_tokens=request.max_tokens,
+        stop_token_ids=request.eos_ids,
+        # Of the sampled token alone.
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def sampled(output: Any) -> SampleReply:
+    """The finished output of a request."""
+    completions = []
+    for completion in sorted(output.outputs, key=lambda one: one.index):
+        ids = list(completion.token_ids)
+        log_probs = [at[token].logprob for token, at in zip(ids, completion.logprobs, strict=True)]
+        completions.append(Sampled(ids, np.array(log_probs, dtype=np.float32)))
+    return SampleReply(list(output.prompt_token_ids), completions)
+
+
+def make_model_folder(source: Path, folder: Path, max_pixels: int) -> None:
+    """Make a checkpoint's directory as vLLM wants it, of links to its files.
+
+    The processor's settings are written anew: frames come in the size that they shall have, so
+    none may be resized, whatever the checkpoint's own bounds are.
+    """
+    for file in source.iterdir():
+        if file.is_file():
+            (folder / file.name).symlink_to(file.resolve())
+    vision = json.loads((source / "config.json").read_text())["vision_config"]
+    common = {
+        # vLLM normalises on the GPU, and reads here alone how.
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN.flatten().tolist(),
+        "image_std": CLIP_STD.flatten().tolist(),
+        "size": {"shortest_edge": _LEAST_PIXELS, "longest_edge": max(max_pixels, _LEAST_PIXELS)},
+        "patch_size": vision.get("patch_size", 14),
+        "temporal_patch_size": vision.get("temporal_patch_size", 2),
+        "merge_size": vision.get("spatial_merge_size", 2),
+    }
+    settings = {
+        "preprocessor_config.json": {
+            **common,
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+        },
+        "video_preprocessor_config.json": {
+            **common,
+            "video_processor_type": "Qwen2VLVideoProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+        },
+    }
+    for name, content in settings.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2))
+    # It would override the two.
+    (folder / "processor_config.json").unlink(missing_ok=True)

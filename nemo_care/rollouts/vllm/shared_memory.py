@@ -1,0 +1,114 @@
+"""Weights to vLLM's workers on the same machine without a GPU: files in shared memory.
+
+vLLM's own ways (NCCL, CUDA IPC) need GPUs. What goes through here is taken by `worker.py`.
+"""
+
+import tempfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+# The name of this way among vLLM's.
+BACKEND = "nemo_care_shared_memory"
+_SHARED = Path("/dev/shm")
+
+
+class Receiver(Protocol):
+    """The engines that take the weights: vLLM's four steps of an update."""
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        """Once, before anything is sent."""
+        ...
+
+    def start_weight_update(self) -> None:
+        """Before the first piece."""
+        ...
+
+    def update_weights(self, update_info: dict) -> None:
+        """One piece; returns when it is loaded."""
+        ...
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """After the last piece."""
+        ...
+
+
+class SharedMemorySender:
+    """Sends what a stream of weights yields, in pieces of bounded size."""
+
+    def __init__(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        receiver: Receiver | None,
+        bucket_bytes: int,
+    ) -> None:
+        """`weights` yields all of them at each iteration; ranks without a `receiver` only take part
+        in what that needs of them."""
+        self.weights = weights
+        self.receiver = receiver
+        self.bucket_bytes = bucket_bytes
+        if receiver is not None:
+            receiver.init_weight_transfer_engine({})
+
+    def send_weights(self) -> None:
+        """Send everything; all ranks of the replica call it.
+
+        Where the engine fails, the iteration goes on to its end before the error is raised, because
+        the other ranks take part in it.
+        """
+        failure: Exception | None = None
+        bucket: list[tuple[str, torch.Tensor]] = []
+        size = 0
+
+        def attempt(step: str, *arguments: object) -> None:
+            nonlocal failure
+            if failure is None and self.receiver is not None:
+                try:
+                    getattr(self.receiver, step)(*arguments)
+                except Exception as error:
+                    failure = error
+
+        def flush() -> None:
+            nonlocal size
+            if bucket and failure is None:
+                with tempfile.NamedTemporaryFile(dir=_folder(), prefix="nemo-care-") as file:
+                    attempt("update_weights", write_bucket(Path(file.name), bucket))
+            bucket.clear()
+            size = 0
+
+        attempt("start_weight_update")
+        for name, tensor in self.weights:
+            if self.receiver is None:
+                continue
+            bucket.append((name, tensor.detach().cpu().contiguous()))
+            size += tensor.numel() * tensor.element_size()
+            if size >= self.bucket_bytes:
+                flush()
+        flush()
+        attempt("finish_weight_update")
+        if failure is not None:
+            raise failure
+
+
+def write_bucket(path: Path, bucket: list[tuple[str, torch.Tensor]]) -> dict:
+    """Write tensors one behind the other; what their receiver has to know."""
+    checksum = 0
+    with path.open("wb") as file:
+        for _, tensor in bucket:
+            content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            checksum = zlib.crc32(content, checksum)
+            file.write(content)
+    return {
+        "path": str(path),
+        "names": [name for name, _ in bucket],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+        "shapes": [list(tensor.shape) for _, tensor in bucket],
+        "checksum": checksum,
+    }
+
+
+def _folder() -> str | None:
+    return str(_SHARED) if _SHARED.is_dir() else None

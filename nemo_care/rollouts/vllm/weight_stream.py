@@ -1,0 +1,70 @@
+"""The policy's weights under Hugging Face's names, one tensor at a time, on every rank."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.models.weights import iterate_hf_weights
+from nemo_care.parallel.process_groups import Ranks
+
+
+class Described(NamedTuple):
+    """One tensor without its values; vLLM reads these names of it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class WeightStream:
+    """Yields the whole model on every rank of a replica, and never holds more than a tensor of it.
+
+    Tensor-parallel shards are gathered (`iterate_hf_weights`); tensors of one pipeline stage are
+    broadcast to the others. All ranks of the replica iterate together. vLLM's senders take it as
+    their source of weights.
+    """
+
+    def __init__(self, model: Qwen25VL, ranks: Ranks) -> None:
+        """Nothing is gathered yet."""
+        self.model = model
+        self.ranks = ranks
+        self._stages: list[list[Described]] | None = None
+
+    def metadata(self) -> list[Described]:
+        """What an iteration yields, in its order. The first call is collective in the replica."""
+        return [described for stage in self._described() for described in stage]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor on this rank's device, one after the other."""
+        stages = self._described()
+        own = parallel_state.get_pipeline_model_parallel_rank()
+        device = next(self.model.parameters()).device
+        for stage, described in enumerate(stages):
+            if stage == own:
+                for name, tensor in iterate_hf_weights(self.model):
+                    yield name, self._from_stage(stage, tensor.detach().contiguous())
+                continue
+            for name, dtype, shape in described:
+                yield name, self._from_stage(stage, torch.empty(shape, dtype=dtype, device=device))
+
+    def _from_stage(self, stage: int, tensor: torch.Tensor) -> torch.Tensor:
+        if self.ranks.layout.pipeline > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast(tensor, src=dist.get_process_group_ranks(group)[stage], group=group)
+        return tensor
+
+    def _described(self) -> list[list[Described]]:
+        if self._stages is None:
+            stage = parallel_state.get_pipeline_model_parallel_rank()
+            mine = [
+                Described(name, tensor.dtype, tuple(tensor.shape))
+                for name, tensor in iterate_hf_weights(self.model)
+            ]
+            # Ranks of one stage say the same.
+            by_stage = dict(self.ranks.gather_in_replica((stage, mine)))
+            self._stages = [by_stage[stage] for stage in sorted(by_stage)]
+        return self._stages

@@ -1,0 +1,120 @@
+"""Sends the policy's weights to engines, by vLLM's own interface for reinforcement learning.
+
+vLLM has a sender for each way: `ipc` (the same GPU, two processes: CUDA memory handles) and `nccl`
+(other GPUs: broadcast), with a part in its workers that loads what arrives layer by layer. Without
+GPUs the way is ours, through shared memory.
+"""
+
+import socket
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from nemo_care.rollouts.vllm import shared_memory
+from nemo_care.rollouts.vllm.engine import Engine
+from nemo_care.rollouts.vllm.weight_stream import WeightStream
+
+
+class Sender(Protocol):
+    """What vLLM calls a trainer's weight transfer engine."""
+
+    def send_weights(self) -> None:
+        """Send everything; all ranks of the replica call it."""
+        ...
+
+
+class Engines:
+    """vLLM's four steps of an update, for several engines at once; its `VLLMWeightSyncClient`."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        """Engines that get their weights from this rank."""
+        self.engines = engines
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """The handshake. The workers of all engines are numbered one after another."""
+        infos = []
+        for place, engine in enumerate(self.engines):
+            info = dict(init_info)
+            if "rank_offset" in info:
+                info["rank_offset"] += place * engine.settings.tensor_parallel_size
+            infos.append(info)
+        self._all("init_weight_transfer_engine", [{"init_info": info} for info in infos])
+
+    def start_weight_update(self) -> None:
+        """Before the first piece."""
+        self._all("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        """One piece; returns when all engines have it."""
+        self._all("update_weights", [{"update_info": update_info}] * len(self.engines))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """After the last piece; the engines forget what they computed with the old weights."""
+        self._all("finish_weight_update")
+
+    def _all(self, step: str, arguments: Sequence[dict[str, Any]] | None = None) -> None:
+        each = arguments or [{}] * len(self.engines)
+        answers = [engine.call(step, **own) for engine, own in zip(self.engines, each, strict=True)]
+        for engine, answer in zip(self.engines, answers, strict=True):
+            engine.wait(answer, step)
+
+
+def transfer_backend(placement: str) -> str:
+    """vLLM's name of the way that weights take on this machine."""
+    if not torch.cuda.is_available():
+        return shared_memory.BACKEND
+    return "ipc" if placement == "colocated" else "nccl"
+
+
+def make_sender(
+    backend: str, weights: WeightStream, engines: Sequence[Engine], bucket_bytes: int
+) -> Sender:
+    """Shake hands with the engines; every rank of the replica makes one.
+
+    `engines` are those that get their weights from this rank: with `ipc` every rank gives its part
+    of the handles, and the ranks that own an engine pass them on; else only one rank has engines.
+    """
+    receiver = Engines(engines)
+    if backend == shared_memory.BACKEND:
+        return shared_memory.SharedMemorySender(
+            weights, receiver if engines else None, bucket_bytes
+        )
+    # Rank 0 is, for vLLM, whoever passes weights on to engines.
+    rank = 0 if engines else 1
+    if backend == "ipc":
+        from vllm.distributed.weight_transfer.ipc_engine import (
+            IPCTrainerInitInfo,
+            IPCTrainerWeightTransferEngine,
+        )
+
+        return IPCTrainerWeightTransferEngine.trainer_init(
+            IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes),
+            client=receiver,
+            source=weights,
+        )
+    from vllm.distributed.weight_transfer.nccl_engine import (
+        NCCLTrainerInitInfo,
+        NCCLTrainerWeightTransferEngine,
+    )
+
+    workers = sum(engine.settings.tensor_parallel_size for engine in engines)
+    address, port = _free_address() if engines else ("", 0)
+    return NCCLTrainerWeightTransferEngine.trainer_init(
+        NCCLTrainerInitInfo(
+            master_address=address,
+            master_port=port,
+            world_size=1 + workers,
+            packed_buffer_size_bytes=bucket_bytes,
+            rank=rank,
+        ),
+        client=receiver,
+        source=weights,
+    )
+
+
+def _free_address() -> tuple[str, int]:
+    """This machine's address, and a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return socket.gethostbyname(socket.gethostname()), probe.getsockname()[1]

@@ -1,0 +1,85 @@
+"""The recipe's keys under `rollout.vllm`: where vLLM runs and what it may take."""
+
+from dataclasses import dataclass
+
+from nemo_care.errors import InputError
+
+ROLLOUT_BACKENDS = ("megatron", "vllm")
+PLACEMENTS = ("colocated", "separate")
+
+
+@dataclass
+class VLLMConfig:
+    """Rollouts with vLLM; read where rollout.backend is vllm (see docs/vllm.md)."""
+
+    placement: str = "colocated"
+    """colocated: on the GPUs that train, in turns with training; separate: on GPUs of its own,
+    which rollout.vllm.gpus or rollout.vllm.hosts name."""
+    tensor_parallel_size: int = 1
+    """GPUs of one engine, whatever the trainer's own size is. Colocated, every so many ranks of a
+    model replica share an engine, and the replica's prompts are dealt to its engines."""
+    gpus: list[int] | None = None
+    """Separate, on the machine of each replica's first rank: numbers of GPUs that do not train, as
+    CUDA_VISIBLE_DEVICES counts them. Every tensor_parallel_size of them are an engine. With several
+    replicas on one machine they share them out in order."""
+    hosts: list[str] | None = None
+    """Separate, elsewhere: NODE:PORT of each engine that was started there with python -m
+    nemo_care.rollouts.vllm.host; all replicas share them out in order."""
+    gpu_memory_utilization: float = 0.6
+    """Share of each GPU's memory that an engine takes while it is awake: weights, activations and
+    key-value cache together."""
+    kv_cache_gib: float | None = None
+    """Memory of the key-value cache on each GPU; null: what gpu_memory_utilization leaves. On a
+    machine without GPUs it is CPU memory."""
+    sleep_level: int = 2
+    """Colocated, while training goes on: 2 gives back all memory, and weights come anew with the
+    next rollout; 1 keeps vLLM's weights in CPU memory; 0 stays awake. Without GPUs it stays
+    awake."""
+    enforce_eager: bool = False
+    """Neither compile nor capture CUDA graphs: starts sooner, generates slower."""
+    bucket_mib: int = 512
+    """Weights travel to vLLM in pieces of about this size."""
+    timeout_seconds: float = 1800.0
+    """An engine that has not started, taken a piece of weights or completed its prompts after so
+    long ends the run."""
+
+
+def check_vllm(vllm: VLLMConfig) -> None:
+    """Check the keys under `rollout.vllm` against each other; their ranges are in config.py.
+
+    Raises:
+        InputError: names the key, its value and what it may be.
+    """
+    prefix = "rollout.vllm."
+    if vllm.placement == "colocated":
+        for name in ("gpus", "hosts"):
+            if getattr(vllm, name) is not None:
+                raise InputError(
+                    f"{prefix}{name} is for {prefix}placement=separate; the engines of "
+                    "placement=colocated run on the GPUs that train: leave it out"
+                )
+        return
+    if (vllm.gpus is None) == (vllm.hosts is None):
+        raise InputError(
+            f"{prefix}placement=separate needs either {prefix}gpus (GPUs of the machines that "
+            f"train) or {prefix}hosts (engines on other machines): give one of them"
+        )
+    if vllm.gpus is not None:
+        _check_gpus(vllm, prefix)
+    for host in vllm.hosts or ():
+        name, _, port = host.rpartition(":")
+        if not name or not port.isdigit():
+            raise InputError(f"{prefix}hosts: {host} is not NODE:PORT")
+    if vllm.hosts == []:
+        raise InputError(f"{prefix}hosts is empty: name an engine, such as [node17:5600]")
+
+
+def _check_gpus(vllm: VLLMConfig, prefix: str) -> None:
+    gpus, size = vllm.gpus or [], vllm.tensor_parallel_size
+    if not gpus or len(gpus) % size:
+        raise InputError(
+            f"{prefix}gpus={gpus}: their number has to be a multiple of "
+            f"{prefix}tensor_parallel_size={size}"
+        )
+    if len(set(gpus)) < len(gpus) or min(gpus) < 0:
+        raise InputError(f"{prefix}gpus={gpus}: each GPU once, counted from 0")

@@ -1,0 +1,82 @@
+"""When the reference follows the policy, and what is said when the bonus no longer selects."""
+
+import pytest
+import torch
+from small_runs import small_recipe, small_trainer
+
+from nemo_care.algorithms import step_watch
+from nemo_care.config import check_recipe
+from nemo_care.errors import InputError
+
+
+@pytest.fixture
+def recipe(checkpoint, world):
+    return small_recipe(checkpoint, world)
+
+
+def moved_in(trainer, selection_rates) -> list[bool]:
+    """Whether the reference moved in each step, one after another; the policy always does."""
+    moved = []
+    for step, rate in enumerate(selection_rates, start=1):
+        before = {name: value.clone() for name, value in trainer.reference.average.state.items()}
+        with torch.no_grad():
+            for parameter in trainer.policy.model.parameters():
+                parameter.add_(0.01)
+        trainer.reference.track(trainer.policy.model, step, rate)
+        after = trainer.reference.average.state
+        moved.append(any(not torch.equal(before[name], after[name]) for name in before))
+    return moved
+
+
+def test_reference_follows_every_so_many_steps_after_its_start(recipe, ranks, tmp_path):
+    recipe.algorithm.reference.ema_update_every = 2
+    trainer = small_trainer(recipe, ranks, tmp_path / "always")
+    assert moved_in(trainer, [1.0] * 4) == [False, True, False, True]
+    recipe.algorithm.reference.ema_start_step = 2
+    trainer = small_trainer(recipe, ranks, tmp_path / "later")
+    assert moved_in(trainer, [1.0] * 4) == [False, False, False, True]
+
+
+def test_reference_waits_while_the_bonus_selects(recipe, ranks, tmp_path):
+    recipe.algorithm.reference.ema_max_selection_rate = 0.25
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    # None: no group gave the bonus a choice.
+    assert moved_in(trainer, [0.3, 0.25, None, 1.0]) == [False, True, True, False]
+
+
+def test_selection_rate_of_a_step_is_recorded_and_decides_whether_the_reference_moves(
+    recipe, ranks, tmp_path
+):
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    asked = []
+    trainer.reference.track = lambda model, step, rate: asked.append(rate)
+    metrics, groups, _ = trainer.run_training_step()
+    chosen = choices = 0
+    for group in groups:
+        accurate = (group.accuracy > 0) & ~group.answer_likelihood.isnan()
+        if accurate.sum() > 1:
+            choices += 1
+            chosen += len(set(group.consistency_bonus[accurate].tolist())) > 1
+    assert chosen > 0
+    assert metrics["care/selection_rate"] == chosen / choices
+    assert asked == [metrics["care/selection_rate"]]
+
+
+def test_a_bonus_that_no_longer_selects_is_told_now_and_then(recipe, ranks, tmp_path, capsys):
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    rates = [0.8] * 10 + [0.0] * (step_watch._IDLE_STEPS + step_watch._TELL_AGAIN)
+    for step, rate in enumerate(rates, start=1):
+        trainer.watch.check_selection(step, rate)
+        trainer.watch.check_selection(step, None)
+    told = [line for line in capsys.readouterr().out.splitlines() if "care/selection_rate" in line]
+    # The first time the mean over the last 20 steps, one of them at 0.8, is at most 5%.
+    assert [line.split(":")[0] for line in told] == ["step 29", "step 79"]
+    assert "in the last 20 steps the bonus told accurate completions apart in 4%" in told[0]
+
+
+def test_the_counterfactual_bonus_needs_shared_prompts(recipe):
+    recipe.algorithm.consistency.kind = "counterfactual"
+    check_recipe(recipe)
+    recipe.algorithm.shared_prompt = False
+    with pytest.raises(InputError, match=r"needs algorithm\.shared_prompt=true"):
+        check_recipe(recipe)
