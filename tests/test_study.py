@@ -1,8 +1,12 @@
 """`nemo-care study`: what is run, what is refused, what comes out."""
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 # A stand-in for training: writes what a run leaves behind. Seed 3 of "grpo" fails.
 FAKE = """
-import json, pathlib, sys
+import json, os, pathlib, sys, time
 args = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
 folder = pathlib.Path(args["exp_manager.explicit_log_dir"].strip("'"))
 folder.mkdir(parents=True, exist_ok=True)
@@ -30,6 +34,9 @@ with (folder.parent / "calls.txt").open("a") as calls:
 is_grpo = args.get("+ablation") == "grpo"
 if is_grpo and seed == 3 and not (folder.parent / "mended").exists():
     sys.exit("CUDA went home")
+if seed == 2 and (folder.parent / "wait").exists():
+    (folder / "pid").write_text(str(os.getpid()))
+    time.sleep(60)
 with (folder / "metrics.jsonl").open("w") as file:
     for step in range(1, steps + 1):
         file.write(json.dumps({"step": step, "timing/step": 0.5 + seed,
@@ -164,6 +171,30 @@ def test_changed_variant_is_refused_by_name_and_leaves_everything(made):
         made.run()
     assert made.lines() == before
     assert made.calls() == ["care-seed1", "care-seed2"]
+
+
+def test_interrupted_study_ends_its_runs_keeps_what_is_done_and_goes_on(made):
+    (made.out / "runs").mkdir(parents=True)
+    (made.out / "runs/wait").touch()
+    code = (
+        "from pathlib import Path; from nemo_care.study.command import run_study; "
+        f"run_study('mine', Path({str(made.out)!r}), config_dir={str(made.folder)!r}, jobs=1, "
+        f"only=['care'], train_command={made.command!r})"
+    )
+    study = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    file = made.out / "runs/care-seed2/pid"
+    until = time.monotonic() + 60
+    while not (file.exists() and file.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    run = int(file.read_text())
+    study.send_signal(signal.SIGINT)
+    assert study.wait(30) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(run, 0)
+    assert [line["seed"] for line in made.lines()] == [1]
+    (made.out / "runs/wait").unlink()
+    assert made.run(only=["care"]) == []
+    assert made.calls() == ["care-seed1", "care-seed2", "care-seed2"]
 
 
 def test_foreign_run_is_refused(made):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 DOTS = "Each run after training: dots are seeds, bars their mean; dashed: before training"
 OVER_STEPS = "Over the training steps: mean over seeds, and from the least to the greatest seed"
 # Inches: a panel of dots, the room between two, a row, a letter of a variant's title.
-_PANEL, _GAP, _ROW, _LETTER = 1.9, 0.2, 0.27, 0.075
-_ABOVE, _BELOW, _MARGIN = 0.4, 0.35, 0.15
+_PANEL, _GAP, _ROW, _LETTER = 1.9, 0.2, 0.27, 0.06
+_ABOVE, _BELOW, _MARGIN = 0.4, 0.35, 0.3
 _TITLES = {
     "consistency_rate": "Consistency",
     "accuracy": "Accuracy",
