@@ -74,7 +74,7 @@ def made_trainer(
         workers=DecodingWorkers.of(recipe.data, leads=False),
     )
     config = trainer.policy.model.hf
-    trainer.prompts = GivenPrompts(
+    trainer.rollouts.prompts = GivenPrompts(
         [video_prompt(config, prompt_tokens, index) for index in range(prompts)]
     )
     trainer.rewards = made_up_rewards

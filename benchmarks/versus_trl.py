@@ -77,7 +77,7 @@ def our_steps(
     )
     hf = trainer.policy.model.hf
     prompt = PromptBuilder(recipe.data, hf, load_tokenizer(checkpoint, hf)).build(0, sample)
-    trainer.prompts = GivenPrompts([prompt])
+    trainer.rollouts.prompts = GivenPrompts([prompt])
     trainer.rewards = made_up_rewards
     records = []
     for _ in range(steps):

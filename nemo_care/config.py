@@ -18,7 +18,12 @@ from nemo_care.data_config import DATA_KINDS, MISSING, DataConfig, check_data
 from nemo_care.errors import InputError
 from nemo_care.evaluation_config import JUDGES, EvaluationConfig, check_evaluation
 from nemo_care.model_config import FP8_RECIPES, ModelConfig, OptimizerConfig, check_model
-from nemo_care.rollout_config import ROLLOUT_RANGES, RolloutConfig, check_rollout
+from nemo_care.rollout_config import (
+    ROLLOUT_RANGES,
+    RolloutConfig,
+    check_asynchronous,
+    check_rollout,
+)
 from nemo_care.vllm_config import PLACEMENTS, ROLLOUT_BACKENDS
 
 # What is usual; more ranks than that ask for more machines.
@@ -388,3 +393,4 @@ def check_training(recipe: Recipe) -> None:
             "algorithm.consistency.bonus_coefficient and algorithm.kl_coefficient are 0; choose "
             "another judge, or validate with nemo-care evaluate and evaluation.reference"
         )
+    check_asynchronous(recipe.rollout)

@@ -59,9 +59,19 @@ class RolloutConfig:
     max_logprob_difference: float = 0.05
     """The mean difference between a token's log-probability in rollout and in training. Above it
     the first step stops the run, because weights or positions must be wrong on one side; later
-    steps are told on the console."""
+    steps are told on the console, but not those whose rollout/staleness is above 0: older weights
+    differ too."""
     importance_sampling: ImportanceSamplingConfig = field(default_factory=ImportanceSamplingConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
+    asynchronous: bool = False
+    """Needs backend=vllm and vllm.placement=separate: while a step is rewarded, scored and trained,
+    the engines sample the next step's prompts, with the weights from before its update. From the
+    second step on completions are so one step older than the policy, which importance_sampling can
+    correct; a resumed run is not bit-equal to an uninterrupted one (see docs/vllm.md). Metrics:
+    `rollout/staleness`, the optimizer steps between the weights that sampled a step's groups (the
+    oldest of its rounds) and those that its update starts from: 0 in the first step, then
+    algorithm.updates_per_rollout; and `timing/rollout` is then the time that the step has waited
+    for completions and for the engines to take weights and the next prompts."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 
@@ -99,3 +109,23 @@ def check_rollout(rollout: RolloutConfig) -> None:
         )
     if rollout.backend == "vllm":
         check_vllm(rollout.vllm)
+
+
+def check_asynchronous(rollout: RolloutConfig) -> None:
+    """Check that the engines of a training run can sample while it trains.
+
+    An evaluation with the recipe of such a run may have any backend, so this is not of
+    `check_rollout`.
+
+    Raises:
+        InputError: names the keys and what they may be.
+    """
+    if not rollout.asynchronous:
+        return
+    if rollout.backend != "vllm" or rollout.vllm.placement != "separate":
+        raise InputError(
+            f"rollout.asynchronous=true with rollout.backend={rollout.backend} and "
+            f"rollout.vllm.placement={rollout.vllm.placement}: sampling beside training needs GPUs "
+            "of its own; set rollout.backend=vllm and rollout.vllm.placement=separate, or "
+            "rollout.asynchronous=false"
+        )

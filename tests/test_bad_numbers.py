@@ -293,9 +293,9 @@ def test_logits_of_one_row_spoil_that_completion_only(recipe, ranks, tmp_path, m
             logits[1] = math.nan
         return logits
 
-    good = trainer.generate_rollouts(prompts[:1])[0]
+    good = trainer.rollouts.generate(prompts[:1])[0]
     monkeypatch.setattr(model, "next_token_logits", spoiled)
-    bad = trainer.generate_rollouts(prompts[:1])[0]
+    bad = trainer.rollouts.generate(prompts[:1])[0]
     ended = [c.log_probs.isnan().any().item() for c in bad.completions]
     assert ended == [False, True, False, False]
     assert bad.completions[1].length == 3

@@ -194,7 +194,7 @@ def test_recomputation_computes_attention_again(recipe, ranks, tmp_path, granula
     recipe.model.recompute_granularity = granularity
     trainer = small_trainer(recipe, ranks, tmp_path)
     prompts, _ = trainer.prompts.next_step()
-    groups = trainer.generate_rollouts(prompts)
+    groups = trainer.rollouts.generate(prompts)
     for group in groups:
         group.advantage = torch.linspace(-1, 1, group.size)
     calls = []

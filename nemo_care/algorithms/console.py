@@ -121,6 +121,15 @@ class Console:
         )
         self._print(Text(text, style="yellow"))
 
+    def uncorrected_rollouts(self) -> None:
+        """Say that completions of older weights are taken for the policy's own."""
+        text = (
+            "rollout.asynchronous: completions come from the weights before the last update, and "
+            "nothing corrects for it; rollout.importance_sampling.enabled=true (with "
+            "rollout.temperature=1) weights their tokens (metric rollout/staleness)"
+        )
+        self._print(Text(text, style="yellow"))
+
     def idle_bonus(self, step: int, rate: float, steps: int, again: int) -> None:
         """Say that the consistency bonus no longer selects."""
         text = (

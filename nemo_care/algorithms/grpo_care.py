@@ -17,9 +17,9 @@ from nemo_care.algorithms.numbers import finite_or_none
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.records import Row, completion_rows, rollout_metrics
 from nemo_care.algorithms.rewards import BaseRewards
+from nemo_care.algorithms.rollout_ahead import Rollouts
 from nemo_care.algorithms.step_watch import StepWatch
 from nemo_care.config import Recipe
-from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Skipped
 from nemo_care.data.stream import PromptStream, TooManySkipped
 from nemo_care.errors import RunStopped
@@ -30,7 +30,7 @@ from nemo_care.parallel.checkpoints import sharding_metadata
 from nemo_care.parallel.memory import memory_metrics
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.parallel.stop_request import StopRequest
-from nemo_care.rollouts.generator import Generator, Sampling
+from nemo_care.rollouts.generator import Generator
 from nemo_care.rollouts.group import Group
 from nemo_care.run_files import RunFiles
 from nemo_care.scoring.group_rewards import (
@@ -39,9 +39,6 @@ from nemo_care.scoring.group_rewards import (
     set_advantage,
 )
 from nemo_care.scoring.reference import Reference
-
-# Tells training's random numbers from those of validation.
-_SEED_DOMAIN = 0
 
 Metrics = dict[str, float | None]
 
@@ -77,8 +74,6 @@ class GRPOCareTrainer:
         lines of the annotations that gave no sample; `stop` is asked after each step."""
         self.recipe = recipe
         self.ranks = ranks
-        self.prompts = prompts
-        self.generator = generator
         self.rewards = rewards
         self.reference = reference
         self.policy = policy
@@ -90,12 +85,25 @@ class GRPOCareTrainer:
         self.console = Console(recipe, active=ranks.rank == 0)
         self.checkpoints = Checkpointing(recipe, ranks, files, self.console)
         self.watch = StepWatch(recipe, ranks, files, self.console)
+        self.rollouts = Rollouts(
+            recipe, prompts, generator, self.console, version=lambda: policy.optimizer_steps
+        )
         self.sampling = DynamicSampling(recipe, ranks)
         self.step = 0
         # Of the step that runs, over all its rounds of sampling.
         self.selection_rate: float | None = None
         self.timing: dict[str, float] = {}
         self.skipped: list[Skipped] = []
+
+    @property
+    def prompts(self) -> PromptStream:
+        """The training prompts."""
+        return self.rollouts.prompts
+
+    @property
+    def generator(self) -> Generator:
+        """What samples the completions."""
+        return self.rollouts.generator
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -127,6 +135,7 @@ class GRPOCareTrainer:
     def run_training_step(self) -> tuple[Metrics, list[Group], list[Skipped]]:
         """One step of GRPO-CARE (arXiv 2506.16141); its metrics, and all it sampled and skipped."""
         self.timing, self.skipped = {}, []
+        self.rollouts.begin_step()
         with self._phase("step"):
             # One round of sampling, or with rollout.dynamic_sampling several.
             sampled = self.sampling(self.sample_groups)
@@ -137,14 +146,11 @@ class GRPOCareTrainer:
                 before = self.policy.optimizer_steps
                 metrics = self.policy.update(sampled.trained, after_step=self.track_policy)
         metrics = self._look_at_numbers(metrics, sampled.trained, before)
-        return {**metrics, **sampled.metrics}, sampled.groups, self.skipped
+        return {**metrics, **sampled.metrics, **self.rollouts.metrics}, sampled.groups, self.skipped
 
     def sample_groups(self) -> list[Group]:
         """The next prompts' groups, all but the update (algorithm steps 1 to 6)."""
-        with self._phase("data"):
-            prompts = self._next_prompts()
-        with self._phase("rollout"):
-            groups = self.generate_rollouts(prompts)
+        groups = self._next_rollouts()
         with self._phase("reward"):
             self.rewards(groups)
         with self._phase("scoring"):
@@ -161,13 +167,16 @@ class GRPOCareTrainer:
         self.checkpoints.keep_all = self.watch.in_bad_steps
         # In a bad step too, once its first update was made: rollout and scoring lie before that.
         if bad is None or bad.update > 0:
-            self.watch.check_differences(self.step, metrics, untouched=optimizer_steps == 0)
+            untouched, stale = optimizer_steps == 0, self.rollouts.staleness > 0
+            self.watch.check_differences(self.step, metrics, untouched=untouched, stale=stale)
         self.watch.check_selection(self.step, self.selection_rate)
         return {**metrics, **counts, "care/selection_rate": self.selection_rate}
 
-    def _next_prompts(self) -> list[Prompt]:
+    def _next_rollouts(self) -> list[Group]:
+        """G completions of each of the next prompts, sampled from the policy (algorithm step 1)."""
+        last = self.step == self.recipe.trainer.max_steps
         try:
-            prompts, skipped = self.prompts.next_step()
+            groups, skipped = self.rollouts.next(self._phase, last=last)
         except TooManySkipped as error:
             # The run ends here, on all ranks, and what this step left out is to be mended.
             self.checkpoints.wait()
@@ -176,22 +185,6 @@ class GRPOCareTrainer:
                 self.files.append_skipped(self.step, [asdict(item) for item in self.skipped])
             raise
         self.skipped.extend(skipped)
-        return prompts
-
-    def generate_rollouts(self, prompts: list[Prompt]) -> list[Group]:
-        """Sample G completions of each prompt from the policy (algorithm step 1)."""
-        rollout = self.recipe.rollout
-        groups = self.generator.generate(
-            prompts,
-            Sampling(
-                group_size=self.recipe.algorithm.group_size,
-                temperature=rollout.temperature,
-                top_p=rollout.top_p,
-                max_tokens=rollout.max_completion_tokens,
-                seed=(self.recipe.trainer.seed, _SEED_DOMAIN),
-            ),
-        )
-        self.generator.rest()
         return groups
 
     def score(self, groups: list[Group]) -> None:
@@ -216,6 +209,7 @@ class GRPOCareTrainer:
         """Validate on all levels and record the result."""
         if not self.validator.levels:
             return
+        self.rollouts.settle()
         levels, left_out = self.validator.run(between_batches=self.stop_if_asked)
         self.ranks.from_rank_zero(lambda: self._record_validation(levels, left_out))
 
@@ -315,7 +309,7 @@ class GRPOCareTrainer:
             "policy": self.policy.sharded_state_dict(metadata, is_loading),
             "trainer": {
                 "step": self.step,
-                "stream_position": self.prompts.position,
+                "stream_position": self.rollouts.position,
                 "bad_steps": self.watch.bad_steps.state_dict(),
             },
         }

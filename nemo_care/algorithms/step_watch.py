@@ -158,16 +158,21 @@ class StepWatch:
         """Whether the last step was left out: its weights may be at fault."""
         return bool(self.bad_steps.in_a_row)
 
-    def check_differences(self, step: int, metrics: Metrics, *, untouched: bool) -> None:
+    def check_differences(
+        self, step: int, metrics: Metrics, *, untouched: bool, stale: bool = False
+    ) -> None:
         """Compare rollout, scoring and update on the same tokens, all before this step's update.
 
-        `untouched`: no update has ever been made, so all three ran the same weights.
+        `untouched`: no update has ever been made, so all three ran the same weights. `stale`: the
+        rollout ran those from before another update, which makes a difference of its own.
 
         Raises:
             RunFailed: they differ by more than the bounds while the policy is untouched.
         """
         if untouched:
             self._check_first_step(metrics)
+            return
+        if stale:
             return
         bound = self.recipe.rollout.max_logprob_difference
         difference = metrics["rollout/logprob_difference"]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
-from nemo_care.errors import InputError
+from nemo_care.errors import InputError, RunFailed
 from nemo_care.parallel.cpu_compat import enable_cpu_megatron
 from nemo_care.parallel.slurm import rendezvous_address
 
@@ -234,6 +234,26 @@ class Ranks:
         values: list[T | None] = [None] * dist.get_world_size() if is_first else []
         dist.gather_object(value, values if is_first else None, dst=0)
         return values  # type: ignore[return-value]
+
+    @staticmethod
+    def together(do: Callable[[], T]) -> T:
+        """What `do` gives this rank; all ranks call it.
+
+        Where it fails on any of them with InputError or RunFailed, the error of the lowest such
+        rank is raised on all: none goes on alone, to wait for the others forever.
+        """
+        result: T | None = None
+        error: InputError | RunFailed | None = None
+        try:
+            result = do()
+        except (InputError, RunFailed) as failure:
+            error = failure
+        errors: list[Exception | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, None if error is None else _sendable(error))
+        told = next((one for one in errors if one is not None), None)
+        if told is not None:
+            raise told
+        return result  # type: ignore[return-value]
 
     @staticmethod
     def first_told(problem: str | None) -> tuple[int, str] | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from nemo_care.data.prompts import Prompt
 from nemo_care.rollouts.group import Group
@@ -20,7 +20,10 @@ class Sampling:
 
 
 class Generator(Protocol):
-    """Samples completions from the policy."""
+    """Samples completions from the policy.
+
+    All ranks call it alike. Where it fails with InputError or RunFailed, it does on all of them.
+    """
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group per prompt. The same prompts and sampling give the same completions in every
@@ -33,4 +36,20 @@ class Generator(Protocol):
 
     def close(self) -> None:
         """End what was started for sampling."""
+        ...
+
+
+@runtime_checkable
+class BackgroundGenerator(Generator, Protocol):
+    """A generator that samples while its caller does something else."""
+
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling) -> Any:
+        """Begin to sample, with the policy's weights as they are now; what `collect` wants to have.
+
+        Nothing may be in flight when these are not the weights of the last `submit`.
+        """
+        ...
+
+    def collect(self, begun: Any) -> list[Group]:
+        """Wait for the groups of a `submit`; `generate` is both."""
         ...

@@ -21,7 +21,7 @@ class Fleet:
 
     `count` engines take the replica's prompts in turns. `own` are those that this rank asks, with
     their places among them; `fed` those that it also sends weights to. `feeds`: whether this
-    replica's ranks take part in sending at all. `is_shared`: engines have several replicas.
+    replica's ranks take part in sending at all.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Fleet:
         self.logs = logs
         self.bucket_bytes = vllm.bucket_mib * 2**20
         self.own: list[tuple[int, Engine]] = []
-        self.feeds, self.is_shared = True, False
+        self.feeds = True
         self.sleep_level = sleep_level(vllm)
         self._begun: list[Future] = []
         self._ready = False
@@ -141,7 +141,6 @@ class Fleet:
     def _take(self, shared: Share) -> None:
         self.count = len(shared.engines)
         self.feeds = shared.sharers[0] == self.ranks.data_rank
-        self.is_shared = len(shared.sharers) > 1
 
     def _start_process(self, place: int, gpus: Sequence[str] | None) -> None:
         name = f"{self.ranks.data_rank}.{place}"

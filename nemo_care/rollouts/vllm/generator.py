@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
@@ -21,8 +20,6 @@ from nemo_care.rollouts.vllm.messages import SampleReply
 from nemo_care.rollouts.vllm.requests import RequestBuilder
 from nemo_care.rollouts.vllm.weight_stream import WeightStream
 from nemo_care.rollouts.vllm.weight_sync import Sender, make_sender
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,10 +92,13 @@ class VLLMGenerator:
             ]
 
         copies = sampling.group_size if sampling.temperature == 0 else 1
-        return Begun(prompts, copies, self._together(begin))
+        return Begun(prompts, copies, self.ranks.together(begin))
 
     def collect(self, begun: Begun) -> list[Group]:
-        """Wait for the completions of a `submit`. Collective over the ranks of the replica.
+        """Wait for the completions of a `submit`. Collective over all ranks.
+
+        When it returns, no replica has completions in flight: engines that several replicas share
+        can take new weights.
 
         Raises:
             InputError: vLLM saw other tokens in a prompt than training will.
@@ -108,11 +108,13 @@ class VLLMGenerator:
         def own() -> list[list[SampleReply]]:
             return [engine.wait(answer, "generation") for engine, answer in begun.answers]
 
+        mine = self.ranks.together(own)
         of_engines = [
-            replies
-            for of_rank in self.ranks.gather_in_replica(self._together(own))
-            for replies in of_rank
+            replies for of_rank in self.ranks.gather_in_replica(mine) for replies in of_rank
         ]
+        return self.ranks.together(lambda: self._groups(begun, of_engines))
+
+    def _groups(self, begun: Begun, of_engines: Sequence[list[SampleReply]]) -> list[Group]:
         # Dealt one by one to the engines; those behind the last prompt were not asked.
         count = len(of_engines)
         groups = []
@@ -153,7 +155,7 @@ class VLLMGenerator:
         """Weights of this version in the engines, and all of their memory. Collective."""
         first = self._sender is None
         if first:
-            self._together(self.fleet.start)
+            self.ranks.together(self.fleet.start)
         if self._asleep:
             self._tell("wake_up", tags=["weights"])
         version = self.version()
@@ -165,7 +167,7 @@ class VLLMGenerator:
             self._asleep = False
 
     def _send(self, *, check: bool) -> None:
-        before = self._together(self._digests) if check else {}
+        before = self.ranks.together(self._digests) if check else {}
         fed = self.fleet.fed
 
         def send() -> None:
@@ -175,14 +177,12 @@ class VLLMGenerator:
                 )
             self._sender.send_weights()
 
-        # Replicas whose engines get their weights from another one wait for it.
-        self._together(send if self.fleet.feeds else lambda: None)
+        # Replicas whose engines get their weights from another one wait for it here.
+        self.ranks.together(send if self.fleet.feeds else lambda: None)
         if self._sender is None:
             self._sender = _NothingToSend()
-        if self.fleet.is_shared:
-            self.ranks.barrier()
         if check:
-            self._together(lambda: self._check_digests(before))
+            self.ranks.together(lambda: self._check_digests(before))
 
     def _digests(self) -> dict[str, dict[str, str]]:
         return {engine.name: engine.ask("digests") for engine in self.fleet.fed}
@@ -210,20 +210,7 @@ class VLLMGenerator:
             for engine, answer in answers:
                 engine.wait(answer, name)
 
-        self._together(ask)
-
-    def _together(self, do: Callable[[], T]) -> T:
-        """What this rank does; where any rank of the replica fails, all of them do."""
-        result: T | None = None
-        error: InputError | RunFailed | None = None
-        try:
-            result = do()
-        except (InputError, RunFailed) as failure:
-            error = failure
-        told = next((one for one in self.ranks.gather_in_replica(error) if one is not None), None)
-        if told is not None:
-            raise told
-        return result  # type: ignore[return-value]
+        self.ranks.together(ask)
 
     @staticmethod
     def _check_tokens(prompt: Prompt, reply: SampleReply) -> None:

@@ -1,0 +1,73 @@
+"""A generator that samples beside training, without engines: rules and order as theirs."""
+
+from nemo_care.algorithms import build
+from nemo_care.errors import RunFailed
+
+
+class StandIn:
+    """Samples in the training shards as soon as it is asked, and tells the completions later.
+
+    `events` are what was asked of it, in order, with the places of the prompts and the version of
+    the weights that sampled them: ("submit", [0, 1], 3), ("collect", [0, 1], 3).
+    """
+
+    def __init__(self, inner, ranks, version):
+        self.inner = inner
+        self.ranks = ranks
+        self.version = version
+        self.events = []
+        self.in_flight = 0
+        self.weights = None
+        self.failing = set()  # places of prompts whose completions this rank's engine never tells
+
+    def generate(self, prompts, sampling):
+        return self.collect(self.submit(prompts, sampling))
+
+    def submit(self, prompts, sampling):
+        if self.weights != self.version():
+            assert not self.in_flight, "weights can't change while completions are generated"
+            self.weights = self.version()
+        places = [prompt.index for prompt in prompts]
+        self.events.append(("submit", places, self.weights))
+        self.in_flight += 1
+        return places, self.weights, self.inner.generate(prompts, sampling)
+
+    def collect(self, begun):
+        places, weights, groups = begun
+
+        def answer():
+            if self.failing & set(places):
+                raise RunFailed(f"the engine of rank {self.ranks.rank} has died")
+
+        self.ranks.together(answer)
+        self.events.append(("collect", places, weights))
+        self.in_flight -= 1
+        return groups
+
+    def rest(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def stand_in_for_vllm(monkeypatch, ranks):
+    """From now on a recipe with rollout.backend=vllm gets a `StandIn`."""
+    make = build.build_generator
+
+    def made(recipe, *arguments, version, **keywords):
+        recipe.rollout.backend = "megatron"
+        inner = make(recipe, *arguments, version=version, **keywords)
+        recipe.rollout.backend = "vllm"
+        return StandIn(inner, ranks, version)
+
+    monkeypatch.setattr(build, "build_generator", made)
+
+
+def asynchronous(recipe):
+    """The recipe with rollouts that are a step ahead."""
+    recipe.rollout.backend = "vllm"
+    recipe.rollout.vllm.placement = "separate"
+    recipe.rollout.vllm.gpus = [1]
+    recipe.rollout.asynchronous = True
+    return recipe
