@@ -1,6 +1,7 @@
 """Rollouts with vLLM as far as they need no vLLM: the engine is a double."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -314,3 +315,28 @@ def test_every_rank_sees_the_whole_model_tensor_by_tensor(
         assert result["told"] == ["the engine has failed"] + [""] * (tensor * pipeline - 1)
     assert results[0]["held"] == results[0]["names"]
     assert results[0]["pieces"] > 5
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_two_ranks_ask_one_engine_which_gets_the_weights_once_for_both(
+    rank_server, checkpoint, world, tmp_path, host, monkeypatch, pipeline
+):
+    """As two replicas, and as two stages of one."""
+    program = Path(__file__).parent / "vllm_program.py"
+    arguments = [str(program), str(checkpoint), str(world), str(tmp_path), host.address]
+    rank_server.run(2, [*arguments, str(pipeline)])
+    assert host.end() == 0
+    ranks = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    indices = [[index for index, _ in found[0]] for found in ranks]
+    if pipeline == 1:
+        assert sorted(indices[0] + indices[1]) == [0, 1, 2, 3]
+        assert len(indices[0]) == 2
+    else:
+        assert ranks[0] == ranks[1]
+        assert indices[0] == [0, 1, 2, 3]
+    assert all(len(texts) == 2 for found in ranks for step in found for _, texts in step)
+    engine = host.engine
+    assert engine.weights.keys() == load_file(checkpoint / "model.safetensors").keys()
+    assert engine.calls.count("init") == 1
+    assert engine.calls.count("finish") == 2
+    assert len(engine.requests) == 8

@@ -19,6 +19,7 @@ _KEYS = (
     "trainer.seed",
     "model.precision.dtype",
     "algorithm.min_reasoning_words",
+    "rollout.backend",
     "rollout.max_completion_tokens",
     "evaluation.temperature",
     "evaluation.top_p",

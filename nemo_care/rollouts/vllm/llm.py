@@ -30,6 +30,7 @@ from nemo_care.rollouts.vllm.messages import (
 )
 
 _LEAST_PIXELS = 28 * 28
+_CPU_BATCH_TOKENS = 4096
 _EXTENSION = "nemo_care.rollouts.vllm.worker.WorkerExtension"
 
 
@@ -57,6 +58,10 @@ class Engine:
         if current_platform.is_cpu():
             # It guards GPU memory against the largest item; here it only costs time.
             options["skip_mm_profiling"] = True
+            # vLLM 0.32 can't go on with a seeded request whose prompt was cut: it turns the random
+            # numbers back in a way that CPUs do not have.
+            options["enable_chunked_prefill"] = False
+            options["max_num_batched_tokens"] = max(settings.max_tokens, _CPU_BATCH_TOKENS)
         self.llm = vllm.LLM(
             model=self._folder.name,
             dtype=settings.dtype,
