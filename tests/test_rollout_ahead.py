@@ -1,5 +1,6 @@
 """Asynchronous rollouts: the next step's prompts are sampled while a step is trained."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -178,11 +179,7 @@ def test_validation_asks_the_newest_weights(recipe, ranks, tmp_path):
     events = watched(trainer)
     trainer.fit()
     # The stand-in takes no new weights while something is in flight, as engines do.
-    asked = [
-        event[2]
-        for before, event in zip(events, events[1:], strict=False)
-        if before == ("validation",)
-    ]
+    asked = [event[2] for before, event in itertools.pairwise(events) if before == ("validation",)]
     assert asked == [0, 1, 2, 3]
     # What was in flight is collected before, and trained on in its turn.
     at = events.index(("update", FIRST))
