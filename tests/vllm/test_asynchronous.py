@@ -1,6 +1,8 @@
 """Asynchronous rollouts with a real engine."""
 
 import json
+import os
+import time
 
 import pytest
 
@@ -70,8 +72,11 @@ def test_an_engine_that_is_killed_while_it_is_ahead_ends_the_run(make, tmp_path)
     trainer = make()
     update = trainer.policy.update
 
+    hosts = []
+
     def killed(groups, **keywords):
         ((_, engine),) = trainer.generator.fleet.own
+        hosts.append(engine.process.process)
         engine.process.process.kill()
         return update(groups, **keywords)
 
@@ -79,3 +84,18 @@ def test_an_engine_that_is_killed_while_it_is_ahead_ends_the_run(make, tmp_path)
     with pytest.raises(RunFailed, match=r"vLLM's engine 0\.0 has died"):
         trainer.fit()
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1]
+    # vLLM's own processes would keep their memory, on a GPU too.
+    hosts[0].wait()
+    deadline = time.monotonic() + 30
+    while not is_gone(hosts[0].pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert is_gone(hosts[0].pid)
+
+
+def is_gone(group: int) -> bool:
+    """Whether a process group has no process any more."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False

@@ -1,7 +1,9 @@
 """An engine as the trainer holds it: a connection to its host, and the answers to come."""
 
+import contextlib
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -68,7 +70,13 @@ class HostProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.end_group()
         self._folder.cleanup()
+
+    def end_group(self) -> None:
+        """End what the host has left: vLLM's own processes outlive a host that was killed."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 _RANK_VARIABLES = frozenset(
@@ -119,6 +127,7 @@ class Engine:
         self._waiting: dict[int, Future] = {}
         self._lock = threading.Lock()
         self._dead: str | None = None
+        self._left = False
 
     def call(self, name: str, **arguments: Any) -> Future:
         """Ask for something; the future has the answer, or RunFailed where the engine has died."""
@@ -213,6 +222,8 @@ class Engine:
             waiting, self._waiting = list(self._waiting.values()), {}
         for answer in waiting:
             answer.set_exception(RunFailed(self._dead))
+        if self.process is not None and not self._left:
+            self.process.end_group()
 
     def _death(self, reason: str) -> str:
         message = f"vLLM's engine {self.name} has died: {reason}{self._log_hint()}"
@@ -225,6 +236,7 @@ class Engine:
 
     def close(self) -> None:
         """Leave; the host ends when the last one has left."""
+        self._left = True
         with self._lock:
             if self._dead is None and self._connection is not None:
                 # Closing it here would not wake the thread that reads from it.
