@@ -268,9 +268,9 @@ def test_later_differences_are_told_not_raised(recipe, ranks, tmp_path, capsys):
     trainer = small_trainer(recipe, ranks, tmp_path)
     check = trainer.watch.check_differences
 
-    def lower_bound_later(step, metrics, *, untouched):
+    def lower_bound_later(step, metrics, *, untouched, **keywords):
         recipe.rollout.max_logprob_difference = 0.05 if untouched else 0.0
-        check(step, metrics, untouched=untouched)
+        check(step, metrics, untouched=untouched, **keywords)
 
     trainer.watch.check_differences = lower_bound_later
     trainer.fit()
