@@ -47,7 +47,7 @@ def test_log_probs_are_those_of_a_forward_pass_over_the_whole_sequence(trainer, 
     groups = generator(trainer, groups_per_batch=4).generate(prompts, SAMPLING)
     tables = trainer.reference.scorer.score(
         groups,
-        lambda batch, log_probs, pairs: [
+        lambda batch, log_probs: [
             torch.stack([torch.stack([row.sum() for row in rows])])
             for rows in batch.unpadded(log_probs)
         ],

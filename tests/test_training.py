@@ -326,7 +326,7 @@ def test_sampled_vision_tokens_are_ordinary_tokens(recipe, ranks, tmp_path):
     ]
     tables = trainer.reference.scorer.score(
         groups,
-        lambda batch, log_probs, pairs: list(log_probs.sum(1)[None].split(2, dim=1)),
+        lambda batch, log_probs: list(log_probs.sum(1)[None].split(2, dim=1)),
         rows=1,
         all_tokens=True,
     )
