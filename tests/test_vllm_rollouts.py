@@ -21,6 +21,7 @@ from nemo_care.errors import InputError, RunFailed
 from nemo_care.models.hf_config import read_hf_config
 from nemo_care.rollouts.build import check_rollouts
 from nemo_care.rollouts.generator import Sampling
+from nemo_care.rollouts.vllm.engine import Engine
 from nemo_care.rollouts.vllm.placement import check_placement, colocate, share
 from nemo_care.rollouts.vllm.requests import RequestBuilder, seed_of, vllm_times
 from nemo_care.vllm_config import VLLMConfig
@@ -296,6 +297,13 @@ def test_an_address_where_nobody_listens_is_named(checkpoint, world, ranks, tmp_
     trainer = small_trainer(recipe, ranks, tmp_path)
     with pytest.raises(InputError, match=r"rollout\.vllm\.hosts: no engine at 127\.0\.0\.1:1"):
         trainer.generator.generate([], SAMPLING)
+
+
+def test_an_engine_with_another_secret_is_named(trainer, host, monkeypatch):
+    ((_, engine),) = trainer.generator.fleet.own
+    other = Engine("other", host.address, "another secret", engine.settings, timeout=5)
+    with pytest.raises(InputError, match=r"another secret: give it the same NEMO_CARE_VLLM_KEY"):
+        other.begin()
 
 
 # ------------------------------------------------------------------ weights of any layout

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Unanswered
 from itertools import count
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -159,15 +160,21 @@ class Engine:
         """Connect, and ask the host to load the model; `ready` waits for it.
 
         Raises:
-            InputError: nobody listens at the address that the recipe names.
-            RunFailed: the host that was started has ended.
+            InputError: nobody listens at the address that the recipe names, or it has another key.
+            RunFailed: the host that was started has ended, or does not listen in time.
         """
         deadline = time.monotonic() + self.timeout
         while True:
             try:
                 self._connection = connect(self.address, self.key.encode())
                 break
-            except OSError as error:
+            except AuthenticationError as error:
+                raise InputError(
+                    f"rollout.vllm.hosts: the engine at {self.address} was started with another "
+                    f"secret: give it the same {KEY} as the trainers"
+                ) from error
+            # The end of a connection: a host that goes away, or another program.
+            except (OSError, EOFError) as error:
                 self._check_started(error, deadline)
             time.sleep(_PAUSE)
         threading.Thread(target=self._read, args=(self._connection,), daemon=True).start()
@@ -178,7 +185,7 @@ class Engine:
         assert self._opened is not None, "begin comes first"
         self.wait(self._opened, "start")
 
-    def _check_started(self, error: OSError, deadline: float) -> None:
+    def _check_started(self, error: Exception, deadline: float) -> None:
         """Whether it is worth to go on trying to connect."""
         if self.process is None:
             if time.monotonic() > deadline:
@@ -188,6 +195,11 @@ class Engine:
                 ) from error
         elif self.process.process.poll() is not None:
             raise RunFailed(self._death("its process has ended")) from error
+        elif time.monotonic() > deadline:
+            raise RunFailed(
+                f"vLLM's engine {self.name} did not listen within rollout.vllm.timeout_seconds="
+                f"{self.timeout:g}{self._log_hint()}"
+            ) from error
 
     def _read(self, connection: Connection) -> None:
         """In a thread: hand out answers until the connection ends."""
