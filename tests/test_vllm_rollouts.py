@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from made_groups import make_prompts
@@ -297,6 +300,44 @@ def test_an_address_where_nobody_listens_is_named(checkpoint, world, ranks, tmp_
     trainer = small_trainer(recipe, ranks, tmp_path)
     with pytest.raises(InputError, match=r"rollout\.vllm\.hosts: no engine at 127\.0\.0\.1:1"):
         trainer.generator.generate([], SAMPLING)
+
+
+HANGS = """
+import subprocess, sys, threading, types
+from nemo_care.rollouts.vllm import host, messages
+
+class Engine:
+    def __init__(self, settings):
+        print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+        threading.Event().wait()
+
+module = types.ModuleType("nemo_care.rollouts.vllm.llm")
+module.Engine = Engine
+sys.modules[module.__name__] = module
+host._PATIENCE = 0.5
+serving = host.Host(None, watches_stdin=True)
+serving._accept = lambda: None
+serving.events.put((object(), messages.Call(0, "open", {"settings": None})))
+serving.serve()
+"""
+
+
+def test_a_host_whose_engine_hangs_ends_with_who_started_it():
+    host = subprocess.Popen(
+        [sys.executable, "-c", HANGS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        child = psutil.Process(int(host.stdout.readline()))
+        host.stdin.close()
+        assert host.wait(20) == -signal.SIGKILL
+        child.wait(20)
+    finally:
+        host.kill()
+        host.stdout.close()
 
 
 def test_an_engine_with_another_secret_is_named(trainer, host, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,7 +68,8 @@ class HostProcess:
         try:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            # With vLLM's own processes: the host leads a group of its own.
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self._folder.cleanup()
 
