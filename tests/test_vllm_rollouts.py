@@ -154,6 +154,13 @@ def test_engines_that_do_not_fit_the_ranks_are_refused(keys, message):
         check_placement(VLLMConfig(**keys), **machines)
 
 
+def test_every_replicas_engines_have_to_stay_on_a_machine():
+    """Ranks 0 to 2 do, ranks 3 to 5 are on two."""
+    vllm = VLLMConfig(tensor_parallel_size=3)
+    with pytest.raises(InputError, match="ranks 3 to 5 would share an engine but are on several"):
+        check_placement(vllm, devices=4, machines=3, tensor=3, pipeline=1)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -1,5 +1,6 @@
 """An engine as the trainer holds it: a connection to its host, and the answers to come."""
 
+import contextlib
 import os
 import secrets
 import signal
@@ -241,7 +242,9 @@ class Engine:
         """Leave; the host ends when the last one has left."""
         with self._lock:
             if self._dead is None and self._connection is not None:
-                # Closing it here would not wake the thread that reads from it.
-                self._connection.send(Call(-1, LEAVE, {}))
+                # Closing it here would not wake the thread that reads from it. One that has died
+                # unheard is left all the same.
+                with contextlib.suppress(OSError):
+                    self._connection.send(Call(-1, LEAVE, {}))
         if self.process is not None:
             self.process.close()
