@@ -94,7 +94,10 @@ class ReferenceConfig:
     """Optimizer steps until which the reference stays what it was at the start."""
     ema_max_selection_rate: float = 1.0
     """The reference waits while the bonus tells accurate completions apart in a larger share of the
-    groups than this (care/selection_rate); 1: it never waits, as in the paper."""
+    groups than this (care/selection_rate); 1: it never waits, as in the paper. A step in which no
+    group has two accurate answers, or without a bonus, does not wait either. For kind=group: a
+    dense or counterfactual bonus hardly ever gives two completions the same, and so always waits.
+    """
     offload: bool = False
     """Keep the reference in CPU memory and on the GPU only while it scores."""
     max_logprob_difference: float = 0.01

@@ -67,11 +67,18 @@ def replay(arguments: Sequence[str]) -> int:
             examples=(),
             check=lambda recipe: _check(recipe, run, options.step),
             run=lambda recipe, ranks: _replay(recipe, ranks, run, options.step),
-            compose=lambda _: read_recipe(run / "recipe.yaml", options.overrides),
+            compose=lambda _: _recipe(run, options.overrides),
             rank_arguments=[str(run), "--step", str(options.step)],
         ),
         arguments,
     )
+
+
+def _recipe(run: Path, overrides: Sequence[str]) -> Recipe:
+    """The run's, without its engines, which fit its own layout: nothing is sampled here."""
+    recipe = read_recipe(run / "recipe.yaml", overrides)
+    recipe.rollout.backend, recipe.rollout.asynchronous = "megatron", False
+    return recipe
 
 
 def _check(recipe: Recipe, run: Path, step: int) -> None:

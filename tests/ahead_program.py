@@ -3,7 +3,8 @@
     python tests/ahead_program.py FOLDER NAME
 
 FOLDER/job.pt names checkpoint and world. The run goes to FOLDER/NAME; rank 0 writes to
-FOLDER/NAME.pt what each replica asked of its generator. In "fails" that of rank 1 dies.
+FOLDER/NAME.pt what each replica asked of its generator. In "fails" that of rank 1 dies, in
+"disagrees" its validation finds other log-probabilities than the model's own.
 """
 
 import sys
@@ -21,7 +22,11 @@ from small_runs import small_recipe, small_trainer
 from nemo_care.errors import RunFailed
 from nemo_care.parallel.process_groups import Layout, Ranks
 
-LAYOUTS = {"trains": Layout(), "fails": Layout()}
+LAYOUTS = {"trains": Layout(), "fails": Layout(), "disagrees": Layout()}
+
+
+def disagree(groups: object) -> None:
+    raise RunFailed("rank 1 disagrees")
 
 
 def run(folder: Path, name: str, ranks: Ranks) -> dict:
@@ -30,11 +35,15 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
     recipe.trainer.max_steps = 3
     recipe.data.train.shuffle = False
     recipe.checkpoint.save_interval = 1
+    if name == "disagrees":
+        recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
     with pytest.MonkeyPatch.context() as monkeypatch:
         stand_in_for_vllm(monkeypatch, ranks)
         trainer = small_trainer(recipe, ranks, folder / name)
     if name == "fails" and ranks.rank == 1:
         trainer.generator.failing = {6}
+    if name == "disagrees" and ranks.rank == 1:
+        trainer.validator.evaluator.check = disagree
     end = None
     try:
         trainer.fit()

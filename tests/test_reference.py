@@ -74,6 +74,14 @@ def test_a_bonus_that_no_longer_selects_is_told_now_and_then(recipe, ranks, tmp_
     assert "in the last 20 steps the bonus told accurate completions apart in 4%" in told[0]
 
 
+def test_a_bonus_for_all_of_the_accurate_is_not_said_to_be_idle(recipe, ranks, tmp_path, capsys):
+    recipe.algorithm.consistency.kind = "accurate"
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    for step in range(1, step_watch._IDLE_STEPS + 2):
+        trainer.watch.check_selection(step, 0.0)
+    assert "care/selection_rate" not in capsys.readouterr().out
+
+
 def test_the_counterfactual_bonus_needs_shared_prompts(recipe):
     recipe.algorithm.consistency.kind = "counterfactual"
     check_recipe(recipe)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.config import recipe_yaml
+from nemo_care.recipes import read_recipe
 
 
 @pytest.fixture
@@ -49,6 +50,12 @@ def replayed(run, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_replay_with_the_weights_of_the_step_finds_them_in_order(run):
     folder = run()
+    # As if engines on other machines had sampled, of which a replay needs none.
+    file = folder / "recipe.yaml"
+    recipe = read_recipe(file)
+    recipe.rollout.backend, recipe.rollout.asynchronous = "vllm", True
+    recipe.rollout.vllm.placement, recipe.rollout.vllm.hosts = "separate", ["node17:5600"]
+    file.write_text(recipe_yaml(recipe))
     result = replayed(folder, "--step", "2")
     assert result.returncode == 0, result.stderr
     assert "weights: checkpoints/step_000001, as in the step itself (1 optimizer" in result.stdout

@@ -346,3 +346,9 @@ def test_an_engine_of_one_replica_ends_the_run_on_all_ranks(rank_server, job):
     assert found["ends"] == ["the engine of rank 1 has died"] * 2
     assert metrics_of(job / "fails", "step") == [1]
     assert (job / "fails" / "checkpoints" / "step_000001").is_dir()
+
+
+def test_a_validation_that_one_replica_refuses_ends_on_all_ranks(rank_server, job):
+    rank_server.run(2, [str(PROGRAM), str(job), "disagrees"])
+    found = torch.load(job / "disagrees.pt", weights_only=False)
+    assert found["ends"] == ["rank 1 disagrees"] * 2

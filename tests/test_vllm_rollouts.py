@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from made_groups import make_prompts
@@ -21,6 +24,7 @@ from nemo_care.errors import InputError, RunFailed
 from nemo_care.models.hf_config import read_hf_config
 from nemo_care.rollouts.build import check_rollouts
 from nemo_care.rollouts.generator import Sampling
+from nemo_care.rollouts.vllm.engine import Engine
 from nemo_care.rollouts.vllm.placement import check_placement, colocate, share
 from nemo_care.rollouts.vllm.requests import RequestBuilder, seed_of, vllm_times
 from nemo_care.vllm_config import VLLMConfig
@@ -148,6 +152,13 @@ def test_engines_that_do_not_fit_the_ranks_are_refused(keys, message):
         message = "3 engines for 2 model"
     with pytest.raises(InputError, match=message):
         check_placement(VLLMConfig(**keys), **machines)
+
+
+def test_every_replicas_engines_have_to_stay_on_a_machine():
+    """Ranks 0 to 2 do, ranks 3 to 5 are on two."""
+    vllm = VLLMConfig(tensor_parallel_size=3)
+    with pytest.raises(InputError, match="ranks 3 to 5 would share an engine but are on several"):
+        check_placement(vllm, devices=4, machines=3, tensor=3, pipeline=1)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +307,51 @@ def test_an_address_where_nobody_listens_is_named(checkpoint, world, ranks, tmp_
     trainer = small_trainer(recipe, ranks, tmp_path)
     with pytest.raises(InputError, match=r"rollout\.vllm\.hosts: no engine at 127\.0\.0\.1:1"):
         trainer.generator.generate([], SAMPLING)
+
+
+HANGS = """
+import subprocess, sys, threading, types
+from nemo_care.rollouts.vllm import host, messages
+
+class Engine:
+    def __init__(self, settings):
+        print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+        threading.Event().wait()
+
+module = types.ModuleType("nemo_care.rollouts.vllm.llm")
+module.Engine = Engine
+sys.modules[module.__name__] = module
+host._PATIENCE = 0.5
+serving = host.Host(None, watches_stdin=True)
+serving._accept = lambda: None
+serving.events.put((object(), messages.Call(0, "open", {"settings": None})))
+serving.serve()
+"""
+
+
+def test_a_host_whose_engine_hangs_ends_with_who_started_it():
+    host = subprocess.Popen(
+        [sys.executable, "-c", HANGS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        child = psutil.Process(int(host.stdout.readline()))
+        host.stdin.close()
+        assert host.wait(20) == -signal.SIGKILL
+        child.wait(20)
+    finally:
+        host.kill()
+        host.stdout.close()
+
+
+def test_an_engine_with_another_secret_is_named(trainer, host, monkeypatch):
+    ((_, engine),) = trainer.generator.fleet.own
+    other = Engine("other", host.address, "another secret", engine.settings, timeout=5)
+    with pytest.raises(InputError, match=r"another secret: give it the same NEMO_CARE_VLLM_KEY"):
+        other.begin()
 
 
 # ------------------------------------------------------------------ weights of any layout

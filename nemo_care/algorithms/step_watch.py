@@ -186,7 +186,8 @@ class StepWatch:
 
         `rate`: the share of groups in which it did, None where no group gave it a choice.
         """
-        if rate is None:
+        # kind=accurate never does: all of them get the bonus.
+        if rate is None or self.recipe.algorithm.consistency.kind == "accurate":
             return
         self._selection_rates.append(rate)
         mean = sum(self._selection_rates) / len(self._selection_rates)

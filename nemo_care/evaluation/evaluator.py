@@ -130,6 +130,7 @@ class Evaluator:
 
         Raises:
             RuntimeError: the model's probabilities are no numbers; its answers would mean nothing.
+            RunFailed: the first groups of any replica can't be right; on all ranks.
         """
         prompts = [item for item in made if isinstance(item, Prompt)]
         groups = self.generator.generate(prompts, self.sampling)
@@ -140,9 +141,7 @@ class Evaluator:
                     f"{group.prompt.sample.sample_id}: look for NaN in its weights, or set "
                     "model.precision.dtype=fp32"
                 )
-        if groups and not self._checked:
-            self.check(groups)
-            self._checked = True
+        self.ranks.together(lambda: self._check_once(groups))
         rows = [
             completion_row(group, min_reasoning_words=self.min_reasoning_words) for group in groups
         ]
@@ -153,6 +152,12 @@ class Evaluator:
             self.judge.judge(groups),
             [item for item in made if isinstance(item, Skipped)],
         )
+
+    def _check_once(self, groups: Sequence[Group]) -> None:
+        # A replica's share of a batch may be empty.
+        if groups and not self._checked:
+            self.check(groups)
+            self._checked = True
 
     def _is_judged(self, asked: _Asked) -> bool:
         """Whether all replicas have their verdicts on this batch."""

@@ -35,7 +35,10 @@ class Reference:
         self.max_selection_rate = config.ema_max_selection_rate
         self.consistency = algorithm.consistency
         self.all_tokens = algorithm.kl_coefficient > 0
-        self.answer_pairs = algorithm.consistency.kind == "counterfactual"
+        # A reference for the KL term alone needs no bonus.
+        self.answer_pairs = (
+            self.consistency.kind == "counterfactual" and self.consistency.bonus_coefficient > 0
+        )
         self.ranks = ranks
         # As the model was built: only a recipe with fp8.scoring builds it for 8 bits.
         self.scorer = Scorer(model, ranks, layout, fp8=True)

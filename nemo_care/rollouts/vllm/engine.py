@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Unanswered
 from itertools import count
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ class HostProcess:
         try:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            # With vLLM's own processes: the host leads a group of its own.
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self.end_group()
         self._folder.cleanup()
@@ -168,15 +170,21 @@ class Engine:
         """Connect, and ask the host to load the model; `ready` waits for it.
 
         Raises:
-            InputError: nobody listens at the address that the recipe names.
-            RunFailed: the host that was started has ended.
+            InputError: nobody listens at the address that the recipe names, or it has another key.
+            RunFailed: the host that was started has ended, or does not listen in time.
         """
         deadline = time.monotonic() + self.timeout
         while True:
             try:
                 self._connection = connect(self.address, self.key.encode())
                 break
-            except OSError as error:
+            except AuthenticationError as error:
+                raise InputError(
+                    f"rollout.vllm.hosts: the engine at {self.address} was started with another "
+                    f"secret: give it the same {KEY} as the trainers"
+                ) from error
+            # The end of a connection: a host that goes away, or another program.
+            except (OSError, EOFError) as error:
                 self._check_started(error, deadline)
             time.sleep(_PAUSE)
         threading.Thread(target=self._read, args=(self._connection,), daemon=True).start()
@@ -187,7 +195,7 @@ class Engine:
         assert self._opened is not None, "begin comes first"
         self.wait(self._opened, "start")
 
-    def _check_started(self, error: OSError, deadline: float) -> None:
+    def _check_started(self, error: Exception, deadline: float) -> None:
         """Whether it is worth to go on trying to connect."""
         if self.process is None:
             if time.monotonic() > deadline:
@@ -197,6 +205,11 @@ class Engine:
                 ) from error
         elif self.process.process.poll() is not None:
             raise RunFailed(self._death("its process has ended")) from error
+        elif time.monotonic() > deadline:
+            raise RunFailed(
+                f"vLLM's engine {self.name} did not listen within rollout.vllm.timeout_seconds="
+                f"{self.timeout:g}{self._log_hint()}"
+            ) from error
 
     def _read(self, connection: Connection) -> None:
         """In a thread: hand out answers until the connection ends."""
@@ -239,7 +252,9 @@ class Engine:
         self._left = True
         with self._lock:
             if self._dead is None and self._connection is not None:
-                # Closing it here would not wake the thread that reads from it.
-                self._connection.send(Call(-1, LEAVE, {}))
+                # Closing it here would not wake the thread that reads from it. One that has died
+                # unheard is left all the same.
+                with contextlib.suppress(OSError):
+                    self._connection.send(Call(-1, LEAVE, {}))
         if self.process is not None:
             self.process.close()

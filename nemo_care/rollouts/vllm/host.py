@@ -14,8 +14,10 @@ import argparse
 import contextlib
 import os
 import queue
+import signal
 import sys
 import threading
+import time
 import traceback
 from multiprocessing.connection import Client, Connection, Listener
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from nemo_care.rollouts.vllm.llm import Engine
 
 KEY = "NEMO_CARE_VLLM_KEY"
+
+# Seconds that an engine has to end in, once who started its process has.
+_PATIENCE = 60.0
 
 # From a connection's reader: who, and what; no call when it has left. No client: who started this
 # process has ended.
@@ -92,6 +97,11 @@ class Host:
     def _watch(self) -> None:
         sys.stdin.read()
         self.events.put((None, None))
+        time.sleep(_PATIENCE)
+        # An engine that hangs holds the main thread up, and would keep its GPUs' memory for ever.
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
 
     def _read(self, client: Connection) -> None:
         while True:

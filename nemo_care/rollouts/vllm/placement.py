@@ -90,8 +90,9 @@ def check_placement(
     if vllm.placement == "colocated":
         # Megatron counts tensor-parallel ranks first, then replicas, then stages.
         stages = range(0, tensor * replicas * pipeline, tensor * replicas)
-        first = [stage + rank for stage in stages for rank in range(tensor)]
-        colocate(vllm, first, devices)
+        for first in range(0, tensor * replicas, tensor):
+            ranks = [stage + first + rank for stage in stages for rank in range(tensor)]
+            colocate(vllm, ranks, devices)
     elif vllm.hosts is not None:
         share(len(vllm.hosts), range(replicas), 0, f"rollout.vllm.hosts={vllm.hosts}")
     else:
