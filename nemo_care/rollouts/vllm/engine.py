@@ -69,14 +69,13 @@ class HostProcess:
         try:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:
-            # With vLLM's own processes: the host leads a group of its own.
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.end_group()
             self.process.wait()
         self.end_group()
         self._folder.cleanup()
 
     def end_group(self) -> None:
-        """End what the host has left: vLLM's own processes outlive a host that was killed."""
+        """Kill the host and vLLM's own processes, which outlive a host that was killed."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
