@@ -218,6 +218,11 @@ class Engine:
                 reply: Reply = connection.recv()
             except (EOFError, OSError):
                 break
+            except (
+                Exception
+            ) as error:  # of unpickling: without this thread nobody would be answered
+                reason = f"its answer can't be read: {type(error).__name__}: {error}"
+                break
             if reply.number < 0:
                 reason = reply.error or reason
                 break
