@@ -434,6 +434,8 @@ def test_last_lines_shows_a_progress_bar_once(tmp_path):
 def test_ending_compare_ends_its_children(tmp_path, fake, number):
     out = tmp_path / "out"
     code = (
+        # A shell's background job ignores Ctrl-C, and hands that on to what it starts.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from pathlib import Path; from nemo_care.reporting.compare import compare; "
         f"compare(['slow'], [1], Path({str(out)!r}), [], 1, None, train_command={fake!r})"
     )

@@ -177,6 +177,8 @@ def test_interrupted_study_ends_its_runs_keeps_what_is_done_and_goes_on(made):
     (made.out / "runs").mkdir(parents=True)
     (made.out / "runs/wait").touch()
     code = (
+        # A shell's background job ignores Ctrl-C, and hands that on to what it starts.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from pathlib import Path; from nemo_care.study.command import run_study; "
         f"run_study('mine', Path({str(made.out)!r}), config_dir={str(made.folder)!r}, jobs=1, "
         f"only=['care'], train_command={made.command!r})"
