@@ -172,7 +172,7 @@ class Policy:
         def loss_of(hidden: torch.Tensor, batch: GroupBatch) -> tuple[torch.Tensor, Result]:
             log_probs = batch.log_probs(self.model, hidden, batch.mask)
             reference, asked = self._reference_log_probs(batch)
-            rollout = batch.padded([[c.log_probs for c in g.completions] for g in batch.groups])
+            rollout = batch.rollout_log_probs()
             old = old_of.get(id(batch))
             importance = self._importance(batch, log_probs if old is None else old, rollout)
             loss = policy_loss(

@@ -21,8 +21,7 @@ def check_agreement(scorer: Scorer, groups: Sequence[Group], bound: float) -> No
     """
 
     def differences(batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
-        sampled = batch.padded([[c.log_probs for c in group.completions] for group in batch.groups])
-        apart = torch.where(batch.mask, (sampled - log_probs).abs(), 0.0).sum(1)
+        apart = torch.where(batch.mask, (batch.rollout_log_probs() - log_probs).abs(), 0.0).sum(1)
         return list(apart[None].split([group.size for group in batch.groups], dim=1))
 
     tables = scorer.score(groups, differences, rows=1, all_tokens=True)

@@ -248,17 +248,15 @@ class Ranks:
             result = do()
         except (InputError, RunFailed) as failure:
             error = failure
-        errors: list[Exception | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, None if error is None else _sendable(error))
-        told = next((one for one in errors if one is not None), None)
+        told = Ranks.first_told(None if error is None else _sendable(error))
         if told is not None:
-            raise told
+            raise told[1]
         return result  # type: ignore[return-value]
 
     @staticmethod
-    def first_told(problem: str | None) -> tuple[int, str] | None:
+    def first_told(problem: T | None) -> tuple[int, T] | None:
         """The lowest rank that has a problem, and the problem; on all ranks. None: no rank has."""
-        problems: list[str | None] = [None] * dist.get_world_size()
+        problems: list[T | None] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
         return next(((rank, told) for rank, told in enumerate(problems) if told is not None), None)
 

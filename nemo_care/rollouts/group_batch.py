@@ -103,6 +103,10 @@ class GroupBatch:
         means = torch.exp(total / count).split(squares)
         return [part.view(group.size, -1) for part, group in zip(means, self.groups, strict=True)]
 
+    def rollout_log_probs(self) -> torch.Tensor:
+        """Log-probability of each token as the generator saw it, float32 [N, C], zero-padded."""
+        return self.padded([[c.log_probs for c in group.completions] for group in self.groups])
+
     def advantages(self) -> torch.Tensor:
         """Advantage of each completion, float32 [N]."""
         return torch.cat([group.advantage for group in self.groups]).to(self.mask.device)

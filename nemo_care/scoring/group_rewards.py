@@ -37,8 +37,6 @@ def _bonus(group: Group, config: ConsistencyConfig) -> torch.Tensor:
             group.pair_likelihood[None], bonus_coefficient=config.bonus_coefficient
         )[0]
         share = config.counterfactual_share
-        if share == 1:
-            return counterfactual
         return share * counterfactual + (1 - share) * _group_bonus(group, config)
     accuracy, likelihood = group.accuracy[None], group.answer_likelihood[None]
     if config.kind == "dense":

@@ -66,12 +66,10 @@ class HostProcess:
         """Wait until it has ended; it does when nobody is connected any more."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
-        except subprocess.TimeoutExpired:
-            self.end_group()
-            self.process.wait()
         self.end_group()
+        self.process.wait()
         self._folder.cleanup()
 
     def end_group(self) -> None:
