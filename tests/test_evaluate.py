@@ -21,6 +21,7 @@ from small_runs import small_recipe, small_trainer
 from nemo_care.cli import main
 from nemo_care.config import recipe_yaml
 from nemo_care.objective.rewards import evaluation_accuracy
+from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.megatron import MegatronGenerator
 
 LEVELS = ("L1", "L2", "L3")
@@ -47,7 +48,12 @@ def command(world: Path, folder: Path, *overrides: str) -> list[str]:
 @pytest.fixture
 def run(ranks, monkeypatch, capfd):
     """Run a command line on the shared process groups; gives status, stdout and stderr."""
-    monkeypatch.setattr("nemo_care.parallel.process_groups.Ranks", lambda *a, **k: ranks)
+
+    class SharedRanks(Ranks):
+        def __new__(cls, *arguments, **settings):
+            return ranks
+
+    monkeypatch.setattr("nemo_care.parallel.process_groups.Ranks", SharedRanks)
     monkeypatch.setattr(ranks, "close", lambda: None)
 
     def run(arguments: list[str]) -> tuple[int, str, str]:
