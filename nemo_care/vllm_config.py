@@ -20,7 +20,7 @@ class VLLMConfig:
     model replica share an engine, and the replica's prompts are dealt to its engines."""
     gpus: list[int] | None = None
     """Separate, on the machine of each replica's first rank: numbers of GPUs that do not train, as
-    CUDA_VISIBLE_DEVICES counts them. Every tensor_parallel_size of them are an engine. With several
+    CUDA_VISIBLE_DEVICES has them. Every tensor_parallel_size of them are an engine. With several
     replicas on one machine they share them out in order."""
     hosts: list[str] | None = None
     """Separate, elsewhere: NODE:PORT of each engine that was started there with python -m

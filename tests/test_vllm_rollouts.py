@@ -14,6 +14,7 @@ import torch
 from made_groups import make_prompts
 from safetensors.torch import load_file
 from small_runs import small_recipe, small_trainer
+from transformers import Qwen2_5_VLConfig
 from vllm_double import DoubleEngine, HostThread
 
 from nemo_care.config import Recipe, check_recipe
@@ -25,7 +26,12 @@ from nemo_care.models.hf_config import read_hf_config
 from nemo_care.rollouts.build import check_rollouts
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.vllm.engine import Engine
-from nemo_care.rollouts.vllm.placement import check_placement, colocate, share
+from nemo_care.rollouts.vllm.placement import (
+    check_placement,
+    check_tensor_parallel,
+    colocate,
+    share,
+)
 from nemo_care.rollouts.vllm.requests import RequestBuilder, seed_of, vllm_times
 from nemo_care.vllm_config import VLLMConfig
 
@@ -142,16 +148,52 @@ def test_engines_and_replicas_share_each_other_out(engines, replicas, mine, want
         ({"tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide the 4 ranks"),
         ({"tensor_parallel_size": 4}, "several machines"),
         ({"placement": "separate", "hosts": ["a:1", "b:2", "c:3"]}, "3 engines for 2 model repl"),
-        ({"placement": "separate", "gpus": [4, 5, 6]}, "3 engines for 1 model"),
+        ({"placement": "separate", "gpus": [4, 5, 6]}, "3 engines for 2 model"),
+        (
+            {"placement": "separate", "gpus": [3, 4]},
+            r"GPU 3 trains \(trainer\.devices=4",
+        ),
     ],
 )
-def test_engines_that_do_not_fit_the_ranks_are_refused(keys, message):
+def test_engines_that_do_not_fit_the_ranks_are_refused(keys, message, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     machines = {"devices": 2, "machines": 4, "tensor": 2, "pipeline": 2}
     if "gpus" in keys:
-        machines = {"devices": 8, "machines": 1, "tensor": 4, "pipeline": 1}
-        message = "3 engines for 2 model"
+        machines = {"devices": 4, "machines": 1, "tensor": 2, "pipeline": 1}
     with pytest.raises(InputError, match=message):
         check_placement(VLLMConfig(**keys), **machines)
+
+
+def test_gpus_that_train_are_those_that_the_ranks_see(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    machines = {"devices": 2, "machines": 1, "tensor": 2, "pipeline": 1}
+    check_placement(VLLMConfig(placement="separate", gpus=[6, 7]), **machines)
+    with pytest.raises(InputError, match=r"GPU 5 trains \(trainer.devices=2 ranks take 4, 5\)"):
+        check_placement(VLLMConfig(placement="separate", gpus=[5, 6]), **machines)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "width", "vision_width", "good"),
+    [
+        (16, 2, 11008, 3420, [1, 2, 4]),
+        (28, 4, 18944, 3420, [1, 2, 4]),
+        (40, 8, 27648, 3456, [1, 2, 4, 8]),
+        (64, 8, 29568, 3456, [1, 2, 4, 8, 16]),
+    ],
+    ids=["3b", "7b", "32b", "72b"],
+)
+def test_a_size_that_vllm_cannot_cut_the_model_into_is_refused(
+    heads, groups, width, vision_width, good
+):
+    text = {"num_attention_heads": heads, "num_key_value_heads": groups, "intermediate_size": width}
+    vision = {"num_heads": 16, "intermediate_size": vision_width}
+    hf = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    for size in good:
+        check_tensor_parallel(hf, size)
+    for size in {3, 5, 8, 16, 32} - set(good):
+        message = f"tensor_parallel_size={size} does not.* use {', '.join(map(str, good))}$"
+        with pytest.raises(InputError, match=message):
+            check_tensor_parallel(hf, size)
 
 
 def test_every_replicas_engines_have_to_stay_on_a_machine():
@@ -184,13 +226,17 @@ def test_keys_that_contradict_each_other_are_refused(keys, message):
         check_recipe(recipe)
 
 
-def test_a_missing_vllm_is_said_before_anything_starts(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
+def test_what_engines_need_is_asked_for_before_anything_starts(monkeypatch, checkpoint):
     monkeypatch.setattr("nemo_care.rollouts.build.find_spec", lambda name: None)
     recipe = Recipe()
+    recipe.model.hf_path = str(checkpoint)
     check_rollouts(recipe)
     recipe.rollout.backend = "vllm"
     with pytest.raises(InputError, match=r"needs the package vllm: install it with pip install"):
+        check_rollouts(recipe)
+    recipe.rollout.vllm = VLLMConfig(placement="separate", hosts=["a:1"])
+    monkeypatch.delenv("NEMO_CARE_VLLM_KEY", raising=False)
+    with pytest.raises(InputError, match="needs the engines' secret"):
         check_rollouts(recipe)
     recipe.model.precision.fp8.enabled = recipe.model.precision.fp8.rollout = True
     with pytest.raises(InputError, match=r"model\.precision\.fp8\.rollout=true is for"):
@@ -296,6 +342,16 @@ def test_a_host_ends_when_the_last_trainer_leaves(trainer, prompts, host):
     trainer.generator.close()
     assert host.end() == 0
     assert host.engine.calls[-1] == "close"
+
+
+def test_a_host_of_an_unknown_name_is_not_waited_for(checkpoint, world, ranks, tmp_path, host):
+    recipe = small_recipe(checkpoint, world)
+    recipe.rollout.backend = "vllm"
+    recipe.rollout.vllm.placement = "separate"
+    recipe.rollout.vllm.hosts = ["no-such-node.invalid:5600"]
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    with pytest.raises(InputError, match=r"no engine at no-such-node\.invalid:5600 \(.*\[Errno"):
+        trainer.generator.generate([], SAMPLING)
 
 
 def test_an_address_where_nobody_listens_is_named(checkpoint, world, ranks, tmp_path, host):

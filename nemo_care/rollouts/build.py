@@ -7,14 +7,15 @@ from pathlib import Path
 from nemo_care.config import Recipe
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import InputError
+from nemo_care.models.hf_config import read_hf_config
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.generator import Generator
 from nemo_care.rollouts.megatron import MegatronGenerator
-from nemo_care.rollouts.vllm.fleet import Fleet, sleep_level
+from nemo_care.rollouts.vllm.fleet import Fleet, hosts_key, sleep_level
 from nemo_care.rollouts.vllm.generator import VLLMGenerator
 from nemo_care.rollouts.vllm.messages import EngineSettings
-from nemo_care.rollouts.vllm.placement import check_placement
+from nemo_care.rollouts.vllm.placement import check_placement, check_tensor_parallel
 from nemo_care.rollouts.vllm.weight_sync import transfer_backend
 
 _INSTALL = (
@@ -74,7 +75,8 @@ def check_rollouts(recipe: Recipe) -> None:
     """Refuse rollouts that can be seen to fail before any rank starts.
 
     Raises:
-        InputError: vLLM is missing, or the recipe's engines do not fit its ranks or its precision.
+        InputError: vLLM is missing, or the recipe's engines do not fit its ranks, its precision or
+            the model, or there is no secret for engines elsewhere.
     """
     if recipe.rollout.backend == "megatron":
         return
@@ -91,6 +93,9 @@ def check_rollouts(recipe: Recipe) -> None:
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
     )
+    check_tensor_parallel(read_hf_config(model.hf_path), recipe.rollout.vllm.tensor_parallel_size)
+    if recipe.rollout.vllm.hosts is not None:
+        hosts_key()
     found = find_spec("vllm")
     # A folder of that name, in the working directory for example, is none.
     if found is None or found.origin is None:

@@ -24,7 +24,7 @@ def make(checkpoint, world, ranks, tmp_path):
     recipe.rollout.asynchronous = True
     recipe.rollout.vllm.placement = "separate"
     # Without GPUs the number says only how many engines there are.
-    recipe.rollout.vllm.gpus = [0]
+    recipe.rollout.vllm.gpus = [1]
     recipe.rollout.vllm.kv_cache_gib = 0.25
     recipe.rollout.vllm.enforce_eager = True
     recipe.rollout.vllm.timeout_seconds = 600

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -195,7 +196,8 @@ class Engine:
     def _check_started(self, error: Exception, deadline: float) -> None:
         """Whether it is worth to go on trying to connect."""
         if self.process is None:
-            if time.monotonic() > deadline:
+            # The host may still have to start; a name that does not resolve won't.
+            if time.monotonic() > deadline or isinstance(error, socket.gaierror):
                 raise InputError(
                     f"rollout.vllm.hosts: no engine at {self.address} ({error}); start python -m "
                     "nemo_care.rollouts.vllm.host there"

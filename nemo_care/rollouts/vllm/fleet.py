@@ -123,12 +123,7 @@ class Fleet:
                 self._connect(place, address, key)
 
     def _join(self, hosts: Sequence[str]) -> None:
-        key = os.environ.get(KEY)
-        if not key:
-            raise InputError(
-                f"rollout.vllm.hosts needs the engines' secret in the environment: set {KEY} as "
-                "where they were started"
-            )
+        key = hosts_key()
         replicas = range(self.ranks.data_size)
         shared = share(
             len(hosts), replicas, self.ranks.data_rank, f"rollout.vllm.hosts={list(hosts)}"
@@ -157,6 +152,21 @@ class Fleet:
 
     def _add(self, place: int, engine: Engine) -> None:
         self.own.append((place, engine))
+
+
+def hosts_key() -> str:
+    """The secret of engines elsewhere.
+
+    Raises:
+        InputError: the environment has none.
+    """
+    key = os.environ.get(KEY)
+    if not key:
+        raise InputError(
+            f"rollout.vllm.hosts needs the engines' secret in the environment: set {KEY} as where "
+            "they were started"
+        )
+    return key
 
 
 def sleep_level(vllm: VLLMConfig) -> int:

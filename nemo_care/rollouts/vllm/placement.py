@@ -1,7 +1,10 @@
 """Which engines there are, on which GPUs, and which model replica asks which of them."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
 from nemo_care.vllm_config import VLLMConfig
@@ -84,7 +87,7 @@ def check_placement(
         tensor, pipeline: sizes of the trainer's layout.
 
     Raises:
-        InputError: as `colocate` and `share`.
+        InputError: as `colocate` and `share`, or a rank trains on an engine's GPU.
     """
     replicas = max(devices * machines // (tensor * pipeline), 1)
     if vllm.placement == "colocated":
@@ -97,8 +100,46 @@ def check_placement(
         share(len(vllm.hosts), range(replicas), 0, f"rollout.vllm.hosts={vllm.hosts}")
     else:
         gpus = vllm.gpus or []
+        _check_apart(gpus, devices)
         engines = len(gpus) // vllm.tensor_parallel_size
         where = [replica * tensor // devices for replica in range(replicas)]
         for machine in sorted(set(where)):
             here = [replica for replica in range(replicas) if where[replica] == machine]
             share(engines, here, here[0], f"rollout.vllm.gpus={gpus}")
+
+
+def _check_apart(gpus: Sequence[int], devices: int) -> None:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = named.split(",") if named else [str(gpu) for gpu in range(devices)]
+    training = visible[:devices]
+    both = [gpu for gpu in gpus if str(gpu) in training]
+    if both:
+        raise InputError(
+            f"rollout.vllm.gpus={list(gpus)}: GPU {both[0]} trains (trainer.devices={devices} "
+            f"ranks take {', '.join(training)}); name others, or lower trainer.devices"
+        )
+
+
+def check_tensor_parallel(hf: Qwen2_5_VLConfig, size: int) -> None:
+    """Refuse a tensor-parallel size that vLLM cannot cut the model into.
+
+    Unlike Megatron, vLLM cuts the vision tower too, and gives several ranks the same key-value head
+    where there are more ranks than heads.
+
+    Raises:
+        InputError: names the sizes that fit.
+    """
+    text, vision = hf.text_config, hf.vision_config
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
+
+    def fits(size: int) -> bool:
+        cut = (heads, text.intermediate_size, vision.num_heads, vision.intermediate_size)
+        return not any(width % size for width in cut) and 0 in (groups % size, size % groups)
+
+    if not fits(size):
+        good = [str(size) for size in range(1, vision.num_heads + 1) if fits(size)]
+        raise InputError(
+            f"rollout.vllm.tensor_parallel_size={size} does not divide the model's {heads} "
+            f"attention heads, {groups} key-value heads, and the vision tower's {vision.num_heads} "
+            f"heads and {vision.intermediate_size} wide layers: use {', '.join(good)}"
+        )
