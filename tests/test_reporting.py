@@ -467,3 +467,25 @@ def test_report_shows_rewards_of_the_users_own(tmp_path):
         width[name] = Image.open(folder / "report" / "reward.png").width
     # A panel of their own.
     assert width["own"] > width["plain"]
+
+
+def test_steps_left_out_are_drawn_where_there_are_any(tmp_path):
+    from PIL import Image
+
+    width = {}
+    for bad in (0, 1):
+        folder = make_run(tmp_path / str(bad))
+        (folder / "metrics.jsonl").write_text(
+            lines({**metric(step), "train/bad_steps": bad * step} for step in range(1, 6))
+        )
+        write_report(folder)
+        width[bad] = Image.open(folder / "report" / "training.png").width
+    assert width[1] > width[0]
+
+
+def test_memory_and_the_time_of_saving_have_a_picture_of_their_own(tmp_path):
+    folder = make_run(tmp_path / "run")
+    assert "Memory and saving" not in write_report(folder).read_text()
+    more = {"memory/process_gib": 0.6, "memory/gpu_gib": None, "timing/checkpoint": 0.2}
+    (folder / "metrics.jsonl").write_text(lines({**metric(s), **more} for s in range(1, 6)))
+    assert "Memory and saving" in write_report(folder).read_text()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from nemo_care.reporting.figures import (
     new_sheet,
     save,
 )
+from nemo_care.reporting.panels import SHEETS, Panel, Sheet
 from nemo_care.reporting.reader import RunRecord, number
 from nemo_care.reporting.tables import level_names
 
@@ -33,118 +33,6 @@ _MARKED_STEPS = 30
 SMOOTHED_STEPS = 60
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """One set of axes: metric key -> label."""
-
-    title: str
-    lines: dict[str, str]
-    unit: str = ""
-    share: bool = False
-    """A rate or probability: the axis is fixed to 0..1."""
-    from_zero: bool = True
-    smooth: bool = True
-
-
-@dataclass(frozen=True)
-class _Sheet:
-    name: str
-    title: str
-    panels: list[_Panel] = field(default_factory=list)
-
-
-_SHEETS = (
-    _Sheet(
-        "reward",
-        "Reward, accuracy and consistency",
-        [
-            _Panel("Reward", {"reward/total": "total", "reward/format": "format"}, "mean reward"),
-            _Panel(
-                "Sampled completions",
-                {
-                    "reward/accuracy": "accuracy",
-                    "rollout/consistency_rate": "consistency",
-                    "rollout/ended_rate": "ended by themselves",
-                },
-                "share",
-                share=True,
-            ),
-        ],
-    ),
-    _Sheet(
-        "care",
-        "Consistency bonus and reference",
-        [
-            _Panel(
-                "Answer likelihood under the reference",
-                {"care/answer_likelihood": "mean"},
-                "probability",
-                share=True,
-            ),
-            _Panel(
-                "Completions",
-                {
-                    "care/bonus_rate": "with the bonus",
-                    "care/clipped_rate": "likelihood at the clip",
-                    "care/missing_answer_rate": "without an answer",
-                },
-                "share",
-                share=True,
-            ),
-            _Panel(
-                "EMA reference",
-                {"care/ema_distance": "distance"},
-                "relative distance to the policy",
-                smooth=False,
-            ),
-            _Panel(
-                "Answers under reference and policy",
-                {"care/logprob_difference": "difference"},
-                "log-probability difference",
-            ),
-        ],
-    ),
-    _Sheet(
-        "training",
-        "Training",
-        [
-            _Panel("Loss", {"train/loss": "loss"}, "loss", from_zero=False),
-            _Panel("KL to the reference", {"train/kl": "KL"}, "nats per token"),
-            _Panel("Gradient norm", {"train/grad_norm": "norm"}, "norm before clipping"),
-            _Panel("Learning rate", {"train/lr": "rate"}, "learning rate", smooth=False),
-        ],
-    ),
-    _Sheet(
-        "completions",
-        "Completions and groups",
-        [
-            _Panel("Length", {"rollout/completion_tokens": "mean"}, "tokens per completion"),
-            _Panel(
-                "Groups",
-                {
-                    "rollout/groups_all_right": "all right",
-                    "rollout/groups_all_wrong": "all wrong",
-                    "rollout/groups_without_signal": "without signal",
-                    "rollout/groups_set_aside": "set aside",
-                },
-                "groups per step",
-            ),
-            _Panel(
-                "Rollout against training",
-                {"rollout/logprob_difference": "difference"},
-                "log-probability difference",
-            ),
-            _Panel(
-                "Importance weights",
-                {
-                    "rollout/importance_mean": "mean weight",
-                    "rollout/importance_truncated": "share above the cap",
-                },
-                "per token",
-            ),
-        ],
-    ),
-)
 _PHASES = ("rollout", "reward", "scoring", "update")
 _VALIDATION = {
     "accuracy": "Accuracy",
@@ -184,7 +72,7 @@ def _line(
     axes.plot(steps, values, color=colour, linewidth=1.6, marker=mark, markersize=3.5, label=label)
 
 
-def _panels(run: RunRecord, sheet: _Sheet) -> list[_Panel]:
+def _panels(run: RunRecord, sheet: Sheet) -> list[Panel]:
     """The sheet's panels; the user's own rewards, which only the run names, go with the rewards."""
     if sheet.name != "reward":
         return sheet.panels
@@ -195,11 +83,18 @@ def _panels(run: RunRecord, sheet: _Sheet) -> list[_Panel]:
         for key in record
         if key.startswith("reward/") and key not in named
     }
-    return [*sheet.panels, _Panel("Own rewards", own, "mean reward")]
+    return [*sheet.panels, Panel("Own rewards", own, "mean reward")]
 
 
-def _metric_sheet(run: RunRecord, sheet: _Sheet, folder: Path) -> Curve | None:
-    panels = [p for p in _panels(run, sheet) if any(_known(run.series(key)) for key in p.lines)]
+def _has_something(run: RunRecord, panel: Panel) -> bool:
+    values = [value for key in panel.lines for value in run.series(key)]
+    if panel.needs_more_than_zero:
+        return any(value > 0 for value in values)
+    return _known(values)
+
+
+def _metric_sheet(run: RunRecord, sheet: Sheet, folder: Path) -> Curve | None:
+    panels = [p for p in _panels(run, sheet) if _has_something(run, p)]
     if run.setting("algorithm.kl_coefficient") == 0:
         # Not computed then: a line at 0 would say that the policy has not moved.
         panels = [p for p in panels if "train/kl" not in p.lines]
@@ -299,8 +194,8 @@ def _validation_sheet(run: RunRecord, folder: Path) -> Curve | None:
 def draw_curves(run: RunRecord, folder: Path) -> list[Curve]:
     """Draw all curves that the run has values for into `folder`, which is made when missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    curves = [_metric_sheet(run, sheet, folder) for sheet in _SHEETS[:2]]
+    curves = [_metric_sheet(run, sheet, folder) for sheet in SHEETS[:2]]
     curves.append(_validation_sheet(run, folder))
-    curves.extend(_metric_sheet(run, sheet, folder) for sheet in _SHEETS[2:])
+    curves.extend(_metric_sheet(run, sheet, folder) for sheet in SHEETS[2:])
     curves.append(_time_sheet(run, folder))
     return [curve for curve in curves if curve is not None]
