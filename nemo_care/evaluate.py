@@ -225,4 +225,6 @@ its reasoning supports its answer. An evaluation goes on where it was stopped.""
 )
 
 if __name__ == "__main__":
-    sys.exit(evaluate(sys.argv[1:]))
+    from nemo_care.parallel.launch import leave
+
+    leave(evaluate(sys.argv[1:]))

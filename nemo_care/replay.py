@@ -302,4 +302,6 @@ def _group_lines(group: "StoredGroup", seen: Sequence[tuple[int, GroupReplay]]) 
 
 
 if __name__ == "__main__":
-    sys.exit(replay(sys.argv[1:]))
+    from nemo_care.parallel.launch import leave
+
+    leave(replay(sys.argv[1:]))

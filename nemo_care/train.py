@@ -127,4 +127,6 @@ same command goes on from there.""",
 )
 
 if __name__ == "__main__":
-    sys.exit(train(sys.argv[1:]))
+    from nemo_care.parallel.launch import leave
+
+    leave(train(sys.argv[1:]))

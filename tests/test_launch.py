@@ -46,3 +46,31 @@ def test_one_dying_rank_ends_all(tmp_path: Path, how: str, status: int, message:
     assert message in done.stderr
     if "ValueError" in how:
         assert "ValueError: broken on purpose" in done.stderr
+
+
+ABORTED = """
+import atexit, os
+import torch.distributed as dist
+from nemo_care.parallel.launch import guarded, leave
+
+class AbortsTheEnd:
+    def __del__(self):
+        os.abort()
+
+def main():
+    raise ValueError("broken on purpose")
+
+store = dist.HashStore()
+dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+atexit.register(print, "others were told")
+kept = AbortsTheEnd()
+leave(guarded(main))
+"""
+
+
+def test_a_failed_rank_has_its_own_status_whatever_aborts_the_interpreters_end():
+    """As gloo's threads do where the other ranks are gone."""
+    done = subprocess.run([sys.executable, "-c", ABORTED], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "ValueError: broken on purpose" in done.stderr
+    assert done.stdout == "others were told\n"

@@ -1,5 +1,6 @@
 """Start the ranks of a run on this machine, as torchrun does; on several, one starter each."""
 
+import atexit
 import contextlib
 import logging
 import os
@@ -11,9 +12,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -172,3 +174,18 @@ def guarded(main: Callable[..., Any], *arguments: Any) -> int:
         traceback.print_exc()
         return FAILURE
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, a rank perhaps, with an exit status.
+
+    A rank that has failed leaves its process groups open, because the others no longer take part in
+    closing them. Gloo's threads may abort the interpreter's end then, and it would look as if the
+    rank had died of a signal: it ends without.
+    """
+    if status and dist.is_available() and dist.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
