@@ -1,5 +1,6 @@
 """What several tests need: the tiny checkpoint, the miniature's files, one-rank groups, judges."""
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from nemo_care.evaluation.llm_judge import LLMJudge
 
 CHECKPOINT = Path(nemo_care.__file__).parent / "miniature" / "checkpoint_warm"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported_modules_are_no_garbage() -> None:
+    """Megatron collects garbage whenever it saves, a long look at all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ null when the process still runs after that time. The server ends, and kills wha
 input. `forked_ranks.py` is its client.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -66,6 +67,8 @@ def _be_rank(job: dict) -> None:
 
 def main() -> None:
     _import_everything()
+    # Megatron collects garbage whenever it saves: what is imported need not be looked at.
+    gc.freeze()
     # What terminals and launchers send to a whole process group is not meant for the server.
     os.setsid()
     answers = os.fdopen(os.dup(1), "w")
