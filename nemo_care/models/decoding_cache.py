@@ -32,6 +32,7 @@ class DecodingCache(PackedSeqParams):
         self._group_size = group_size
         # Place of each row among the B * G completions of the prompts in the cache.
         self._places = torch.arange(len(lengths) * group_size, device=prompts.device)
+        self._count()
         # By layer: prompts [B, key heads, P_max, head_dim], completions [N, key heads, C_max, ..].
         self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -74,9 +75,9 @@ class DecodingCache(PackedSeqParams):
         `query` is [R, 1, heads, head_dim], `key` and `value` [R, 1, key heads, head_dim]; padding
         may lie behind the R rows. Returns [R, 1, heads * head_dim], zero at the padding.
         """
-        padding = len(query) - len(self._places)
-        query, key, value = (x[: len(self._places)] for x in (query, key, value))
         rows, _, heads, width = query.shape
+        padding, rows = rows - self._rows, self._rows
+        query, key, value = (x[:rows] for x in (query, key, value))
         own_k, own_v = self._own_memory(layer, key)
         own_k[:rows, :, self.tokens] = key[:, 0]
         own_v[:rows, :, self.tokens] = value[:, 0]
@@ -117,11 +118,12 @@ class DecodingCache(PackedSeqParams):
             # One layer at a time: all at once would hold the cache twice.
             for layer, (k, v) in self._prompt.items():
                 self._prompt[layer] = (k[groups], v[groups])
+        self._count()
 
-    @property
-    def _all_places(self) -> bool:
-        """Whether no completion of the prompts in the cache has ended."""
-        return len(self._places) == len(self._hidden) * self._group_size
+    def _count(self) -> None:
+        """How many rows there are, and how many places: those of ended completions are free."""
+        self._rows = len(self._places)
+        self._all_rows = len(self._hidden) * self._group_size
 
     def _own_memory(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer not in self._own:
@@ -132,16 +134,16 @@ class DecodingCache(PackedSeqParams):
 
     def _to_places(self, x: torch.Tensor) -> torch.Tensor:
         """[R, ...] to [B * G, ...], zero where a completion has ended."""
-        if self._all_places:
+        if self._rows == self._all_rows:
             return x.contiguous()
-        out = x.new_zeros(len(self._hidden) * self._group_size, *x.shape[1:])
+        out = x.new_zeros(self._all_rows, *x.shape[1:])
         out[self._places] = x
         return out
 
     def _from_groups(self, x: torch.Tensor) -> torch.Tensor:
         """[B, key heads, G * Q, ...] to [R, key heads, Q, ...]."""
         x = x.unflatten(2, (self._group_size, -1)).transpose(1, 2).flatten(0, 1)
-        return x if self._all_places else x[self._places]
+        return x if self._rows == self._all_rows else x[self._places]
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

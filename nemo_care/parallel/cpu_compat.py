@@ -22,6 +22,10 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
+# What asks for a device, or tells of one, without a keyword.
+_BY_ARGUMENT = frozenset({torch.Tensor.cuda, torch.Tensor.to, torch.Tensor.type})
+
+
 class _DeviceRedirect(TorchFunctionMode):
     """Sends every tensor that asks for CUDA to `device` instead."""
 
@@ -32,9 +36,14 @@ class _DeviceRedirect(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = self.device
+        # Every operation comes by here, so those that ask for nothing leave at once.
+        if kwargs:
+            if "device" in kwargs and _is_cuda(kwargs["device"]):
+                kwargs["device"] = self.device
+        elif func not in _BY_ARGUMENT:
+            return func(*args)
+        else:
+            kwargs = {}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.to:
