@@ -241,7 +241,10 @@ def one_process(rank_server, checkpoint, world, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("layout", "count"), [("dp2", 2), ("pp2", 2), ("dp2_pp2", 4)])
+@pytest.mark.parametrize(
+    ("layout", "count"),
+    [("dp2", 2), ("pp2", 2), pytest.param("dp2_pp2", 4, marks=pytest.mark.slow)],
+)
 def test_every_layout_trains_on_the_same_groups(rank_server, one_process, layout, count):
     """Also where one replica has sampled more of them than its share."""
     rank_server.run(count, [str(PROGRAM), str(one_process), layout])

@@ -133,6 +133,7 @@ def test_two_starters_make_one_world_with_a_log_for_each_rank(tmp_path):
     assert "".join(out for out, _ in outputs) == "rank 0: rank 0 of 4\n"
 
 
+@pytest.mark.slow
 def test_a_failing_rank_is_named_with_its_machine_and_traceback(tmp_path):
     starters = start_both(tmp_path, FAILING)
     began = time.monotonic()
@@ -150,6 +151,7 @@ def test_a_failing_rank_is_named_with_its_machine_and_traceback(tmp_path):
     assert "ValueError: broken on purpose" in failed[0]
 
 
+@pytest.mark.slow
 def test_a_signal_to_each_starter_reaches_all_ranks_and_their_status_comes_back(tmp_path):
     starters = start_both(tmp_path, STOPPING)
     logs = [tmp_path / f"ranks/rank_{rank:04d}.out" for rank in range(4)]

@@ -417,6 +417,7 @@ def test_ranks_find_rewards_of_the_working_directory_and_agree(module, world, tm
         assert row["reward"] == pytest.approx(parts)
 
 
+@pytest.mark.slow
 def test_reward_that_raises_ends_all_ranks_with_its_traceback(module, world, tmp_path):
     done = command(
         module,

@@ -67,6 +67,7 @@ def test_replay_with_the_weights_of_the_step_finds_them_in_order(run):
     assert "gradient norm of the whole step: nan" not in result.stdout
 
 
+@pytest.mark.slow
 def test_replay_in_two_ranks_names_the_module_and_says_whose_weights_these_are(run):
     folder = run("model.layers.1.post_attention_layernorm.weight")
     result = replayed(folder, "--step", "2", "trainer.devices=2")

@@ -413,7 +413,9 @@ def test_an_engine_with_another_secret_is_named(trainer, host, monkeypatch):
 # ------------------------------------------------------------------ weights of any layout
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("tensor", "pipeline"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
 def test_every_rank_sees_the_whole_model_tensor_by_tensor(
     rank_server, checkpoint, world, tmp_path, tensor, pipeline
 ):
