@@ -275,6 +275,11 @@ def checkpoint(function, *args, distribute_saved_activations=False, get_rng_stat
     return torch_checkpoint(again, *args, use_reentrant=True)
 
 
+def needs_cuda(*arguments, **keywords):
+    """In place of what calls a CUDA kernel."""
+    raise AssertionError("a CUDA kernel was called without CUDA")
+
+
 class _Unused(_Layer):
     """Bases of classes that Megatron defines on import and this project never makes."""
 
@@ -298,6 +303,10 @@ _MODULES = {
     "pytorch.distributed": {
         "CudaRNGStatesTracker": _Unused, "checkpoint": checkpoint,
         "activation_recompute_forward": None,
+    },
+    "pytorch.optimizers": {
+        "FusedAdam": needs_cuda, "FusedSGD": needs_cuda, "multi_tensor_applier": needs_cuda,
+        "multi_tensor_l2norm": needs_cuda, "multi_tensor_scale": needs_cuda,
     },
     "pytorch.ops": {"Sequential": _Unused, "FusibleOperation": _Unused},
     "pytorch.tensor": {"QuantizedTensor": type("QuantizedTensor", (), {})},

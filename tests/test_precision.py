@@ -131,6 +131,25 @@ def test_missing_transformer_engine_says_how_to_get_it(monkeypatch):
         check_transformer_engine(recipe.model)
 
 
+def test_delayed_scales_that_could_not_be_loaded_again_are_told_before_the_run(monkeypatch):
+    recipe = Recipe()
+    recipe.model.backend = "transformer_engine"
+    recipe.model.precision.fp8 = fp8(recipe="delayed")
+    found = {"transformer_engine"}
+    monkeypatch.setattr(
+        "nemo_care.models.precision.find_spec", lambda name: name if name in found else None
+    )
+    check_transformer_engine(recipe.model)
+    found.add("transformer_engine.pytorch._extra_state")
+    with pytest.raises(InputError, match="NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1"):
+        check_transformer_engine(recipe.model)
+    recipe.model.precision.fp8.recipe = "tensorwise"
+    check_transformer_engine(recipe.model)
+    recipe.model.precision.fp8.recipe = "delayed"
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+    check_transformer_engine(recipe.model)
+
+
 GPUS = {"a100-80gb": (), "l40s-48gb": ("delayed", "tensorwise"),
         "h100-80gb": ("delayed", "tensorwise", "blockwise"), "b200-180gb": FP8_RECIPES}  # fmt: skip
 

@@ -5,6 +5,7 @@ delayed scales) whenever `config.fp8` is set, so which passes run in 8 bits is d
 model's configuration. Not run on a GPU yet: the rules are read from TransformerEngine 2.4 to 2.18.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -30,6 +31,8 @@ _NEEDS = {
 _NO_MXFP8 = (12, 0)
 _BLOCKWISE_CUDA = (12, 9)
 _AMAX_HISTORY = 1024
+# TransformerEngine's _extra_state.py.
+_PICKLED_SCALES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def fp8_arguments(fp8: FP8Config | None, recompute_granularity: str) -> dict[str, Any]:
@@ -125,7 +128,8 @@ def check_transformer_engine(model: ModelConfig) -> None:
     """Refuse kernels that this machine has not got; says how to get them.
 
     Raises:
-        InputError: TransformerEngine is missing, or the GPU or CUDA is too old for the recipe.
+        InputError: TransformerEngine is missing, the GPU or CUDA is too old for the recipe, or its
+            scales could be saved but not loaded.
     """
     if model.backend != "transformer_engine":
         return
@@ -134,6 +138,24 @@ def check_transformer_engine(model: ModelConfig) -> None:
     fp8 = model.precision.fp8
     if fp8.enabled and torch.cuda.is_available():
         check_gpu(fp8, torch.cuda.get_device_capability(), torch.version.cuda)
+    if fp8.enabled and fp8.recipe == "delayed" and not _scales_can_be_loaded():
+        raise InputError(
+            f"{_KEY}.recipe=delayed: this TransformerEngine keeps its scales as a pickle, which "
+            f"may run code, and refuses to load them when a run goes on from a checkpoint: set "
+            f"{_PICKLED_SCALES}=1 if nobody else can write to the checkpoints, or choose tensorwise"
+        )
+
+
+def _scales_can_be_loaded() -> bool:
+    """Whether TransformerEngine would load delayed scales from a checkpoint, as 2.16.1, 2.17.1 and
+    from 2.18 do only where they are told to."""
+    if os.environ.get(_PICKLED_SCALES) == "1":
+        return True
+    try:
+        return find_spec("transformer_engine.pytorch._extra_state") is None
+    except (ImportError, OSError):
+        # What is wrong with it is told where it is used.
+        return True
 
 
 def missing_transformer_engine(why: object) -> InputError:

@@ -33,6 +33,7 @@ from nemo_care.models.layer_specs import layer_spec
 from nemo_care.models.log_probs import token_log_probs
 from nemo_care.models.precision import check_fp8, fp8_arguments
 from nemo_care.models.segments import PackedSegments
+from nemo_care.models.vision_attention import WINDOW_ATTENTION
 from nemo_care.parallel.process_groups import Layout
 
 # Independent of the tensor-parallel size, so that a checkpoint of any layout fits any other.
@@ -225,6 +226,7 @@ class Qwen25VL(MegatronModule):
             self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(
                 hf.vision_config, attn_implementation="sdpa", dtype=config.params_dtype
             ).to(torch.cuda.current_device())
+            self.visual.config._attn_implementation = WINDOW_ATTENTION
             if config.recompute_granularity == "full":
                 self.visual.gradient_checkpointing_enable({"use_reentrant": False})
             if torch.cuda.is_available():

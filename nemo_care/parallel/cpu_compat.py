@@ -8,6 +8,7 @@ the GPU path never sees this module's work.
 megatron-core's version is pinned in pyproject.toml because of what is replaced here.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -87,9 +88,33 @@ def enable_cpu_megatron(device: str = "cpu") -> bool:
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
+    _take_torch_optimizers()
     _active = _DeviceRedirect(target)
     _active.__enter__()
     return True
+
+
+def _take_torch_optimizers() -> None:
+    """Let Megatron do without the fused optimizer and norm of TransformerEngine or apex.
+
+    Where one is installed but CUDA is hidden, as for a plan on a machine with GPUs, Megatron would
+    call CUDA kernels with tensors of the CPU or of `meta`.
+    """
+    if all(find_spec(name) is None for name in ("transformer_engine", "apex")):
+        return
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as mixed_precision
+
+    optimizer.Adam, optimizer.SGD = torch.optim.AdamW, torch.optim.SGD
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.Adam = torch.optim.Adam
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (clip_grads, mixed_precision):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
 
 
 def compute_device() -> torch.device:

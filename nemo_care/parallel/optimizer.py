@@ -152,13 +152,17 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def initialise_adamw_state(optimizer: MegatronOptimizer) -> None:
-    """Create torch AdamW's state as its first step would, where it has none yet.
+    """Create AdamW's state as its first step would, where it has none yet.
 
-    Loading and saving both expect one (see `_repair_torch_adamw`).
+    Saving expects one of any AdamW, and loading of torch's (see `_repair_torch_adamw`).
     """
     for part in optimizer_parts(optimizer):
         inner = getattr(part, "optimizer", None)
+        if inner is None:
+            continue
         if not isinstance(inner, torch.optim.AdamW):
+            # A fused one, of TransformerEngine or apex, counts its steps for all parameters.
+            part.init_state_fn(inner, part.config)
             continue
         for group in inner.param_groups:
             for parameter in group["params"]:

@@ -62,6 +62,8 @@ if [[ -n $engine ]]; then
     fetch "transformer-engine==$version" "transformer-engine-cu13==$version" \
         nvidia-cudnn-frontend nvdlfw-inspect onnx onnxscript onnx-ir ml-dtypes protobuf \
         pydantic pydantic-core annotated-types typing-inspection typing-extensions pybind11
+    # What builds its torch part: a virtual environment has neither, and torch brings setuptools alone.
+    fetch wheel ninja
     # Its torch part is built where the GPU is. pip would ask for CUDA to read the archive's name.
     "$python" - "$folder" "transformer_engine_torch-$version.tar.gz" <<'PYTHON'
 import hashlib

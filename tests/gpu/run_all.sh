@@ -116,6 +116,8 @@ install_transformer_engine() {
     headers=$(nvidia_headers) || headers=
     cudnn=$(nvidia_part cudnn)
     export NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE
+    # Where ninja is; without it the files are compiled one after the other.
+    export PATH=$out/venv/bin:$PATH
     # Part of the build that needs newer headers of NCCL; experts only, which this model has not.
     export NVTE_WITH_NCCL_EP=0
     if ! command -v nvcc >/dev/null && [[ -z ${CUDA_HOME:-} ]]; then

@@ -1,0 +1,30 @@
+"""CPU memory that a GPU copies to and from: what CUDA is told of, with CUDA's part made up."""
+
+import torch
+
+from nemo_care.parallel import host_memory
+
+
+class MadeCuda:
+    """Registers memory like CUDA: what is told of stays told of when it is freed."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int]] = []
+
+    def cudaHostRegister(self, start: int, size: int, flags: int) -> int:
+        end = start + size
+        assert all(end <= first or start >= last for first, last in self.ranges), "registered twice"
+        self.ranges.append((start, end))
+        return 0
+
+
+def test_memory_that_was_let_go_is_not_registered_again(monkeypatch):
+    cuda = MadeCuda()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda status: None)
+    monkeypatch.setattr(host_memory, "_registered", [])
+    for _ in range(20):
+        host_memory.host_empty((64,), torch.float32)
+        host_memory.host_empty((2**18,), torch.float32)
+    assert len(cuda.ranges) == 40
