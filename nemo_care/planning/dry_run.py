@@ -14,9 +14,10 @@ from nemo_care.config import Recipe
 from nemo_care.errors import InputError
 from nemo_care.parallel.checkpoints import sharding_metadata
 from nemo_care.planning.advice import remedies
+from nemo_care.planning.counts import in_flight
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.plan import Plan, make_plan
-from nemo_care.planning.stage import Stage, built_stage, in_flight
+from nemo_care.planning.stage import Stage, built_stage
 from nemo_care.planning.tables import markdown_table
 
 # torch's operators: what they do, and which argument holds what a rank sends or receives.

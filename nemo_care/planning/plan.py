@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_care.config import Recipe, check_world, needs_reference
 from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of, replicas_of
 from nemo_care.planning.gpus import GIB, Gpu
 from nemo_care.planning.precision import check_planned, precision_in_words
 from nemo_care.planning.shapes import (
@@ -18,15 +19,7 @@ from nemo_care.planning.shapes import (
     read_model_shape,
     typical_lengths,
 )
-from nemo_care.planning.stage import (
-    StageBuild,
-    StageUse,
-    built_stage,
-    in_flight,
-    micro_batches_of,
-    prompts_of,
-    replicas_of,
-)
+from nemo_care.planning.stage import StageBuild, StageUse, built_stage
 from nemo_care.planning.work import Clock, Efficiency, StepTime, packed_tokens, step_flops
 from nemo_care.preflight import layout_of
 

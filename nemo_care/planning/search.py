@@ -11,6 +11,7 @@ from rich.text import Text
 from nemo_care.config import Recipe, check_recipe, needs_reference
 from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of, replicas_of
 from nemo_care.planning.gpus import GIB, Gpu
 from nemo_care.planning.plan import (
     GRANULARITIES,
@@ -21,14 +22,7 @@ from nemo_care.planning.plan import (
 )
 from nemo_care.planning.precision import check_planned
 from nemo_care.planning.shapes import ModelShape, longest_lengths, read_model_shape, typical_lengths
-from nemo_care.planning.stage import (
-    StageBuild,
-    built_stage,
-    in_flight,
-    micro_batches_of,
-    prompts_of,
-    replicas_of,
-)
+from nemo_care.planning.stage import StageBuild, built_stage
 from nemo_care.planning.tables import gib, markdown_table
 from nemo_care.planning.work import Clock, StepTime
 from nemo_care.preflight import layout_of

@@ -17,6 +17,7 @@ from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.parallel.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
 from nemo_care.parallel.optimizer import optimizer_parts
+from nemo_care.planning.counts import prompts_of
 from nemo_care.planning.meta_memory import MetaMemory, flash_attention
 from nemo_care.planning.precision import as_built, fp8_copies
 from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt, patch_width
@@ -95,29 +96,6 @@ class StageUse:
     def scoring_peak(self, micro_batches: int) -> int:
         """Peak of the scoring pass over a step of so many micro-batches."""
         return self.scoring + micro_batches * self.inputs if self.scoring else 0
-
-
-def replicas_of(recipe: Recipe) -> int:
-    """Model replicas, the data-parallel size."""
-    model = recipe.model
-    world = recipe.trainer.devices * recipe.trainer.num_nodes
-    return world // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
-
-
-def prompts_of(recipe: Recipe) -> int:
-    """Prompts of one replica's step."""
-    return recipe.algorithm.prompts_per_step // replicas_of(recipe)
-
-
-def micro_batches_of(recipe: Recipe) -> int:
-    """Micro-batches of one replica's step."""
-    return -(-prompts_of(recipe) // recipe.algorithm.groups_per_micro_batch)
-
-
-def in_flight(recipe: Recipe, stage: int) -> int:
-    """Micro-batches whose activations a stage holds: Megatron's 1F1B schedule fills the pipeline
-    before the first backward, so stage s of PP holds up to PP - s."""
-    return min(recipe.model.pipeline_model_parallel_size - stage, micro_batches_of(recipe))
 
 
 @dataclass

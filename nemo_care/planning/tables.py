@@ -7,10 +7,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nemo_care.planning.counts import micro_batches_of
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.plan import GRANULARITIES, PHASES, Plan, StagePlan
 from nemo_care.planning.precision import precision_in_words
-from nemo_care.planning.stage import micro_batches_of
 
 _FOOTNOTE = (
     "Counted by running the step's own code for its shapes, without memory or values, in a world "
