@@ -1,6 +1,7 @@
 """One step of every stage in a fake world: what it sends, and whether a checkpoint can be cut."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,8 @@ def dry_run(plan: Plan) -> list[StageRun]:
     if not plan.fits:
         worst, budget = plan.worst, plan.question.budget
         advice = remedies(make_plan(plan.recipe, plan.question))
+        if plan.stages_fit and plan.engine is not None:
+            raise InputError(plan.engine.problem + (f"; set {advice[0]}" if advice else ""))
         raise InputError(
             f"stage {worst.stage} needs {worst.peak / GIB:.0f} GiB in {worst.peak_phase}, a "
             f"{plan.question.gpu.name} has {budget / GIB:.0f} GiB with the margin: "
@@ -90,11 +93,14 @@ def _run(stage: Stage, number: int, plan: Plan) -> StageRun:
     recipe: Recipe = plan.recipe
     # As many micro-batches as the first stage holds at a time: the schedule repeats from there.
     count = in_flight(recipe, 0)
-    phases = {
+    phases: dict[str, Callable[[], Any]] = {
         "rollout": lambda: stage.generate(plan.longest, 1, recipe.algorithm.group_size),
         "scoring": lambda: stage.score(plan.longest),
         "update": lambda: stage.update(plan.longest, count),
     }
+    if plan.engine is not None:
+        # The ranks do not sample.
+        del phases["rollout"]
     run = StageRun(number, stage.ranks.rank, checkpoint_entries=_checkpoint_entries(stage))
     for phase, work in phases.items():
         with _Communication() as seen:
@@ -125,10 +131,11 @@ def dry_run_report(plan: Plan, runs: list[StageRun]) -> RenderableType:
             table.add_row(str(run.stage), str(run.rank), phase, *cells)
     entries = sum(run.checkpoint_entries for run in runs)
     count = in_flight(plan.recipe, 0)
+    rollout = "Rollout: one group's prompt and one token; " if plan.engine is None else ""
     return Group(
         Text(
             "Dry run of one rank of each stage, in a fake world: calls and GiB of the tensors. "
-            f"Rollout: one group's prompt and one token; scoring: one micro-batch; update: {count}"
+            f"{rollout}scoring: one micro-batch; update: {count}"
         ),
         table,
         Text(

@@ -28,6 +28,7 @@ from nemo_care.rollouts.group import Group
 from nemo_care.rollouts.group_batch import GroupBatch
 from nemo_care.rollouts.megatron import Decoding, MegatronGenerator
 from nemo_care.scoring.reference import Reference
+from nemo_care.scoring.score import Scorer
 
 _WINDOWS_TOGETHER = "nemo_care_flash_attention"
 
@@ -70,7 +71,9 @@ class StageUse:
     one adds `micro_batch`: what it keeps for backward, of which the vision tower keeps `vision`;
     `optimizer_step` is the peak of what follows, with the optimizer's state if that is offloaded.
     `inputs` are the patches of one micro-batch; all of a step are on the GPU, in scoring and
-    update. `output_layer` is the peak of the output layer alone.
+    update. `output_layer` is the peak of the output layer alone. Where vLLM samples, `rollout` and
+    `key_value_cache` are 0, and `validation` is what scores its completions beside engines that
+    are awake (0 where these have GPUs of their own).
     """
 
     rollout: int
@@ -171,6 +174,13 @@ class Stage:
             self.reference.score_answers(groups)
         return found[0]
 
+    def score_by_policy(self, lengths: Lengths) -> int:
+        """Bytes that a scoring pass under the policy itself takes at its peak."""
+        scorer = Scorer(self.model, self.ranks, self.layout)
+        with self.exchanging(lengths), self.peak() as found:
+            scorer.answer_likelihoods(self.groups(lengths, 1))
+        return found[0]
+
     def generate(self, lengths: Lengths, prompts: int, group_size: int) -> tuple[int, int]:
         """Peak bytes of generating for so many prompts together, and those of the cache."""
         rollout = self.recipe.rollout
@@ -238,12 +248,20 @@ class Stage:
     def use(self, lengths: Lengths) -> StageUse:
         """All phases at these lengths."""
         recipe = self.recipe
-        together = min(recipe.rollout.groups_per_batch, prompts_of(recipe))
-        rollout, cache = self.generate(lengths, together, recipe.algorithm.group_size)
-        validation = 0
-        if recipe.data.validation.annotations:
-            validation, _ = self.generate(lengths, recipe.evaluation.samples_per_batch, 1)
+        inputs = recipe.algorithm.groups_per_micro_batch * _patch_bytes(lengths, self.shape)
         scoring = self.score(lengths)
+        rollout = validation = cache = 0
+        validates = bool(recipe.data.validation.annotations)
+        if recipe.rollout.backend == "megatron":
+            together = min(recipe.rollout.groups_per_batch, prompts_of(recipe))
+            rollout, cache = self.generate(lengths, together, recipe.algorithm.group_size)
+            if validates:
+                validation, _ = self.generate(lengths, recipe.evaluation.samples_per_batch, 1)
+        elif validates and recipe.rollout.vllm.placement == "colocated":
+            # Engines stay awake while a validation's completions are scored: by the check of its
+            # first batch, the probe and the likelihood judge. Each of them is a pass without
+            # gradients, for which one micro-batch of the step's scoring pass stands.
+            validation = (scoring or self.score_by_policy(lengths)) + inputs
         update, step = self.update(lengths, 1)
         kept, vision = self.activations(lengths)
         return StageUse(
@@ -253,7 +271,7 @@ class Stage:
             update=update,
             micro_batch=kept,
             optimizer_step=step,
-            inputs=recipe.algorithm.groups_per_micro_batch * _patch_bytes(lengths, self.shape),
+            inputs=inputs,
             vision=vision,
             key_value_cache=cache,
             output_layer=self.output_layer(lengths),
