@@ -1,6 +1,6 @@
 """What a recipe needs by its plan, computed in a process of its own.
 
-    python -m nemo_care.doctor.planned CAPABILITY FREE_GIB TOTAL_GIB --config-name RECIPE [key=value ...]
+    python -m nemo_care.doctor.planned CAPABILITY FREE_GIB TOTAL_GIB --config-name RECIPE [...]
 
 The plan's fake world needs a process that sees no GPU. Prints one JSON object: `peak` (bytes of a
 rank at its largest), `phase`, `allowance` (bytes of it that a CPU has no use for), `host` (bytes of
@@ -65,4 +65,5 @@ if __name__ == "__main__":
     from nemo_care.quiet import quiet_libraries
 
     quiet_libraries()
-    print(json.dumps(planned(sys.argv[1], *map(float, sys.argv[2:4]), sys.argv[4:])))
+    capability, free_gib, total_gib, *rest = sys.argv[1:]
+    print(json.dumps(planned(capability, float(free_gib), float(total_gib), rest)))
