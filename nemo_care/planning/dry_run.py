@@ -73,10 +73,10 @@ def dry_run(plan: Plan) -> list[StageRun]:
         InputError: the plan does not fit its GPU.
     """
     if not plan.fits:
+        if plan.stages_fit and plan.engine is not None:
+            raise InputError(plan.engine.problem)
         worst, budget = plan.worst, plan.question.budget
         advice = remedies(make_plan(plan.recipe, plan.question))
-        if plan.stages_fit and plan.engine is not None:
-            raise InputError(plan.engine.problem + (f"; set {advice[0]}" if advice else ""))
         raise InputError(
             f"stage {worst.stage} needs {worst.peak / GIB:.0f} GiB in {worst.peak_phase}, a "
             f"{plan.question.gpu.name} has {budget / GIB:.0f} GiB with the margin: "

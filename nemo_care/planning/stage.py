@@ -249,15 +249,16 @@ class Stage:
         """All phases at these lengths."""
         recipe = self.recipe
         inputs = recipe.algorithm.groups_per_micro_batch * _patch_bytes(lengths, self.shape)
-        scoring = self.score(lengths)
         rollout = validation = cache = 0
         validates = bool(recipe.data.validation.annotations)
-        if recipe.rollout.backend == "megatron":
+        ranks_sample = recipe.rollout.backend == "megatron"
+        if ranks_sample:
             together = min(recipe.rollout.groups_per_batch, prompts_of(recipe))
             rollout, cache = self.generate(lengths, together, recipe.algorithm.group_size)
             if validates:
                 validation, _ = self.generate(lengths, recipe.evaluation.samples_per_batch, 1)
-        elif validates and recipe.rollout.vllm.placement == "colocated":
+        scoring = self.score(lengths)
+        if validates and not ranks_sample and recipe.rollout.vllm.placement == "colocated":
             # Engines stay awake while a validation's completions are scored: by the check of its
             # first batch, the probe and the likelihood judge. Each of them is a pass without
             # gradients, for which one micro-batch of the step's scoring pass stands.

@@ -59,7 +59,7 @@ def plan_report(plan: Plan, remedies: Sequence[str]) -> RenderableType:
         _detail_table(plan),
         Text("CPU memory of a machine, GiB, at most"),
         _host_table(plan),
-        Text("One step: FLOPs of all GPUs together, and estimated time"),
+        Text(_time_title(plan)),
         _time_table(plan),
         Text(_sharing(plan)),
         Text(_verdict(plan)),
@@ -71,20 +71,23 @@ def plan_report(plan: Plan, remedies: Sequence[str]) -> RenderableType:
 
 def _engine_line(engine: EnginePlan, recipe: Recipe) -> str:
     vllm = recipe.rollout.vllm
-    where, asleep = "on the GPUs that train", f", and {gib(engine.asleep)} while training goes on"
+    where, awake = "on the GPUs that train", " while it is awake"
+    asleep = f" and {gib(engine.asleep)} while training goes on"
     if engine.placement == "separate":
         elsewhere = "elsewhere" if vllm.hosts is not None else "that do not train"
-        where, asleep = f"on GPUs {elsewhere}, taken to be of the same kind", ""
-    left = f"the {gib(engine.cache)} GiB that are left"
+        where, awake, asleep = f"on GPUs {elsewhere}, taken to be of the same kind", "", ""
+    left = (
+        f"the {gib(engine.cache)} GiB that are left, less what activations and CUDA graphs take, "
+        "hold"
+    )
     if vllm.kv_cache_gib is not None:
-        left = f"rollout.vllm.kv_cache_gib={vllm.kv_cache_gib:g}"
+        left = f"a cache of rollout.vllm.kv_cache_gib={vllm.kv_cache_gib:g} holds"
     return (
-        f"vLLM samples: {engine.engines} engine(s) of {engine.tensor_parallel_size} GPU(s) each "
-        f"{where}. An engine takes {gib(engine.share)} GiB of each GPU while it is awake "
+        f"vLLM samples, in {engine.engines} engine(s) of {engine.tensor_parallel_size} GPU(s) "
+        f"each {where}. An engine takes {gib(engine.share)} GiB of each GPU{awake} "
         f"(rollout.vllm.gpu_memory_utilization={vllm.gpu_memory_utilization:g}){asleep}. "
-        f"{gib(engine.weights)} GiB are weights; {left}, less what activations and CUDA graphs "
-        f"take, hold {engine.cache_tokens} cached tokens: {engine.cache_sequences} full-length "
-        f"sequence(s) of {engine.sequence_tokens}"
+        f"{gib(engine.weights)} GiB are weights; {left} {engine.cache_tokens} tokens, "
+        f"{engine.cache_sequences} full-length sequence(s) of {engine.sequence_tokens}"
     )
 
 
@@ -94,6 +97,12 @@ def _phase_title(plan: Plan) -> str:
         f"Peak of each phase on a GPU, GiB, everything included; {gib(question.gpu.memory)} are "
         f"there, {gib(question.budget)} with the margin"
     )
+
+
+def _time_title(plan: Plan) -> str:
+    title = "One step: FLOPs of all GPUs together, and estimated time"
+    beside = "; the rollout is the next step's, beside scoring and update"
+    return title + beside if plan.seconds.asynchronous else title
 
 
 def _headline(plan: Plan) -> str:
