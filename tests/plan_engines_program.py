@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).parent))
@@ -16,6 +17,7 @@ from made_shapes import plan_recipe
 from rich.console import Console
 
 from nemo_care.config import Recipe
+from nemo_care.doctor.planned import planned
 from nemo_care.errors import InputError
 from nemo_care.planning.advice import remedies
 from nemo_care.planning.dry_run import dry_run
@@ -33,12 +35,12 @@ PLANS: dict = {
     "level 0": (1, {"sleep_level": 0}),
     "separate": (2, {"placement": "separate", "gpus": [2, 3], "tensor_parallel_size": 2}),
     # Of 3 GiB less the margin training and CUDA leave less than the share.
-    "share too large": (2, {}),
+    "share too large": (1, {}),
     "share too small": (1, {"gpu_memory_utilization": 0.001}),
     # Of these CUDA takes all but the margin.
     "no share": (1, {}),
 }
-SMALLER_GPUS = {"share too large": 3.6, "no share": 1.11}
+SMALLER_GPUS = {"share too large": 2.4, "no share": 1.11}
 
 
 def recipe_of(folder: str, pipeline: int, keys: dict | None) -> Recipe:
@@ -120,15 +122,14 @@ def refusals(folder: str, plans: dict[str, Plan]) -> dict:
     return lines
 
 
-def doctors() -> dict:
-    """What the doctor's process says of a GPU that is half free, and of a CPU."""
-    from nemo_care.doctor.planned import planned
+def doctors(folder: str) -> dict:
+    """What the doctor's process says of a GPU of which a quarter is in use, and of a CPU."""
 
-    arguments = ["--config-name", "tiny_cpu", "rollout.backend=vllm"]
-    return {
-        "GPU": planned("9.0", 40.0, 80.0, arguments),
-        "CPU": planned("", 10.0, 10.0, arguments),
-    }
+    def composed(arguments: list[str], *, with_nemo: bool) -> Recipe:
+        return recipe_of(folder, 1, {})
+
+    with patch("nemo_care.recipes.compose_recipe", composed):
+        return {"GPU": planned("9.0", 60.0, 80.0, []), "CPU": planned("", 10.0, 10.0, [])}
 
 
 def main() -> None:
@@ -142,7 +143,7 @@ def main() -> None:
         "search": searched(folder),
         "refusals": refusals(folder, plans),
         "dry run": list(run.calls),
-        "doctor": doctors(),
+        "doctor": doctors(folder),
         "imported": "vllm" in sys.modules,
     }
     out.write_text(json.dumps(result))

@@ -194,7 +194,7 @@ def test_what_makes_sampling_in_the_ranks_smaller_is_not_offered_for_engines(pla
 
 def test_another_layout_is_not_said_to_shrink_the_engines_share(planned):
     plan = planned["plans"]["share too large"]
-    # Nothing of 1.4 GiB but the share would change: halving it would be a remedy.
+    # Nearly all is the share: with half of it the plan would fit.
     assert not any("model_parallel_size" in line for line in plan["remedies"])
 
 
@@ -226,9 +226,8 @@ def test_dry_run_samples_nothing_in_ranks_that_do_not(planned):
 def test_doctor_takes_an_engines_share_of_the_whole_gpu(planned):
     gpu, cpu = planned["doctor"]["GPU"], planned["doctor"]["CPU"]
     assert gpu["engine"] == cpu["engine"] == ""
-    # Of 80 GiB, although half of them are in use.
+    # Of 80 GiB, although a quarter of them is in use.
     assert 49 * GIB < gpu["peak"] < 50 * GIB
-    assert gpu["remedies"]
     # On a CPU engines stay awake: the update has 6 of 10 GiB less.
     assert cpu["phase"] == "update"
     assert 7 * GIB < cpu["peak"] < 8 * GIB
