@@ -37,6 +37,10 @@ PLANS: dict = {
     # Of 3 GiB less the margin training and CUDA leave less than the share.
     "share too large": (1, {}),
     "share too small": (1, {"gpu_memory_utilization": 0.001}),
+    "little for GPUs apart": (
+        1,
+        {"gpu_memory_utilization": 0.001, "placement": "separate", "gpus": [0, 1]},
+    ),
     # Of these CUDA takes all but the margin.
     "no share": (1, {}),
 }

@@ -167,6 +167,14 @@ def test_an_engine_without_room_for_one_sequence_does_not_fit(planned):
     assert "tensor_parallel_size" in planned["refusals"]["engine"]
 
 
+def test_an_engine_of_more_gpus_is_offered_where_it_would_do_and_can_be_made(planned):
+    # Numbers of GPUs are those of the machine that will train: here, 0 may be an engine's.
+    larger_share, more_gpus = planned["plans"]["little for GPUs apart"]["remedies"]
+    assert larger_share.startswith("rollout.vllm.gpu_memory_utilization=0.9:")
+    # 8.6 MB of each of the two hold half of the 12.7 MB of weights.
+    assert more_gpus.startswith("rollout.vllm.tensor_parallel_size=2:")
+
+
 def test_the_largest_share_that_fits_is_offered(planned):
     plan = planned["plans"]["share too large"]
     assert plan["fits"] is False

@@ -15,6 +15,7 @@ from nemo_care.planning.gpus import GIB
 from nemo_care.planning.plan import GRANULARITIES, Plan, StagePlan
 from nemo_care.preflight import layout_of
 from nemo_care.rollouts.build import check_engines
+from nemo_care.vllm_config import check_vllm
 
 Peaks = dict[str, float]
 # A change that leaves more of the peak than this is not worth a line.
@@ -177,7 +178,8 @@ def _largest_share(plan: Plan) -> float | None:
             for phase, peak in stage.peaks.items()
             if beside(engine, phase) == engine.share
         )
-    share = floor(100 * room / memory) / 100
+    # A share is cut to whole bytes, so less than one byte more is no more.
+    share = floor(100 * (room + 1) / memory) / 100
     if share <= 0:
         return None
     other = _engine_with(plan, gpu_memory_utilization=share)
@@ -186,10 +188,15 @@ def _largest_share(plan: Plan) -> float | None:
 
 
 def _engine_with(plan: Plan, **keys: Any) -> EnginePlan:
-    """The plan's engine with other values of keys under rollout.vllm."""
+    """The plan's engine with other values of keys under rollout.vllm.
+
+    Raises:
+        InputError: there can't be such engines.
+    """
     changed = deepcopy(plan.recipe)
     for key, value in keys.items():
         setattr(changed.rollout.vllm, key, value)
+    check_vllm(changed.rollout.vllm)
     check_engines(changed, plan.shape.hf)
     engine = engine_plan(changed, plan.shape.hf, plan.parameters, plan.question.gpu)
     assert engine is not None, "asked where vLLM samples"
