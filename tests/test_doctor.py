@@ -53,7 +53,7 @@ def made_plan(**numbers):
     """In place of the plan's process."""
     found = {
         "peak": 40 * GIB, "phase": "update", "allowance": GIB, "host": 10 * GIB,
-        "checkpoint": GIB, "flops": 1e12, "remedies": [],
+        "checkpoint": GIB, "flops": 1e12, "engine": "", "remedies": [],
     }  # fmt: skip
     return lambda recipe, machine, arguments: lambda: found | numbers
 

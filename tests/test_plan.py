@@ -253,7 +253,7 @@ def test_json_has_stable_keys(planned):
     plan = json.loads(planned["json"])
     assert list(plan) == [
         "model", "layout", "gpu", "lengths", "stages", "host_bytes", "flops", "seconds", "assumed",
-        "tokens_per_group", "peak_bytes", "fits", "remedies",
+        "tokens_per_group", "engine", "peak_bytes", "fits", "remedies",
     ]  # fmt: skip
     (stage,) = plan["stages"]
     assert {"build", "use", "held", "in_flight", "peaks", "peak"} <= set(stage)

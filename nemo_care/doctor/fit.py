@@ -150,8 +150,10 @@ def start_plan(
     """Begin to plan in another process; call the result for what it found."""
     gpus = own_gpus(recipe, machine)
     capability = ".".join(map(str, gpus[0].capability)) if gpus else ""
-    memory = room(recipe, machine) / GIB
-    command = [sys.executable, "-m", "nemo_care.doctor.planned", capability, repr(memory)]
+    free = room(recipe, machine)
+    total = min((gpu.total for gpu in gpus), default=free)
+    memory = [repr(size / GIB) for size in (free, max(total, free))]
+    command = [sys.executable, "-m", "nemo_care.doctor.planned", capability, *memory]
     process = subprocess.Popen(
         [*command, *arguments],
         stdout=subprocess.PIPE,
@@ -197,6 +199,8 @@ def _memory(fit: Fit, recipe: Recipe, machine: Machine) -> None:
         f"memory: {needs / GIB:.2f} GiB per {where} at the peak ({plan['phase']}, by the plan), "
         f"{has / GIB:.1f} GiB are free"
     )
+    if plan["engine"]:
+        fit.problems.append(plan["engine"])
     if needs > has:
         remedy = f"set {plan['remedies'][0]}" if plan["remedies"] else "see nemo-care plan --search"
         if gpus and needs <= min(gpu.total for gpu in gpus):

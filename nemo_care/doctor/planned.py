@@ -1,10 +1,11 @@
 """What a recipe needs by its plan, computed in a process of its own.
 
-    python -m nemo_care.doctor.planned CAPABILITY MEMORY_GIB --config-name RECIPE [key=value ...]
+    python -m nemo_care.doctor.planned CAPABILITY FREE_GIB TOTAL_GIB --config-name RECIPE [...]
 
 The plan's fake world needs a process that sees no GPU. Prints one JSON object: `peak` (bytes of a
 rank at its largest), `phase`, `allowance` (bytes of it that a CPU has no use for), `host` (bytes of
-CPU memory of this machine), `checkpoint` (bytes), `flops` of a step, `remedies`; or `error`.
+CPU memory of this machine), `checkpoint` (bytes), `flops` of a step, `engine` (why an engine of
+vLLM can't work, or nothing), `remedies`; or `error`.
 """
 
 import json
@@ -16,12 +17,15 @@ from typing import Any
 from nemo_care.errors import InputError
 
 
-def planned(capability: str, memory_gib: float, arguments: Sequence[str]) -> dict[str, Any]:
+def planned(
+    capability: str, free_gib: float, total_gib: float, arguments: Sequence[str]
+) -> dict[str, Any]:
     """The object that is printed; remedies only where the memory is too small.
 
     Args:
         capability: the GPU's, as 9.0; empty without one.
-        memory_gib: what the GPU has free.
+        free_gib: what the GPU, or a rank's part of the CPU's memory, has free.
+        total_gib: all of it, of which an engine takes its share.
         arguments: the recipe's.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -36,8 +40,11 @@ def planned(capability: str, memory_gib: float, arguments: Sequence[str]) -> dic
     try:
         recipe = compose_recipe(arguments, with_nemo=False)
         assert recipe is not None, "the command has composed it before"
-        gpu = read_gpu(like[0] if like else DEFAULT_GPU, memory_gib)
-        question = Question(gpu, margin=0.0)
+        if not capability:
+            # Without GPUs there is nothing that an engine could give back.
+            recipe.rollout.vllm.sleep_level = 0
+        gpu = read_gpu(like[0] if like else DEFAULT_GPU, total_gib)
+        question = Question(gpu, margin=1 - free_gib / total_gib)
         plan = make_plan(recipe, question, compare=False)
         advice = [] if plan.fits else remedies(make_plan(recipe, question))
     except InputError as error:
@@ -49,6 +56,7 @@ def planned(capability: str, memory_gib: float, arguments: Sequence[str]) -> dic
         "host": sum(plan.host.values()),
         "checkpoint": plan.checkpoint_bytes,
         "flops": sum(plan.flops.values()),
+        "engine": plan.engine.problem if plan.engine is not None else "",
         "remedies": advice,
     }
 
@@ -57,4 +65,5 @@ if __name__ == "__main__":
     from nemo_care.quiet import quiet_libraries
 
     quiet_libraries()
-    print(json.dumps(planned(sys.argv[1], float(sys.argv[2]), sys.argv[3:])))
+    capability, free_gib, total_gib, *rest = sys.argv[1:]
+    print(json.dumps(planned(capability, float(free_gib), float(total_gib), rest)))

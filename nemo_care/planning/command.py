@@ -142,7 +142,7 @@ def _search(recipe: "Recipe", question: "Question", options: argparse.Namespace)
         print(json.dumps(search_as_json(found)))
         return
     gpus = options.gpus or recipe.trainer.devices * recipe.trainer.num_nodes
-    print_report(search_report(found, question, gpus))
+    print_report(search_report(found, question, gpus, recipe.rollout))
 
 
 def _efficiency(assumptions: Sequence[str]) -> "Efficiency":

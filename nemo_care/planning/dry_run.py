@@ -1,6 +1,7 @@
 """One step of every stage in a fake world: what it sends, and whether a checkpoint can be cut."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,10 @@ from nemo_care.config import Recipe
 from nemo_care.errors import InputError
 from nemo_care.parallel.checkpoints import sharding_metadata
 from nemo_care.planning.advice import remedies
+from nemo_care.planning.counts import in_flight
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.plan import Plan, make_plan
-from nemo_care.planning.stage import Stage, built_stage, in_flight
+from nemo_care.planning.stage import Stage, built_stage
 from nemo_care.planning.tables import markdown_table
 
 # torch's operators: what they do, and which argument holds what a rank sends or receives.
@@ -71,6 +73,8 @@ def dry_run(plan: Plan) -> list[StageRun]:
         InputError: the plan does not fit its GPU.
     """
     if not plan.fits:
+        if plan.stages_fit and plan.engine is not None:
+            raise InputError(plan.engine.problem)
         worst, budget = plan.worst, plan.question.budget
         advice = remedies(make_plan(plan.recipe, plan.question))
         raise InputError(
@@ -89,11 +93,14 @@ def _run(stage: Stage, number: int, plan: Plan) -> StageRun:
     recipe: Recipe = plan.recipe
     # As many micro-batches as the first stage holds at a time: the schedule repeats from there.
     count = in_flight(recipe, 0)
-    phases = {
+    phases: dict[str, Callable[[], Any]] = {
         "rollout": lambda: stage.generate(plan.longest, 1, recipe.algorithm.group_size),
         "scoring": lambda: stage.score(plan.longest),
         "update": lambda: stage.update(plan.longest, count),
     }
+    if plan.engine is not None:
+        # The ranks do not sample.
+        del phases["rollout"]
     run = StageRun(number, stage.ranks.rank, checkpoint_entries=_checkpoint_entries(stage))
     for phase, work in phases.items():
         with _Communication() as seen:
@@ -124,10 +131,11 @@ def dry_run_report(plan: Plan, runs: list[StageRun]) -> RenderableType:
             table.add_row(str(run.stage), str(run.rank), phase, *cells)
     entries = sum(run.checkpoint_entries for run in runs)
     count = in_flight(plan.recipe, 0)
+    rollout = "Rollout: one group's prompt and one token; " if plan.engine is None else ""
     return Group(
         Text(
             "Dry run of one rank of each stage, in a fake world: calls and GiB of the tensors. "
-            f"Rollout: one group's prompt and one token; scoring: one micro-batch; update: {count}"
+            f"{rollout}scoring: one micro-batch; update: {count}"
         ),
         table,
         Text(

@@ -8,6 +8,14 @@ from typing import Any
 
 from nemo_care.config import Recipe, check_world, needs_reference
 from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of, replicas_of
+from nemo_care.planning.engines import (
+    EnginePlan,
+    beside,
+    bytes_of_number,
+    engine_plan,
+    workers_of_a_machine,
+)
 from nemo_care.planning.gpus import GIB, Gpu
 from nemo_care.planning.precision import check_planned, precision_in_words
 from nemo_care.planning.shapes import (
@@ -18,23 +26,16 @@ from nemo_care.planning.shapes import (
     read_model_shape,
     typical_lengths,
 )
-from nemo_care.planning.stage import (
-    StageBuild,
-    StageUse,
-    built_stage,
-    in_flight,
-    micro_batches_of,
-    prompts_of,
-    replicas_of,
-)
+from nemo_care.planning.stage import StageBuild, StageUse, built_stage
 from nemo_care.planning.work import Clock, Efficiency, StepTime, packed_tokens, step_flops
 from nemo_care.preflight import layout_of
+from nemo_care.rollouts.build import check_engines
 
 PHASES = ("rollout", "validation", "scoring", "update")
 GRANULARITIES = ("none", "selective", "full")
 # CUDA's context and cuBLAS's workspaces; with several ranks NCCL's buffers for the groups.
 _ALONE, _WITH_OTHERS = 1.0, 2.0
-# Python, torch, Megatron and transformers in one rank's process.
+# Python, torch, Megatron and transformers in one rank's process; an engine's has about as much.
 _PROCESS_GIB = 4.0
 
 
@@ -92,6 +93,7 @@ class Plan:
     checkpoint_bytes: int
     flops: dict[str, float]
     seconds: StepTime
+    engine: EnginePlan | None = None
 
     @property
     def parameters(self) -> int:
@@ -105,7 +107,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage fits the GPU with the margin left."""
+        """Whether every stage fits the GPU with the margin left, and an engine its share."""
+        return self.stages_fit and (self.engine is None or self.engine.fits)
+
+    @property
+    def stages_fit(self) -> bool:
+        """Whether every stage fits, engines on its GPUs included."""
         return self.worst.peak <= self.question.budget
 
     def tokens(self) -> dict[str, int]:
@@ -125,9 +132,14 @@ def _with(recipe: Recipe, granularity: str) -> Iterator[Recipe]:
 
 
 def phase_peaks(
-    recipe: Recipe, build: StageBuild, use: StageUse, stage: int, allowance: int
+    recipe: Recipe,
+    build: StageBuild,
+    use: StageUse,
+    stage: int,
+    allowance: int,
+    engine: EnginePlan | None,
 ) -> dict[str, int]:
-    """Bytes at each phase's peak on a rank of this stage, everything included."""
+    """Bytes at each phase's peak on a GPU of this stage, everything included."""
     count = micro_batches_of(recipe)
     extra = {
         "rollout": use.rollout,
@@ -136,7 +148,12 @@ def phase_peaks(
         "update": use.update_peak(in_flight(recipe, stage), count),
     }
     held = build.held(recipe)
-    return {phase: held + extra[phase] + allowance for phase in PHASES if extra[phase]}
+    awake = beside(engine, "rollout")
+    return {
+        phase: held + extra[phase] + allowance + beside(engine, phase)
+        for phase in PHASES
+        if extra[phase] or (phase == "rollout" and awake)
+    }
 
 
 def allowance_of(recipe: Recipe) -> int:
@@ -145,7 +162,13 @@ def allowance_of(recipe: Recipe) -> int:
     return int((_ALONE if alone else _WITH_OTHERS) * GIB)
 
 
-def host_memory(recipe: Recipe, shape: ModelShape, longest: Lengths, worst: StageBuild) -> dict:
+def host_memory(
+    recipe: Recipe,
+    shape: ModelShape,
+    longest: Lengths,
+    worst: StageBuild,
+    engine: EnginePlan | None,
+) -> dict[str, int]:
     """Bytes of CPU memory per machine, by what takes them."""
     model, trainer = recipe.model, recipe.trainer
     ranks = trainer.devices
@@ -160,6 +183,9 @@ def host_memory(recipe: Recipe, shape: ModelShape, longest: Lengths, worst: Stag
     gathered = 4 * parameters * (3 + 2) * _first_replica_on_a_machine(recipe)
     shards = ranks * 4 * 3 * parameters // replicas_of(recipe)
     offload = recipe.algorithm.reference.offload and needs_reference(recipe.algorithm)
+    workers = workers_of_a_machine(recipe)
+    asleep = workers * engine.host if engine is not None else 0
+    engines = {"engines": int(workers * _PROCESS_GIB * GIB) + asleep} if workers else {}
     return {
         "processes": int(ranks * _PROCESS_GIB * GIB),
         "reference": ranks * worst.reference_average if offload else 0,
@@ -167,6 +193,7 @@ def host_memory(recipe: Recipe, shape: ModelShape, longest: Lengths, worst: Stag
         "prompts": ranks * patches * (1 + recipe.data.prefetch_steps),
         "decoding": int(leaders * recipe.data.workers * recipe.data.worker_memory_gib * GIB),
         "saving a checkpoint": gathered + shards,
+        **engines,
     }
 
 
@@ -181,7 +208,7 @@ def _first_replica_on_a_machine(recipe: Recipe) -> int:
 
 def checkpoint_size(recipe: Recipe, builds: list[StageBuild]) -> int:
     """Bytes of one checkpoint: weights, master weights with AdamW's moments, the average."""
-    width = 2 if recipe.model.precision.dtype == "bf16" else 4
+    width = bytes_of_number(recipe)
     average = 4 if needs_reference(recipe.algorithm) else 0
     total = 0
     for build in builds:
@@ -240,15 +267,20 @@ def make_plan(recipe: Recipe, question: Question, *, compare: bool = True) -> Pl
     check_layout(shape.hf, layout_of(recipe))
     check_world(recipe)
     check_planned(recipe, shape.hf, question.gpu)
+    check_engines(recipe, shape.hf)
     longest = longest_lengths(recipe, shape.hf)
     typical = typical_lengths(recipe, shape.hf, question.prompt_tokens, question.completion_tokens)
     measured = Measurements(recipe, shape, longest)
     allowance = allowance_of(recipe)
+    found = [measured.stage(n) for n in range(recipe.model.pipeline_model_parallel_size)]
+    builds = [build for build, _ in found]
+    parameters = sum(build.unique_parameters for build in builds)
+    engine = engine_plan(recipe, shape.hf, parameters, question.gpu)
+    granularities = GRANULARITIES if compare else ()
     stages = [
-        _stage_plan(measured, number, allowance, GRANULARITIES if compare else ())
-        for number in range(recipe.model.pipeline_model_parallel_size)
+        _stage_plan(measured, number, build, use, allowance, engine, granularities)
+        for number, (build, use) in enumerate(found)
     ]
-    builds = [stage.build for stage in stages]
     clock = Clock(recipe, shape.hf, typical, question.gpu, question.efficiency)
     return Plan(
         recipe=recipe,
@@ -258,19 +290,25 @@ def make_plan(recipe: Recipe, question: Question, *, compare: bool = True) -> Pl
         typical=typical,
         stages=stages,
         allowance=allowance,
-        host=host_memory(recipe, shape, longest, max(builds, key=lambda b: b.gradients)),
+        host=host_memory(recipe, shape, longest, max(builds, key=lambda b: b.gradients), engine),
         checkpoint_bytes=checkpoint_size(recipe, builds),
         flops=step_flops(recipe, shape.hf, typical),
         seconds=clock.step(builds),
+        engine=engine,
     )
 
 
 def _stage_plan(
-    measured: Measurements, number: int, allowance: int, granularities: Sequence[str]
+    measured: Measurements,
+    number: int,
+    build: StageBuild,
+    use: StageUse,
+    allowance: int,
+    engine: EnginePlan | None,
+    granularities: Sequence[str],
 ) -> StagePlan:
     recipe = measured.recipe
-    build, use = measured.stage(number)
-    peaks = phase_peaks(recipe, build, use, number, allowance)
+    peaks = phase_peaks(recipe, build, use, number, allowance, engine)
     flying, count = in_flight(recipe, number), micro_batches_of(recipe)
     held = build.held(recipe)
     own = recipe.model.recompute_granularity
@@ -279,7 +317,7 @@ def _stage_plan(
         if granularity != own:
             passes, step, kept = measured.update(number, build, granularity)
             update = max(passes + (flying - 1) * kept, step) + count * use.inputs
-            by_recomputation[granularity] = held + update + allowance
+            by_recomputation[granularity] = held + update + allowance + beside(engine, "update")
     return StagePlan(
         stage=number,
         build=build,
@@ -322,9 +360,10 @@ def plan_as_json(plan: Plan, remedies: list[str]) -> dict[str, Any]:
         "stages": [asdict(stage) | {"peak": stage.peak} for stage in plan.stages],
         "host_bytes": plan.host,
         "flops": plan.flops,
-        "seconds": asdict(plan.seconds) | {"step": plan.seconds.total},
+        "seconds": plan.seconds.as_json(),
         "assumed": asdict(question.efficiency),
         "tokens_per_group": plan.tokens(),
+        "engine": plan.engine.as_json() if plan.engine is not None else None,
         "peak_bytes": plan.worst.peak,
         "fits": plan.fits,
         "remedies": remedies,

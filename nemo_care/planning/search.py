@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -11,6 +11,8 @@ from rich.text import Text
 from nemo_care.config import Recipe, check_recipe, needs_reference
 from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of, replicas_of
+from nemo_care.planning.engines import EnginePlan, beside, engine_plan
 from nemo_care.planning.gpus import GIB, Gpu
 from nemo_care.planning.plan import (
     GRANULARITIES,
@@ -21,17 +23,12 @@ from nemo_care.planning.plan import (
 )
 from nemo_care.planning.precision import check_planned
 from nemo_care.planning.shapes import ModelShape, longest_lengths, read_model_shape, typical_lengths
-from nemo_care.planning.stage import (
-    StageBuild,
-    built_stage,
-    in_flight,
-    micro_batches_of,
-    prompts_of,
-    replicas_of,
-)
+from nemo_care.planning.stage import StageBuild, built_stage
 from nemo_care.planning.tables import gib, markdown_table
 from nemo_care.planning.work import Clock, StepTime
 from nemo_care.preflight import layout_of
+from nemo_care.rollout_config import RolloutConfig
+from nemo_care.rollouts.build import check_engines
 
 _GROUPS = (1, 2, 4)
 
@@ -78,8 +75,9 @@ def _offloaded(recipe: Recipe) -> str:
 @dataclass
 class _Candidate:
     recipe: Recipe
-    builds: list[StageBuild] = field(default_factory=list)
-    seconds: StepTime = field(default_factory=lambda: StepTime(0.0, 0.0, 0.0))
+    builds: list[StageBuild]
+    engine: EnginePlan | None
+    seconds: StepTime
 
 
 def search(
@@ -105,11 +103,17 @@ def search(
     candidates = []
     for layout in _layouts(recipe, shape, machines, devices, question.gpu):
         builds = _builds(layout, shape)
+        parameters = sum(build.unique_parameters for build in builds)
+        engine = engine_plan(layout, shape.hf, parameters, question.gpu)
+        if engine is not None and not engine.fits:
+            # The same in every layout.
+            tell(engine.problem)
+            return []
         for variant in _variants(layout):
-            if _least(variant, builds, vision) > question.budget:
+            if _least(variant, builds, vision, engine) > question.budget:
                 continue
             clock = Clock(variant, shape.hf, typical, question.gpu, question.efficiency)
-            candidates.append(_Candidate(variant, builds, clock.step(builds)))
+            candidates.append(_Candidate(variant, builds, engine, clock.step(builds)))
     found: dict[tuple[int, int], Found] = {}
     # What the stages need on top of what they hold, wherever reference and optimizer are.
     needs: dict[tuple, dict[int, int]] = {}
@@ -126,7 +130,7 @@ def search(
         ):
             continue
         measured = Measurements(candidate.recipe, shape, lengths)
-        peak, phase, needs[alike] = _largest(candidate.recipe, measured)
+        peak, phase, needs[alike] = _largest(candidate.recipe, measured, candidate.engine)
         fits = peak <= question.budget
         keys = _keys(candidate.recipe)
         tell(
@@ -171,6 +175,7 @@ def _layouts(
             check_recipe(changed)
             check_layout(shape.hf, layout_of(changed))
             check_planned(changed, shape.hf, gpu)
+            check_engines(changed, shape.hf)
         except InputError:
             continue
         if changed.algorithm.prompts_per_step % replicas_of(changed):
@@ -204,7 +209,12 @@ def _builds(recipe: Recipe, shape: ModelShape) -> list[StageBuild]:
     return [made.get(number, made[min(1, count - 1)]) for number in range(count)]
 
 
-def _least(recipe: Recipe, builds: list[StageBuild], vision: "_VisionBytes") -> int:
+def _least(
+    recipe: Recipe,
+    builds: list[StageBuild],
+    vision: "_VisionBytes",
+    engine: EnginePlan | None,
+) -> int:
     """A lower bound of the largest peak, which spares trying what can't fit."""
     held = [build.held(recipe) for build in builds]
     steps = [
@@ -212,7 +222,8 @@ def _least(recipe: Recipe, builds: list[StageBuild], vision: "_VisionBytes") -> 
         for size, build in zip(held, builds, strict=True)
     ]
     activations = vision.bytes(recipe) * in_flight(recipe, 0)
-    return max(*steps, held[0] + activations) + allowance_of(recipe)
+    update = max(*steps, held[0] + activations) + beside(engine, "update")
+    return max(update, max(held) + beside(engine, "rollout")) + allowance_of(recipe)
 
 
 class _VisionBytes:
@@ -239,7 +250,9 @@ class _VisionBytes:
         return self.found[granularity] * recipe.algorithm.groups_per_micro_batch
 
 
-def _largest(recipe: Recipe, measured: Measurements) -> tuple[int, str, dict[int, int]]:
+def _largest(
+    recipe: Recipe, measured: Measurements, engine: EnginePlan | None
+) -> tuple[int, str, dict[int, int]]:
     """The largest peak of all stages and its phase; what other offloads don't change (`needs`)."""
     count = recipe.model.pipeline_model_parallel_size
     allowance, inputs = allowance_of(recipe), micro_batches_of(recipe)
@@ -247,21 +260,24 @@ def _largest(recipe: Recipe, measured: Measurements) -> tuple[int, str, dict[int
     # Of the stages between the first and the last, the second has the most in flight.
     for number in {0, min(1, count - 1), count - 1}:
         build, use = measured.stage(number)
-        peaks = phase_peaks(recipe, build, use, number, allowance)
+        peaks = phase_peaks(recipe, build, use, number, allowance, engine)
         phase = max(peaks, key=lambda name: peaks[name])
         largest.append((peaks[phase], phase))
         passes = use.passes_peak(in_flight(recipe, number)) + inputs * use.inputs
-        needs[number] = max(use.rollout, use.validation, passes) + allowance
+        # Where vLLM samples, a validation's peak is that of scoring, which the offloads do change.
+        sampling = max(use.rollout, use.validation) if engine is None else beside(engine, "rollout")
+        needs[number] = max(sampling, passes + beside(engine, "update")) + allowance
     return *max(largest), needs
 
 
-def search_report(found: list[Found], question: Question, gpus: int) -> RenderableType:
+def search_report(
+    found: list[Found], question: Question, gpus: int, rollout: RolloutConfig
+) -> RenderableType:
     """A table, and the overrides of the best."""
     if not found:
         return Text(
             f"No layout fits {gpus} x {question.gpu.name}: more GPUs, a smaller "
-            "data.max_prompt_tokens, rollout.groups_per_batch=1 or "
-            "evaluation.samples_per_batch=1 help"
+            f"data.max_prompt_tokens{_hint(rollout)} help"
         )
     columns = ["TP", "PP", "DP", "recomputation", "offload", "groups", "peak GiB", "in"]
     table = markdown_table([*columns, "rollout s", "scoring s", "update s", "step s"])
@@ -288,6 +304,16 @@ def search_report(found: list[Found], question: Question, gpus: int) -> Renderab
         table,
         Text(f"the first one: {found[0].overrides}"),
     )
+
+
+def _hint(rollout: RolloutConfig) -> str:
+    """What else helps, by who samples."""
+    if rollout.backend == "megatron":
+        return ", rollout.groups_per_batch=1 or evaluation.samples_per_batch=1"
+    size = "a larger rollout.vllm.tensor_parallel_size"
+    if rollout.vllm.placement == "separate":
+        return f" or {size}"
+    return f", another rollout.vllm.gpu_memory_utilization or {size}"
 
 
 def search_as_json(found: list[Found]) -> list[dict]:

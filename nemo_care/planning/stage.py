@@ -17,6 +17,7 @@ from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.parallel.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
 from nemo_care.parallel.optimizer import optimizer_parts
+from nemo_care.planning.counts import prompts_of
 from nemo_care.planning.meta_memory import MetaMemory, flash_attention
 from nemo_care.planning.precision import as_built, fp8_copies
 from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt, patch_width
@@ -27,6 +28,7 @@ from nemo_care.rollouts.group import Group
 from nemo_care.rollouts.group_batch import GroupBatch
 from nemo_care.rollouts.megatron import Decoding, MegatronGenerator
 from nemo_care.scoring.reference import Reference
+from nemo_care.scoring.score import Scorer
 
 _WINDOWS_TOGETHER = "nemo_care_flash_attention"
 
@@ -69,7 +71,9 @@ class StageUse:
     one adds `micro_batch`: what it keeps for backward, of which the vision tower keeps `vision`;
     `optimizer_step` is the peak of what follows, with the optimizer's state if that is offloaded.
     `inputs` are the patches of one micro-batch; all of a step are on the GPU, in scoring and
-    update. `output_layer` is the peak of the output layer alone.
+    update. `output_layer` is the peak of the output layer alone. Where vLLM samples, `rollout` and
+    `key_value_cache` are 0, and `validation` is what scores its completions beside engines that
+    are awake (0 where these have GPUs of their own).
     """
 
     rollout: int
@@ -95,29 +99,6 @@ class StageUse:
     def scoring_peak(self, micro_batches: int) -> int:
         """Peak of the scoring pass over a step of so many micro-batches."""
         return self.scoring + micro_batches * self.inputs if self.scoring else 0
-
-
-def replicas_of(recipe: Recipe) -> int:
-    """Model replicas, the data-parallel size."""
-    model = recipe.model
-    world = recipe.trainer.devices * recipe.trainer.num_nodes
-    return world // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
-
-
-def prompts_of(recipe: Recipe) -> int:
-    """Prompts of one replica's step."""
-    return recipe.algorithm.prompts_per_step // replicas_of(recipe)
-
-
-def micro_batches_of(recipe: Recipe) -> int:
-    """Micro-batches of one replica's step."""
-    return -(-prompts_of(recipe) // recipe.algorithm.groups_per_micro_batch)
-
-
-def in_flight(recipe: Recipe, stage: int) -> int:
-    """Micro-batches whose activations a stage holds: Megatron's 1F1B schedule fills the pipeline
-    before the first backward, so stage s of PP holds up to PP - s."""
-    return min(recipe.model.pipeline_model_parallel_size - stage, micro_batches_of(recipe))
 
 
 @dataclass
@@ -193,6 +174,13 @@ class Stage:
             self.reference.score_answers(groups)
         return found[0]
 
+    def score_by_policy(self, lengths: Lengths) -> int:
+        """Bytes that a scoring pass under the policy itself takes at its peak."""
+        scorer = Scorer(self.model, self.ranks, self.layout)
+        with self.exchanging(lengths), self.peak() as found:
+            scorer.answer_likelihoods(self.groups(lengths, 1))
+        return found[0]
+
     def generate(self, lengths: Lengths, prompts: int, group_size: int) -> tuple[int, int]:
         """Peak bytes of generating for so many prompts together, and those of the cache."""
         rollout = self.recipe.rollout
@@ -260,12 +248,21 @@ class Stage:
     def use(self, lengths: Lengths) -> StageUse:
         """All phases at these lengths."""
         recipe = self.recipe
-        together = min(recipe.rollout.groups_per_batch, prompts_of(recipe))
-        rollout, cache = self.generate(lengths, together, recipe.algorithm.group_size)
-        validation = 0
-        if recipe.data.validation.annotations:
-            validation, _ = self.generate(lengths, recipe.evaluation.samples_per_batch, 1)
+        inputs = recipe.algorithm.groups_per_micro_batch * _patch_bytes(lengths, self.shape)
+        rollout = validation = cache = 0
+        validates = bool(recipe.data.validation.annotations)
+        ranks_sample = recipe.rollout.backend == "megatron"
+        if ranks_sample:
+            together = min(recipe.rollout.groups_per_batch, prompts_of(recipe))
+            rollout, cache = self.generate(lengths, together, recipe.algorithm.group_size)
+            if validates:
+                validation, _ = self.generate(lengths, recipe.evaluation.samples_per_batch, 1)
         scoring = self.score(lengths)
+        if validates and not ranks_sample and recipe.rollout.vllm.placement == "colocated":
+            # Engines stay awake while a validation's completions are scored: by the check of its
+            # first batch, the probe and the likelihood judge. Each of them is a pass without
+            # gradients, for which one micro-batch of the step's scoring pass stands.
+            validation = (scoring or self.score_by_policy(lengths)) + inputs
         update, step = self.update(lengths, 1)
         kept, vision = self.activations(lengths)
         return StageUse(
@@ -275,7 +272,7 @@ class Stage:
             update=update,
             micro_batch=kept,
             optimizer_step=step,
-            inputs=recipe.algorithm.groups_per_micro_batch * _patch_bytes(lengths, self.shape),
+            inputs=inputs,
             vision=vision,
             key_value_cache=cache,
             output_layer=self.output_layer(lengths),

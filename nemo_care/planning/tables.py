@@ -7,10 +7,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nemo_care.config import Recipe
+from nemo_care.planning.counts import micro_batches_of
+from nemo_care.planning.engines import EnginePlan
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.plan import GRANULARITIES, PHASES, Plan, StagePlan
 from nemo_care.planning.precision import precision_in_words
-from nemo_care.planning.stage import micro_batches_of
 
 _FOOTNOTE = (
     "Counted by running the step's own code for its shapes, without memory or values, in a world "
@@ -52,11 +54,12 @@ def plan_report(plan: Plan, remedies: Sequence[str]) -> RenderableType:
         _held_table(plan),
         Text(_phase_title(plan)),
         _phase_table(plan),
+        *([Text(_engine_line(plan.engine, plan.recipe))] if plan.engine is not None else []),
         Text("Buffers, GiB; and the update's peak under each model.recompute_granularity"),
         _detail_table(plan),
         Text("CPU memory of a machine, GiB, at most"),
         _host_table(plan),
-        Text("One step: FLOPs of all GPUs together, and estimated time"),
+        Text(_time_title(plan)),
         _time_table(plan),
         Text(_sharing(plan)),
         Text(_verdict(plan)),
@@ -66,12 +69,40 @@ def plan_report(plan: Plan, remedies: Sequence[str]) -> RenderableType:
     )
 
 
+def _engine_line(engine: EnginePlan, recipe: Recipe) -> str:
+    vllm = recipe.rollout.vllm
+    where, awake = "on the GPUs that train", " while it is awake"
+    asleep = f" and {gib(engine.asleep)} while training goes on"
+    if engine.placement == "separate":
+        elsewhere = "elsewhere" if vllm.hosts is not None else "that do not train"
+        where, awake, asleep = f"on GPUs {elsewhere}, taken to be of the same kind", "", ""
+    left = (
+        f"the {gib(engine.cache)} GiB that are left, less what activations and CUDA graphs take, "
+        "hold"
+    )
+    if vllm.kv_cache_gib is not None:
+        left = f"a cache of rollout.vllm.kv_cache_gib={vllm.kv_cache_gib:g} holds"
+    return (
+        f"vLLM samples, in {engine.engines} engine(s) of {engine.tensor_parallel_size} GPU(s) "
+        f"each {where}. An engine takes {gib(engine.share)} GiB of each GPU{awake} "
+        f"(rollout.vllm.gpu_memory_utilization={vllm.gpu_memory_utilization:g}){asleep}. "
+        f"{gib(engine.weights)} GiB are weights; {left} {engine.cache_tokens} tokens, "
+        f"{engine.cache_sequences} full-length sequence(s) of {engine.sequence_tokens}"
+    )
+
+
 def _phase_title(plan: Plan) -> str:
     question = plan.question
     return (
         f"Peak of each phase on a GPU, GiB, everything included; {gib(question.gpu.memory)} are "
         f"there, {gib(question.budget)} with the margin"
     )
+
+
+def _time_title(plan: Plan) -> str:
+    title = "One step: FLOPs of all GPUs together, and estimated time"
+    beside = "; the rollout is the next step's, beside scoring and update"
+    return title + beside if plan.seconds.asynchronous else title
 
 
 def _headline(plan: Plan) -> str:
@@ -198,17 +229,23 @@ def _sharing(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> str:
-    worst, budget = plan.worst, plan.question.budget
+    worst, budget, engine = plan.worst, plan.question.budget, plan.engine
     what = f"stage {worst.stage} needs {gib(worst.peak)} GiB in {worst.peak_phase}"
     if plan.fits:
         return f"It fits: {what}, {gib(budget)} are there with the margin."
-    return f"It does NOT fit: {what}, {gib(budget)} are there with the margin. What helps:"
+    reasons = [] if engine is None or engine.fits else [f"{engine.problem}."]
+    if not plan.stages_fit:
+        reasons.insert(0, f"{what}, {gib(budget)} are there with the margin.")
+    return f"It does NOT fit: {' Also: '.join(reasons)} What helps:"
 
 
 def _footnote(plan: Plan) -> str:
     question = plan.question
     fp8 = _FP8_FOOTNOTE if plan.recipe.model.precision.fp8.enabled else ""
-    return (_FOOTNOTE + fp8).format(
+    vllm = plan.recipe.rollout.vllm
+    graphs = plan.engine is not None and not vllm.enforce_eager
+    footnote = _FOOTNOTE.replace("{layer_", "{graph_layer_") if graphs else _FOOTNOTE
+    return (footnote + fp8).format(
         allowance=plan.allowance / GIB, margin=question.margin, **vars(question.efficiency)
     )
 

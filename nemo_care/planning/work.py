@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.config import Recipe, needs_reference
+from nemo_care.planning.counts import micro_batches_of, prompts_of, replicas_of
+from nemo_care.planning.engines import (
+    EnginePlan,
+    bytes_of_number,
+    engine_plan,
+    most_prompts,
+    replica_in_a_machine,
+)
 from nemo_care.planning.gpus import Gpu
 from nemo_care.planning.precision import fp8_share
 from nemo_care.planning.shapes import Lengths
-from nemo_care.planning.stage import StageBuild, micro_batches_of, prompts_of, replicas_of
+from nemo_care.planning.stage import StageBuild
 
 _ANSWER_ROWS = 4
 
@@ -28,6 +36,9 @@ class Efficiency:
     """Share of the memory bandwidth that decoding reaches."""
     layer_microseconds: float = 250.0
     """Launching one layer's kernels for one decoded token, without CUDA graphs."""
+    graph_layer_microseconds: float = 50.0
+    """The least that one layer's kernels take for one decoded token with CUDA graphs, which vLLM
+    captures unless rollout.vllm.enforce_eager is set."""
     nvlink_gb_s: float = 300.0
     """Collectives inside a machine, per GPU."""
     network_gb_s: float = 40.0
@@ -38,16 +49,32 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step's phases."""
+    """Seconds of one step's phases.
+
+    `asynchronous`: engines sample the next step's prompts while this step is scored and trained.
+    """
 
     rollout: float
     scoring: float
     update: float
+    asynchronous: bool = False
 
     @property
     def total(self) -> float:
-        """Seconds of the step."""
+        """Seconds of the step: its phases one after another, or, asynchronous, the longer of the
+        rollout and of scoring and update together."""
+        if self.asynchronous:
+            return max(self.rollout, self.scoring + self.update)
         return self.rollout + self.scoring + self.update
+
+    def as_json(self) -> dict[str, float]:
+        """Seconds by phase, and of the step."""
+        return {
+            "rollout": self.rollout,
+            "scoring": self.scoring,
+            "update": self.update,
+            "step": self.total,
+        }
 
 
 def _triangle(n: int) -> float:
@@ -121,7 +148,9 @@ def step_flops(recipe: Recipe, hf: Qwen2_5_VLConfig, lengths: Lengths) -> dict[s
     size, shared = algorithm.group_size, algorithm.shared_prompt
     tokens = size * lengths.completion
     prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
-    prefill = group_flops(hf, prompt_only, size, shared=shared, rows=size)
+    # vLLM caches prefixes: a prompt is computed once, whatever training does.
+    once = shared or recipe.rollout.backend == "vllm"
+    prefill = group_flops(hf, prompt_only, size, shared=once, rows=size)
     # What decoding adds is the completions' share of a forward.
     whole = group_flops(hf, lengths, size, shared=shared, rows=tokens)
     scored = tokens if algorithm.kl_coefficient > 0 else size * _ANSWER_ROWS
@@ -174,7 +203,14 @@ class Clock:
 
     def step(self, builds: list[StageBuild]) -> StepTime:
         """Seconds of each phase."""
-        return StepTime(self._rollout(builds), self._scoring(builds), self._update(builds))
+        rollout = self.recipe.rollout
+        engines = rollout.backend == "vllm"
+        return StepTime(
+            self._engines_rollout(builds) if engines else self._rollout(builds),
+            self._scoring(builds),
+            self._update(builds),
+            asynchronous=engines and rollout.asynchronous,
+        )
 
     def _forward(
         self, tokens: int, attention: float, head_rows: int, copies: int, fp8: bool
@@ -230,6 +266,42 @@ class Clock:
         token = read / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
         token += text.num_hidden_layers * self.efficiency.layer_microseconds * 1e-6
         return batches * (prefill + lengths.completion * token)
+
+    def _engines_rollout(self, builds: list[StageBuild]) -> float:
+        """Engines sample side by side: the one with the most prompts is the last."""
+        vllm, group = self.recipe.rollout.vllm, self.recipe.algorithm.group_size
+        lengths, text = self.lengths, self.hf.text_config
+        parameters = sum(build.unique_parameters for build in builds)
+        engine = engine_plan(self.recipe, self.hf, parameters, self.gpu)
+        assert engine is not None, "only called where vLLM samples"
+        size, prompts = vllm.tensor_parallel_size, most_prompts(self.recipe)
+        prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
+        flops = group_flops(self.hf, prompt_only, group, shared=True, rows=1)
+        prefill = flops / size / (self.gpu.flops * self.efficiency.flops)
+        # Two all-reduces of the hidden states per layer; an engine is inside a machine.
+        moved = 4 * lengths.prompt * text.hidden_size * 2 * (size - 1) / size
+        prefill += moved * text.num_hidden_layers / (self.efficiency.nvlink_gb_s * 1e9)
+        # As many groups are decoded together as the cache holds.
+        own = lengths.prompt + group * lengths.completion
+        together = min(max(engine.cache_tokens // own, 1), prompts)
+        turns = -(-prompts // together)
+        # Every token reads the weights and, for each completion, the prompt's keys and values (they
+        # are cached once, but vLLM's attention reads them for each) and half of its own.
+        cached = together * group * (lengths.prompt + lengths.completion // 2)
+        read = engine.weights + cached * engine.bytes_per_token
+        token = read / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
+        eager, graphs = self.efficiency.layer_microseconds, self.efficiency.graph_layer_microseconds
+        token += text.num_hidden_layers * (eager if vllm.enforce_eager else graphs) * 1e-6
+        decoding = turns * lengths.completion * token
+        return prompts * prefill + decoding + self._sending(engine, parameters)
+
+    def _sending(self, engine: EnginePlan, parameters: int) -> float:
+        """All weights to the engines, once per step."""
+        inside = engine.placement == "colocated" and replica_in_a_machine(self.recipe)
+        link = self.efficiency.nvlink_gb_s if inside else self.efficiency.network_gb_s
+        # What a sleeping engine keeps in CPU memory goes there and comes back.
+        kept = 2 * engine.host / (self.efficiency.host_gb_s * 1e9)
+        return parameters * bytes_of_number(self.recipe) / (link * 1e9) + kept
 
     def _pipelined(self, forward: _Forward, times: float) -> float:
         """All micro-batches of a step through the stages, the pipeline's filling included."""

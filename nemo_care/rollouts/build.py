@@ -4,6 +4,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from transformers import Qwen2_5_VLConfig
+
 from nemo_care.config import Recipe
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import InputError
@@ -80,6 +82,25 @@ def check_rollouts(recipe: Recipe) -> None:
     """
     if recipe.rollout.backend == "megatron":
         return
+    check_engines(recipe, read_hf_config(recipe.model.hf_path))
+    if recipe.rollout.vllm.hosts is not None:
+        hosts_key()
+    found = find_spec("vllm")
+    # A folder of that name, in the working directory for example, is none.
+    if found is None or found.origin is None:
+        raise InputError(f"rollout.backend=vllm needs the package vllm: {_INSTALL}")
+
+
+def check_engines(recipe: Recipe, hf: Qwen2_5_VLConfig) -> None:
+    """Refuse engines that fit neither the recipe's ranks, its precision nor the model `hf`.
+
+    Looks at nothing of this machine but CUDA_VISIBLE_DEVICES.
+
+    Raises:
+        InputError: names the key and what it may be.
+    """
+    if recipe.rollout.backend == "megatron":
+        return
     model, fp8 = recipe.model, recipe.model.precision.fp8
     if fp8.enabled and fp8.rollout:
         raise InputError(
@@ -93,13 +114,7 @@ def check_rollouts(recipe: Recipe) -> None:
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
     )
-    check_tensor_parallel(read_hf_config(model.hf_path), recipe.rollout.vllm.tensor_parallel_size)
-    if recipe.rollout.vllm.hosts is not None:
-        hosts_key()
-    found = find_spec("vllm")
-    # A folder of that name, in the working directory for example, is none.
-    if found is None or found.origin is None:
-        raise InputError(f"rollout.backend=vllm needs the package vllm: {_INSTALL}")
+    check_tensor_parallel(hf, recipe.rollout.vllm.tensor_parallel_size)
 
 
 def engine_settings(recipe: Recipe, model: Qwen25VL) -> EngineSettings:

@@ -110,6 +110,9 @@ def check_placement(
 
 def _check_apart(gpus: Sequence[int], devices: int) -> None:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named == "":
+        # Without a GPU, and so in every plan, nobody knows which numbers the ranks will have.
+        return
     visible = named.split(",") if named else [str(gpu) for gpu in range(devices)]
     training = visible[:devices]
     both = [gpu for gpu in gpus if str(gpu) in training]

@@ -1,0 +1,210 @@
+"""vLLM's engines in a plan: what they take of a GPU, what their cache holds, who asks which.
+
+Nothing of vLLM is run or imported. Weights and cache are reckoned from the model's configuration;
+activations and CUDA graphs, which vLLM measures when it starts, are not.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import Qwen2_5_VLConfig
+
+from nemo_care.config import Recipe
+from nemo_care.planning.counts import prompts_of, replicas_of
+from nemo_care.planning.gpus import GIB, Gpu
+from nemo_care.rollouts.vllm.placement import Share, share
+
+# Phases in which engines on GPUs that train are awake.
+_AWAKE = ("rollout", "validation")
+# An assumption: what CUDA keeps of a process whose engine has given its memory back.
+_CONTEXT = GIB
+_KEY = "rollout.vllm"
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What an engine takes of each of its GPUs, in bytes.
+
+    `share` is all that it takes while it is awake, of which `weights` and `cache` are parts, and
+    `asleep` what stays of it while training goes on; `host` is the CPU memory that one GPU's part
+    of a sleeping engine takes. A cached token takes `bytes_per_token`, the longest prompt with the
+    longest completion has `sequence_tokens`.
+    """
+
+    placement: str
+    engines: int
+    tensor_parallel_size: int
+    gpu_memory: int
+    gpu_memory_utilization: float
+    kv_cache_gib: float | None
+    share: int
+    weights: int
+    cache: int
+    bytes_per_token: int
+    sequence_tokens: int
+    asleep: int
+    host: int
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the cache holds."""
+        return self.cache // self.bytes_per_token
+
+    @property
+    def cache_sequences(self) -> int:
+        """Full-length prompts with a completion each that it holds; shared prompts give more."""
+        return self.cache_tokens // self.sequence_tokens
+
+    @property
+    def sequence(self) -> int:
+        """Bytes of one of these."""
+        return self.sequence_tokens * self.bytes_per_token
+
+    @property
+    def need(self) -> int:
+        """The least that an engine can work with: its weights and one full-length sequence."""
+        return self.weights + self.sequence
+
+    @property
+    def fits(self) -> bool:
+        """Whether the share holds that."""
+        return not self.problem
+
+    @property
+    def problem(self) -> str:
+        """Why an engine can't work, with the keys to change; empty where it can."""
+        sequence = f"one sequence of {self.sequence_tokens} tokens"
+        if self.kv_cache_gib is not None and self.sequence > self.cache:
+            return (
+                f"{sequence} needs {_gib(self.sequence)} GiB of an engine's cache on each GPU, and "
+                f"{_KEY}.kv_cache_gib={self.kv_cache_gib:g}: raise it, leave it out or raise "
+                f"{_KEY}.tensor_parallel_size"
+            )
+        if self.share > self.gpu_memory:
+            return (
+                f"an engine's weights ({_gib(self.weights)} GiB) and {_KEY}.kv_cache_gib="
+                f"{self.kv_cache_gib:g} do not fit a GPU of {_gib(self.gpu_memory)} GiB: lower it "
+                f"or raise {_KEY}.tensor_parallel_size"
+            )
+        if self.need > self.share:
+            return (
+                f"an engine needs {_gib(self.need)} GiB of each of its GPUs (weights "
+                f"{_gib(self.weights)}, {sequence} {_gib(self.sequence)}), and "
+                f"{_KEY}.gpu_memory_utilization="
+                f"{self.gpu_memory_utilization:g} gives it {_gib(self.share)} GiB: raise that or "
+                f"{_KEY}.tensor_parallel_size"
+            )
+        return ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; keys are part of the command's contract."""
+        counted = ("cache_tokens", "cache_sequences", "need", "fits")
+        return asdict(self) | {name: getattr(self, name) for name in counted}
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def engine_plan(
+    recipe: Recipe, hf: Qwen2_5_VLConfig, parameters: int, gpu: Gpu
+) -> EnginePlan | None:
+    """What the recipe's engines take; None where the training ranks sample.
+
+    `parameters` are all of the model. Engines elsewhere are taken to have the same GPU.
+    """
+    if recipe.rollout.backend != "vllm":
+        return None
+    vllm, text = recipe.rollout.vllm, hf.text_config
+    size, width = vllm.tensor_parallel_size, bytes_of_number(recipe)
+    # vLLM cuts everything that is large, vision tower and vocabulary included.
+    weights = parameters * width // size
+    head = text.hidden_size // text.num_attention_heads
+    # With more ranks than key-value heads, several ranks have the same one.
+    heads = max(text.num_key_value_heads / size, 1)
+    taken = int(gpu.memory * vllm.gpu_memory_utilization)
+    cache = max(taken - weights, 0)
+    if vllm.kv_cache_gib is not None:
+        # vLLM makes the cache as large as it was told to, but starts only where the share is free.
+        cache = int(vllm.kv_cache_gib * GIB)
+        taken = max(taken, weights + cache)
+    colocated = vllm.placement == "colocated"
+    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_completion_tokens
+    return EnginePlan(
+        placement=vllm.placement,
+        engines=len(_all_engines(recipe)),
+        tensor_parallel_size=size,
+        gpu_memory=gpu.memory,
+        gpu_memory_utilization=vllm.gpu_memory_utilization,
+        kv_cache_gib=vllm.kv_cache_gib,
+        share=taken,
+        weights=weights,
+        cache=cache,
+        bytes_per_token=int(2 * text.num_hidden_layers * heads * head * width),
+        # As `engine_settings` does.
+        sequence_tokens=min(longest, text.max_position_embeddings),
+        asleep=(_CONTEXT if vllm.sleep_level else taken) if colocated else 0,
+        host=weights if colocated and vllm.sleep_level == 1 else 0,
+    )
+
+
+def beside(engine: EnginePlan | None, phase: str) -> int:
+    """Bytes that an engine has of a GPU that trains, in a phase of the training ranks."""
+    if engine is None or engine.placement != "colocated":
+        return 0
+    return engine.share if phase in _AWAKE else engine.asleep
+
+
+def bytes_of_number(recipe: Recipe) -> int:
+    """Bytes of a weight, and of a number in an engine's cache."""
+    return 2 if recipe.model.precision.dtype == "bf16" else 4
+
+
+def workers_of_a_machine(recipe: Recipe) -> int:
+    """GPUs of a machine that trains on which engines run; each has a process."""
+    vllm = recipe.rollout.vllm
+    if recipe.rollout.backend != "vllm":
+        return 0
+    return recipe.trainer.devices if vllm.placement == "colocated" else len(vllm.gpus or ())
+
+
+def most_prompts(recipe: Recipe) -> int:
+    """Prompts of a step that the engine with the most of them gets."""
+    prompts = prompts_of(recipe)
+    return max(-(-prompts // len(part.engines)) * len(part.sharers) for _, part in _shares(recipe))
+
+
+def replica_in_a_machine(recipe: Recipe) -> bool:
+    """Whether the ranks of each model replica are on one machine."""
+    model, trainer = recipe.model, recipe.trainer
+    # Megatron counts stages last, so several of them take all machines.
+    apart = trainer.num_nodes > 1 and model.pipeline_model_parallel_size > 1
+    return not apart and model.tensor_model_parallel_size <= trainer.devices
+
+
+def _all_engines(recipe: Recipe) -> set[tuple[int, int]]:
+    return {(place, number) for place, part in _shares(recipe) for number in part.engines}
+
+
+def _shares(recipe: Recipe) -> list[tuple[int, Share]]:
+    """For each replica: where its engines are counted (a machine, say), and which it has of them.
+
+    As `rollouts/vllm/fleet.py` shares them out.
+    """
+    vllm, model, devices = recipe.rollout.vllm, recipe.model, recipe.trainer.devices
+    tensor, count = model.tensor_model_parallel_size, replicas_of(recipe)
+    if vllm.placement == "colocated":
+        own = tensor * model.pipeline_model_parallel_size // vllm.tensor_parallel_size
+        return [(replica, Share(tuple(range(own)), (replica,))) for replica in range(count)]
+    if vllm.hosts is not None:
+        everyone = range(count)
+        return [
+            (0, share(len(vllm.hosts), everyone, replica, f"{_KEY}.hosts")) for replica in everyone
+        ]
+    engines = len(vllm.gpus or ()) // vllm.tensor_parallel_size
+    where = [replica * tensor // devices for replica in range(count)]
+    found = []
+    for replica, machine in enumerate(where):
+        here = [other for other, place in enumerate(where) if place == machine]
+        found.append((machine, share(engines, here, replica, f"{_KEY}.gpus")))
+    return found
