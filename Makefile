@@ -22,7 +22,7 @@ endif
 # The big recipes that differ in their layout.
 SIZES := 3b 7b 32b 72b 32b_fp8 72b_fp8
 
-.PHONY: train test test-slow test-vllm dry-runs audit compare study bench report docs plans lint \
+.PHONY: train test test-slow test-numeric test-vllm dry-runs audit compare study bench report docs plans lint \
 	format clean help
 
 train: $(INSTALLED)
@@ -35,6 +35,15 @@ test: $(INSTALLED)
 # What takes longer, such as a run under torchrun.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# The tests that compare numbers, under the instructions of older CPUs: bounds must not depend on the CPU
+# that they were measured on. `make test` takes the best that this CPU has, such as AVX-512.
+test-numeric: $(INSTALLED)
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n 2 --dist loadfile -m "numeric and not slow"
+	! grep --quiet avx2 /proc/cpuinfo || \
+		ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n 2 --dist loadfile -m "numeric and not slow"
 
 # Rollouts with a real vLLM, which gets an environment of its own.
 test-vllm: .venv-vllm/.installed
@@ -134,6 +143,7 @@ help:
 	@echo "make bench     benchmarks of scoring, step and data, and against TRL: 20 minutes"
 	@echo "make report    curves and a page of the last make train"
 	@echo "make test      the tests; make test-slow the long ones"
+	@echo "make test-numeric  comparisons of numbers, with the instructions of older CPUs: 3 minutes"
 	@echo "make test-vllm rollouts with a real vLLM, in .venv-vllm: minutes"
 	@echo "make dry-runs  a step of each big recipe without a GPU"
 	@echo "make docs      docs/recipe.md, the page of all recipe keys"

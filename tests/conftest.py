@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from absl import logging as absl_logging
 
 import nemo_care
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from nemo_care.evaluation.llm_judge import LLMJudge
 
 CHECKPOINT = Path(nemo_care.__file__).parent / "miniature" / "checkpoint_warm"
+
+
+def pytest_report_header() -> str:
+    """Names the CPU instructions in use: rounding, and so the last digits, depend on them."""
+    return f"torch's CPU instructions: {torch.backends.cpu.get_cpu_capability()}"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,8 @@ import torch
 
 from nemo_care.objective.advantages import group_advantages
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("group_size", [2, 3, 8, 17])
 @pytest.mark.parametrize("eps", [1e-4, 0.1])

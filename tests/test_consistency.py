@@ -15,6 +15,8 @@ from nemo_care.objective.consistency import (
     selection,
 )
 
+pytestmark = pytest.mark.numeric
+
 NAN = math.nan
 
 

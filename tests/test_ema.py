@@ -2,9 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 
 from nemo_care.models.ema import WeightAverage
+
+pytestmark = pytest.mark.numeric
 
 
 def drift_after(updates: int, step: float, decay: float) -> tuple[float, float, float]:

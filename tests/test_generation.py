@@ -10,6 +10,8 @@ from nemo_care.models.segments import PackedSegments, Segment
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.megatron import MegatronGenerator
 
+pytestmark = pytest.mark.numeric
+
 SAMPLING = Sampling(group_size=4, temperature=1.0, top_p=0.95, max_tokens=24, seed=(5,))
 
 

@@ -8,6 +8,8 @@ from made_segments import HEADS, KEY_HEADS, LENGTH, SEGMENTS, WIDTH, gradients, 
 from nemo_care.models.group_attention import GroupAttention
 from nemo_care.models.segments import PackedSegments, Segment
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def attention(ranks):

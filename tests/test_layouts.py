@@ -18,6 +18,8 @@ from small_runs import small_recipe, small_trainer
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.models.qwen2_5_vl import ModelInputs
 
+pytestmark = pytest.mark.numeric
+
 PROGRAM = Path(__file__).parent / "layout_program.py"
 
 

@@ -18,6 +18,8 @@ from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.group import Completion, Group
 from nemo_care.scoring.score import Scorer
 
+pytestmark = pytest.mark.numeric
+
 OPTIONS = {"A": "left", "B": "right", "C": "up", "D": "down"}
 
 

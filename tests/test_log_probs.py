@@ -6,6 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_care.models.log_probs import token_log_probs
 
+pytestmark = pytest.mark.numeric
+
 R, H, V, PADDED = 23, 6, 37, 48
 # Several tokens may be predicted from one row, in any order, and a row may predict none.
 ROW_OF = torch.tensor([0, 5, 5, 22, 3, 5, 7, 19, 0])

@@ -6,6 +6,8 @@ import torch
 
 from nemo_care.objective.losses import PolicyLoss, PolicyLossInputs, policy_loss
 
+pytestmark = pytest.mark.numeric
+
 N, C = 5, 7
 LENGTHS = (7, 1, 3, 5, 2)
 

@@ -15,6 +15,8 @@ from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.group import Completion, Group
 from nemo_care.scoring.score import Scorer
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def trainer(checkpoint, world, ranks, tmp_path_factory):

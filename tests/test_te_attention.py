@@ -17,6 +17,8 @@ from nemo_care.models.group_attention import GroupAttention
 from nemo_care.models.segments import PackedSegments
 from nemo_care.models.te_attention import TransformerEngineGroupAttention
 
+pytestmark = pytest.mark.numeric
+
 CONFIG = SimpleNamespace(
     tensor_model_parallel_size=2, num_attention_heads=8, num_query_groups=4, kv_channels=8
 )

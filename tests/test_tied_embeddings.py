@@ -8,6 +8,8 @@ import torch
 from golden import hf_model
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.numeric
+
 PROGRAM = Path(__file__).parent / "tied_program.py"
 
 

@@ -12,6 +12,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from nemo_care.models.vision_attention import WINDOW_ATTENTION
 
+pytestmark = pytest.mark.numeric
+
 # Windows of 8 x 8 patches: frames that they divide, that they don't, and both in one batch.
 GRIDS = {
     "equal": [(3, 16, 8)],
