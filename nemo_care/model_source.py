@@ -101,7 +101,7 @@ class ModelSource:
         if not self.is_checkpoint:
             other = read_hf_config(self.folder, key=self.key)
             self._compare(architecture(other), hf)
-            check_weights(self.folder, other, key=self.key)
+            check_weights(self.folder, key=self.key)
             return
         with self._told_damaged():
             check_files(self.folder)

@@ -180,7 +180,8 @@ def _inputs(recipe: Recipe) -> list[str]:
 
     problems = []
     try:
-        check_weights(recipe.model.hf_path, read_hf_config(recipe.model.hf_path))
+        read_hf_config(recipe.model.hf_path)
+        check_weights(recipe.model.hf_path)
     except InputError as error:
         problems.append(str(error))
     data = recipe.data

@@ -68,7 +68,7 @@ def training_checks(recipe: Recipe, *, writes: bool = True) -> list[Callable[[],
     return [
         *_model_checks(recipe),
         lambda: check_training(recipe),
-        lambda: check_weights(recipe.model.hf_path, read_hf_config(recipe.model.hf_path)),
+        lambda: check_weights(recipe.model.hf_path),
         lambda: load_rewards(recipe.algorithm),
         lambda: _check_training_data(recipe, writes),
         lambda: _check_levels(recipe, writes),

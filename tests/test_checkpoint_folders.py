@@ -107,7 +107,7 @@ def test_longer_names_of_transformers_are_read(folder, checkpoint, world, ranks)
     }
     assert longer.keys() != weights.keys()
     save_file(longer, folder / WEIGHTS)
-    check_weights(folder, read_hf_config(folder))
+    check_weights(folder)
     ours = loaded(folder, world, ranks)
     assert all(torch.equal(ours[name], weights[name]) for name in weights)
 
@@ -182,7 +182,7 @@ def test_tensors_that_are_not_the_model_s_are_refused(folder, refused, name, ten
 def test_frequencies_that_every_model_computes_anew_are_no_fault(folder):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change_weights(folder, lambda weights: weights.update({name: torch.ones(16)}))
-    check_weights(folder, read_hf_config(folder))
+    check_weights(folder)
 
 
 @pytest.mark.parametrize("place", ["", "text_config__"])
@@ -192,7 +192,7 @@ def test_a_tied_model_with_an_output_layer_of_its_own_is_refused(folder, refused
     change_json(folder / "config.json", **{f"{place}tie_word_embeddings": True})
     refused("tie_word_embeddings", "lm_head.weight differs")
     change_weights(folder, lambda all_: all_.update({"lm_head.weight": all_[EMBEDDING].clone()}))
-    check_weights(folder, read_hf_config(folder))
+    check_weights(folder)
 
 
 # ------------------------------------------------------------------ JSON files and templates
@@ -232,14 +232,19 @@ def test_a_file_that_is_no_json_object_is_named(folder, refused, name, content, 
         ("generation_config.json", {"eos_token_id": [2, 151645]}, ["eos_token_id", "151645"]),
         ("generation_config.json", {"eos_token_id": [[2]]}, ["eos_token_id is [[2]]"]),
         ("generation_config.json", {"eos_token_id": {"id": 2}}, ["eos_token_id"]),
-        ("tokenizer.json", {"model": {"type": "no such"}}, ["no usable tokenizer"]),
-        ("tokenizer.json", {"model": MISSING}, ["no usable tokenizer"]),
-        ("tokenizer_config.json", {"tokenizer_class": "NoSuchTokenizer"}, ["no usable tokenizer"]),
+        ("tokenizer.json", {"model": {"type": "no such"}}, ["not a tokenizer"]),
+        ("tokenizer.json", {"model": MISSING}, ["not a tokenizer"]),
+        ("tokenizer.json", {"added_tokens": [{"id": -1}]}, ["not a tokenizer"]),
     ],
 )
 def test_a_file_of_another_shape_is_named(folder, refused, name, changes, parts):
     change_json(folder / name, **changes)
-    refused(*parts)
+    refused(str(folder / name), *parts)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder, refused):
+    (folder / "tokenizer.json").unlink()
+    refused("no usable tokenizer", "tokenizer.json is missing")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +266,7 @@ def test_a_template_that_can_t_be_used_is_named(folder, refused, name, template)
 
 def test_a_template_that_is_not_text_is_named(folder, refused):
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe\xff")
-    refused("utf-8")
+    refused(str(folder / "chat_template.jinja"), "not a text file", "utf-8")
     (folder / "chat_template.jinja").unlink()
     change_json(folder / "chat_template.json", chat_template=[1])
     refused(str(folder / "chat_template.json"), "no text chat_template")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
 from nemo_care.data.checkpoint_files import first_line, read_checkpoint_json
@@ -15,7 +16,8 @@ _JSON_FILES = (
     "added_tokens.json",
     "vocab.json",
 )
-# Where the released checkpoints have the chat template besides the tokenizer's own.
+_TEMPLATE = "chat_template.jinja"
+# Where the released checkpoints have the template; it counts if the tokenizer has none.
 _TEMPLATE_JSON = "chat_template.json"
 
 
@@ -51,23 +53,54 @@ def load_tokenizer(
         InputError: there is none, its files can't be used, or it does not belong to the model.
     """
     path = Path(folder)
+    # transformers makes an empty tokenizer where it finds none.
+    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise _unusable(key, path, "tokenizer.json is missing")
     for name in _JSON_FILES:
         if (path / name).is_file():
             read_checkpoint_json(path / name)
+    _check_text(path / _TEMPLATE)
     try:
         base = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # The library tokenizers raises plain Exceptions.
     except Exception as error:
-        raise InputError(
-            f"{key}={path}: no usable tokenizer there ({first_line(error)}); copy the checkpoint's "
-            "tokenizer files beside it"
-        ) from error
+        _check_tokenizer_json(path / "tokenizer.json")
+        raise _unusable(key, path, first_line(error)) from error
     if base.chat_template is None and (path / _TEMPLATE_JSON).is_file():
         base.chat_template = _template(path / _TEMPLATE_JSON)
     eos = _eos_ids(path, base, hf)
     _check(base, eos, path, hf, key)
     pad = base.pad_token_id if base.pad_token_id is not None else min(eos)
     return ChatTokenizer(base, eos, pad)
+
+
+def _unusable(key: str, path: Path, reason: str) -> InputError:
+    return InputError(
+        f"{key}={path}: no usable tokenizer there ({reason}); copy the checkpoint's tokenizer "
+        "files beside it"
+    )
+
+
+def _check_text(file: Path) -> None:
+    try:
+        if file.is_file():
+            file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{file}: not a text file ({first_line(error)}); copy it from the checkpoint again"
+        ) from error
+
+
+def _check_tokenizer_json(file: Path) -> None:
+    """Name this file where it is the one that can't be used."""
+    if not file.is_file():
+        return
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise InputError(
+            f"{file}: not a tokenizer ({first_line(error)}); copy it from the checkpoint again"
+        ) from error
 
 
 def _template(file: Path) -> str:
@@ -140,8 +173,8 @@ def _check(
 
 def _template_file(folder: Path) -> Path:
     """The file that the chat template was read from."""
-    if (folder / "chat_template.jinja").is_file():
-        return folder / "chat_template.jinja"
+    if (folder / _TEMPLATE).is_file():
+        return folder / _TEMPLATE
     own = folder / "tokenizer_config.json"
     if own.is_file() and "chat_template" in read_checkpoint_json(own):
         return own

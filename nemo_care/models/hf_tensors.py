@@ -12,6 +12,7 @@ from transformers import Qwen2_5_VLConfig
 
 from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
+from nemo_care.models.hf_config import read_hf_config
 
 INDEX = "model.safetensors.index.json"
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -131,14 +132,15 @@ def _opened(file: Path) -> Any:
         ) from error
 
 
-def check_weights(folder: str | Path, hf: Qwen2_5_VLConfig, *, key: str = "model.hf_path") -> None:
+def check_weights(folder: str | Path, *, key: str = "model.hf_path") -> None:
     """Refuse tensors that are not those of the model; says once on stderr what is not read.
 
     `key` is the recipe's key that names the folder.
 
     Raises:
         InputError: a file is missing, unreadable or not what the index says; a tensor is missing,
-            given twice, of another shape, not of floating point, or no part of the model.
+            given twice, of another shape than config.json says, not of floating point, or no part
+            of the model; config.json can't be used (see `read_hf_config`).
     """
     tensors = HFTensors(Path(folder), key)
     if tensors.ignored:
@@ -146,6 +148,7 @@ def check_weights(folder: str | Path, hf: Qwen2_5_VLConfig, *, key: str = "model
             f"{tensors.where}: not read, because {INDEX} does not name it: "
             f"{'; '.join(tensors.ignored)}"
         )
+    hf = read_hf_config(folder, key=key)
     shapes = _model_shapes(hf)
     for name in tensors:
         if name.endswith(_RECOMPUTED):
