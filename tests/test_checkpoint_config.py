@@ -12,6 +12,9 @@ from test_cli import assert_refused
 
 from nemo_care.algorithms.build import load_model
 from nemo_care.cli import main
+from nemo_care.data.prompts import PromptBuilder
+from nemo_care.data.sources import read_training
+from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
 from nemo_care.models.hf_config import architecture, read_hf_config
 from nemo_care.models.hf_tensors import check_weights
@@ -73,6 +76,7 @@ def refused(folder: Path, *parts: str) -> None:
         ({"text_config__mlp_bias": True}, ["mlp_bias is true"]),
         ({"text_config__is_causal": False}, ["is_causal is false"]),
         ({"text_config__head_dim": 16}, ["head_dim is 16", "= 32"]),
+        ({"head_dim": 16}, ["head_dim is 16", "= 32"]),
         ({"text_config__hidden_act": "gelu"}, ['text_config.hidden_act is "gelu"', '"silu"']),
         ({"vision_config__hidden_act": "sinus"}, ['vision_config.hidden_act is "sinus"']),
         # Quantisation, and what nobody knows.
@@ -88,6 +92,7 @@ def refused(folder: Path, *parts: str) -> None:
         ({"model_type": "no_such_model"}, ["no_such_model", "only qwen2_5_vl"]),
         ({"model_type": MISSING}, ["only qwen2_5_vl"]),
         ({"text_config__model_type": "qwen3_moe"}, ['model_type is "qwen3_moe"']),
+        ({"vision_config__model_type": ["qwen2_5_vl"]}, ["vision_config.model_type"]),
         ({"architectures": ["Qwen2_5_VLForSequenceClassification"]}, ["architectures"]),
         ({"vision_config": MISSING}, ["vision_config is missing"]),
         ({"text_config": [1]}, ["text_config is [1]"]),
@@ -143,6 +148,8 @@ def test_a_flat_layout_without_mrope_section_is_refused(folder, section):
     "changes",
     [
         {"text_config__use_cache": False},
+        {"text_config__head_dim": 32, "head_dim": 32},
+        {"qkv_bias": True, "text_config__partial_rotary_factor": 1.0},
         {"_name_or_path": "somewhere"},
         {"transformers_version": "4.41.2"},
         {"text_config__initializer_range": 1.0},
@@ -247,6 +254,21 @@ def test_older_layouts_are_computed_alike(folder, checkpoint, layout, world, ran
     (folder / "config.json").write_text(json.dumps(layout(config)))
     wanted = their_logits(checkpoint)
     torch.testing.assert_close(our_logits(folder, world, ranks), wanted, atol=1e-4, rtol=0)
+
+
+def test_tokens_per_second_spread_a_video_s_positions(folder, world):
+    data = small_recipe(folder, world).data
+    sample = read_training(data, seed=1).sources[0].samples[0]
+    times = []
+    for tokens in (2, 8):
+        change_json(folder / "config.json", vision_config__tokens_per_second=tokens)
+        hf = read_hf_config(folder)
+        prompt = PromptBuilder(data, hf, load_tokenizer(folder, hf)).build(0, sample)
+        time = prompt.position_ids[0, prompt.is_vision]
+        times.append((time - time[0]).tolist())
+        seconds = torch.arange(len(time)) * prompt.seconds_per_grid[0]
+        assert times[-1] == (seconds * tokens).long().tolist()
+    assert times[0] != times[1]
 
 
 # ------------------------------------------------------------------ the command line

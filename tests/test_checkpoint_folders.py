@@ -228,7 +228,7 @@ def test_a_file_that_is_no_json_object_is_named(folder, refused, name, content, 
 @pytest.mark.parametrize(
     ("name", "changes", "parts"),
     [
-        ("generation_config.json", {"eos_token_id": "<|im_end|>"}, ["eos_token_id is <|im_end|>"]),
+        ("generation_config.json", {"eos_token_id": "<|im_end|>"}, ["is '<|im_end|>'"]),
         ("generation_config.json", {"eos_token_id": [2, 151645]}, ["eos_token_id", "151645"]),
         ("generation_config.json", {"eos_token_id": [[2]]}, ["eos_token_id is [[2]]"]),
         ("generation_config.json", {"eos_token_id": {"id": 2}}, ["eos_token_id"]),

@@ -127,7 +127,7 @@ def _eos_ids(
     for token in listed if isinstance(listed, list) else [] if listed is None else [listed]:
         if type(token) is not int or not 0 <= token < len(tokenizer):
             raise InputError(
-                f"{where}: eos_token_id is {listed}, but the tokenizer has tokens 0 to "
+                f"{where}: eos_token_id is {listed!r}, but the tokenizer has tokens 0 to "
                 f"{len(tokenizer) - 1}; copy the checkpoint's own files"
             )
         ids.add(token)

@@ -73,9 +73,11 @@ _ROPE: dict[str, tuple[object, ...]] = {
     "mrope_section": (),
     "partial_rotary_factor": (None, 1),
 }
-# Keys whose value at the top is compared in another way, or says nothing: no window is used.
+# Keys whose value at the top is compared in another way, has one value only, or says nothing,
+# because no window is used.
 _COMPARED_APART = {
-    *("rope_scaling", "rope_parameters", "rope_theta", "tie_word_embeddings"),
+    *_COMPUTED,
+    *("rope_scaling", "rope_parameters", "rope_theta", "tie_word_embeddings", "head_dim"),
     *("sliding_window", "max_window_layers", "max_position_embeddings"),
 }
 _TEXT_SIZES = (
@@ -113,14 +115,10 @@ def check_stated(raw: Mapping[str, Any], refuse: Refuse) -> None:
     architectures = raw.get("architectures")
     if architectures and architectures != [_ARCHITECTURE]:
         refuse(f"architectures is {_shown(architectures)}; only {_ARCHITECTURE} is supported")
-    kinds = {
-        "text_config": {f"{MODEL_TYPE}_text", MODEL_TYPE},
-        "vision_config": {f"{MODEL_TYPE}_vision", MODEL_TYPE},
-    }
-    for block, kind in kinds.items():
+    for block, kind in (("text_config", "text"), ("vision_config", "vision")):
         said = (raw.get(block) or {}).get("model_type")
-        if said is not None and said not in kind:
-            refuse(f"{block}.model_type is {_shown(said)}; only {min(kind)} is supported")
+        if said not in (None, MODEL_TYPE, f"{MODEL_TYPE}_{kind}"):
+            refuse(f"{block}.model_type is {_shown(said)}; only {MODEL_TYPE}_{kind} is supported")
     _check_keys("", raw, _TOP, _COMPUTED, refuse)
     _check_keys("text_config.", nested or {}, _TEXT | _TOKENS, _COMPUTED, refuse)
     _check_keys("vision_config.", vision, _VISION, _VISION_COMPUTED, refuse)
@@ -209,10 +207,19 @@ def check_values(raw: Mapping[str, Any], hf: Qwen2_5_VLConfig, refuse: Refuse) -
         hf: What transformers makes of it, its defaults filled in.
         refuse: Called with what is wrong; raises.
     """
-    text, vision = hf.text_config, hf.vision_config
     _check_agreement(raw, hf, refuse)
+    _check_text(raw, hf.text_config, refuse)
+    _check_vision(hf.vision_config, hf.text_config, refuse)
+    for name in _VISION_TOKENS:
+        token = getattr(hf, name)
+        if not 0 <= token < hf.text_config.vocab_size:
+            refuse(f"{name} is {token}, no token of a vocabulary of {hf.text_config.vocab_size}")
+    if hf.image_token_id == hf.video_token_id:
+        refuse(f"image_token_id and video_token_id are both {hf.image_token_id}")
+
+
+def _check_text(raw: Mapping[str, Any], text: Any, refuse: Refuse) -> None:
     _positive("text_config", text, _TEXT_SIZES, refuse)
-    _positive("vision_config", vision, _VISION_SIZES, refuse)
     for name, value in (
         ("rms_norm_eps", text.rms_norm_eps),
         ("rope_theta", text.rope_parameters["rope_theta"]),
@@ -222,12 +229,12 @@ def check_values(raw: Mapping[str, Any], hf: Qwen2_5_VLConfig, refuse: Refuse) -
     _divides("hidden_size", "num_attention_heads", text, refuse)
     _divides("num_attention_heads", "num_key_value_heads", text, refuse)
     head_dim = text.hidden_size // text.num_attention_heads
-    stated = getattr(text, "head_dim", None)
-    if stated not in (None, head_dim):
-        refuse(
-            f"head_dim is {_shown(stated)}; only hidden_size / num_attention_heads = {head_dim} "
-            "is supported"
-        )
+    for block in (raw, raw.get("text_config") or {}):
+        if block.get("head_dim") not in (None, head_dim):
+            refuse(
+                f"head_dim is {_shown(block['head_dim'])}; only hidden_size / num_attention_heads "
+                f"= {head_dim} is supported"
+            )
     section = text.rope_parameters.get("mrope_section")
     if (
         not isinstance(section, list)
@@ -242,6 +249,10 @@ def check_values(raw: Mapping[str, Any], hf: Qwen2_5_VLConfig, refuse: Refuse) -
         )
     if set(text.layer_types) != {"full_attention"}:
         refuse(f"layer_types is {_shown(text.layer_types)}; only full_attention is supported")
+
+
+def _check_vision(vision: Any, text: Any, refuse: Refuse) -> None:
+    _positive("vision_config", vision, _VISION_SIZES, refuse)
     if vision.hidden_size % (4 * vision.num_heads):
         refuse(
             f"vision_config.hidden_size is {vision.hidden_size}, no multiple of 4 * num_heads = "
@@ -258,11 +269,6 @@ def check_values(raw: Mapping[str, Any], hf: Qwen2_5_VLConfig, refuse: Refuse) -
             f"vision_config.window_size is {vision.window_size}; at least patch_size * "
             f"spatial_merge_size = {least} is needed"
         )
-    for name in _VISION_TOKENS:
-        if not 0 <= getattr(hf, name) < text.vocab_size:
-            refuse(f"{name} is {getattr(hf, name)}, no token of a vocabulary of {text.vocab_size}")
-    if hf.image_token_id == hf.video_token_id:
-        refuse(f"image_token_id and video_token_id are both {hf.image_token_id}")
 
 
 def _check_agreement(raw: Mapping[str, Any], hf: Qwen2_5_VLConfig, refuse: Refuse) -> None:

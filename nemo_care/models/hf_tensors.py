@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class HFTensors:
         """Whether there is a tensor of that name."""
         return name in self._handle
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         """The tensors' names."""
         return iter(self._handle)
 
