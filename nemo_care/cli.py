@@ -37,13 +37,20 @@ def _export(arguments: list[str]) -> int:
         "source", type=Path, help="a run directory (its newest checkpoint) or a step_... folder"
     )
     parser.add_argument("out", type=Path, help="the directory to make")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="where the Hugging Face checkpoint that the run started from is now, if it has moved "
+        "since (its configuration and tokenizer are copied; it needs no weights)",
+    )
     options = parser.parse_args(arguments)
     # A model that many GPUs trained does not fit one of them; the host's memory is larger.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from nemo_care.export import export
     from nemo_care.parallel.launch import guarded
 
-    return guarded(export, options.source, options.out)
+    return guarded(export, options.source, options.out, options.base)
 
 
 def _report(arguments: list[str]) -> int:

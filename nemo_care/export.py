@@ -6,15 +6,21 @@ from nemo_care.errors import InputError
 from nemo_care.quiet import quiet_libraries
 
 
-def export(source: Path, out: Path) -> None:
+def export(source: Path, out: Path, base: Path | None = None) -> None:
     """Write the policy of `source` (a run directory or one of its checkpoints) to `out`.
 
+    Its configuration and tokenizer are those of the folder that the run started from, or of `base`
+    where that has moved.
+
     Raises:
-        InputError: `source` holds no checkpoint, or `out` exists.
+        InputError: `source` holds no checkpoint, `out` exists, or the folder that the run started
+            from is not there any more, can't be used or does not fit the checkpoint.
     """
     quiet_libraries()
     from nemo_care.algorithms.build import build_model
+    from nemo_care.data.tokenizer import load_tokenizer
     from nemo_care.model_source import ModelSource, find_checkpoint, run_of
+    from nemo_care.models.hf_config import read_hf_config
     from nemo_care.models.weights import export_hf
     from nemo_care.parallel.process_groups import Layout, Ranks
     from nemo_care.recipes import read_recipe
@@ -26,9 +32,19 @@ def export(source: Path, out: Path) -> None:
     recipe.model.precision.fp8.enabled = False
     if out.exists():
         raise InputError(f"{out} exists already: remove it or choose another directory")
+    folder, key = (base, "--base") if base else (Path(recipe.model.hf_path), "model.hf_path")
+    if base is None and not (folder / "config.json").is_file():
+        raise InputError(
+            f"model.hf_path={folder}: the checkpoint that the run started from is not there any "
+            "more; say with --base DIR where it is now"
+        )
+    hf = read_hf_config(folder, key=key)
+    load_tokenizer(folder, hf, key=key)
+    weights = ModelSource("checkpoint", checkpoint, is_checkpoint=True, model_key=key)
+    weights.check(hf)
     ranks = Ranks(Layout())
-    model = build_model(recipe, ranks)
-    ModelSource("checkpoint", checkpoint, is_checkpoint=True).load(model)
-    export_hf(model, recipe.model.hf_path, out)
+    model = build_model(recipe, ranks, hf)
+    weights.load(model)
+    export_hf(model, folder, out)
     ranks.close()
     print(f"{checkpoint.name} exported to {out}")

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ from nemo_care.algorithms.policy import PREFIX as POLICY
 from nemo_care.config import Recipe
 from nemo_care.errors import DamagedCheckpoint, InputError
 from nemo_care.models.ema import WeightAverage
-from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.hf_config import architecture, read_hf_config
+from nemo_care.models.hf_tensors import check_weights
 from nemo_care.models.qwen2_5_vl import Qwen25VL
-from nemo_care.models.weights import check_weights, load_hf_weights
+from nemo_care.models.weights import load_hf_weights
+from nemo_care.parallel.checkpoint_pickles import read_common
 from nemo_care.parallel.checkpoints import (
     check_files,
     is_checkpoint,
@@ -30,24 +31,6 @@ from nemo_care.scoring.reference import PREFIX as REFERENCE
 
 _WEIGHT_FILES = ("*.safetensors", "config.json", "*.distcp", "*.pt", ".metadata", "metadata.json")
 _PROMPT_FILES = ("*.json", "*.jinja", "*.txt")
-# What has to be equal in two configurations for the weights of one to fit the other.
-_SIZES = (
-    "tie_word_embeddings",
-    *(
-        f"text_config.{name}"
-        for name in (
-            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-            *("num_key_value_heads", "vocab_size"),
-        )
-    ),
-    *(
-        f"vision_config.{name}"
-        for name in (
-            *("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size"),
-            *("patch_size", "spatial_merge_size", "temporal_patch_size", "window_size"),
-        )
-    ),
-)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -81,14 +64,16 @@ def run_of(checkpoint: Path) -> Path:
 class ModelSource:
     """Weights of a model: of a Hugging Face directory, or of a checkpoint of a run.
 
-    `key` is the recipe's key that names them. A checkpoint holds the policy and, with
-    `is_reference`, the moving average of it that is meant.
+    `key` is the recipe's key that names them, `model_key` the one that names the folder of the
+    model that they are loaded into. A checkpoint holds the policy and, with `is_reference`, the
+    moving average of it that is meant.
     """
 
     key: str
     folder: Path
     is_checkpoint: bool
     is_reference: bool = False
+    model_key: str = "model.hf_path"
 
     @classmethod
     def find(cls, key: str, path: str, *, is_reference: bool = False) -> "ModelSource":
@@ -115,20 +100,26 @@ class ModelSource:
         """
         if not self.is_checkpoint:
             other = read_hf_config(self.folder, key=self.key)
-            for name in _SIZES:
-                theirs, ours = attrgetter(name)(other), attrgetter(name)(hf)
-                if theirs != ours:
-                    raise self._misfit(f"its {name} is {theirs}, the model's is {ours}")
+            self._compare(architecture(other), hf)
             check_weights(self.folder, key=self.key)
             return
         with self._told_damaged():
             check_files(self.folder)
             names = stored_shapes(self.folder)
+            stored = read_common(self.folder).get("trainer", {})
+        # Older checkpoints do not say it; loading compares shapes.
+        if "architecture" in stored:
+            self._compare(stored["architecture"], hf)
         if self.is_reference and not any(name.startswith(REFERENCE) for name in names):
             raise InputError(
                 f"{self.key}={self.folder}: that run had no reference (neither a bonus nor a KL "
                 "term); name another run, or a Hugging Face directory"
             )
+
+    def _compare(self, theirs: dict[str, Any], hf: Qwen2_5_VLConfig) -> None:
+        for name, ours in architecture(hf).items():
+            if name in theirs and theirs[name] != ours:
+                raise self._misfit(f"its {name} is {theirs[name]}, the model's is {ours}")
 
     def load(self, model: Qwen25VL) -> None:
         """Fill this rank's parameters; all ranks call it.
@@ -178,8 +169,8 @@ class ModelSource:
 
     def _misfit(self, what: str) -> InputError:
         return InputError(
-            f"{self.key}={self.folder}: not the architecture of model.hf_path ({what}); set "
-            "model.hf_path to the Hugging Face directory that it was trained from"
+            f"{self.key}={self.folder}: not the architecture of {self.model_key} ({what}); set "
+            f"{self.model_key} to the Hugging Face directory that it was trained from"
         )
 
     def identity(self) -> dict[str, str]:

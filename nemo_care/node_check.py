@@ -176,7 +176,7 @@ def _inputs(recipe: Recipe) -> list[str]:
     """Checkpoint and data, as this machine sees them."""
     from nemo_care.data.sources import training_sources
     from nemo_care.models.hf_config import read_hf_config
-    from nemo_care.models.weights import check_weights
+    from nemo_care.models.hf_tensors import check_weights
 
     problems = []
     try:

@@ -15,9 +15,9 @@ from nemo_care.evaluation.files import check_level_names
 from nemo_care.miniature import ensure_files
 from nemo_care.model_source import evaluated_model, judging_model
 from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.hf_tensors import check_weights
 from nemo_care.models.precision import check_fp8, check_transformer_engine
 from nemo_care.models.qwen2_5_vl import check_layout
-from nemo_care.models.weights import check_weights
 from nemo_care.parallel.process_groups import Layout
 from nemo_care.rollouts.build import check_rollouts
 

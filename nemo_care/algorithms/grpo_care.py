@@ -25,6 +25,7 @@ from nemo_care.data.stream import PromptStream, TooManySkipped
 from nemo_care.errors import RunStopped
 from nemo_care.evaluation.results import Results
 from nemo_care.evaluation.validation import Validator
+from nemo_care.models.hf_config import architecture
 from nemo_care.models.weights import export_hf
 from nemo_care.parallel.checkpoints import sharding_metadata
 from nemo_care.parallel.memory import memory_metrics
@@ -311,6 +312,7 @@ class GRPOCareTrainer:
                 "step": self.step,
                 "stream_position": self.rollouts.position,
                 "bad_steps": self.watch.bad_steps.state_dict(),
+                "architecture": architecture(self.policy.model.hf),
             },
         }
         if self.reference is not None:

@@ -1,12 +1,24 @@
 """The checkpoint's tokenizer, checked against its model before anything else starts."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
+from nemo_care.data.checkpoint_files import first_line, read_checkpoint_json
 from nemo_care.errors import InputError
+
+_JSON_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+_TEMPLATE = "chat_template.jinja"
+# Where the released checkpoints have the template; it counts if the tokenizer has none.
+_TEMPLATE_JSON = "chat_template.json"
 
 
 @dataclass(frozen=True)
@@ -30,45 +42,108 @@ class ChatTokenizer:
         return self.base(text, add_special_tokens=False)["input_ids"]
 
 
-def _eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Qwen ends a turn with <|im_end|> or <|endoftext|>; generation_config.json lists both."""
-    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    file = folder / "generation_config.json"
-    if file.is_file():
-        listed = json.loads(file.read_text()).get("eos_token_id") or []
-        ids.update([listed] if isinstance(listed, int) else listed)
-    return frozenset(ids)
-
-
-def load_tokenizer(folder: str | Path, hf: Qwen2_5_VLConfig) -> ChatTokenizer:
+def load_tokenizer(
+    folder: str | Path, hf: Qwen2_5_VLConfig, *, key: str = "model.hf_path"
+) -> ChatTokenizer:
     """Load and check a checkpoint's tokenizer.
 
+    `key` is the recipe's key that names the folder.
+
     Raises:
-        InputError: there is none, or it does not belong to the model.
+        InputError: there is none, its files can't be used, or it does not belong to the model.
     """
     path = Path(folder)
+    # transformers makes an empty tokenizer where it finds none.
+    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise _unusable(key, path, "tokenizer.json is missing")
+    for name in _JSON_FILES:
+        if (path / name).is_file():
+            read_checkpoint_json(path / name)
+    _check_text(path / _TEMPLATE)
     try:
-        base = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"model.hf_path={path}: no usable tokenizer there ({reason}); copy the checkpoint's "
-            "tokenizer files beside it"
-        ) from error
-    if base.chat_template is None and (path / "chat_template.json").is_file():
-        base.chat_template = json.loads((path / "chat_template.json").read_text())["chat_template"]
-    eos = _eos_ids(path, base)
-    _check(base, eos, path, hf)
+        base = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    # The library tokenizers raises plain Exceptions.
+    except Exception as error:
+        _check_tokenizer_json(path / "tokenizer.json")
+        raise _unusable(key, path, first_line(error)) from error
+    if base.chat_template is None and (path / _TEMPLATE_JSON).is_file():
+        base.chat_template = _template(path / _TEMPLATE_JSON)
+    eos = _eos_ids(path, base, hf)
+    _check(base, eos, path, hf, key)
     pad = base.pad_token_id if base.pad_token_id is not None else min(eos)
     return ChatTokenizer(base, eos, pad)
 
 
+def _unusable(key: str, path: Path, reason: str) -> InputError:
+    return InputError(
+        f"{key}={path}: no usable tokenizer there ({reason}); copy the checkpoint's tokenizer "
+        "files beside it"
+    )
+
+
+def _check_text(file: Path) -> None:
+    try:
+        if file.is_file():
+            file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{file}: not a text file ({first_line(error)}); copy it from the checkpoint again"
+        ) from error
+
+
+def _check_tokenizer_json(file: Path) -> None:
+    """Name this file where it is the one that can't be used."""
+    if not file.is_file():
+        return
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise InputError(
+            f"{file}: not a tokenizer ({first_line(error)}); copy it from the checkpoint again"
+        ) from error
+
+
+def _template(file: Path) -> str:
+    template = read_checkpoint_json(file).get("chat_template")
+    if not isinstance(template, str):
+        raise InputError(f"{file}: has no text chat_template; copy it from the checkpoint again")
+    return template
+
+
+def _eos_ids(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, hf: Qwen2_5_VLConfig
+) -> frozenset[int]:
+    """Where a completion ends: the tokenizer's end and what generation_config.json lists.
+
+    Qwen ends a turn with <|im_end|> or <|endoftext|>. Without that file config.json says it, as in
+    transformers. Nothing else of generation_config.json counts: the recipe says how to sample.
+    """
+    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    file = folder / "generation_config.json"
+    if file.is_file():
+        where, listed = file, read_checkpoint_json(file).get("eos_token_id")
+    else:
+        where, listed = folder / "config.json", hf.text_config.eos_token_id
+    for token in listed if isinstance(listed, list) else [] if listed is None else [listed]:
+        if type(token) is not int or not 0 <= token < len(tokenizer):
+            raise InputError(
+                f"{where}: eos_token_id is {listed!r}, but the tokenizer has tokens 0 to "
+                f"{len(tokenizer) - 1}; copy the checkpoint's own files"
+            )
+        ids.add(token)
+    return frozenset(ids)
+
+
 def _check(
-    base: PreTrainedTokenizerBase, eos: frozenset[int], path: Path, hf: Qwen2_5_VLConfig
+    base: PreTrainedTokenizerBase,
+    eos: frozenset[int],
+    path: Path,
+    hf: Qwen2_5_VLConfig,
+    key: str,
 ) -> None:
     def refuse(what: str) -> InputError:
         return InputError(
-            f"model.hf_path={path}: the tokenizer does not belong to the model ({what}); "
+            f"{key}={path}: the tokenizer does not belong to the model ({what}); "
             "use the tokenizer files of the same checkpoint"
         )
 
@@ -79,11 +154,28 @@ def _check(
     if not base.chat_template:
         raise refuse("it has no chat template")
     for kind, wanted in (("video", hf.video_token_id), ("image", hf.image_token_id)):
-        text = base.apply_chat_template(
-            [{"role": "user", "content": [{"type": kind, kind: ""}]}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        try:
+            text = base.apply_chat_template(
+                [{"role": "user", "content": [{"type": kind, kind: ""}]}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        # A template is a program, and can raise what it likes.
+        except Exception as error:
+            raise InputError(
+                f"{_template_file(path)}: the chat template can't be used ({first_line(error)}); "
+                "copy it from the checkpoint again"
+            ) from error
         ids = base(text, add_special_tokens=False)["input_ids"]
         if ids.count(wanted) != 1:
             raise refuse(f"its chat template yields no {kind} token {wanted}")
+
+
+def _template_file(folder: Path) -> Path:
+    """The file that the chat template was read from."""
+    if (folder / _TEMPLATE).is_file():
+        return folder / _TEMPLATE
+    own = folder / "tokenizer_config.json"
+    if own.is_file() and "chat_template" in read_checkpoint_json(own):
+        return own
+    return folder / _TEMPLATE_JSON

@@ -1,10 +1,27 @@
 """The configuration of a checkpoint, read without Megatron: some commands need nothing else."""
 
+import copy
 from pathlib import Path
+from typing import Any, NoReturn
 
-from transformers import AutoConfig, Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig
 
+from nemo_care.data.checkpoint_files import first_line, read_checkpoint_json
 from nemo_care.errors import InputError
+from nemo_care.models.config_checks import MODEL_TYPE, check_stated, check_values
+from nemo_care.models.processor_files import check_processor_files
+
+# What changes a result, and so has to be equal for the weights of one model to fit another.
+_TEXT = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size", "rms_norm_eps"),
+)
+_ROPE = ("rope_theta", "mrope_section")
+_VISION = (
+    *("depth", "hidden_size", "hidden_act", "intermediate_size", "num_heads", "out_hidden_size"),
+    *("patch_size", "spatial_merge_size", "temporal_patch_size", "tokens_per_second"),
+    *("window_size", "fullatt_block_indexes"),
+)
 
 
 def read_hf_config(path: str | Path, *, key: str = "model.hf_path") -> Qwen2_5_VLConfig:
@@ -13,17 +30,54 @@ def read_hf_config(path: str | Path, *, key: str = "model.hf_path") -> Qwen2_5_V
     `key` is the recipe's key that names it.
 
     Raises:
-        InputError: the directory is missing or holds another kind of model.
+        InputError: the directory is missing, holds another kind of model, or its files say
+            something that is not computed here (see `config_checks` and `processor_files`).
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if not file.is_file():
         raise InputError(
             f"{key}={path}: no config.json there; give the directory of a Hugging Face "
             "Qwen2.5-VL checkpoint"
         )
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if not isinstance(config, Qwen2_5_VLConfig):
-        raise InputError(
-            f"{key}={path}: holds a {config.model_type} model; only qwen2_5_vl is supported"
-        )
+
+    def refuse(what: str) -> NoReturn:
+        raise InputError(f"{key}={path}: in config.json {what}")
+
+    raw = read_checkpoint_json(file)
+    kind = raw.get("model_type")
+    if kind != MODEL_TYPE:
+        raise InputError(f"{key}={path}: holds a {kind} model; only {MODEL_TYPE} is supported")
+    check_stated(raw, refuse)
+    try:
+        config = Qwen2_5_VLConfig.from_dict(copy.deepcopy(raw))
+    # transformers checks types with exceptions of several libraries and stumbles over others.
+    except Exception as error:
+        raise InputError(f"{file}: transformers can't use it ({_reason(error)})") from error
+    check_values(raw, config, refuse)
+    check_processor_files(folder, config, key=key)
     return config
+
+
+def _reason(error: Exception) -> str:
+    """One line; huggingface_hub's validation names the field in one and the fault in the next."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return " ".join(lines[:2]) if len(lines) > 1 else first_line(error)
+
+
+def architecture(hf: Qwen2_5_VLConfig) -> dict[str, Any]:
+    """What two configurations must have in common for the weights of one to fit the other.
+
+    By the names of config.json; plain values, which JSON can hold.
+    """
+    rope = hf.text_config.rope_parameters
+    return {
+        "tie_word_embeddings": bool(hf.tie_word_embeddings),
+        **{f"text_config.{name}": getattr(hf.text_config, name) for name in _TEXT},
+        **{f"text_config.rope_parameters.{name}": rope[name] for name in _ROPE},
+        **{f"vision_config.{name}": _plain(getattr(hf.vision_config, name)) for name in _VISION},
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
+from nemo_care.models.hf_tensors import INDEX, HFTensors
 from nemo_care.models.qwen2_5_vl import Qwen25VL, padded_vocabulary
 
 _PART_BYTES = 5 * 10**9
@@ -36,7 +37,6 @@ _COMPANIONS = (
     "*preprocessor_config.json",
     "processor_config.json",
 )
-_INDEX = "model.safetensors.index.json"
 
 # Megatron's name within a layer -> Hugging Face's names, and how the tensor is cut.
 _INPUT_NORM = (("input_layernorm.weight",), "whole")
@@ -93,35 +93,6 @@ def _mapping(model: Qwen25VL, name: str) -> _Mapping:
 # ------------------------------------------------------------------ reading
 
 
-class _Reader:
-    """Opens the safetensors files of a directory and finds each tensor's file."""
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.where = f"{key}={folder}"
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise InputError(f"{self.where}: no *.safetensors file there")
-        self._handle: dict[str, Any] = {}
-        self._key: dict[str, str] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{file}: not a readable safetensors file ({error}); download it again"
-                ) from error
-            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                # Some transformers releases write the longer names.
-                name = key.replace("model.language_model.", "model.", 1)
-                name = name.replace("model.visual.", "visual.", 1)
-                self._handle[name], self._key[name] = handle, key
-
-    def __call__(self, name: str) -> Any:
-        if name not in self._handle:
-            raise InputError(f"{self.where}: tensor {name} is missing")
-        return self._handle[name].get_slice(self._key[name])
-
-
 def _part(tensor: Any, dim: int, rank: int, size: int) -> torch.Tensor:
     """This rank's equal part of a safetensors slice along `dim`, without reading the rest."""
     length = tensor.get_shape()[dim] // size
@@ -130,7 +101,7 @@ def _part(tensor: Any, dim: int, rank: int, size: int) -> torch.Tensor:
 
 
 def _read_shard(
-    reader: _Reader, mapping: _Mapping, model: Qwen25VL, rank: int, size: int
+    reader: HFTensors, mapping: _Mapping, model: Qwen25VL, rank: int, size: int
 ) -> torch.Tensor:
     tensors = [reader(name) for name in mapping.hf_names]
     if mapping.cut == "whole":
@@ -145,23 +116,18 @@ def _read_shard(
         parts = [_part(tensor, 0, rank, size) for tensor in tensors]
         grouped = [part.view(groups, -1, *part.shape[1:]) for part in parts]
         return torch.cat(grouped, dim=1).flatten(0, 1)
+    found = tensors[0].get_shape()[0]
+    if found != model.vocab_size:
+        raise InputError(
+            f"{reader.where}: {mapping.hf_names[0]} has {found} rows, but config.json says "
+            f"vocab_size {model.vocab_size}"
+        )
     rows = padded_vocabulary(model.vocab_size) // size
     start, stop = rank * rows, min((rank + 1) * rows, model.vocab_size)
     shard = torch.zeros(rows, tensors[0].get_shape()[1])
     if start < stop:
         shard[: stop - start] = tensors[0][start:stop]
     return shard
-
-
-def check_weights(folder: str | Path, *, key: str = "model.hf_path") -> None:
-    """Refuse a directory whose safetensors files are missing or unreadable.
-
-    `key` is the recipe's key that names it.
-
-    Raises:
-        InputError: names the directory or the file.
-    """
-    _Reader(Path(folder), key)
 
 
 @torch.no_grad()
@@ -173,7 +139,7 @@ def load_hf_weights(model: Qwen25VL, folder: str | Path, *, key: str = "model.hf
     Raises:
         InputError: a file or a tensor is missing, unreadable or of another shape.
     """
-    reader = _Reader(Path(folder), key)
+    reader = HFTensors(Path(folder), key)
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in model.named_parameters():
@@ -265,7 +231,7 @@ def _name_parts(out: Path, parts: list[dict[str, Any]]) -> None:
         "metadata": {"total_size": sum(part["bytes"] for part in parts)},
         "weight_map": weight_map,
     }
-    (out / _INDEX).write_text(json.dumps(index, indent=2))
+    (out / INDEX).write_text(json.dumps(index, indent=2))
 
 
 def _copy_companions(source: Path, out: Path, dtype: torch.dtype) -> None:
@@ -273,7 +239,7 @@ def _copy_companions(source: Path, out: Path, dtype: torch.dtype) -> None:
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)
-    config = json.loads((out / "config.json").read_text())
+    config = read_checkpoint_json(out / "config.json")
     name = str(dtype).removeprefix("torch.")
     for block in (config, config.get("text_config"), config.get("vision_config")):
         for key in ("dtype", "torch_dtype"):
@@ -290,11 +256,16 @@ def export_hf(model: Qwen25VL, source: str | Path, out: str | Path) -> None:
     it is complete.
 
     Raises:
-        InputError: `out` exists already.
+        InputError: `out` exists already, or `source` is not there any more.
     """
     target = Path(out)
     if target.exists():
         raise InputError(f"{target} exists already: remove it or choose another directory")
+    if not (Path(source) / "config.json").is_file():
+        raise InputError(
+            f"{source}: no config.json there any more, to export with the weights; they are in the "
+            "run's checkpoints: nemo-care export RUN OUT --base DIR, with the folder's new place"
+        )
     partial = target.with_name(target.name + ".partial")
     rank = dist.get_rank()
     if rank == 0:

@@ -79,24 +79,36 @@ def check_pickles(checkpoint: Path) -> Metadata:
         InputError: names the file and what it holds (see `read_index`).
     """
     index = read_index(checkpoint)
-    _check_tensors_only(checkpoint / _COMMON, None, None)
+    read_common(checkpoint)
     for place, storage in (index.storage_data or {}).items():
         if not isinstance(index.state_dict_metadata.get(place.fqn), BytesStorageMetadata):
             continue
         file = checkpoint / storage.relative_path
         if file.parent != checkpoint:
             raise InputError(f"{checkpoint / _INDEX} points to {file}, outside the checkpoint")
-        _check_tensors_only(file, storage.offset, storage.length)
+        _load_tensors_only(file, storage.offset, storage.length)
     return index
 
 
-def _check_tensors_only(file: Path, offset: int | None, length: int | None) -> None:
+def read_common(checkpoint: Path) -> dict[str, Any]:
+    """The part of a checkpoint's state that is no tensor, read without running anything.
+
+    Raises:
+        InputError: see `check_pickles`.
+    """
+    common = _load_tensors_only(checkpoint / _COMMON, None, None)
+    if not isinstance(common, dict):
+        raise InputError(f"{checkpoint / _COMMON} holds a {type(common).__name__}, not a state")
+    return common
+
+
+def _load_tensors_only(file: Path, offset: int | None, length: int | None) -> Any:
     """Load a pickle the way that allows tensors and plain values only."""
     try:
         with file.open("rb") as opened:
             opened.seek(offset or 0)
             content = opened.read() if length is None else opened.read(length)
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{file} holds more than tensors and plain values: not a checkpoint that nemo-care "

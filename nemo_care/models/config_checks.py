@@ -1,0 +1,319 @@
+"""What a checkpoint's config.json may say.
+
+Every key is one of four kinds: it is honoured; it changes nothing that is computed here; it has the
+one value that is computed here; or it is refused by name. The last includes keys that nobody knows,
+unless they are switched off: a switch that is silently ignored trains another model.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+from transformers import GenerationConfig, Qwen2_5_VLConfig
+from transformers.activations import ACT2FN
+
+MODEL_TYPE = "qwen2_5_vl"
+_ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+
+# Labels, outputs, sampling defaults (the recipe decides those) and left-overs of other versions.
+_NO_EFFECT_ANYWHERE = {
+    *vars(GenerationConfig()),
+    *("architectures", "attn_implementation", "chunk_size_feed_forward", "dtype", "id2label"),
+    *("initializer_range", "label2id", "model_type", "name_or_path", "num_labels", "prefix"),
+    *("problem_type", "return_dict", "tokenizer_class", "torch_dtype", "use_return_dict"),
+    *("sep_token_id", "unsloth_fixed"),
+}
+# What text_config holds, or the top of the older flat layout. transformers' attention knows no
+# limit of positions without rope scaling; windows are refused as a whole.
+_TEXT = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "layer_types"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "head_dim"),
+    *("max_position_embeddings", "use_sliding_window", "sliding_window", "max_window_layers"),
+    *("attention_dropout", "tie_word_embeddings", "qkv_bias"),
+}
+_VISION = {
+    *("depth", "hidden_size", "hidden_act", "intermediate_size", "num_heads", "in_channels"),
+    *("in_chans", "patch_size", "spatial_patch_size", "spatial_merge_size", "temporal_patch_size"),
+    *("tokens_per_second", "window_size", "out_hidden_size", "fullatt_block_indexes"),
+    *("rope_parameters", "tie_word_embeddings"),
+}
+_VISION_TOKENS = ("image_token_id", "video_token_id")
+# Releases of transformers 4 repeat some of them in text_config.
+_TOKENS = {*_VISION_TOKENS, "vision_start_token_id", "vision_end_token_id", "vision_token_id"}
+_TOP = {"text_config", "vision_config", *_TOKENS, *_TEXT}
+# Keys that may be there with the value that is computed here; None stands for a missing one.
+_COMPUTED: dict[str, tuple[object, ...]] = {
+    "attention_dropout": (None, 0),
+    "hidden_act": (None, "silu", "swish"),
+    "partial_rotary_factor": (None, 1),
+    "use_sliding_window": (None, False),
+    # Queries, keys and values have a bias, and nothing else has one.
+    "attention_bias": (None,),
+    "mlp_bias": (None, False),
+    "qkv_bias": (None, True),
+    "is_causal": (None, True),
+    "is_encoder_decoder": (None, False),
+    "use_bidirectional_attention": (None, False),
+    "quantization_config": (None, {}),
+}
+_VISION_COMPUTED: dict[str, tuple[object, ...]] = {
+    # Frames have three colours.
+    "in_channels": (None, 3),
+    "in_chans": (None, 3),
+    "quantization_config": (None, {}),
+}
+_ROPE_BLOCKS = ("rope_scaling", "rope_parameters")
+# What such a block may say, and with which values; (): any.
+_ROPE: dict[str, tuple[object, ...]] = {
+    "type": (None, "default", "mrope"),
+    "rope_type": (None, "default", "mrope"),
+    "rope_theta": (),
+    "mrope_section": (),
+    "partial_rotary_factor": (None, 1),
+}
+# Keys whose value at the top is compared in another way, has one value only, or says nothing,
+# because no window is used.
+_COMPARED_APART = {
+    *_COMPUTED,
+    *("rope_scaling", "rope_parameters", "rope_theta", "tie_word_embeddings", "head_dim"),
+    *("sliding_window", "max_window_layers", "max_position_embeddings"),
+}
+_TEXT_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
+_VISION_SIZES = (
+    *("depth", "hidden_size", "intermediate_size", "num_heads", "patch_size", "window_size"),
+    *("spatial_merge_size", "temporal_patch_size", "tokens_per_second", "out_hidden_size"),
+)
+_REMEDIES = {
+    "quantization_config": "quantised weights can't be trained: use the checkpoint that they were "
+    "made from",
+    "attention_bias": "a Qwen2.5-VL has biases at queries, keys and values alone: remove the key "
+    "if the weights have just those",
+}
+
+Refuse = Callable[[str], NoReturn]
+# The places that hold text keys, by the prefix of their names.
+_Texts = Mapping[str, Mapping[str, Any]]
+
+
+def check_stated(raw: Mapping[str, Any], refuse: Refuse) -> None:
+    """Refuse what config.json says and the model would not do, before transformers reads it.
+
+    Args:
+        raw: config.json.
+        refuse: Called with what is wrong; raises.
+    """
+    vision, nested = raw.get("vision_config"), raw.get("text_config")
+    if not isinstance(vision, dict):
+        refuse("vision_config is missing; use the config.json of a Qwen2.5-VL checkpoint")
+    if nested is not None and not isinstance(nested, dict):
+        refuse(f"text_config is {_shown(nested)} where an object is needed")
+    architectures = raw.get("architectures")
+    if architectures and architectures != [_ARCHITECTURE]:
+        refuse(f"architectures is {_shown(architectures)}; only {_ARCHITECTURE} is supported")
+    for block, kind in (("text_config", "text"), ("vision_config", "vision")):
+        said = (raw.get(block) or {}).get("model_type")
+        if said not in (None, MODEL_TYPE, f"{MODEL_TYPE}_{kind}"):
+            refuse(f"{block}.model_type is {_shown(said)}; only {MODEL_TYPE}_{kind} is supported")
+    _check_keys("", raw, _TOP, _COMPUTED, refuse)
+    _check_keys("text_config.", nested or {}, _TEXT | _TOKENS, _COMPUTED, refuse)
+    _check_keys("vision_config.", vision, _VISION, _VISION_COMPUTED, refuse)
+    _check_rope({"": raw, "text_config.": nested or {}}, refuse)
+    activation = vision.get("hidden_act", "silu")
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        refuse(
+            f"vision_config.hidden_act is {_shown(activation)}, no activation that transformers has"
+        )
+    rope = vision.get("rope_parameters")
+    if rope not in (None, {}, {"rope_type": "axial", "rope_theta": 10000}):
+        refuse(
+            f"vision_config.rope_parameters is {_shown(rope)}; only rope_type axial with "
+            "rope_theta 10000 is supported"
+        )
+    side, stated_side = vision.get("patch_size", 14), vision.get("spatial_patch_size")
+    if stated_side not in (None, side):
+        refuse(f"vision_config.spatial_patch_size is {_shown(stated_side)}, patch_size {side}")
+
+
+def _check_keys(
+    prefix: str,
+    block: Mapping[str, Any],
+    known: set[str],
+    computed: Mapping[str, tuple[object, ...]],
+    refuse: Refuse,
+) -> None:
+    for key, value in block.items():
+        name = f"{prefix}{key}"
+        if key in computed:
+            if value not in computed[key]:
+                good = _shown(next((one for one in computed[key] if one is not None), None))
+                remedy = _REMEDIES.get(key, f"only {good} is supported")
+                refuse(f"{name} is {_shown(value)}; {remedy}")
+        elif key in known | _NO_EFFECT_ANYWHERE or key.startswith("_") or key.endswith("_version"):
+            continue
+        elif value not in (None, False, "", [], {}):
+            refuse(
+                f"{name} is {_shown(value)}, a key that a Qwen2.5-VL does not have; remove it if "
+                "the weights do not depend on it"
+            )
+
+
+def _check_rope(texts: _Texts, refuse: Refuse) -> None:
+    """Plain mRoPE alone, stated once or alike everywhere."""
+    for prefix, text in texts.items():
+        for key in _ROPE_BLOCKS:
+            name, rope = f"{prefix}{key}", text.get(key)
+            if rope is None:
+                continue
+            if not isinstance(rope, dict):
+                refuse(f"{name} is {_shown(rope)} where an object is needed")
+            for part, value in rope.items():
+                if part not in _ROPE or (_ROPE[part] and value not in _ROPE[part]):
+                    refuse(
+                        f"{name}.{part} is {_shown(value)}; rope scaling is not supported, only "
+                        "mrope without it"
+                    )
+    for part in ("rope_theta", "mrope_section"):
+        (first, wanted), *others = _stated_rope(texts, part) or [("", None)]
+        for name, value in others:
+            if value != wanted:
+                refuse(
+                    f"{first} is {_shown(wanted)}, but {name} is {_shown(value)}; make them equal"
+                )
+
+
+def _stated_rope(texts: _Texts, part: str) -> list[tuple[str, Any]]:
+    """Everywhere that a value of rope is stated: its name and value."""
+    found = []
+    for prefix, text in texts.items():
+        places = {"": text, **{f"{key}.": text.get(key) or {} for key in _ROPE_BLOCKS}}
+        found += [
+            (f"{prefix}{inner}{part}", block[part])
+            for inner, block in places.items()
+            if block.get(part) is not None
+        ]
+    return found
+
+
+def check_values(raw: Mapping[str, Any], hf: Qwen2_5_VLConfig, refuse: Refuse) -> None:
+    """Refuse values that no model can have, and those that transformers has dropped.
+
+    Args:
+        raw: config.json.
+        hf: What transformers makes of it, its defaults filled in.
+        refuse: Called with what is wrong; raises.
+    """
+    _check_agreement(raw, hf, refuse)
+    _check_text(raw, hf.text_config, refuse)
+    _check_vision(hf.vision_config, hf.text_config, refuse)
+    for name in _VISION_TOKENS:
+        token = getattr(hf, name)
+        if not 0 <= token < hf.text_config.vocab_size:
+            refuse(f"{name} is {token}, no token of a vocabulary of {hf.text_config.vocab_size}")
+    if hf.image_token_id == hf.video_token_id:
+        refuse(f"image_token_id and video_token_id are both {hf.image_token_id}")
+
+
+def _check_text(raw: Mapping[str, Any], text: Any, refuse: Refuse) -> None:
+    _positive("text_config", text, _TEXT_SIZES, refuse)
+    for name, value in (
+        ("rms_norm_eps", text.rms_norm_eps),
+        ("rope_theta", text.rope_parameters["rope_theta"]),
+    ):
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            refuse(f"{name} is {_shown(value)}; a positive number is needed")
+    _divides("hidden_size", "num_attention_heads", text, refuse)
+    _divides("num_attention_heads", "num_key_value_heads", text, refuse)
+    head_dim = text.hidden_size // text.num_attention_heads
+    for block in (raw, raw.get("text_config") or {}):
+        if block.get("head_dim") not in (None, head_dim):
+            refuse(
+                f"head_dim is {_shown(block['head_dim'])}; only hidden_size / num_attention_heads "
+                f"= {head_dim} is supported"
+            )
+    section = text.rope_parameters.get("mrope_section")
+    if (
+        not isinstance(section, list)
+        or len(section) != 3
+        or not all(type(part) is int and part >= 0 for part in section)
+        or 2 * sum(section) != head_dim
+    ):
+        refuse(
+            f"mrope_section is {'missing' if section is None else _shown(section)}; three numbers "
+            "are needed, how many of a head's frequencies turn with time, height and width, whose "
+            f"sum is head_dim / 2 = {head_dim / 2:g}"
+        )
+    if set(text.layer_types) != {"full_attention"}:
+        refuse(f"layer_types is {_shown(text.layer_types)}; only full_attention is supported")
+
+
+def _check_vision(vision: Any, text: Any, refuse: Refuse) -> None:
+    _positive("vision_config", vision, _VISION_SIZES, refuse)
+    if vision.hidden_size % (4 * vision.num_heads):
+        refuse(
+            f"vision_config.hidden_size is {vision.hidden_size}, no multiple of 4 * num_heads = "
+            f"{4 * vision.num_heads}"
+        )
+    if vision.out_hidden_size != text.hidden_size:
+        refuse(
+            f"vision_config.out_hidden_size is {vision.out_hidden_size}, the language model's "
+            f"hidden_size {text.hidden_size}; they have to be equal"
+        )
+    least = vision.patch_size * vision.spatial_merge_size
+    if vision.window_size < least:
+        refuse(
+            f"vision_config.window_size is {vision.window_size}; at least patch_size * "
+            f"spatial_merge_size = {least} is needed"
+        )
+
+
+def _check_agreement(raw: Mapping[str, Any], hf: Qwen2_5_VLConfig, refuse: Refuse) -> None:
+    """What the top and text_config both state must be equal: transformers drops one of the two."""
+    text = hf.text_config
+    for name, value in _stated_rope({"": raw}, "rope_theta"):
+        if value != text.rope_parameters["rope_theta"]:
+            refuse(
+                f"{name} is {_shown(value)}, which transformers does not read there: it computes "
+                f"with {_shown(text.rope_parameters['rope_theta'])}; state it in text_config"
+            )
+    nested = raw.get("text_config")
+    if nested is None:
+        return
+    tie = "tie_word_embeddings"
+    if tie in raw and tie in nested and bool(raw[tie]) != bool(nested[tie]):
+        refuse(
+            f"{tie} is {_shown(raw[tie])}, but text_config.{tie} is {_shown(nested[tie])}; make "
+            "them equal"
+        )
+    for key in _VISION_TOKENS:
+        if nested.get(key) not in (None, getattr(hf, key)):
+            refuse(f"text_config.{key} is {_shown(nested[key])}, but {key} is {getattr(hf, key)}")
+    for key in sorted((_TEXT & raw.keys()) - _COMPARED_APART):
+        effective = getattr(text, key, None)
+        if raw[key] is not None and raw[key] != effective:
+            refuse(
+                f"{key} is {_shown(raw[key])}, but text_config.{key} is {_shown(effective)}; make "
+                "them equal"
+            )
+
+
+def _positive(block: str, config: Any, names: Iterable[str], refuse: Refuse) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            refuse(f"{block}.{name} is {_shown(value)}; a positive whole number is needed")
+
+
+def _divides(name: str, by: str, config: Any, refuse: Refuse) -> None:
+    whole, part = getattr(config, name), getattr(config, by)
+    if whole % part:
+        refuse(f"{name} is {whole}, no multiple of {by} = {part}")
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."

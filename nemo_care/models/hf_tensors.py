@@ -1,0 +1,208 @@
+"""The tensors of a Hugging Face checkpoint folder: which file gives which, and whether they fit."""
+
+import copy
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import Qwen2_5_VLConfig
+
+from nemo_care.data.checkpoint_files import read_checkpoint_json
+from nemo_care.errors import InputError
+from nemo_care.models.hf_config import read_hf_config
+
+INDEX = "model.safetensors.index.json"
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+# What weights can be; others are quantised, or no weights.
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+# Older releases saved what every model computes anew.
+_RECOMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+_ROWS_AT_ONCE = 8192
+
+
+def disk_name(name: str) -> str:
+    """A tensor's name on disk in the published checkpoints.
+
+    transformers' modules, and so some of its releases' files, have longer ones.
+    """
+    name = name.replace("model.language_model.", "model.", 1)
+    return name.replace("model.visual.", "visual.", 1)
+
+
+class HFTensors:
+    """Opens the safetensors files of a folder and finds each tensor's file.
+
+    The index decides which files are read and which tensors are taken from them; where there is
+    none, all files are, and no two may give the same tensor.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """`key` is the recipe's key that names the folder; raises InputError as `check_weights`."""
+        self.where = f"{key}={folder}"
+        # What lies there and is not read, in words; the index decided so.
+        self.ignored: list[str] = []
+        self._folder = folder
+        self._handle: dict[str, Any] = {}
+        self._key: dict[str, str] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        if (folder / INDEX).is_file():
+            self._open_indexed(files)
+        elif files:
+            for file in files:
+                handle = _opened(file)
+                for key_ in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                    self._add(key_, handle, file.name)
+        else:
+            raise InputError(f"{self.where}: no *.safetensors file there")
+
+    def _open_indexed(self, files: list[Path]) -> None:
+        index = self._folder / INDEX
+        weight_map = read_checkpoint_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index}: has no weight_map; copy it from the checkpoint again")
+        handles: dict[str, Any] = {}
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise InputError(f"{index}: {name} is said to be in {shard!r}, no file name")
+            if shard not in handles:
+                if not (self._folder / shard).is_file():
+                    raise InputError(
+                        f"{self.where}: {shard} is missing, which {INDEX} names; copy it from the "
+                        "checkpoint"
+                    )
+                handles[shard] = _opened(self._folder / shard)
+        held = {shard: set(handle.keys()) for shard, handle in handles.items()}
+        for name, shard in weight_map.items():
+            if name not in held[shard]:
+                raise InputError(
+                    f"{self.where}: {INDEX} says that {name} is in {shard}, which does not have "
+                    "it; copy both from the checkpoint again"
+                )
+            self._add(name, handles[shard], shard)
+        self.ignored += [file.name for file in files if file.name not in handles]
+        for shard, names in held.items():
+            unnamed = sorted(name for name in names if weight_map.get(name) != shard)
+            if unnamed:
+                more = f" and {len(unnamed) - 1} more" if len(unnamed) > 1 else ""
+                self.ignored.append(f"{unnamed[0]}{more} in {shard}")
+
+    def _add(self, key: str, handle: Any, file: str) -> None:
+        name = disk_name(key)
+        if name in self._handle:
+            raise InputError(
+                f"{self.where}: {file} gives tensor {name}, which another file or name gives too; "
+                "remove what does not belong to the checkpoint"
+            )
+        self._handle[name], self._key[name] = handle, key
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor of that name."""
+        return name in self._handle
+
+    def __iter__(self) -> Iterator[str]:
+        """The tensors' names."""
+        return iter(self._handle)
+
+    def __call__(self, name: str) -> Any:
+        """A tensor as a slice, of which parts can be read.
+
+        Raises:
+            InputError: there is none of that name, or it is quantised.
+        """
+        if name not in self._handle:
+            raise InputError(f"{self.where}: tensor {name} is missing")
+        tensor = self._handle[name].get_slice(self._key[name])
+        if tensor.get_dtype() not in _FLOATS:
+            raise InputError(
+                f"{self.where}: tensor {name} holds {tensor.get_dtype()}; quantised weights can't "
+                "be trained: use the checkpoint that they were made from"
+            )
+        return tensor
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{file}: not a readable safetensors file ({error}); download it again"
+        ) from error
+
+
+def check_weights(folder: str | Path, *, key: str = "model.hf_path") -> None:
+    """Refuse tensors that are not those of the model; says once on stderr what is not read.
+
+    `key` is the recipe's key that names the folder.
+
+    Raises:
+        InputError: a file is missing, unreadable or not what the index says; a tensor is missing,
+            given twice, of another shape than config.json says, not of floating point, or no part
+            of the model; config.json can't be used (see `read_hf_config`).
+    """
+    tensors = HFTensors(Path(folder), key)
+    if tensors.ignored:
+        _say_once(
+            f"{tensors.where}: not read, because {INDEX} does not name it: "
+            f"{'; '.join(tensors.ignored)}"
+        )
+    hf = read_hf_config(folder, key=key)
+    shapes = _model_shapes(hf)
+    for name in tensors:
+        if name.endswith(_RECOMPUTED):
+            continue
+        if name not in shapes:
+            raise InputError(
+                f"{tensors.where}: tensor {name} is no part of a Qwen2.5-VL (scales of quantised "
+                "weights, an adapter, or another architecture); use a checkpoint with the model's "
+                "own weights alone"
+            )
+        found, wanted = tuple(tensors(name).get_shape()), shapes[name]
+        if found != wanted:
+            rows = (
+                f" (vocab_size is {wanted[0]}, the tensor has {found[0]} rows)"
+                if name in (_EMBEDDING, _OUTPUT) and found[:1] != wanted[:1]
+                else ""
+            )
+            raise InputError(
+                f"{tensors.where}: tensor {name} is {_shape(found)}, but config.json makes it "
+                f"{_shape(wanted)}{rows}; use the two of one checkpoint"
+            )
+    for name in shapes:
+        if name not in tensors and not (name == _OUTPUT and hf.tie_word_embeddings):
+            raise InputError(f"{tensors.where}: tensor {name} is missing")
+    if hf.tie_word_embeddings and _OUTPUT in tensors:
+        _check_tied(tensors, shapes[_OUTPUT][0])
+
+
+def _model_shapes(hf: Qwen2_5_VLConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of Hugging Face's own model, by names on disk."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(hf))
+    return {disk_name(name): tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def _check_tied(tensors: HFTensors, rows: int) -> None:
+    """Refuse an output layer of its own where config.json ties it to the embedding."""
+    embedding, output = tensors(_EMBEDDING), tensors(_OUTPUT)
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        if not torch.equal(embedding[part], output[part]):
+            raise InputError(
+                f"{tensors.where}: config.json says tie_word_embeddings, but {_OUTPUT} differs "
+                f"from {_EMBEDDING}; set tie_word_embeddings to false, or remove {_OUTPUT}"
+            )
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a single number"
