@@ -51,7 +51,8 @@ def test_one_dying_rank_ends_all(tmp_path: Path, how: str, status: int, message:
 ABORTED = """
 import atexit, os
 import torch.distributed as dist
-from nemo_care.parallel.launch import guarded, leave
+from nemo_care.ending import leave
+from nemo_care.parallel.launch import guarded
 
 class AbortsTheEnd:
     def __del__(self):

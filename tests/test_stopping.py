@@ -36,7 +36,7 @@ class AskedAfter(StopRequest):
     def agreed(self):
         self.steps -= 1
         if self.steps == 0:
-            self._note(signal.SIGUSR1, None)
+            self.note(signal.SIGUSR1)
         return super().agreed()
 
 
