@@ -47,8 +47,13 @@ def program():
 
     yield start
     for one in made:
+        if one.process.poll() is None:
+            for process in psutil.Process(one.process.pid).children(recursive=True):
+                process.kill()
         one.process.kill()
-        one.process.communicate()
+        one.process.wait()
+        one.process.stdout.close()
+        one.process.stderr.close()
 
 
 def gone(pid):
@@ -66,7 +71,9 @@ import ctypes, subprocess, sys, time
 from nemo_care import ending
 ending.watch_run()
 {more}
-child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+child = subprocess.Popen(
+    ["sleep", "600"], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+)
 print(child.pid, flush=True)
 libc = ctypes.CDLL(None)
 while True:
