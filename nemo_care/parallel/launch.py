@@ -14,7 +14,11 @@ from typing import Any
 
 import psutil
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+    record,
+)
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from nemo_care import ending
@@ -88,7 +92,7 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
         with ending.starting(pass_on):
             elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _first_failure(error)
         statuses = {failed.exitcode for failed in error.failures.values()}
         for number in asked:
             # A rank whose Python had only begun to start dies of the signal itself.
@@ -120,6 +124,20 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
         )
         return FAILURE
     return 0
+
+
+def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """The rank that failed first.
+
+    Times are whole seconds here, and the others fail at once where a rank is killed: the killed one
+    goes first. SIGTERM is what the starter sends to those that are left.
+    """
+    first = error.get_first_failure()
+    for rank, failure in error.failures.items():
+        is_killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+        if is_killed and failure.timestamp <= first[1].timestamp + 1:
+            return rank, failure
+    return first
 
 
 class _RankLogs(DefaultLogsSpecs):
