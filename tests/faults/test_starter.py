@@ -38,7 +38,10 @@ def test_killed_rank_is_named_and_nothing_is_left_running(run, undisturbed, repo
 
 @pytest.mark.parametrize("step", [pytest.param(0, id="while its ranks start"), 3])
 def test_killed_starter_leaves_nothing_running(run, report, step):
-    command = [sys.executable, *run.command("DP 2", "checkpoint.save_interval=100")]
+    command = [
+        sys.executable,
+        *run.command("DP 2", "checkpoint.save_interval=100", "data.workers=1"),
+    ]
     starter = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     me = psutil.Process(starter.pid)
     deadline = time.monotonic() + PATIENCE
