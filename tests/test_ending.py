@@ -167,6 +167,24 @@ def test_what_a_killed_starter_has_started_ends(program, code):
     assert gone(grandchild)
 
 
+def test_runs_of_a_killed_comparison_end(program, tmp_path):
+    code = f"""
+from pathlib import Path
+from nemo_care.reporting.processes import Job, run_jobs
+command = [{sys.executable!r}, "-c", {STUCK.format(more="")!r}]
+run_jobs([Job("one", command, Path({str(tmp_path)!r}, "log"))], 1, tick=print, done=print)
+"""
+    comparison = program(code)
+    deadline = time.monotonic() + PATIENCE
+    log = tmp_path / "log"
+    while not (log.exists() and log.read_text().strip()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (run,) = psutil.Process(comparison.process.pid).children()
+    comparison.kill(signal.SIGKILL)
+    assert gone(run.pid)
+    assert gone(int(log.read_text()))
+
+
 def test_a_note_of_the_starters_death_is_bounded(program):
     """A step that does not end, because the other ranks are gone, is left."""
     noting = """

@@ -188,20 +188,47 @@ def read_until(terminal, file):
 
 @pytest.mark.parametrize("after", [0.05, 0.5, 3.0])
 def test_sigterm_while_importing_has_its_own_status(world, tmp_path, after):
-    trainer = subprocess.Popen(
-        train_command(world, tmp_path / "run"), stderr=subprocess.PIPE, text=True
+    command = train_command(world, tmp_path / "run")
+    assert ended_early(command, signal.SIGTERM, after) == (
+        75,
+        "nemo-care: ended at once: SIGTERM was received\n",
     )
-    # Python itself has to start first.
-    while SIGTERM_BIT not in caught(trainer.pid):
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config-name", "tiny_cpu"],
+        ["evaluate", "--config-name", "tiny_cpu"],
+        ["data", "check", "--config-name", "tiny_cpu"],
+        ["plan", "--config-name", "tiny_cpu"],
+        ["compare", "tiny_cpu", "--seeds", "1"],
+        ["study", "--config-name", "miniature"],
+        ["doctor"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_ctrl_c_while_importing_ends_any_command_without_a_traceback(arguments, tmp_path):
+    status, errors = ended_early([*COMMAND, *arguments], signal.SIGINT, 0.2, cwd=tmp_path)
+    assert status == 130
+    assert errors in (
+        "nemo-care: ended at once: SIGINT was received\n",
+        "nemo-care: interrupted\n",
+    )
+
+
+COMMAND = (sys.executable, "-m", "nemo_care.cli")
+
+
+def ended_early(command, number, after, **keywords):
+    """Status and errors of a command that gets a signal some seconds after it listens."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **keywords)
+    while 1 << number - 1 not in caught(process.pid):
         time.sleep(0.001)
     time.sleep(after)
-    trainer.send_signal(signal.SIGTERM)
-    _, errors = trainer.communicate(timeout=60)
-    assert trainer.returncode == 75, errors
-    assert errors == "nemo-care: ended at once: SIGTERM was received\n"
-
-
-SIGTERM_BIT = 1 << signal.SIGTERM - 1
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
 
 
 def caught(pid):
