@@ -59,17 +59,20 @@ class _Watch:
         self._interrupted = 0.0
 
     def start(self) -> None:
+        """Hear from now on."""
         hear, self._tell = os.pipe()
         os.set_blocking(self._tell, False)
         signal.set_wakeup_fd(self._tell, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(hear,), daemon=True, name="signals").start()
+        threading.Thread(
+            target=self._listen, args=(hear, _starter()), daemon=True, name="signals"
+        ).start()
 
     def close(self) -> None:
+        """End the thread."""
         signal.set_wakeup_fd(-1)
         os.close(self._tell)
 
-    def _listen(self, hear: int) -> None:
-        starter = _starter()
+    def _listen(self, hear: int, starter: int | None) -> None:
         while True:
             ready, _, _ = select.select([hear], [], [], None if starter is None else _PERIOD)
             if ready:
@@ -221,7 +224,7 @@ def _kill_descendants() -> None:
 class _Forgiving(io.FileIO):
     """A terminal or pipe whose other end may go away: what is written then is dropped."""
 
-    def write(self, data) -> int:  # type: ignore[no-untyped-def, override]
+    def write(self, data) -> int:
         try:
             return super().write(data)
         except OSError as error:
