@@ -56,6 +56,8 @@ class _Watch:
 
     def __init__(self) -> None:
         self.action: Action = end_at_once
+        # Python writes all that has a handler to the pipe, such as a library's SIGCHLD.
+        self.numbers: set[int] = {STARTER_GONE}
         self._interrupted = 0.0
 
     def start(self) -> None:
@@ -87,6 +89,8 @@ class _Watch:
                 self._act(STARTER_GONE)
 
     def _act(self, number: int) -> None:
+        if number not in self.numbers:
+            return
         if number == signal.SIGINT:
             before, self._interrupted = self._interrupted, time.monotonic()
             if before and self._interrupted - before < _SAME_REQUEST:
@@ -110,6 +114,7 @@ def watch(*numbers: int) -> None:
     if _watch is None:
         _watch = _Watch()
         _watch.start()
+    _watch.numbers.update(numbers)
     for number in numbers:
         ignorable = number in (signal.SIGINT, signal.SIGHUP)
         if not ignorable or signal.getsignal(number) is not signal.SIG_IGN:
@@ -214,8 +219,10 @@ def _starter() -> int | None:
 
 
 def _kill_descendants() -> None:
-    import psutil
-
+    try:
+        import psutil
+    except ImportError:  # `nemo-care doctor` runs without
+        return
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             process.kill()

@@ -139,6 +139,16 @@ def test_what_is_ignored_at_the_start_stays_ignored(program):
     assert started.line() == "15"
 
 
+def test_a_signal_that_a_library_handles_is_no_request(program):
+    handling = "import signal; signal.signal(signal.SIGUSR2, lambda *_: None)\n" + NOTED
+    started = program(STUCK.format(more=handling))
+    started.line()
+    started.kill(signal.SIGUSR2)
+    time.sleep(0.2)
+    started.kill(signal.SIGTERM)
+    assert started.line() == "15"
+
+
 STARTER = """
 import subprocess, sys, time
 from nemo_care import ending
