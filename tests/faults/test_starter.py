@@ -36,7 +36,9 @@ def test_killed_rank_is_named_and_nothing_is_left_running(run, undisturbed, repo
     )
 
 
-@pytest.mark.parametrize("step", [pytest.param(0, id="while its ranks start"), 3])
+@pytest.mark.parametrize(
+    "step", [pytest.param(0, id="while its ranks start", marks=pytest.mark.slow), 3]
+)
 def test_killed_starter_leaves_nothing_running(run, report, step):
     command = [
         sys.executable,
