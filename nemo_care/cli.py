@@ -2,11 +2,12 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nemo_care import __version__
+from nemo_care import __version__, ending
 
 
 def _train(arguments: list[str]) -> int:
@@ -194,6 +195,9 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "miniature": (_miniature, "make the tiny world or the tiny checkpoint"),
 }
 
+# Those that run as ranks, and that schedulers ask to stop.
+_RUNS = ("train", "evaluate", "replay")
+
 
 def _help() -> str:
     lines = [
@@ -209,8 +213,17 @@ def _help() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status (0 done, 1 failed, 2 unusable input)."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run a command line; returns the exit status (0 done, 1 failed, 2 unusable input).
+
+    Without `arguments` it is this process's own, which ends with it.
+    """
+    if arguments is None:
+        if sys.argv[1:2] and sys.argv[1] in _RUNS:
+            ending.watch_run()
+        else:
+            ending.watch(signal.SIGINT)
+        ending.leave(main(sys.argv[1:]))
+    given = list(arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_help())
         return 0 if given else 2
@@ -224,4 +237,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,9 +12,15 @@ class InputError(Exception):
 class RunStopped(Exception):
     """A run that ended before its last step because it was asked to, with a checkpoint.
 
-    The message says after which step and why. The command line exits with status 75, by which a
-    batch script knows that the same command goes on from there.
+    The message says after which step and why. `status` is the command line's exit status: 75, by
+    which a batch script knows that the same command goes on from there, or what shells have for a
+    signal that a person sends.
     """
+
+    def __init__(self, message: str, status: int = 75) -> None:
+        """The end with that exit status."""
+        super().__init__(message)
+        self.status = status
 
 
 class DamagedCheckpoint(InputError):

@@ -13,6 +13,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_care import ending
+
+if __name__ == "__main__":  # before the imports that take long
+    ending.watch_run()
+
 from nemo_care.config import Recipe
 from nemo_care.errors import InputError
 from nemo_care.start import Command, start
@@ -225,6 +230,4 @@ its reasoning supports its answer. An evaluation goes on where it was stopped.""
 )
 
 if __name__ == "__main__":
-    from nemo_care.parallel.launch import leave
-
-    leave(evaluate(sys.argv[1:]))
+    ending.leave(evaluate(sys.argv[1:]))

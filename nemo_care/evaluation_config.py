@@ -22,9 +22,10 @@ class LLMJudgeConfig:
     """Name of the environment variable that holds the key, in capital letters; the key itself is
     written nowhere. null: the endpoint asks for none."""
     prompt_template: str | None = None
-    """What the judge is asked, with {question}, {options}, {reasoning} and {answer}, of which the
-    last two are needed; null: our own wording. The last CONSISTENT or INCONSISTENT of the reply is
-    the verdict."""
+    """What the judge is asked, with {question}, {options}, {reasoning} and {answer}, each put in as
+    JSON on one line, of which the last two are needed; null: our own wording. It has to ask for a
+    last line with a single word, CONSISTENT or INCONSISTENT; other replies are asked for again,
+    twice."""
     temperature: float | None = 0.0
     """null: not sent, for models that refuse it."""
     concurrency: int = 8
@@ -32,7 +33,8 @@ class LLMJudgeConfig:
     max_retries: int = 5
     """Further attempts, with growing pauses, after a refusal that may pass (overload, time-out)."""
     timeout_seconds: float = 120.0
-    """Longest time that the endpoint may take to connect, and then may be silent, in an attempt."""
+    """Longest time of one attempt, from connecting (half of it at most) to the last byte of the
+    reply."""
     cache: str | None = None
     """File that keeps the replies, so that what was answered is not asked again by the same model
     with the same wording, temperature and base_url; replicas and runs may share it. null:

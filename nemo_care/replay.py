@@ -15,6 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_care import ending
+
+if __name__ == "__main__":  # before the imports that take long
+    ending.watch_run()
+
 from nemo_care.config import Recipe
 from nemo_care.errors import InputError
 from nemo_care.recipes import read_recipe
@@ -302,6 +307,4 @@ def _group_lines(group: "StoredGroup", seen: Sequence[tuple[int, GroupReplay]]) 
 
 
 if __name__ == "__main__":
-    from nemo_care.parallel.launch import leave
-
-    leave(replay(sys.argv[1:]))
+    ending.leave(replay(sys.argv[1:]))

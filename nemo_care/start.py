@@ -57,7 +57,7 @@ def start(command: Command, arguments: Sequence[str]) -> int:
     import_from_working_directory()
     from nemo_care.parallel.launch import guarded
 
-    return guarded(_main, command, list(arguments))
+    return guarded(_main, command, list(arguments), unwinds=False)
 
 
 def import_from_working_directory() -> None:
@@ -87,7 +87,8 @@ def _help(command: Command) -> str:
                           data=video_r1 layout=7b_1x8_h100 +ablation=grpo
 
 All keys with types, defaults and ranges: python -m nemo_care.recipe_docs (docs/recipe.md).
-Exit status: 0 done; 1 failed; 2 a recipe or input that can't be used."""
+Exit status: 0 done; 1 failed; 2 a recipe or input that can't be used; 75 stopped by SIGTERM or
+SIGUSR1, 130 by Ctrl-C, 129 by SIGHUP."""
 
 
 def _main(command: Command, arguments: list[str]) -> None:

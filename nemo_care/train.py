@@ -12,6 +12,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_care import ending
+
+if __name__ == "__main__":  # before the imports that take long
+    ending.watch_run()
+
 from nemo_care.config import Recipe, recipe_yaml, seconds_of
 from nemo_care.recipes import changed_keys, read_recipe
 from nemo_care.start import Command, start
@@ -127,6 +132,4 @@ same command goes on from there.""",
 )
 
 if __name__ == "__main__":
-    from nemo_care.parallel.launch import leave
-
-    leave(train(sys.argv[1:]))
+    ending.leave(train(sys.argv[1:]))

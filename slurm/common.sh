@@ -7,7 +7,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=slurm/forward.sh
 . "$root/slurm/forward.sh"
 
-STOPPED=75 # nemo_care.parallel.launch.STOPPED
+STOPPED=75 # nemo_care.ending.STOPPED
 UNUSABLE=2
 
 say() { printf '%(%FT%T)T slurm: %s\n' -1 "$*"; }

@@ -1,9 +1,10 @@
 """A chat endpoint on this machine that answers as a test says, and what judges are asked there."""
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Lock, Thread
 
@@ -15,7 +16,7 @@ KEY = "sk-the-secret-0123456789"
 SAMPLE = Sample("7", "Which way does it go?", "B", options={"A": "left", "B": "right"})
 PATIENCE = 100.0  # seconds, for a loaded machine; nothing here takes as long
 
-Response = tuple[int, dict[str, str], str]
+Response = tuple[int, dict[str, str], str | bytes]
 """Status, headers, body."""
 
 SOON = {"retry-after-ms": "1"}
@@ -87,12 +88,13 @@ def serving() -> Iterator[Endpoint]:
             with endpoint.lock:
                 endpoint.in_flight -= 1
             self.send_response(status)
-            kind = "application/json" if body.startswith("{") else "text/html"
+            content = body.encode() if isinstance(body, str) else body
+            kind = "application/json" if content.startswith(b"{") else "text/html"
             for name, value in {"Content-Type": kind, **headers}.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body.encode())))
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(body.encode())
+            self.wfile.write(content)
 
         def log_message(self, *arguments: object) -> None:
             pass
@@ -115,3 +117,31 @@ def serving() -> Iterator[Endpoint]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def dribbling(response: bytes, pause: float) -> Iterator[str]:
+    """An endpoint that sends a byte of its response at a time; its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    ended = Event()
+
+    def dribble(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            for place in range(len(response)):
+                connection.sendall(response[place : place + 1])
+                if ended.wait(pause):
+                    return
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                Thread(target=dribble, args=(connection,), daemon=True).start()
+
+    Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        ended.set()
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()

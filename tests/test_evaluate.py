@@ -5,6 +5,7 @@ and a layout of two ranks really start processes.
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -208,14 +209,14 @@ def test_killed_evaluation_goes_on_where_it_was_and_equals_an_uninterrupted_one(
 
 def test_language_model_judges_and_is_not_asked_twice(evaluate, endpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    endpoint.answer = lambda request: says("The reasoning names it. CONSISTENT")
+    endpoint.answer = lambda request: says("The reasoning names it.\nCONSISTENT")
     asked = ["evaluation.judge=llm", "evaluation.llm.model=judge-1"]
     asked.append(f"evaluation.llm.base_url={endpoint.url}")
     status, _, err = evaluate(tmp_path, *asked)
     assert status == 0, err
     rows = [row for level in LEVELS for row in lines(tmp_path / f"evaluation/{level}.jsonl")]
     assert {row["consistent"] for row in rows if row["format"]} == {True}
-    assert rows[0]["judge_reply"] == "The reasoning names it. CONSISTENT"
+    assert rows[0]["judge_reply"] == "The reasoning names it.\nCONSISTENT"
     count = len(endpoint.requests)
     assert 0 < count <= len(rows)
     shutil.rmtree(tmp_path / "evaluation")
@@ -257,6 +258,26 @@ def test_completions_that_an_outage_left_unjudged_are_judged_by_the_next_start(
         right = [row["consistent"] for row in judged].count(True)
         assert right == (level == "L1")
         assert after[level]["consistency_rate"] == pytest.approx(right / len(judged))
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)],
+)
+def test_ctrl_c_ends_an_evaluation_at_once_whatever_its_judge_does(
+    rank_server, world, endpoint, tmp_path, monkeypatch, number, status
+):
+    """Requests in flight do not hold it up, nor those that wait."""
+    endpoint.answer = lambda request: says("CONSISTENT") if endpoint.released.wait(100) else None
+    asked = ["evaluation.judge=llm", "evaluation.llm.model=judge-1", "evaluation.llm.concurrency=2"]
+    asked.append(f"evaluation.llm.base_url={endpoint.url}")
+    arguments = command(world, tmp_path, *asked)[1:]
+    ranks = rank_server.start(1, ["-m", "nemo_care.evaluate", *arguments])
+    assert endpoint.wait_for(lambda: endpoint.in_flight == 2)
+    os.kill(ranks.pids[0], number)
+    assert ranks.wait(10) == [status], ranks.output()
+    assert "Traceback" not in ranks.output()
+    assert f"nemo-care: ended at once: {number.name} was received" in ranks.output()
 
 
 def test_complete_evaluation_only_shows_its_table_again(evaluate, tmp_path, monkeypatch):

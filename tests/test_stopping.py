@@ -1,11 +1,17 @@
 """A run that is asked to stop saves, exits with a status of its own, and goes on when restarted."""
 
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
+from pathlib import Path
 
 import pytest
 from small_runs import small_recipe, small_trainer
@@ -36,7 +42,7 @@ class AskedAfter(StopRequest):
     def agreed(self):
         self.steps -= 1
         if self.steps == 0:
-            self._note(signal.SIGUSR1, None)
+            self.note(signal.SIGUSR1)
         return super().agreed()
 
 
@@ -137,3 +143,90 @@ def test_a_signal_to_starter_or_rank_stops_all_ranks_with_a_checkpoint(
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
     psutil.wait_procs(ranks, timeout=20)
     assert not any(rank.is_running() for rank in ranks)
+
+
+def train_command(world, run, *more):
+    return [
+        *(sys.executable, "-m", "nemo_care.train", "--config-name", "tiny_cpu"),
+        *(f"data.train.root={world}", "data.train.kind=jsonl", "data.validation.annotations=null"),
+        *("trainer.max_steps=1000", "algorithm.prompts_per_step=4"),
+        *(f"exp_manager.explicit_log_dir={run}", *more),
+    ]
+
+
+def test_a_closed_terminal_lets_the_step_end_and_saves(world, tmp_path):
+    """What is printed to it afterwards fails, and must not end the run before it has saved."""
+    run = tmp_path / "run"
+    ours, theirs = pty.openpty()
+
+    def take_terminal():
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    trainer = subprocess.Popen(
+        train_command(world, run),
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(theirs)
+    # Nobody would empty the terminal otherwise.
+    reader = threading.Thread(target=read_until, args=(ours, run / "metrics.jsonl"))
+    reader.start()
+    reader.join()
+    os.close(ours)
+    assert trainer.wait(timeout=120) == 129
+    steps = len(lines(run / "metrics.jsonl"))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
+
+
+def read_until(terminal, file):
+    deadline = time.monotonic() + 200
+    while not file.exists() and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 65536)
+
+
+@pytest.mark.parametrize("after", [0.05, 0.5, 3.0])
+def test_sigterm_while_importing_has_its_own_status(world, tmp_path, after):
+    command = train_command(world, tmp_path / "run")
+    assert ended_early(command, signal.SIGTERM, after) == (
+        75,
+        "nemo-care: ended at once: SIGTERM was received\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config-name", "tiny_cpu"],
+        ["evaluate", "--config-name", "tiny_cpu"],
+        ["data", "check", "--config-name", "tiny_cpu"],
+        ["plan", "--config-name", "tiny_cpu"],
+        ["compare", "--seeds", "1"],
+        ["study", "--config-name", "miniature"],
+        ["doctor"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_ctrl_c_while_importing_ends_any_command_without_a_traceback(arguments, tmp_path):
+    status, errors = ended_early([*COMMAND, *arguments], signal.SIGINT, 0.2, cwd=tmp_path)
+    assert status == 130
+    assert errors in (
+        "nemo-care: ended at once: SIGINT was received\n",
+        "nemo-care: interrupted\n",
+    )
+
+
+COMMAND = (sys.executable, "-m", "nemo_care.cli")
+
+
+def ended_early(command, number, after, **keywords):
+    """Status and errors of a command that gets a signal some seconds after it listens."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **keywords)
+    status = Path(f"/proc/{process.pid}/status")
+    while "Threads:\t1\n" in status.read_text():  # one more hears the signals
+        time.sleep(0.001)
+    time.sleep(after)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors

@@ -378,7 +378,7 @@ module = types.ModuleType("nemo_care.rollouts.vllm.llm")
 module.Engine = Engine
 sys.modules[module.__name__] = module
 host._PATIENCE = 0.5
-serving = host.Host(None, watches_stdin=True)
+serving = host.Host(None, b"", watches_stdin=True)
 serving._accept = lambda: None
 serving.events.put((object(), messages.Call(0, "open", {"settings": None})))
 serving.serve()

@@ -120,7 +120,7 @@ class HostThread:
         monkeypatch.setitem(sys.modules, "nemo_care.rollouts.vllm.llm", module)
         monkeypatch.setenv(hosts.KEY, KEY)
         DoubleEngine.made.clear()
-        self.listener = Listener(("127.0.0.1", 0), authkey=KEY.encode())
+        self.listener = Listener(("127.0.0.1", 0), backlog=64)
         node, port = self.listener.address
         self.address = f"{node}:{port}"
         self.status = None
@@ -128,7 +128,7 @@ class HostThread:
         self.thread.start()
 
     def _serve(self):
-        host = hosts.Host(self.listener)
+        host = hosts.Host(self.listener, KEY.encode())
         self.status = host.serve()
         # As the process's end would.
         for client in host.clients:

@@ -22,7 +22,6 @@ from nemo_care.algorithms.step_watch import StepWatch
 from nemo_care.config import Recipe
 from nemo_care.data.samples import Skipped
 from nemo_care.data.stream import PromptStream, TooManySkipped
-from nemo_care.errors import RunStopped
 from nemo_care.evaluation.results import Results
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.hf_config import architecture
@@ -30,7 +29,7 @@ from nemo_care.models.weights import export_hf
 from nemo_care.parallel.checkpoints import sharding_metadata
 from nemo_care.parallel.memory import memory_metrics
 from nemo_care.parallel.process_groups import Ranks
-from nemo_care.parallel.stop_request import StopRequest
+from nemo_care.parallel.stop_request import StopRequest, stopped
 from nemo_care.rollouts.generator import Generator
 from nemo_care.rollouts.group import Group
 from nemo_care.run_files import RunFiles
@@ -346,15 +345,13 @@ class GRPOCareTrainer:
             RunStopped: a signal asked for it, or trainer.max_time_per_run is over.
         """
         self.checkpoints.complete_if_written()
-        reason = self.stop.agreed()
-        if reason is None:
+        request = self.stop.agreed()
+        if request is None:
             return
         if self.checkpoints.saved_step != self.step:
             self.save()
         self.checkpoints.wait()
-        raise RunStopped(
-            f"stopped after step {self.step}, because {reason}; the same command goes on from there"
-        )
+        raise stopped(self.step, request)
 
     def save(self) -> None:
         """Save this step; all ranks call it."""

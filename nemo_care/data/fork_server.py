@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 
+from nemo_care.ending import ASKING
+
 _PRELOADED = ["nemo_care.data.decoding", "decord"]
-# Ctrl-C, Slurm and others send them to a whole process group, and mean the training process.
-_NOT_FOR_CHILDREN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C, a closed terminal, Slurm and others send them to a whole process group, and mean the
+# training process.
+_NOT_FOR_CHILDREN = ASKING
 
 
 def fork_context() -> ForkServerContext:

@@ -43,6 +43,7 @@ def evaluation_settings(recipe: Recipe, models: Mapping[str, Any]) -> Record:
     if recipe.evaluation.judge == "llm":
         wording = recipe.evaluation.llm.prompt_template or llm_judge.DEFAULT_TEMPLATE
         settings["evaluation.llm.prompt_template"] = wording
+        settings["evaluation.llm reply format"] = llm_judge.REPLY_FORMAT
     settings["data.prompt_template"] = recipe.data.prompt_template or DEFAULT_TEMPLATE
     validation = recipe.data.validation
     root = Path(validation.root or "").resolve()

@@ -1,6 +1,5 @@
 """Start the ranks of a run on this machine, as torchrun does; on several, one starter each."""
 
-import atexit
 import contextlib
 import logging
 import os
@@ -11,23 +10,21 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+    record,
+)
 from torch.distributed.elastic.rendezvous import RendezvousError
 
+from nemo_care import ending
+from nemo_care.ending import FAILURE, USAGE_ERROR
 from nemo_care.errors import InputError, RunFailed, RunStopped
 from nemo_care.parallel.slurm import Node
-
-USAGE_ERROR = 2
-FAILURE = 1
-# EX_TEMPFAIL of sysexits.h: try the same again later.
-STOPPED = 75
-
 
 # Where each rank's output goes, into files of its own; not set: all of it to the screen.
 _LOG_FOLDER = "NEMO_CARE_RANK_LOGS"
@@ -38,8 +35,9 @@ _JOIN_SECONDS = 900  # until all machines must have joined: one may have to fetc
 def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) -> int:
     """Run `python ARGUMENTS` as `count` ranks and wait for them.
 
-    When one dies, the others are ended and its rank and traceback are printed. SIGTERM and SIGUSR1
-    are passed on to the ranks, which stop after the running step and save.
+    When one dies, the others are ended and its rank and traceback are printed. Requests to stop
+    (`ending.ASKING`) are passed on to the ranks, which stop after the running step and save; a
+    second Ctrl-C ends everything at once. Main thread only.
 
     Args:
         count: Ranks on this machine.
@@ -47,12 +45,21 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
         node: This machine among several, whose ranks are one world; each has its starter.
 
     Returns:
-        The exit status: 0, or that of the first rank that failed.
+        The exit status: 0, that of a request to stop, or that of the first rank that failed.
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _pass_on)
+    asked: list[int] = []
+
+    def pass_on(number: int) -> None:
+        asked.append(number)
+        ranks = psutil.Process().children()
+        if not ranks:
+            ending.end_at_once(number)
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number if number != ending.STARTER_GONE else signal.SIGTERM)
+
     # Its own report of a failed rank repeats what the rank has printed.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     machines = node.count if node is not None else 1
@@ -76,17 +83,23 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
         ),
         max_restarts=0,
         monitor_interval=0.2,
-        # Without SIGTERM, by which it would kill the ranks in the middle of a step.
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        # Without those that are passed on: it would kill the ranks in the middle of a step.
+        signals_to_handle="SIGQUIT",
         logs_specs=_RankLogs(Path(folder)) if folder else None,
         log_line_prefix_template="rank ${rank}: ",
     )
     try:
-        elastic_launch(config, sys.executable)(*arguments)
+        with ending.starting(pass_on):
+            elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == STOPPED:
-            return STOPPED
+        rank, failure = _first_failure(error)
+        statuses = {failed.exitcode for failed in error.failures.values()}
+        for number in asked:
+            # A rank whose Python had only begun to start dies of the signal itself.
+            if ending.status_of(number) in statuses or failure.exitcode == -number:
+                return ending.status_of(number)
+        if failure.exitcode == ending.STOPPED:
+            return ending.STOPPED
         if folder and rank != 0:
             _show_end(_log_file(Path(folder), rank, "err"))
         if failure.exitcode == USAGE_ERROR:
@@ -111,6 +124,20 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
         )
         return FAILURE
     return 0
+
+
+def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """The rank that failed first.
+
+    Times are whole seconds here, and the others fail at once where a rank is killed: the killed one
+    goes first. SIGTERM is what the starter sends to those that are left.
+    """
+    first = error.get_first_failure()
+    for rank, failure in error.failures.items():
+        is_killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+        if is_killed and failure.timestamp <= first[1].timestamp + 1:
+            return rank, failure
+    return first
 
 
 class _RankLogs(DefaultLogsSpecs):
@@ -144,48 +171,30 @@ def _show_end(file: Path) -> None:
     print(f"({file})", file=sys.stderr)
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
-    for rank in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank.send_signal(number)
+def guarded(main: Callable[..., Any], *arguments: Any, unwinds: bool = True) -> int:
+    """Call `main` and turn its end into an exit status: 0, 1, or 2 and 75 (one line each).
 
-
-def guarded(main: Callable[..., Any], *arguments: Any) -> int:
-    """Call `main` and turn its end into an exit status: 0, 1, or 2 and 75 (one line each)."""
+    `unwinds`: Ctrl-C ends it by KeyboardInterrupt; requests go where `ending.watch` says otherwise.
+    """
     try:
-        record(main)(*arguments)
+        with ending.unwinding() if unwinds else contextlib.nullcontext():
+            record(main)(*arguments)
     except InputError as error:
         print(f"nemo-care: {error}", file=sys.stderr)
         return USAGE_ERROR
     except RunStopped as stopped:
         # Slurm and torch end what is left of a job as soon as one rank has gone.
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        ending.on_request(lambda number: None)
+        if ending.is_speaker():
             print(f"nemo-care: {stopped}", file=sys.stderr)
-        return STOPPED
+        return stopped.status
     except RunFailed as error:
         print(f"nemo-care: {error}", file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
         print("nemo-care: interrupted", file=sys.stderr)
-        return 130
+        return ending.status_of(signal.SIGINT)
     except Exception:
         traceback.print_exc()
         return FAILURE
     return 0
-
-
-def leave(status: int) -> NoReturn:
-    """End this process, a rank perhaps, with an exit status.
-
-    A rank that has failed leaves its process groups open, because the others no longer take part in
-    closing them. Gloo's threads may abort the interpreter's end then, and it would look as if the
-    rank had died of a signal: it ends without.
-    """
-    if status and dist.is_available() and dist.is_initialized():
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)

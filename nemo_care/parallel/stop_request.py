@@ -1,18 +1,28 @@
 """Being asked to stop: a signal from Slurm or a user, or the end of the time that a run may take.
 
-Signals only leave a note. The ranks compare their notes between two steps, so that all of them stop
-after the same one, whichever was told.
+Requests only leave a note. The ranks compare their notes between two steps, so that all of them
+stop after the same one, whichever was asked.
 """
 
 import signal
+import sys
+import threading
 import time
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_TIME_IS_UP = 1  # no number of a signal that is caught here
+from nemo_care import ending
+from nemo_care.ending import STARTER_GONE, STOPPED, cause_of, end_at_once, is_speaker, status_of
+from nemo_care.errors import RunStopped
+
+# A rank whose starter has died ends after this time if its step does not, as torchrun's ranks do
+# after a SIGTERM.
+_ORPHAN_SECONDS = 30.0
+
+_TIME_IS_UP = -1  # no number of a request
+# Those further on count where several have come.
+_REQUESTS = (None, _TIME_IS_UP, STARTER_GONE, *ending.ASKING)
 
 
 class StopRequest:
@@ -21,28 +31,42 @@ class StopRequest:
     def __init__(self, seconds: float | None = None) -> None:
         """`seconds` from now the run stops by itself; None: never."""
         self._deadline = None if seconds is None else time.monotonic() + seconds
-        self._noted = 0
+        self._noted = 0  # a place in _REQUESTS
 
     def catch_signals(self) -> None:
-        """Note SIGTERM and SIGUSR1 from now on instead of dying of them; main thread only."""
-        for number in _SIGNALS:
-            signal.signal(number, self._note)
+        """Note requests from now on, where this process watches for them, instead of ending."""
+        ending.on_request(self.note)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = number
+    def note(self, number: int) -> None:
+        """Ask for a stop: a signal's number, or STARTER_GONE; called by any thread."""
+        self._noted = max(self._noted, _REQUESTS.index(number))
+        if number == STARTER_GONE:
+            # A step that is stuck, in a collective without the others, would be an orphan for ever.
+            timer = threading.Timer(_ORPHAN_SECONDS, end_at_once, (number,))
+            timer.daemon = True
+            timer.start()
+        if number == signal.SIGINT and is_speaker():
+            print(
+                "nemo-care: stopping after the running step, with a checkpoint; another Ctrl-C "
+                "ends the run at once",
+                file=sys.stderr,
+            )
 
-    def agreed(self) -> str | None:
-        """Why to stop now, on all ranks alike, or None; collective over all ranks."""
+    def agreed(self) -> int | None:
+        """What asks for a stop now, on all ranks alike, or None; collective over all ranks."""
         noted = self._noted
         if not noted and self._deadline is not None and time.monotonic() > self._deadline:
-            noted = _TIME_IS_UP
+            noted = _REQUESTS.index(_TIME_IS_UP)
         note = torch.tensor(noted)
         dist.all_reduce(note, op=dist.ReduceOp.MAX)
-        if not note:
-            return None
-        number = int(note)
-        return (
-            "trainer.max_time_per_run is over"
-            if number == _TIME_IS_UP
-            else (f"{signal.Signals(number).name} was received")
-        )
+        return _REQUESTS[int(note)]
+
+
+def stopped(step: int, request: int) -> RunStopped:
+    """The end of a run after a step because of a request that the ranks agreed on."""
+    is_time = request == _TIME_IS_UP
+    cause = "trainer.max_time_per_run is over" if is_time else cause_of(request)
+    return RunStopped(
+        f"stopped after step {step}, because {cause}; the same command goes on from there",
+        STOPPED if is_time else status_of(request),
+    )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from nemo_care.ending import STARTER
+
 # Seconds that a child has to end by itself (it may be saving a checkpoint) before it is killed.
 _GRACE = 20.0
 _LOG_TAIL_BYTES = 16384
@@ -66,7 +68,9 @@ def _ended_by_signals() -> Iterator[None]:
     def leave(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it is
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
@@ -129,10 +133,14 @@ def run_jobs(
     """Run all jobs, at most `at_once` at a time; a failing one does not stop the others.
 
     `tick` gets the names of the running jobs about once a second, `done` each job that ended.
-    On Ctrl-C, SIGTERM or any error the running jobs are ended (killed after `grace` seconds).
+    On Ctrl-C, SIGTERM or any error the running jobs are ended (killed after `grace` seconds), and
+    they end by themselves where this process is killed.
     The output of a job replaces its log.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // at_once))}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, available_cores() // at_once)),
+        STARTER: str(os.getpid()),
+    }
     waiting = list(jobs)
     running: list[_Running] = []
     next_tick = 0.0

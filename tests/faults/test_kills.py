@@ -49,14 +49,21 @@ def test_killed_rank_costs_only_what_was_not_saved(run, undisturbed, report, lay
 
 
 @pytest.mark.parametrize(
-    ("number", "rank"),
-    [(signal.SIGTERM, 0), pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow)],
+    ("number", "rank", "status"),
+    [
+        (signal.SIGTERM, 0, 75),
+        pytest.param(signal.SIGUSR1, 1, 75, marks=pytest.mark.slow),
+        (signal.SIGINT, 1, 130),
+        pytest.param(signal.SIGHUP, 0, 129, marks=pytest.mark.slow),
+    ],
 )
-def test_signal_to_any_rank_lets_the_step_end_and_saves(run, undisturbed, report, number, rank):
+def test_signal_to_any_rank_lets_the_step_end_and_saves(
+    run, undisturbed, report, number, rank, status
+):
     start = run.start("DP 2")
     run.wait_for_step(3)
     start.signal(number, rank)
-    assert start.wait() == [75, 75], run.output()
+    assert start.wait() == [status, status], run.output()
     assert not start.left_over()
     (last,) = run.steps()[-1:]
     assert run.checkpoints()[-1] == last < STEPS
@@ -65,7 +72,7 @@ def test_signal_to_any_rank_lets_the_step_end_and_saves(run, undisturbed, report
     assert_equal_runs(run, undisturbed("DP 2"))
     report(
         f"{number.name} to rank {rank} (DP 2)",
-        f"exit status 75 after step {last}",
+        f"exit status {status} after step {last}",
         "nothing",
         seconds,
     )

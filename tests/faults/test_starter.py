@@ -7,6 +7,7 @@ import sys
 import time
 
 import psutil
+import pytest
 from fault_runs import PATIENCE, assert_equal_runs
 
 
@@ -32,4 +33,37 @@ def test_killed_rank_is_named_and_nothing_is_left_running(run, undisturbed, repo
         f"named; exit status 1 after {ended:.1f} s; goes on after step {saved}",
         "the step in flight" if saved == trained else f"step {trained} and the one in flight",
         seconds,
+    )
+
+
+@pytest.mark.parametrize(
+    "step", [pytest.param(0, id="while its ranks start", marks=pytest.mark.slow), 3]
+)
+def test_killed_starter_leaves_nothing_running(run, report, step):
+    command = [
+        sys.executable,
+        *run.command("DP 2", "checkpoint.save_interval=100", "data.workers=1"),
+    ]
+    starter = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    me = psutil.Process(starter.pid)
+    deadline = time.monotonic() + PATIENCE
+    if step:
+        run.wait_for_step(step)
+    while len(me.children()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    everyone = me.children(recursive=True)
+    assert len(everyone) >= 2 + (2 if step else 0)  # ranks, and what decodes for them
+    starter.kill()
+    killed = time.monotonic()
+    starter.wait()
+    assert not psutil.wait_procs(everyone, timeout=25)[1]
+    ended = time.monotonic() - killed
+    if not step:
+        assert run.checkpoints() == []
+        return
+    assert run.checkpoints() == [run.steps()[-1]]
+    report(
+        "kill -9 of nemo-care train",
+        f"its ranks saved step {run.steps()[-1]}; nothing left after {ended:.1f} s",
+        "nothing",
     )

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import InputError, RunFailed
-from nemo_care.rollouts.vllm.host import KEY, connect
+from nemo_care.rollouts.vllm.connections import bound_sending, connect
+from nemo_care.rollouts.vllm.host import KEY
 from nemo_care.rollouts.vllm.messages import LEAVE, Call, EngineSettings, Reply
 
 _SHOWN_LINES = 15
@@ -143,7 +144,14 @@ class Engine:
                 self._connection.send(Call(number, name, arguments))
             except OSError as error:
                 del self._waiting[number]
-                answer.set_exception(RunFailed(self._death(str(error))))
+                reason = str(error)
+                if isinstance(error, BlockingIOError):
+                    reason = (
+                        f"it took no request within rollout.vllm.timeout_seconds={self.timeout:g}"
+                    )
+                # What follows a part of a message could not be read.
+                self._dead = self._death(reason)
+                answer.set_exception(RunFailed(self._dead))
         return answer
 
     def ask(self, name: str, **arguments: Any) -> Any:
@@ -174,7 +182,9 @@ class Engine:
         deadline = time.monotonic() + self.timeout
         while True:
             try:
-                self._connection = connect(self.address, self.key.encode())
+                left = max(deadline - time.monotonic(), _PAUSE)
+                self._connection = connect(self.address, self.key.encode(), left)
+                bound_sending(self._connection, self.timeout)
                 break
             except AuthenticationError as error:
                 raise InputError(
@@ -215,7 +225,7 @@ class Engine:
         reason = "its process has ended"
         while True:
             try:
-                reply: Reply = connection.recv()
+                reply = connection.recv()
             except (EOFError, OSError):
                 break
             except (
@@ -223,11 +233,16 @@ class Engine:
             ) as error:  # of unpickling: without this thread nobody would be answered
                 reason = f"its answer can't be read: {type(error).__name__}: {error}"
                 break
+            if not isinstance(reply, Reply):
+                reason = f"its answer is no answer but {type(reply).__name__}"
+                break
             if reply.number < 0:
                 reason = reply.error or reason
                 break
             with self._lock:
-                answer = self._waiting.pop(reply.number)
+                answer = self._waiting.pop(reply.number, None)
+            if answer is None:  # to a request that could not be sent
+                continue
             if reply.error is not None:
                 answer.set_exception(
                     RunFailed(f"vLLM's engine {self.name}: {reply.error}{self._log_hint()}")

@@ -11,7 +11,7 @@ and lets the trainer compute while the engine generates.
 """
 
 import argparse
-import contextlib
+import errno
 import os
 import queue
 import signal
@@ -19,9 +19,11 @@ import sys
 import threading
 import time
 import traceback
-from multiprocessing.connection import Client, Connection, Listener
-from typing import TYPE_CHECKING, Any
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener
+from typing import TYPE_CHECKING
 
+from nemo_care.rollouts.vllm.connections import address_of, bound_sending, greet, hang_up
 from nemo_care.rollouts.vllm.messages import LEAVE, Call, EngineSettings, Reply
 
 if TYPE_CHECKING:
@@ -32,6 +34,11 @@ KEY = "NEMO_CARE_VLLM_KEY"
 # Seconds that an engine has to end in, once who started its process has.
 _PATIENCE = 60.0
 
+# A trainer that takes no answer for this time is left, because it holds up all others.
+_SEND_SECONDS = 60.0
+# Clients that have connected and not yet shown that they know the key; more are turned away.
+_MOST_STRANGERS = 64
+
 # From a connection's reader: who, and what; no call when it has left. No client: who started this
 # process has ended.
 Event = tuple[Connection | None, Call | None]
@@ -40,9 +47,14 @@ Event = tuple[Connection | None, Call | None]
 class Host:
     """Serves one engine. The main thread alone touches it; readers fill a queue."""
 
-    def __init__(self, listener: Listener, *, watches_stdin: bool = False) -> None:
-        """`listener` is open already. With `watches_stdin` the end of stdin is that of who started
-        this process: without trainers, it ends then too."""
+    def __init__(self, listener: Listener, key: bytes, *, watches_stdin: bool = False) -> None:
+        """`listener` is open already; not with a key, because it would greet clients one by one.
+
+        With `watches_stdin` the end of stdin is that of the process that started this one: without
+        trainers, it ends then too.
+        """
+        self.key = key
+        self.strangers = threading.BoundedSemaphore(_MOST_STRANGERS)
         self.watches_stdin = watches_stdin
         self.listener = listener
         self.events: queue.Queue[Event] = queue.Queue()
@@ -86,13 +98,30 @@ class Host:
         while True:
             try:
                 client = self.listener.accept()
-            except OSError:
-                return
-            except Exception:  # a stranger without the key
-                traceback.print_exc()
+            except OSError as error:
+                if error.errno in (None, errno.EBADF, errno.EINVAL):  # it was closed
+                    return
+                print(f"a client could not be accepted: {error}", file=sys.stderr)
+                time.sleep(0.1)
                 continue
-            self.clients.add(client)
-            threading.Thread(target=self._read, args=(client,), daemon=True).start()
+            if not self.strangers.acquire(blocking=False):
+                client.close()
+                continue
+            threading.Thread(target=self._meet, args=(client,), daemon=True).start()
+
+    def _meet(self, client: Connection) -> None:
+        """Serve a client that knows the key, in a thread of its own from its first word on."""
+        try:
+            greet(client, self.key)
+            bound_sending(client, _SEND_SECONDS)
+        except (AuthenticationError, OSError, EOFError) as error:
+            print(f"a client was turned away: {error or 'it has gone'}", file=sys.stderr)
+            client.close()
+            return
+        finally:
+            self.strangers.release()
+        self.clients.add(client)
+        self._read(client)
 
     def _watch(self) -> None:
         sys.stdin.read()
@@ -109,7 +138,10 @@ class Host:
                 call = client.recv()
             except (EOFError, OSError):
                 call = None
-            if call is None or call.name == LEAVE:
+            except Exception as error:  # of unpickling, such as of another version
+                print(f"a trainer is left: {type(error).__name__}: {error}", file=sys.stderr)
+                call = None
+            if not isinstance(call, Call) or call.name == LEAVE:
                 self.events.put((client, None))
                 client.close()
                 return
@@ -148,19 +180,10 @@ class Host:
 
     @staticmethod
     def _send(client: Connection, reply: Reply) -> None:
-        with contextlib.suppress(OSError):
+        try:
             client.send(reply)
-
-
-def address_of(text: str) -> Any:
-    """What multiprocessing calls an address: (node, port), or the path of a socket."""
-    node, _, port = text.rpartition(":")
-    return (node, int(port)) if node and port.isdigit() else text
-
-
-def connect(address: str, key: bytes) -> Connection:
-    """Connect to a host; OSError where nobody listens (yet)."""
-    return Client(address_of(address), authkey=key)
+        except OSError:
+            hang_up(client)  # its reader tells the main thread
 
 
 def main(arguments: list[str]) -> int:
@@ -175,8 +198,8 @@ def main(arguments: list[str]) -> int:
         return 2
     # Whoever can connect can run code here, as with any pickle: hence the key.
     address = address_of(chosen.listen)
-    with Listener(address, backlog=64, authkey=key.encode()) as listener:
-        return Host(listener, watches_stdin=chosen.watch_stdin).serve()
+    with Listener(address, backlog=64) as listener:
+        return Host(listener, key.encode(), watches_stdin=chosen.watch_stdin).serve()
 
 
 if __name__ == "__main__":
