@@ -17,10 +17,11 @@ def export(source: Path, out: Path) -> None:
     from nemo_care.model_source import ModelSource, find_checkpoint, run_of
     from nemo_care.models.weights import export_hf
     from nemo_care.parallel.process_groups import Layout, Ranks
-    from nemo_care.recipes import read_recipe
+    from nemo_care.recipes import recipe_of_run
+    from nemo_care.screen import say
 
     checkpoint = find_checkpoint(source)
-    recipe = read_recipe(run_of(checkpoint) / "recipe.yaml")
+    recipe = recipe_of_run(run_of(checkpoint), [checkpoint])
     # A checkpoint fits any kernels, and this machine may have no GPU.
     recipe.model.backend = "local"
     recipe.model.precision.fp8.enabled = False
@@ -31,4 +32,4 @@ def export(source: Path, out: Path) -> None:
     ModelSource("checkpoint", checkpoint, is_checkpoint=True).load(model)
     export_hf(model, recipe.model.hf_path, out)
     ranks.close()
-    print(f"{checkpoint.name} exported to {out}")
+    say(f"{checkpoint.name} exported to {out}")

@@ -200,10 +200,6 @@ def _inputs(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _decoding(recipe: Recipe) -> list[str]:
-    return decoding_problems()
-
-
 def decoding_problems() -> list[str]:
     """Why no video can be decoded here; empty where one was."""
     from nemo_care.data.video import FrameChoice, VideoFile
