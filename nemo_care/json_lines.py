@@ -1,8 +1,8 @@
 """Our own files: written so that a kill leaves no half of one, and not trusted when read back.
 
-JSON lines are appended to, so a kill can tear the last one. A last line without its line break that
-is no whole JSON value is torn: every reader leaves it out, and the next append cuts it off. Anything
-else that is broken is an InputError that names file and line.
+JSON lines are appended to, so a kill can tear the last one. A last line that has no line break and
+is no whole JSON value is torn: every reader leaves it out, and the next append cuts it off.
+Anything else that is broken is an InputError that names file and line.
 """
 
 import json
@@ -166,14 +166,17 @@ def _wrong(value: Any, required: Kinds, optional: Kinds) -> str:
 def _fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, UnionType):
         return any(_fits(value, one) for one in get_args(kind))
-    origin = get_origin(kind) or kind
-    if isinstance(value, bool) or origin is bool:
+    origin, within = get_origin(kind) or kind, get_args(kind)
+    if origin is bool or isinstance(value, bool):
         return origin is bool and isinstance(value, bool)
-    if not isinstance(value, (int, float) if origin is float else origin):
+    if origin is float:
+        return isinstance(value, int | float)
+    if not isinstance(value, origin):
         return False
-    within = get_args(kind)
-    parts = value.values() if origin is dict else value if origin is list else ()
-    return not within or all(_fits(part, within[-1]) for part in parts)
+    if not within:
+        return True
+    parts = value.values() if isinstance(value, dict) else value
+    return all(_fits(part, within[-1]) for part in parts)
 
 
 def _name(kind: Any) -> str:

@@ -39,8 +39,9 @@ model.tensor_model_parallel_size); the recipe is the run's own. It needs the mem
 class GroupReplay:
     """What one rank saw of one group.
 
-    `loss` is NaN where it was not finite. `module` is the first whose output was not finite; `parameters` have such a gradient, in forward
-    order. `loss` (summed over the completions) and `bad_completions` are known on the last stage.
+    `module` is the first whose output was not finite; `parameters` have such a gradient, in forward
+    order. `loss` (summed over the completions; perhaps not finite) and `bad_completions` are known
+    on the last stage.
     """
 
     module: str | None = None

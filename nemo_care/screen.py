@@ -16,9 +16,7 @@ _CONTROLS = [*range(0x20), *range(0x7F, 0xA0)]
 _DIRECTIONS = [0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 # Halves of surrogate pairs: JSON and file names can hold them, no output can.
 _SURROGATES = range(0xD800, 0xE000)
-_SPELT_OUT = {
-    code: ascii(chr(code))[1:-1] for code in (*_CONTROLS, *_DIRECTIONS, *_SURROGATES)
-}
+_SPELT_OUT = {code: ascii(chr(code))[1:-1] for code in (*_CONTROLS, *_DIRECTIONS, *_SURROGATES)}
 _PRINTABLE = {code: text for code, text in _SPELT_OUT.items() if chr(code) not in "\n\t"}
 
 

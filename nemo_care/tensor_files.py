@@ -1,6 +1,7 @@
 """Safetensors files of ours."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,13 +14,20 @@ from nemo_care.errors import InputError
 def save_tensors(
     file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors to a file with the mode that new files have here.
+    """Write tensors to a file that others may read as any new file."""
+    with usual_mode(file):
+        save_file(dict(tensors), file, metadata=metadata)
 
-    safetensors makes a temporary file, which nobody else may read, and renames it.
+
+@contextmanager
+def usual_mode(file: Path) -> Iterator[None]:
+    """Gives `file`, which the block writes, the mode of an ordinary new file.
+
+    safetensors writes to a temporary file, which nobody else may read, and renames it.
     """
     file.touch()
     mode = file.stat().st_mode & 0o777
-    save_file(dict(tensors), file, metadata=metadata)
+    yield
     file.chmod(mode)
 
 

@@ -1,12 +1,14 @@
 """The checkpoint's tokenizer, checked against its model before anything else starts."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
+from nemo_care.json_lines import read_object
+
+_AGAIN = "download the checkpoint's file again"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ def _eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]
     ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     file = folder / "generation_config.json"
     if file.is_file():
-        listed = json.loads(file.read_text()).get("eos_token_id") or []
+        kinds = {"eos_token_id": int | list[int] | None}
+        listed = read_object(file, remedy=_AGAIN, optional=kinds).get("eos_token_id") or []
         ids.update([listed] if isinstance(listed, int) else listed)
     return frozenset(ids)
 
@@ -56,7 +59,9 @@ def load_tokenizer(folder: str | Path, hf: Qwen2_5_VLConfig) -> ChatTokenizer:
             "tokenizer files beside it"
         ) from error
     if base.chat_template is None and (path / "chat_template.json").is_file():
-        base.chat_template = json.loads((path / "chat_template.json").read_text())["chat_template"]
+        file = path / "chat_template.json"
+        found = read_object(file, remedy=_AGAIN, required={"chat_template": str})
+        base.chat_template = found["chat_template"]
     eos = _eos_ids(path, base)
     _check(base, eos, path, hf)
     pad = base.pad_token_id if base.pad_token_id is not None else min(eos)

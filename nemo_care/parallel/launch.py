@@ -22,6 +22,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 
 from nemo_care.errors import InputError, RunFailed, RunStopped
 from nemo_care.parallel.slurm import Node
+from nemo_care.screen import one_line, say
 
 USAGE_ERROR = 2
 FAILURE = 1
@@ -98,13 +99,11 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
             else (f"exit status {failure.exitcode}")
         )
         where = f" on {node.name}" if node is not None else ""
-        print(
-            f"rank {rank}{where} failed with {how}; the other ranks were stopped", file=sys.stderr
-        )
+        say(f"rank {rank}{where} failed with {how}; the other ranks were stopped", file=sys.stderr)
         return FAILURE
     except RendezvousError as error:
         assert node is not None
-        print(
+        say(
             f"{node.name}: the starters of {machines} machines did not meet at "
             f"{node.address}:{node.port}, or the first of them is gone ({error})",
             file=sys.stderr,
@@ -140,8 +139,8 @@ def _log_file(folder: Path, rank: int, kind: str) -> Path:
 
 def _show_end(file: Path) -> None:
     with file.open(errors="replace") as lines:
-        sys.stderr.writelines(deque(lines, maxlen=_SHOWN_LINES))
-    print(f"({file})", file=sys.stderr)
+        say("".join(deque(lines, maxlen=_SHOWN_LINES)), file=sys.stderr, end="")
+    say(f"({file})", file=sys.stderr)
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
@@ -155,23 +154,23 @@ def guarded(main: Callable[..., Any], *arguments: Any) -> int:
     try:
         record(main)(*arguments)
     except InputError as error:
-        print(f"nemo-care: {error}", file=sys.stderr)
+        say(f"nemo-care: {one_line(error)}", file=sys.stderr)
         return USAGE_ERROR
     except RunStopped as stopped:
         # Slurm and torch end what is left of a job as soon as one rank has gone.
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"nemo-care: {stopped}", file=sys.stderr)
+            say(f"nemo-care: {stopped}", file=sys.stderr)
         return STOPPED
     except RunFailed as error:
-        print(f"nemo-care: {error}", file=sys.stderr)
+        say(f"nemo-care: {error}", file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
-        print("nemo-care: interrupted", file=sys.stderr)
+        say("nemo-care: interrupted", file=sys.stderr)
         return 130
     except Exception:
-        traceback.print_exc()
+        say(traceback.format_exc(), file=sys.stderr, end="")
         return FAILURE
     return 0
 

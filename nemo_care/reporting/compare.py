@@ -18,6 +18,7 @@ from nemo_care.reporting.training_runs import (
     train_runs,
     training_command,
 )
+from nemo_care.screen import console
 
 _STEPS = "trainer.max_steps"
 
@@ -54,9 +55,7 @@ def _claim(out: Path, overrides: Sequence[str]) -> None:
     if file.exists():
         remedy = f"give another --out, or remove {out}"
         if read_object(file, remedy=remedy) != settings:
-            raise InputError(
-                f"{file}: the runs there have other overrides; {remedy}"
-            )
+            raise InputError(f"{file}: the runs there have other overrides; {remedy}")
         return
     out.mkdir(parents=True, exist_ok=True)
     replace_file(file, json.dumps(settings, indent=2) + "\n")
@@ -127,14 +126,10 @@ def compare(
 
 
 def _publish(comparison: Comparison, out: Path) -> None:
-    from rich.console import Console
-
-    console = Console()
-    console.print(comparison.table())
+    screen = console()
+    screen.print(comparison.table())
     for note in comparison.notes():
-        console.print(note, highlight=False)
+        screen.print(note)
     record: dict[str, Any] = comparison.as_json()
-    replace_file(
-        out / "comparison.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    )
+    replace_file(out / "comparison.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     replace_file(out / "comparison.md", comparison.markdown())

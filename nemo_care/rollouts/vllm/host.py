@@ -23,6 +23,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from typing import TYPE_CHECKING, Any
 
 from nemo_care.rollouts.vllm.messages import LEAVE, Call, EngineSettings, Reply
+from nemo_care.screen import say
 
 if TYPE_CHECKING:
     from nemo_care.rollouts.vllm.llm import Engine
@@ -171,7 +172,7 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     key = os.environ.get(KEY)
     if not key:
-        print(f"{KEY} is not set: give engines and trainers the same secret", file=sys.stderr)
+        say(f"{KEY} is not set: give engines and trainers the same secret", file=sys.stderr)
         return 2
     # Whoever can connect can run code here, as with any pickle: hence the key.
     address = address_of(chosen.listen)
