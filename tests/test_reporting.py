@@ -195,6 +195,27 @@ def test_a_line_separator_in_a_completion_does_not_cut_the_line(tmp_path):
     assert rows[1]["completion"] == "cut off \u2028 here"
 
 
+@pytest.mark.parametrize("name", ["$\\nosuch{$", "a $x^2$ b", "$", "[/x]"])
+def test_names_with_dollars_are_drawn_as_they_are(tmp_path, monkeypatch, name):
+    """matplotlib takes text between dollars for a formula, and fails at one that is none."""
+    from matplotlib.text import Text
+
+    folder = make_run(tmp_path / "run")
+    file = folder / "validation.jsonl"
+    file.write_text(lines({"step": s, "levels": {name: levels(0.4)["L1"]}} for s in (0, 12)))
+    drawn = []
+    draw = Text.draw
+
+    def recording(self, *arguments, **settings):
+        drawn.append((self.get_text(), self.get_parse_math()))
+        return draw(self, *arguments, **settings)
+
+    monkeypatch.setattr(Text, "draw", recording)
+    write_report(folder)
+    assert drawn
+    assert not [text for text, parsed in drawn if parsed]
+
+
 def test_report_is_one_page_without_foreign_resources(tmp_path):
     folder = make_run(tmp_path / "my run")
     target = write_report(folder)

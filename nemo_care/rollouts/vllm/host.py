@@ -74,7 +74,7 @@ class Host:
                         self._send(finished, reply)
         except Exception as error:
             # The engine is gone: whoever waits for it has to hear of it.
-            traceback.print_exc()
+            say(traceback.format_exc(), file=sys.stderr, end="")
             text = f"{type(error).__name__}: {error}"
             for client in self.clients:
                 self._send(client, Reply(-1, error=text))
@@ -90,7 +90,7 @@ class Host:
             except OSError:
                 return
             except Exception:  # a stranger without the key
-                traceback.print_exc()
+                say(traceback.format_exc(), file=sys.stderr, end="")
                 continue
             self.clients.add(client)
             threading.Thread(target=self._read, args=(client,), daemon=True).start()
@@ -130,7 +130,7 @@ class Host:
             else:
                 value = getattr(self.engine, call.name)(**call.arguments)
         except Exception as error:
-            traceback.print_exc()
+            say(traceback.format_exc(), file=sys.stderr, end="")
             self._send(client, Reply(call.number, error=f"{type(error).__name__}: {error}"))
             if self.engine is not None and self.engine.is_fatal(error):
                 raise
