@@ -158,6 +158,5 @@ def test_file_that_is_damaged_within_is_named_when_it_is_read(tmp_path):
     path.write_bytes(content)
     cache = ReplyCache(path)
     with pytest.raises(InputError, match=str(path)):
-        for number in range(500):
-            assert cache.get(f"question {number}")
+        [cache.get(f"question {number}") for number in range(500)]
     cache.close()
