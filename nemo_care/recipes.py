@@ -285,19 +285,27 @@ def recipe_of_run(
         InputError: neither has a recipe that can be used, or an override does not fit; the message
             is about recipe.yaml.
     """
+    file = run / _RECIPE
     try:
-        return read_recipe(run / _RECIPE, overrides)
-    except InputError as error:
-        unusable = error
+        read_recipe(file)
+    except InputError as unusable:
+        file = _recipe_of_a_checkpoint(run, checkpoints, unusable)
+    return read_recipe(file, overrides)
+
+
+def _recipe_of_a_checkpoint(
+    run: Path, checkpoints: Sequence[Path] | None, unusable: InputError
+) -> Path:
+    """The first recipe.yaml of a checkpoint that can be used, and a word about it on stderr."""
     if checkpoints is None:
         from nemo_care.parallel.checkpoints import list_checkpoints
 
         checkpoints = list_checkpoints(run / "checkpoints")[::-1]
     for checkpoint in checkpoints:
         with suppress(InputError):
-            recipe = read_recipe(checkpoint / _RECIPE, overrides)
+            read_recipe(checkpoint / _RECIPE)
             say(f"{unusable}\nthe recipe of {checkpoint} is taken in its place", file=sys.stderr)
-            return recipe
+            return checkpoint / _RECIPE
     raise unusable
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import AutoConfig, Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
+from nemo_care.json_lines import read_object
 
 
 def read_hf_config(path: str | Path, *, key: str = "model.hf_path") -> Qwen2_5_VLConfig:
@@ -13,7 +14,8 @@ def read_hf_config(path: str | Path, *, key: str = "model.hf_path") -> Qwen2_5_V
     `key` is the recipe's key that names it.
 
     Raises:
-        InputError: the directory is missing or holds another kind of model.
+        InputError: the directory is missing or holds another kind of model, or its configuration is
+            no JSON.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -21,6 +23,8 @@ def read_hf_config(path: str | Path, *, key: str = "model.hf_path") -> Qwen2_5_V
             f"{key}={path}: no config.json there; give the directory of a Hugging Face "
             "Qwen2.5-VL checkpoint"
         )
+    # transformers says of a torn file neither what is wrong nor where.
+    read_object(folder / "config.json", remedy="download it again")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, Qwen2_5_VLConfig):
         raise InputError(
