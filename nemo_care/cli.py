@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_care import __version__, ending
+from nemo_care.screen import say
 
 
 def _train(arguments: list[str]) -> int:
@@ -81,10 +82,10 @@ def _report(arguments: list[str]) -> int:
             page, sizes = write_scaling_report(options.runs, out)
             heading, rows = scaling_rows(sizes)
             for line in (heading, *rows):
-                print(" | ".join(line))
-            print(page)
+                say(" | ".join(line))
+            say(page)
             return
-        print(write_report(options.runs[0]))
+        say(write_report(options.runs[0]))
 
     return guarded(report)
 
@@ -225,13 +226,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ending.leave(main(sys.argv[1:]))
     given = list(arguments)
     if not given or given[0] in ("-h", "--help"):
-        print(_help())
+        say(_help())
         return 0 if given else 2
     if given[0] == "--version":
-        print(__version__)
+        say(__version__)
         return 0
     if given[0] not in _COMMANDS:
-        print(f"nemo-care: unknown command {given[0]}\n\n{_help()}", file=sys.stderr)
+        say(f"nemo-care: unknown command {given[0]}\n\n{_help()}", file=sys.stderr)
         return 2
     return _COMMANDS[given[0]][0](given[1:])
 

@@ -19,6 +19,7 @@ from nemo_care.data_config import for_validation
 from nemo_care.errors import InputError
 from nemo_care.quiet import quiet_libraries
 from nemo_care.recipes import compose_recipe
+from nemo_care.screen import console, say
 
 if TYPE_CHECKING:
     from nemo_care.data.check import FileReport
@@ -180,7 +181,7 @@ def check_data(
     read = []
     for file in data_files(recipe.data):
         ensure_files(file.kind, file.root)
-        print(f"reading {file.path}", file=sys.stderr)
+        say(f"reading {file.path}", file=sys.stderr)
         read.append(read_file(file, seed=recipe.trainer.seed, limit=limit))
     training = [report for report, _ in read if report.file.is_training]
     if training and not any(report.error for report in training):
@@ -213,15 +214,12 @@ def _show(recipe: Recipe, reports: Sequence["FileReport"], options: argparse.Nam
     Raises:
         InputError: something can't be used.
     """
-    from rich.console import Console
-
     from nemo_care.reporting.data_report import print_report
 
-    # Paths may hold brackets, which are no markup.
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    screen = console(soft_wrap=True)
     whole = options.limit is None and not options.sizes_only
-    print_report(console, reports, recipe.data, whole=whole)
-    console.print(f"the whole report: {options.out}")
+    print_report(screen, reports, recipe.data, whole=whole)
+    screen.print(f"the whole report: {options.out}")
     count = sum(len(report.problems) for report in reports)
     errors = sum(report.error is not None for report in reports)
     if not count and not errors:

@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before the imports that take long
 
 from nemo_care.config import Recipe
 from nemo_care.errors import InputError
+from nemo_care.screen import console
 from nemo_care.start import Command, start
 
 if TYPE_CHECKING:
@@ -114,16 +115,10 @@ def _build(
     from nemo_care.rollouts.batches import BatchLayout
     from nemo_care.scoring.score import Scorer
 
-    algorithm, fp8 = recipe.algorithm, recipe.model.precision.fp8
+    fp8 = recipe.model.precision.fp8
     model = _load(recipe, ranks, source)
     tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
-    layout = BatchLayout.of(
-        ranks.layout,
-        algorithm.groups_per_micro_batch,
-        tokenizer.pad_id,
-        shared_prompt=algorithm.shared_prompt,
-        fp8=fp8,
-    )
+    layout = BatchLayout.of_recipe(recipe, ranks.layout, tokenizer.pad_id)
     scorer, judging = Scorer(model, ranks, layout, fp8=fp8.scoring), None
     if reference is not None:
         same = reference.identity() == source.identity()
@@ -200,18 +195,15 @@ def _check_skipped(
 
 def _show(files: "EvaluationFiles") -> None:
     """The table of results, and where things lie."""
-    from rich.console import Console
-
     from nemo_care.reporting.tables import evaluation_table
 
     results: dict[str, Any] = files.results() or {}
-    # Paths may hold brackets, which are no markup.
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(evaluation_table(results))
+    screen = console(soft_wrap=True)
+    screen.print(evaluation_table(results))
     skipped = sum(level["skipped"] for level in results.values())
     if skipped:
-        console.print(f"{skipped} samples skipped, see {files.skipped}")
-    console.print(f"results: {files.folder.with_suffix('.json')}; completions: {files.folder}")
+        screen.print(f"{skipped} samples skipped, see {files.skipped}")
+    screen.print(f"results: {files.folder.with_suffix('.json')}; completions: {files.folder}")
 
 
 _COMMAND = Command(

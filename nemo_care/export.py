@@ -23,10 +23,11 @@ def export(source: Path, out: Path, base: Path | None = None) -> None:
     from nemo_care.models.hf_config import read_hf_config
     from nemo_care.models.weights import export_hf
     from nemo_care.parallel.process_groups import Layout, Ranks
-    from nemo_care.recipes import read_recipe
+    from nemo_care.recipes import recipe_of_run
+    from nemo_care.screen import say
 
     checkpoint = find_checkpoint(source)
-    recipe = read_recipe(run_of(checkpoint) / "recipe.yaml")
+    recipe = recipe_of_run(run_of(checkpoint), [checkpoint])
     # A checkpoint fits any kernels, and this machine may have no GPU.
     recipe.model.backend = "local"
     recipe.model.precision.fp8.enabled = False
@@ -47,4 +48,4 @@ def export(source: Path, out: Path, base: Path | None = None) -> None:
     weights.load(model)
     export_hf(model, folder, out)
     ranks.close()
-    print(f"{checkpoint.name} exported to {out}")
+    say(f"{checkpoint.name} exported to {out}")

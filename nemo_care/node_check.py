@@ -27,6 +27,7 @@ from nemo_care.errors import InputError
 from nemo_care.json_lines import replace_file
 from nemo_care.quiet import quiet_libraries
 from nemo_care.recipes import compose_recipe
+from nemo_care.screen import one_line, say
 
 _GIB = 2**30
 # Of a GPU's or the host's memory: what drivers and the operating system take is less.
@@ -52,7 +53,7 @@ def problems_of(recipe: Recipe) -> list[str]:
         lambda _: decoding_problems(),
     ]
     if os.environ.get("NEMO_CARE_CPU") == "1":
-        print("NEMO_CARE_CPU=1: the GPUs are not checked", flush=True)
+        say("NEMO_CARE_CPU=1: the GPUs are not checked")
     else:
         checks = [_gpus, *checks]
     return [problem for check in checks for problem in check(recipe)]
@@ -200,10 +201,6 @@ def _inputs(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _decoding(recipe: Recipe) -> list[str]:
-    return decoding_problems()
-
-
 def decoding_problems() -> list[str]:
     """Why no video can be decoded here; empty where one was."""
     from nemo_care.data.video import FrameChoice, VideoFile
@@ -241,13 +238,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--verdict", type=Path)
     options, rest = parser.parse_known_args(arguments)
     if options.help:
-        print(__doc__)
+        say(__doc__)
         return 0
     quiet_libraries()
     name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
 
     def tell(verdict: str) -> None:
-        print(f"{name}: {verdict}", file=sys.stdout if verdict == "ok" else sys.stderr)
+        say(one_line(f"{name}: {verdict}"), file=sys.stdout if verdict == "ok" else sys.stderr)
         if options.verdict is not None:
             replace_file(options.verdict / name, verdict + "\n")
 

@@ -7,7 +7,6 @@ import ast
 import dataclasses
 import inspect
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 from nemo_care.config import CHOICES, RANGES, Recipe
 from nemo_care.data_config import MISSING
+from nemo_care.screen import say
 
 _HEAD = """# Recipe keys
 
@@ -147,4 +147,4 @@ def _class_bodies(module: ModuleType) -> dict[str, list[ast.stmt]]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    say(page(), end="")

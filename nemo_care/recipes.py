@@ -9,7 +9,8 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 
@@ -19,8 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_care.config import Recipe, check_recipe
 from nemo_care.errors import InputError
+from nemo_care.json_lines import read_text
 from nemo_care.recipe_errors import all_keys, explain, names_in
+from nemo_care.screen import say
 
+_RECIPE = "recipe.yaml"
+_RESTORE = "correct it, or restore it from the recipe.yaml of a checkpoint"
 SCHEMA_NAME = "nemo_care_schema"
 _PACKAGE = Path(__file__).resolve().parent
 # Hydra is to compose, and to leave folders and logs alone; NeMo's runner sets the last three too.
@@ -217,6 +222,26 @@ def compose_recipe(arguments: Sequence[str], *, with_nemo: bool = True) -> Recip
     return to_recipe(composed[0]) if composed else None
 
 
+def load_recipe_file(file: Path) -> DictConfig:
+    """What a run's recipe.yaml says, unchecked.
+
+    Raises:
+        InputError: the file can't be read, or is not YAML with keys.
+    """
+    text = read_text(file, remedy=_RESTORE)
+    try:
+        config = OmegaConf.load(StringIO(text))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputError(f"{file}:{line}: not valid YAML ({error.problem}); {_RESTORE}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{file}: not a recipe ({cause}); {_RESTORE}") from error
+    if not isinstance(config, DictConfig):
+        raise InputError(f"{file}: not a recipe; {_RESTORE}")
+    return config
+
+
 def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A resolved recipe from a run directory, with `overrides` (key=value).
 
@@ -225,9 +250,17 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file; give a run directory with its recipe.yaml")
-    config = OmegaConf.load(file)
-    if not isinstance(config, DictConfig):
-        raise InputError(f"{file}: not a recipe")
+    config = load_recipe_file(file)
+    # Every part is there when a run writes it; what is missing would get the schema's defaults.
+    cut = [part.name for part in fields(Recipe) if part.name not in config]
+    if cut:
+        raise InputError(f"{file}: cut short, {cut[0]} is missing; {_RESTORE}")
+    try:
+        recipe = to_recipe(config)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    if not overrides:
+        return recipe
     for override in overrides:
         if "=" not in override:
             raise InputError(f"{override}: an override is key=value")
@@ -236,6 +269,44 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise InputError(explain(error, list(overrides), [recipes_folder()])) from error
     return to_recipe(config)
+
+
+def recipe_of_run(
+    run: Path, checkpoints: Sequence[Path] | None = None, overrides: Sequence[str] = ()
+) -> Recipe:
+    """The recipe of a run: its recipe.yaml, or the one in a checkpoint where that can't be used.
+
+    Args:
+        run: The run directory.
+        checkpoints: Whose recipe will do, the best first; None: the run's, newest first.
+        overrides: key=value.
+
+    Raises:
+        InputError: neither has a recipe that can be used, or an override does not fit; the message
+            is about recipe.yaml.
+    """
+    file = run / _RECIPE
+    try:
+        read_recipe(file)
+    except InputError as unusable:
+        file = _recipe_of_a_checkpoint(run, checkpoints, unusable)
+    return read_recipe(file, overrides)
+
+
+def _recipe_of_a_checkpoint(
+    run: Path, checkpoints: Sequence[Path] | None, unusable: InputError
+) -> Path:
+    """The first recipe.yaml of a checkpoint that can be used, and a word about it on stderr."""
+    if checkpoints is None:
+        from nemo_care.parallel.checkpoints import list_checkpoints
+
+        checkpoints = list_checkpoints(run / "checkpoints")[::-1]
+    for checkpoint in checkpoints:
+        with suppress(InputError):
+            read_recipe(checkpoint / _RECIPE)
+            say(f"{unusable}\nthe recipe of {checkpoint} is taken in its place", file=sys.stderr)
+            return checkpoint / _RECIPE
+    raise unusable
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:

@@ -8,6 +8,7 @@ newer than the step, in any layout, and says what is finite and what is not. Not
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ if __name__ == "__main__":  # before the imports that take long
 
 from nemo_care.config import Recipe
 from nemo_care.errors import InputError
-from nemo_care.recipes import read_recipe
+from nemo_care.recipes import recipe_of_run
+from nemo_care.screen import say
 from nemo_care.start import Command, start
 
 if TYPE_CHECKING:
@@ -43,13 +45,20 @@ class GroupReplay:
     """What one rank saw of one group.
 
     `module` is the first whose output was not finite; `parameters` have such a gradient, in forward
-    order. `loss` (summed over the completions) and `bad_completions` are known on the last stage.
+    order. `loss` (summed over the completions; perhaps not finite) and `bad_completions` are known
+    on the last stage.
     """
 
     module: str | None = None
     parameters: list[str] = field(default_factory=list)
     loss: float | None = None
     bad_completions: list[int] = field(default_factory=list)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether everything was finite that this rank saw."""
+        bad = self.module is not None or self.parameters or self.bad_completions
+        return not bad and (self.loss is None or math.isfinite(self.loss))
 
 
 def replay(arguments: Sequence[str]) -> int:
@@ -81,22 +90,25 @@ def replay(arguments: Sequence[str]) -> int:
 
 def _recipe(run: Path, overrides: Sequence[str]) -> Recipe:
     """The run's, without its engines, which fit its own layout: nothing is sampled here."""
-    recipe = read_recipe(run / "recipe.yaml", overrides)
+    recipe = recipe_of_run(run, overrides=overrides)
     recipe.rollout.backend, recipe.rollout.asynchronous = "megatron", False
     return recipe
 
 
 def _check(recipe: Recipe, run: Path, step: int) -> None:
     from nemo_care.preflight import check_training_inputs
-    from nemo_care.run_files import RunFiles
+    from nemo_care.rollouts.group_files import read_groups
+    from nemo_care.run_files import RunFiles, step_of_file
 
     file = RunFiles(run).bad_step(step)
     if not file.is_file():
-        stored = sorted(int(path.stem.removeprefix("step_")) for path in file.parent.glob("*.json"))
+        found = (step_of_file(path) for path in file.parent.glob("step_*.json"))
+        stored = sorted(step for step in found if step is not None)
         raise InputError(
             f"{run}: step {step} was not left out; such steps of this run: "
             f"{', '.join(map(str, stored)) or 'none'}"
         )
+    read_groups(file)  # what is wrong with it is said once here, and not by every rank
     check_training_inputs(recipe)
 
 
@@ -125,9 +137,7 @@ def _replay(recipe: Recipe, ranks: "Ranks", run: Path, step: int) -> None:
     share = len(stored) // ranks.data_size
     mine = stored[ranks.data_rank * share : (ranks.data_rank + 1) * share]
     groups = ranks.from_leader(lambda: _restore(recipe, model.hf, tokenizer, mine))
-    layout = BatchLayout.of(
-        ranks.layout, 1, tokenizer.pad_id, shared_prompt=recipe.algorithm.shared_prompt
-    )
+    layout = BatchLayout.of_recipe(recipe, ranks.layout, tokenizer.pad_id, groups_per_batch=1)
     weights = _not_finite_weights(model)
     policy = Policy(model, recipe, ranks, layout)
     seen = [_look_at(policy, group) for group in groups]
@@ -136,9 +146,9 @@ def _replay(recipe: Recipe, ranks: "Ranks", run: Path, step: int) -> None:
     policy.clear_gradients()
     everyone = ranks.gather_on_rank_zero((ranks.data_rank, weights, seen))
     if ranks.rank == 0:
-        print(f"replay of {file}")
+        say(f"replay of {file}")
         for line in _report(run, checkpoint, about, stored, everyone, norm):
-            print(line)
+            say(line)
 
 
 def _checkpoint_until(run: Path, step: int) -> Path | None:
@@ -231,8 +241,6 @@ def _report(
     norm: float,
 ) -> Iterator[str]:
     """The lines of the answer."""
-    import math
-
     from nemo_care.algorithms.step_watch import why
 
     yield f"then: step {about['step']}, update {about['update'] + 1} of its rollouts was left out, "
@@ -243,7 +251,6 @@ def _report(
             yield f"weights not finite on rank {rank}: {len(weights)}, the first {weights[0]}"
     replicas = max(replica for replica, _, _ in everyone) + 1
     share = len(stored) // replicas
-    fine = True
     for number, group in enumerate(stored):
         replica, place = divmod(number, share)
         seen = [
@@ -251,10 +258,11 @@ def _report(
             for rank, (its, _, of_rank) in enumerate(everyone)
             if its == replica
         ]
-        lines = list(_group_lines(group, seen))
-        fine = fine and not any(" now " in line for line in lines)
-        yield from lines
+        yield from _group_lines(group, seen)
     yield f"gradient norm of the whole step: {norm:g}"
+    fine = all(
+        not weights and all(group.is_finite for group in seen) for _, weights, seen in everyone
+    )
     if fine and math.isfinite(norm):
         yield (
             "everything is finite now: look for what differs from then (weights above, hardware, "

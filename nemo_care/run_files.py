@@ -17,13 +17,31 @@ summary.json                written when the run is done
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import RunFailed
-from nemo_care.json_lines import append_lines, complete_lines, replace_file, replace_lines
+from nemo_care.json_lines import (
+    Kinds,
+    append_lines,
+    complete_lines,
+    replace_file,
+    replace_lines,
+)
+
+METRICS: Kinds = {"step": int}
+VALIDATION: Kinds = {"step": int, "levels": dict[str, dict]}
+SKIPPED: Kinds = {"step": int, "index": int | None, "sample_id": str, "reason": str}
+_STEP_FILE = re.compile(r"step_([0-9]+)\.jsonl?")
+
+
+def step_of_file(file: Path) -> int | None:
+    """The step of a file of `rollouts/` or `bad_steps/`; None for one that is not ours."""
+    match = _STEP_FILE.fullmatch(file.name)
+    return int(match[1]) if match else None
 
 
 class RunFiles:
@@ -75,14 +93,19 @@ class RunFiles:
         append_lines(self.folder / "starts.jsonl", [origin])
 
     def rewind(self, step: int) -> None:
-        """Drop what was written after `step`: those steps come again. 0 drops everything."""
-        for file in (self._metrics, self._validation, self._skipped):
-            records = complete_lines(file) if step else []
+        """Drop what was written after `step`: those steps come again. 0 drops everything.
+
+        Raises:
+            InputError: a line to keep is broken; nothing is dropped then.
+        """
+        kinds = {self._metrics: METRICS, self._validation: VALIDATION, self._skipped: SKIPPED}
+        read = {file: complete_lines(file, kind) if step else [] for file, kind in kinds.items()}
+        for file, records in read.items():
             kept = [record for record in records if record["step"] <= step]
             if file.exists() or file is self._skipped:
                 replace_lines(file, kept)
         for file in self._rollouts.glob("step_*.jsonl"):
-            if int(file.stem.removeprefix("step_")) > step:
+            if (step_of_file(file) or 0) > step:
                 file.unlink()
         (self.folder / "summary.json").unlink(missing_ok=True)
 
@@ -96,7 +119,7 @@ class RunFiles:
         def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
             return record.get("level"), record["index"], record["reason"]
 
-        listed = {identity(record) for record in complete_lines(self._skipped)}
+        listed = {identity(record) for record in complete_lines(self._skipped, SKIPPED)}
         new = {identity(record): record for record in skipped if identity(record) not in listed}
         append_lines(self._skipped, [{"step": step, **record} for record in new.values()])
 
@@ -132,13 +155,14 @@ class RunFiles:
 
     def validations(self) -> dict[int, dict[str, Any]]:
         """Results by level of each validation so far, by step."""
-        return {record["step"]: record["levels"] for record in complete_lines(self._validation)}
+        records = complete_lines(self._validation, VALIDATION)
+        return {record["step"]: record["levels"] for record in records}
 
     def skipped_in_training(self) -> list[dict[str, Any]]:
         """`index`, `sample_id` and `reason` of the training samples left out so far."""
         return [
             {key: record[key] for key in ("index", "sample_id", "reason")}
-            for record in complete_lines(self._skipped)
+            for record in complete_lines(self._skipped, SKIPPED)
             # Lines of annotations have no index, and validation's samples have a level.
             if record["index"] is not None and "level" not in record
         ]

@@ -20,6 +20,7 @@ from nemo_care.config import Recipe, recipe_yaml
 from nemo_care.errors import InputError, RunStopped
 from nemo_care.quiet import quiet_libraries
 from nemo_care.recipes import compose_recipe, read_recipe, recipe_names
+from nemo_care.screen import say
 
 if TYPE_CHECKING:
     from nemo_care.parallel.process_groups import RankEnvironment, Ranks
@@ -51,7 +52,7 @@ class Command:
 def start(command: Command, arguments: Sequence[str]) -> int:
     """Run the command line of `nemo-care COMMAND`; returns the exit status."""
     if {"-h", "--help"} & set(arguments):
-        print(_help(command))
+        say(_help(command))
         return 0
     quiet_libraries()
     import_from_working_directory()

@@ -18,7 +18,9 @@ if __name__ == "__main__":  # before the imports that take long
     ending.watch_run()
 
 from nemo_care.config import Recipe, recipe_yaml, seconds_of
-from nemo_care.recipes import changed_keys, read_recipe
+from nemo_care.errors import InputError
+from nemo_care.recipes import changed_keys, recipe_of_run
+from nemo_care.screen import console, say
 from nemo_care.start import Command, start
 
 if TYPE_CHECKING:
@@ -91,28 +93,30 @@ def _tell_changes(old: Path, recipe: Recipe) -> None:
     """Say which keys differ from those that the run in this directory began with."""
     if not old.is_file():
         return
-    changes = changed_keys(read_recipe(old), recipe)
+    try:
+        before = recipe_of_run(old.parent)
+    except InputError as error:
+        say(f"{error}\nwhat has changed since this run was last started is not known")
+        return
+    changes = changed_keys(before, recipe)
     if changes:
-        print(f"recipe changed since this run was last started: {'; '.join(changes)}")
+        say(f"recipe changed since this run was last started: {'; '.join(changes)}")
 
 
 def _show_end(folder: Path, summary: dict[str, Any]) -> None:
     """The table start against end, and where things lie."""
-    from rich.console import Console
-
     from nemo_care.reporting.tables import validation_table
 
-    # Paths may hold brackets, which are no markup.
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    screen = console(soft_wrap=True)
     if summary["start"] and summary["end"]:
-        console.print(validation_table(summary["start"], summary["end"]))
+        screen.print(validation_table(summary["start"], summary["end"]))
     if summary["skipped"]:
-        console.print(f"{summary['skipped']} samples skipped, see {folder / 'skipped.jsonl'}")
+        screen.print(f"{summary['skipped']} samples skipped, see {folder / 'skipped.jsonl'}")
     if summary["bad_steps"]:
-        console.print(f"{summary['bad_steps']} steps left out, see {folder / 'bad_steps'}")
+        screen.print(f"{summary['bad_steps']} steps left out, see {folder / 'bad_steps'}")
     if summary["export"]:
-        console.print(f"trained checkpoint (Hugging Face): {summary['export']}")
-    console.print(f"{summary['steps']} steps done; run directory: {folder}")
+        screen.print(f"trained checkpoint (Hugging Face): {summary['export']}")
+    screen.print(f"{summary['steps']} steps done; run directory: {folder}")
 
 
 _COMMAND = Command(

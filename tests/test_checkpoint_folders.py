@@ -208,12 +208,12 @@ JSON_FILES = [
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"a": ', "not a JSON file"),
-        (b"", "not a JSON file"),
-        (b'{"a": "\xff\xfe"}', "not a JSON file"),
-        (b"[" * 100_000, "not a JSON file"),
-        (b"[1]", "JSON list"),
-        (b'"text"', "JSON str"),
+        (b'{"a": ', "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b'{"a": "\xff\xfe"}', "not UTF-8"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[1]", "not a JSON object"),
+        (b'"text"', "not a JSON object"),
     ],
     ids=["torn", "empty", "not UTF-8", "deep", "list", "text"],
 )

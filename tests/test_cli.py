@@ -116,6 +116,14 @@ def test_what_users_download_is_named_where_it_is_missing(run, checkpoint, tmp_p
     assert_refused(result, f"{tmp_path}/annotations/training_6k.jsonl", "data.*.root")
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_torn_file_of_the_checkpoint_is_named(train, copied_checkpoint, name):
+    file = copied_checkpoint / name
+    file.write_text(file.read_text()[:-20])
+    result = train(f"model.hf_path={copied_checkpoint}")
+    assert_refused(result, f"{file}:", "not valid JSON", "download")
+
+
 def test_recipe_of_the_users_own_folder_inherits_ours(run, tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "defaults: [tiny_cpu, _self_]\nalgorithm: {group_size: 1}\n"

@@ -207,6 +207,41 @@ def test_killed_evaluation_goes_on_where_it_was_and_equals_an_uninterrupted_one(
     assert results_of(tmp_path / "whole") == results_of(tmp_path / "killed")
 
 
+def test_broken_files_of_an_evaluation_are_named(evaluate, tmp_path):
+    folder = tmp_path / "run"
+    assert evaluate(folder)[0] == 0
+    results, rows = "evaluation.json", "evaluation/L2.jsonl"
+    whole = {name: (folder / name).read_bytes() for name in (results, rows)}
+    first, second, rest = whole[rows].split(b"\n", 2)
+    torn = b'{\n "L1": {\n  "accu'
+    for name, content, said in (
+        (results, torn, ":3: not valid JSON"),
+        (results, b'{"L1": 0.5}', ": level 'L1': not a JSON object"),
+        (results, b'{"L1": {"count": 3, "skipped": null}}', '"skipped" is not a whole number'),
+        ("evaluation/settings.json", torn, ":3: not valid JSON"),
+        ("evaluation/settings.json", b"[]", ": not a JSON object"),
+    ):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(content)
+        assert_refused(evaluate(folder), str(folder / name), said)
+        (folder / name).write_bytes(before)
+    # Rows are read while there are no results, and results come back from the rows.
+    (folder / results).unlink()
+    for line, said in (
+        (second[:-9], ":2: not valid JSON"),
+        (second.replace(b'"index": 1', b'"index": "1"'), ':2: "index" is not a whole number'),
+        (b"[]", ":2: not a JSON object"),
+        (second.replace(b'"consistent"', b'"consistence"'), ':2: "consistent" is missing'),
+    ):
+        (folder / rows).write_bytes(b"\n".join((first, line, rest)))
+        assert_refused(evaluate(folder), f"{folder / rows}{said}", "correct or remove the line")
+    (folder / rows).write_bytes(b"\n".join((first, rest)))  # as the message says
+    assert evaluate(folder)[0] == 0
+    again, before = results_of(folder), json.loads(whole[results])
+    assert (again["L1"], again["L3"]) == (before["L1"], before["L3"])
+    assert again["L2"]["count"] == before["L2"]["count"] == 8
+
+
 def test_language_model_judges_and_is_not_asked_twice(evaluate, endpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     endpoint.answer = lambda request: says("The reasoning names it.\nCONSISTENT")

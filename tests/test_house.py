@@ -11,7 +11,8 @@ PACKAGE = Path(nemo_care.__file__).parent
 FLOORS = {
     "errors": 1, "config": 1, "data_config": 1, "model_config": 1, "evaluation_config": 1,
     "rollout_config": 1, "vllm_config": 1,
-    "objective": 1, "json_lines": 1, "run_files": 1, "quiet": 1, "ending": 1,
+    "objective": 1, "json_lines": 1, "run_files": 1, "quiet": 1, "ending": 1, "screen": 1,
+    "tensor_files": 1,
     "parallel": 2,
     "data": 3,
     "models": 4,
@@ -53,3 +54,33 @@ def test_imports_go_down_the_floors(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_files_stay_small(file):
     assert len(file.read_text().splitlines()) <= 420
+
+
+def _raw_output(tree: ast.AST) -> list[str]:
+    """Calls that print without nemo_care/screen.py, which makes texts safe for a terminal."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "rich.console":
+            found += ["rich.console.Console" for name in node.names if name.name == "Console"]
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        writes = called in ("sys.stdout.write", "sys.stderr.write", "tqdm.write") or (
+            called in ("sys.stdout.writelines", "sys.stderr.writelines", "traceback.print_exc")
+        )
+        safe = bool(node.args) and ast.unparse(node.args[0]).startswith(("printable(", "one_line("))
+        if called == "print" or (writes and not safe):
+            found.append(called)
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_output_goes_through_the_module_that_makes_it_harmless(file):
+    if file.name == "screen.py":
+        return
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        # Imports for annotations alone.
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    assert not _raw_output(tree), f"{file.relative_to(PACKAGE)}: use say or console of screen.py"

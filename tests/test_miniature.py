@@ -1,4 +1,5 @@
 import json
+import os
 import random
 
 import pytest
@@ -14,7 +15,7 @@ from nemo_care.miniature.batched import (
     vision_features,
 )
 from nemo_care.miniature.build import CHECKPOINT, GATE_FILE, build
-from nemo_care.miniature.checkpoint import build_model, load_checkpoint
+from nemo_care.miniature.checkpoint import build_model, load_checkpoint, save_checkpoint
 from nemo_care.miniature.files import ensure_world, write_world
 from nemo_care.miniature.gate import Gate, GateNotPassed, measure_gate
 from nemo_care.miniature.vocabulary import DIRECTIONS, LETTERS, OPPOSITE, SHAPES, WORDS, encode
@@ -319,3 +320,16 @@ def test_the_gate_names_what_is_off(numbers, failing):
 def test_the_committed_checkpoint_passes_the_gate():
     gate = measure_gate(load_checkpoint(CHECKPOINT))
     assert gate.failures() == []
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_world(tmp_path / "world", train=1, validation=1)
+        (tmp_path / "model").mkdir()
+        save_checkpoint(build_model(0), tmp_path / "model")
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path

@@ -1,5 +1,6 @@
 """`nemo-care replay`: a step that was left out is computed again and says what is not finite."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -56,8 +57,14 @@ def test_replay_with_the_weights_of_the_step_finds_them_in_order(run):
     recipe.rollout.backend, recipe.rollout.asynchronous = "vllm", True
     recipe.rollout.vllm.placement, recipe.rollout.vllm.hosts = "separate", ["node17:5600"]
     file.write_text(recipe_yaml(recipe))
+    # An id may say what the report says, and what a terminal obeys.
+    about = folder / "bad_steps" / "step_000002.json"
+    record = json.loads(about.read_text())
+    record["groups"][0]["sample_id"] = "train_ where is it now finite \x1b[2J"
+    about.write_text(json.dumps(record))
     result = replayed(folder, "--step", "2")
     assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stdout
     assert "weights: checkpoints/step_000001, as in the step itself (1 optimizer" in result.stdout
     assert "the loss (first on rank 0, replica 0)" in result.stdout
     assert result.stdout.count("then not finite: policy") == 16

@@ -11,6 +11,7 @@ from made_endpoint import PATIENCE, Endpoint, ask, completion, says, serving
 
 from nemo_care.errors import InputError
 from nemo_care.evaluation.llm_judge import LLMJudge
+from nemo_care.evaluation.reply_cache import ReplyCache
 from nemo_care.evaluation_config import LLMJudgeConfig
 
 
@@ -133,3 +134,29 @@ def test_file_that_is_no_cache_is_refused_and_left_alone(judge, tmp_path, name, 
     assert str(path) in str(caught.value)
     assert "evaluation.llm.cache" in str(caught.value)
     assert before is None or path.read_bytes() == before
+
+
+@pytest.mark.parametrize("reply", ["x'00ff'", "CAST(x'ff' AS TEXT)"], ids=["bytes", "not UTF-8"])
+def test_reply_that_is_no_text_is_refused(tmp_path, reply):
+    path = tmp_path / "kept"
+    cache = ReplyCache(path)
+    with sqlite3.connect(path) as database:
+        database.execute(f"INSERT INTO llm_judge_replies VALUES ('question', {reply})")
+    with pytest.raises(InputError, match=str(path)):
+        cache.get("question")
+    cache.close()
+
+
+def test_file_that_is_damaged_within_is_named_when_it_is_read(tmp_path):
+    path = tmp_path / "kept"
+    cache = ReplyCache(path)
+    for number in range(500):
+        cache.put(f"question {number}", "a reply " * 20)
+    cache.close()
+    content = bytearray(path.read_bytes())
+    content[8192:-4096] = b"\xff" * (len(content) - 12288)
+    path.write_bytes(content)
+    cache = ReplyCache(path)
+    with pytest.raises(InputError, match=str(path)):
+        [cache.get(f"question {number}") for number in range(500)]
+    cache.close()

@@ -13,10 +13,11 @@ import pytest
 from rich.console import Console
 
 from nemo_care.errors import InputError
+from nemo_care.json_lines import complete_lines
 from nemo_care.reporting.compare import compare
 from nemo_care.reporting.page import choose_samples
 from nemo_care.reporting.processes import available_cores, last_lines
-from nemo_care.reporting.reader import last_step, read_lines, read_run
+from nemo_care.reporting.reader import last_step, read_run
 from nemo_care.reporting.report import duration, write_report
 from nemo_care.reporting.tables import validation_table
 from nemo_care.reporting.training_runs import quoted
@@ -190,8 +191,29 @@ def test_refuses_what_is_not_a_run(tmp_path):
 
 def test_a_line_separator_in_a_completion_does_not_cut_the_line(tmp_path):
     folder = make_run(tmp_path / "run")
-    rows = read_lines(folder / "rollouts/step_000001.jsonl")
+    rows = complete_lines(folder / "rollouts/step_000001.jsonl")
     assert rows[1]["completion"] == "cut off \u2028 here"
+
+
+@pytest.mark.parametrize("name", ["$\\nosuch{$", "a $x^2$ b", "$", "[/x]"])
+def test_names_with_dollars_are_drawn_as_they_are(tmp_path, monkeypatch, name):
+    """matplotlib takes text between dollars for a formula, and fails at one that is none."""
+    from matplotlib.text import Text
+
+    folder = make_run(tmp_path / "run")
+    file = folder / "validation.jsonl"
+    file.write_text(lines({"step": s, "levels": {name: levels(0.4)["L1"]}} for s in (0, 12)))
+    drawn = []
+    draw = Text.draw
+
+    def recording(self, *arguments, **settings):
+        drawn.append((self.get_text(), self.get_parse_math()))
+        return draw(self, *arguments, **settings)
+
+    monkeypatch.setattr(Text, "draw", recording)
+    write_report(folder)
+    assert drawn
+    assert not [text for text, parsed in drawn if parsed]
 
 
 def test_report_is_one_page_without_foreign_resources(tmp_path):

@@ -84,13 +84,7 @@ def build_trainer(
     tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
     prompts = PromptBuilder(recipe.data, model.hf, tokenizer)
     validation_prompts = PromptBuilder(for_validation(recipe.data), model.hf, tokenizer)
-    layout = BatchLayout.of(
-        ranks.layout,
-        algorithm.groups_per_micro_batch,
-        tokenizer.pad_id,
-        shared_prompt=algorithm.shared_prompt,
-        fp8=fp8,
-    )
+    layout = BatchLayout.of_recipe(recipe, ranks.layout, tokenizer.pad_id)
     reference = None
     if needs_reference(algorithm):
         twin = load_model(recipe, ranks, fp8=fp8.scoring)

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console as RichConsole
-from rich.text import Text
 from tqdm import tqdm
 
 from nemo_care.config import Recipe
 from nemo_care.data.samples import Skipped
+from nemo_care.screen import console, one_line, plain, printable
 
 _SHOWN = {
     "reward": "reward/total",
@@ -38,7 +37,7 @@ class Console:
         if self.active:
             # The bar's own writer keeps the bar below the text.
             with tqdm.external_write_mode():
-                RichConsole(soft_wrap=True, highlight=False).print(text)
+                console(soft_wrap=True).print(text)
 
     @contextmanager
     def steps(self, done: int) -> Iterator[None]:
@@ -70,7 +69,9 @@ class Console:
     ) -> None:
         """Show a finished step, and now and then one of its completions."""
         for item in skipped:
-            self._print(Text(f"skipped sample {item.sample_id}: {item.reason}", style="yellow"))
+            self._print(
+                plain(one_line(f"skipped sample {item.sample_id}: {item.reason}"), "yellow")
+            )
         values = {
             short: f"{metrics[name]:.2f}"
             for short, name in _SHOWN.items()
@@ -98,19 +99,20 @@ class Console:
         ]
         parts.append(f"bonus {row['bonus']:.2f}")
         head = f"step {step}, prompt {row['prompt_id']} ({', '.join(parts)}): "
-        # A Text, not markup: a completion may hold brackets.
-        self._print(Text(head, style="dim").append(row["completion"], style="not dim"))
+        self._print(
+            plain(one_line(head), style="dim").append(printable(row["completion"]), "not dim")
+        )
 
     def bad_lines(self, bad_lines: Sequence[Skipped]) -> None:
         """Say that lines of the annotations can't be used; a large file may have thousands."""
         if bad_lines:
             text = f"skipped {len(bad_lines)} lines of the annotations; the first: "
-            self._print(Text(text + bad_lines[0].reason, style="yellow"))
+            self._print(plain(one_line(text + bad_lines[0].reason), style="yellow"))
 
     def bad_step(self, step: int, why: str, in_a_row: int, file: Path) -> None:
         """Say that a step was left out."""
         text = f"step {step} is left out, not finite: {why}; {in_a_row} in a row; inputs: {file}"
-        self._print(Text(text, style="yellow"))
+        self._print(plain(text, style="yellow"))
 
     def difference(self, step: int, difference: float, bound: float, again: int) -> None:
         """Say that rollout and training disagree; `again` is how many such steps until the next."""
@@ -119,7 +121,7 @@ class Console:
             f"average, more than rollout.max_logprob_difference={bound:g} (told every {again} "
             "such steps; metric rollout/logprob_difference)"
         )
-        self._print(Text(text, style="yellow"))
+        self._print(plain(text, style="yellow"))
 
     def uncorrected_rollouts(self) -> None:
         """Say that completions of older weights are taken for the policy's own."""
@@ -128,7 +130,7 @@ class Console:
             "nothing corrects for it; rollout.importance_sampling.enabled=true (with "
             "rollout.temperature=1) weights their tokens (metric rollout/staleness)"
         )
-        self._print(Text(text, style="yellow"))
+        self._print(plain(text, style="yellow"))
 
     def idle_bonus(self, step: int, rate: float, steps: int, again: int) -> None:
         """Say that the consistency bonus no longer selects."""
@@ -139,16 +141,16 @@ class Console:
             "consistency rate and forced-reasoning probe tell which (metric care/selection_rate; "
             f"told every {again} such steps)"
         )
-        self._print(Text(text, style="yellow"))
+        self._print(plain(text, style="yellow"))
 
     def resumed(self, step: int, checkpoint: Path) -> None:
         """Say where the run goes on."""
-        self._print(Text(f"resumed after step {step} from {checkpoint}"))
+        self._print(plain(f"resumed after step {step} from {checkpoint}"))
 
     def damaged(self, reason: str, aside: Path) -> None:
         """Say that a checkpoint can't be used."""
         text = f"damaged checkpoint, the one before it is tried; set aside as {aside.name}: "
-        self._print(Text(text + reason, style="bold red"))
+        self._print(plain(text + reason, style="bold red"))
 
     def validation(self, step: int, levels: Mapping[str, Mapping[str, Any]]) -> None:
         """Show a validation on one line."""
@@ -158,7 +160,7 @@ class Console:
             if result["consistency_rate"] is not None:
                 text += f" consistency {_rate(result['consistency_rate'])}"
             parts.append(text)
-        self._print(f"validation after step {step}: {'; '.join(parts)}")
+        self._print(one_line(f"validation after step {step}: {'; '.join(parts)}"))
 
 
 def _rate(value: float | None) -> str:

@@ -227,7 +227,7 @@ def why(not_finite: Sequence[Mapping[str, Any]]) -> str:
     """One phrase for what was not finite, and where first."""
     parts = []
     for item in not_finite:
-        name = NAMES[item["what"]]
+        name = NAMES.get(item["what"], item["what"])
         if item["first_rank"] is None:
             parts.append(f"the norm of {name} (on all ranks)")
         else:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import InputError
+from nemo_care.json_lines import read_object
 
 
 def read_checkpoint_json(file: Path) -> dict[str, Any]:
@@ -13,20 +14,7 @@ def read_checkpoint_json(file: Path) -> dict[str, Any]:
     Raises:
         InputError: the file can't be read, holds something else, or names Python code to run.
     """
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise InputError(f"{file}: can't be read ({error.strerror})") from error
-    # UnicodeDecodeError and JSONDecodeError are ValueErrors; RecursionError: nested too deeply.
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{file}: not a JSON file ({first_line(error)}); copy it from the checkpoint again"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{file}: holds a JSON {type(content).__name__} where an object is needed; copy it "
-            "from the checkpoint again"
-        )
+    content = read_object(file, remedy="copy it from the checkpoint again")
     _refuse_code(content, file)
     return content
 

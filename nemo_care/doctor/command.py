@@ -11,6 +11,7 @@ from nemo_care.doctor.fit import Fit, fit_of, missing_mandatory, start_plan
 from nemo_care.doctor.machine import FOUND, Finding, Machine, examine
 from nemo_care.errors import InputError
 from nemo_care.quiet import quiet_libraries
+from nemo_care.screen import one_line, say
 
 CAN_RUN, CAN_NOT = 0, 2
 _DESCRIPTION = """What this machine has for nemo-care: packages, GPUs, kernels, memory, disk, Slurm.
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
             fit = Fit(problems=problems) if problems else _fit(machine, rest, not options.no_plan)
             problems = fit.problems
     if options.json:
-        print(json.dumps(_record(machine, fit, problems)))
+        say(json.dumps(_record(machine, fit, problems)))
     else:
         _show(machine, fit, problems)
     return CAN_NOT if problems else CAN_RUN
@@ -98,21 +99,21 @@ def _show(machine: Machine, fit: Fit | None, problems: Sequence[str]) -> None:
     for finding in machine.findings:
         if finding.group != group:
             group = finding.group
-            print(f"\n{group}")
-        print(_line(finding, width))
-    print()
+            say(f"\n{group}")
+        say(_line(finding, width))
+    say()
     if fit is not None:
         for fact in fit.facts:
-            print(fact)
+            say(one_line(fact))
         for warning in fit.warnings:
-            print(f"mind: {warning}")
-        print("this recipe can run here" if not problems else "this recipe can't run here:")
+            say(one_line(f"mind: {warning}"))
+        say("this recipe can run here" if not problems else "this recipe can't run here:")
     elif problems:
-        print("nothing can run here:")
+        say("nothing can run here:")
     else:
-        print("all that every run needs is here")
+        say("all that every run needs is here")
     for problem in problems:
-        print(f"  {problem}")
+        say(one_line(f"  {problem}"))
 
 
 def _line(finding: Finding, width: int) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_care.errors import InputError
+from nemo_care.screen import say
 
 
 def planned(
@@ -66,4 +67,4 @@ if __name__ == "__main__":
 
     quiet_libraries()
     capability, free_gib, total_gib, *rest = sys.argv[1:]
-    print(json.dumps(planned(capability, float(free_gib), float(total_gib), rest)))
+    say(json.dumps(planned(capability, float(free_gib), float(total_gib), rest)))

@@ -15,16 +15,22 @@ from nemo_care.data.annotations import Annotations, shown
 from nemo_care.errors import InputError
 from nemo_care.evaluation.evaluator import Evaluated
 from nemo_care.evaluation.results import Results, level_results
-from nemo_care.evaluation.rows import Row
+from nemo_care.evaluation.rows import PROBE, ROW, Row
 from nemo_care.json_lines import (
+    Kinds,
     Record,
     append_lines,
+    check_record,
     complete_lines,
+    read_object,
     replace_file,
     replace_lines,
 )
 
 _REMEDY = "choose another exp_manager.explicit_log_dir, or remove the folder evaluation"
+_AGAIN = "remove it, and the same command makes it again from the rows"
+_RESULT: Kinds = {"count": int, "skipped": int}
+_BY_TASK_TYPE: Kinds = {"by_task_type": dict[str, dict]}
 
 
 class EvaluationFiles:
@@ -48,7 +54,7 @@ class EvaluationFiles:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._settings.exists():
-            _check_settings(self.folder, json.loads(self._settings.read_text()), settings)
+            _check_settings(self.folder, read_object(self._settings, remedy=_REMEDY), settings)
         elif any(self.folder.glob("*.jsonl")):
             raise InputError(f"{self.folder}: holds rows without settings.json; {_REMEDY}")
         else:
@@ -67,12 +73,26 @@ class EvaluationFiles:
         replace_lines(self.skipped, bad)
 
     def results(self) -> dict[str, Results] | None:
-        """Results by level of a complete evaluation, else None."""
-        return json.loads(self._results.read_text()) if self._results.exists() else None
+        """Results by level of a complete evaluation, else None.
+
+        Raises:
+            InputError: the file of the results is broken.
+        """
+        if not self._results.exists():
+            return None
+        results = read_object(self._results, remedy=_AGAIN)
+        for level, result in results.items():
+            where = f"{self._results}: level {shown(level)}"
+            check_record(where, result, _RESULT, _BY_TASK_TYPE, remedy=_AGAIN)
+        return results
 
     def rows(self, level: str) -> list[Row]:
-        """The rows of a level so far."""
-        return complete_lines(self._rows(level))
+        """The rows of a level so far.
+
+        Raises:
+            InputError: a line is broken.
+        """
+        return complete_lines(self._rows(level), ROW, PROBE)
 
     def append(self, level: str, batch: Evaluated) -> None:
         """Write a batch: samples left out, and rows."""
@@ -85,7 +105,7 @@ class EvaluationFiles:
 
     def finish(self, *, judged: bool) -> dict[str, Results]:
         """Write the results, made from the rows; `judged` as in `level_results`."""
-        skipped = [record["level"] for record in complete_lines(self.skipped)]
+        skipped = [record["level"] for record in complete_lines(self.skipped, {"level": str})]
         results = {
             level: level_results(self.rows(level), skipped=skipped.count(level), judged=judged)
             for level in self.levels

@@ -42,6 +42,8 @@ class ReplyCache:
             row = self._database.execute(
                 "SELECT reply FROM llm_judge_replies WHERE question = ?", (question,)
             ).fetchone()
+        if row is not None and not isinstance(row[0], str):
+            raise self._unusable("a reply in it is no text")
         return None if row is None else row[0]
 
     def put(self, question: str, reply: str) -> None:
@@ -65,6 +67,6 @@ class ReplyCache:
 
     def _unusable(self, cause: str) -> InputError:
         return InputError(
-            f"{self._path}: the judge's replies can't be kept there ({cause}); mend or move that "
+            f"{self._path}: the judge's replies can't be kept there ({cause}); repair or move that "
             "file, or name another one with evaluation.llm.cache"
         )

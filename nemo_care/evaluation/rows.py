@@ -2,11 +2,25 @@
 
 from typing import Any
 
+from nemo_care.json_lines import Kinds
 from nemo_care.objective.rewards import evaluation_accuracy, format_reward
 from nemo_care.objective.text import parse_completion
 from nemo_care.rollouts.group import Group
 
 Row = dict[str, Any]
+
+# What results are made of, and how a row that is read back is checked.
+ROW: Kinds = {
+    "index": int,
+    "task_type": str,
+    "completion": str,
+    "tokens": int,
+    "accuracy": float | None,
+    "format": int,
+    "reasoning_words": int,
+    "consistent": bool | None,
+}
+PROBE: Kinds = {"probe_implied": float | None, "probe_true": float | None}
 
 
 def completion_row(group: Group, *, min_reasoning_words: int) -> Row:

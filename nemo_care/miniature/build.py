@@ -2,9 +2,9 @@
 
 import argparse
 import json
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ from nemo_care.errors import InputError
 from nemo_care.miniature.checkpoint import build_model, save_checkpoint
 from nemo_care.miniature.gate import Gate, GateNotPassed, measure_gate
 from nemo_care.miniature.warm_start import warm_start
+from nemo_care.screen import one_line, say
 
 CHECKPOINT = Path(__file__).parent / "checkpoint_warm"
 GATE_FILE = "gate.json"
@@ -44,7 +45,7 @@ def build(out_dir: str | Path, *, seed: int, scale: float = 1.0, require_gate: b
         raise InputError(f"{out_dir}: exists already; remove it or choose another directory")
     start = time.monotonic()
     model = build_model(seed)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, seed {seed}", flush=True)
+    say(f"{sum(p.numel() for p in model.parameters())} parameters, seed {seed}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are too small for more threads to help
     try:
@@ -54,8 +55,8 @@ def build(out_dir: str | Path, *, seed: int, scale: float = 1.0, require_gate: b
         torch.set_num_threads(threads)
 
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    partial.chmod(0o755)
+    partial = out_dir.with_name(f".{out_dir.name}.{secrets.token_hex(4)}")
+    partial.mkdir()
     save_checkpoint(model, partial)
     report = {
         "gate": {name: round(value, 4) for name, value in asdict(gate).items()},
@@ -71,7 +72,7 @@ def build(out_dir: str | Path, *, seed: int, scale: float = 1.0, require_gate: b
         shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
     minutes = (time.monotonic() - start) / 60
-    print(f"{target}: {json.dumps(report['gate'])}, {minutes:.1f} minutes", flush=True)
+    say(f"{target}: {json.dumps(report['gate'])}, {minutes:.1f} minutes")
     if require_gate:
         gate.require()
     return gate
@@ -97,10 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         build(options.out, seed=options.seed, scale=options.scale, require_gate=not options.no_gate)
     except GateNotPassed as error:
-        print(error, file=sys.stderr)
+        say(error, file=sys.stderr)
         return 1
     except InputError as error:
-        print(error, file=sys.stderr)
+        say(one_line(error), file=sys.stderr)
         return 2
     return 0
 

@@ -11,6 +11,7 @@ from transformers import (
 
 from nemo_care.miniature.tokenizer import build_tokenizer
 from nemo_care.miniature.vocabulary import END, IMAGE_PAD, PAD, TOKEN_ID, VIDEO_PAD, WORDS
+from nemo_care.tensor_files import usual_mode
 
 TEXT_LAYERS = 4
 TEXT_HIDDEN = 64
@@ -98,7 +99,8 @@ def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, directory: str | 
         temperature=1.0,
         max_new_tokens=28,
     )
-    model.save_pretrained(directory)
+    with usual_mode(Path(directory) / "model.safetensors"):
+        model.save_pretrained(directory)
     build_tokenizer().save_pretrained(directory)
 
 

@@ -1,8 +1,8 @@
 """The miniature as files: real mp4 videos, and one JSON object per question."""
 
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,9 +112,10 @@ def write_video(path: str | Path, frames: Tensor) -> None:
 def _complete_directory(root: Path) -> Iterator[Path]:
     """A temporary directory that becomes `root` when the block ends without an error."""
     root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    # Not tempfile's folder, which nobody else may enter.
+    partial = root.with_name(f".{root.name}.{secrets.token_hex(4)}")
+    partial.mkdir()
     try:
-        partial.chmod(0o755)
         yield partial
         partial.rename(root)
     except BaseException:

@@ -33,6 +33,7 @@ from nemo_care.miniature.vocabulary import (
     encode,
 )
 from nemo_care.miniature.world import TEMPLATES, Question, ask, draw_scenes
+from nemo_care.screen import say
 
 BATCH = 96
 REVERSE_QUESTIONS = 0.2
@@ -142,11 +143,10 @@ def run_stage(
     progress.close()
     gate = measure_gate(model, prompts=PROMPTS_BETWEEN_STAGES)
     model.train()
-    print(
+    say(
         f"stage {stage.name}: {step} steps, letters right {letter_accuracy:.3f}, "
         f"truth without reasoning {gate.truth_without_reasoning:.3f}, after a wrong reasoning: "
-        f"implied letter {gate.implied_letter:.3f}, true letter {gate.true_letter:.3f}",
-        flush=True,
+        f"implied letter {gate.implied_letter:.3f}, true letter {gate.true_letter:.3f}"
     )
 
 

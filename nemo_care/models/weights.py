@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from safetensors.torch import save_file
 
 from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
 from nemo_care.models.hf_tensors import INDEX, HFTensors
 from nemo_care.models.qwen2_5_vl import Qwen25VL, padded_vocabulary
+from nemo_care.tensor_files import save_tensors
 
 _PART_BYTES = 5 * 10**9
 # What goes with the weights: configuration, tokenizer, processors. Nothing else that lies there.
@@ -201,7 +201,7 @@ def _write_parts(model: Qwen25VL, out: Path, stage: int, writes: bool) -> list[d
         nonlocal size
         if pending:
             file = f"stage-{stage:03d}-part-{len(parts):03d}.safetensors"
-            save_file(pending, out / file, metadata={"format": "pt"})
+            save_tensors(out / file, pending, metadata={"format": "pt"})
             parts.append({"file": file, "names": list(pending), "bytes": size})
             pending.clear()
             size = 0

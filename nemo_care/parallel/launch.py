@@ -25,6 +25,7 @@ from nemo_care import ending
 from nemo_care.ending import FAILURE, USAGE_ERROR
 from nemo_care.errors import InputError, RunFailed, RunStopped
 from nemo_care.parallel.slurm import Node
+from nemo_care.screen import one_line, say
 
 # Where each rank's output goes, into files of its own; not set: all of it to the screen.
 _LOG_FOLDER = "NEMO_CARE_RANK_LOGS"
@@ -111,13 +112,11 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
             else (f"exit status {failure.exitcode}")
         )
         where = f" on {node.name}" if node is not None else ""
-        print(
-            f"rank {rank}{where} failed with {how}; the other ranks were stopped", file=sys.stderr
-        )
+        say(f"rank {rank}{where} failed with {how}; the other ranks were stopped", file=sys.stderr)
         return FAILURE
     except RendezvousError as error:
         assert node is not None
-        print(
+        say(
             f"{node.name}: the starters of {machines} machines did not meet at "
             f"{node.address}:{node.port}, or the first of them is gone ({error})",
             file=sys.stderr,
@@ -167,8 +166,8 @@ def _log_file(folder: Path, rank: int, kind: str) -> Path:
 
 def _show_end(file: Path) -> None:
     with file.open(errors="replace") as lines:
-        sys.stderr.writelines(deque(lines, maxlen=_SHOWN_LINES))
-    print(f"({file})", file=sys.stderr)
+        say("".join(deque(lines, maxlen=_SHOWN_LINES)), file=sys.stderr, end="")
+    say(f"({file})", file=sys.stderr)
 
 
 def guarded(main: Callable[..., Any], *arguments: Any, unwinds: bool = True) -> int:
@@ -180,21 +179,21 @@ def guarded(main: Callable[..., Any], *arguments: Any, unwinds: bool = True) -> 
         with ending.unwinding() if unwinds else contextlib.nullcontext():
             record(main)(*arguments)
     except InputError as error:
-        print(f"nemo-care: {error}", file=sys.stderr)
+        say(f"nemo-care: {one_line(error)}", file=sys.stderr)
         return USAGE_ERROR
     except RunStopped as stopped:
         # Slurm and torch end what is left of a job as soon as one rank has gone.
         ending.on_request(lambda number: None)
         if ending.is_speaker():
-            print(f"nemo-care: {stopped}", file=sys.stderr)
+            say(f"nemo-care: {stopped}", file=sys.stderr)
         return stopped.status
     except RunFailed as error:
-        print(f"nemo-care: {error}", file=sys.stderr)
+        say(f"nemo-care: {error}", file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
-        print("nemo-care: interrupted", file=sys.stderr)
+        say("nemo-care: interrupted", file=sys.stderr)
         return ending.status_of(signal.SIGINT)
     except Exception:
-        traceback.print_exc()
+        say(traceback.format_exc(), file=sys.stderr, end="")
         return FAILURE
     return 0

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from nemo_care import ending
 from nemo_care.ending import STARTER_GONE, STOPPED, cause_of, end_at_once, is_speaker, status_of
 from nemo_care.errors import RunStopped
+from nemo_care.screen import say
 
 # A rank whose starter has died ends after this time if its step does not, as torchrun's ranks do
 # after a SIGTERM.
@@ -46,7 +47,7 @@ class StopRequest:
             timer.daemon = True
             timer.start()
         if number == signal.SIGINT and is_speaker():
-            print(
+            say(
                 "nemo-care: stopping after the running step, with a checkpoint; another Ctrl-C "
                 "ends the run at once",
                 file=sys.stderr,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nemo_care.errors import InputError
 from nemo_care.planning.gpus import DEFAULT_GPU, gpu_names, read_gpu
+from nemo_care.screen import say
 
 if TYPE_CHECKING:
     from nemo_care.config import Recipe
@@ -119,13 +120,13 @@ def main(arguments: Sequence[str]) -> None:
 
         runs = dry_run(plan)
         if options.json:
-            print(json.dumps(dry_run_as_json(runs)))
+            say(json.dumps(dry_run_as_json(runs)))
         else:
             print_report(dry_run_report(plan, runs))
         return
     advice = remedies(plan)
     if options.json:
-        print(json.dumps(plan_as_json(plan, advice)))
+        say(json.dumps(plan_as_json(plan, advice)))
     else:
         print_report(plan_report(plan, advice))
 
@@ -135,11 +136,11 @@ def _search(recipe: "Recipe", question: "Question", options: argparse.Namespace)
     from nemo_care.planning.tables import print_report
 
     def tell(line: str) -> None:
-        print(line, file=sys.stderr)
+        say(line, file=sys.stderr)
 
     found = search(recipe, question, options.gpus, options.limit, tell)
     if options.json:
-        print(json.dumps(search_as_json(found)))
+        say(json.dumps(search_as_json(found)))
         return
     gpus = options.gpus or recipe.trainer.devices * recipe.trainer.num_nodes
     print_report(search_report(found, question, gpus, recipe.rollout))

@@ -353,13 +353,7 @@ def built_stage(
     parallel = layout_of(recipe)
     memory = MetaMemory()
     with fake_world(parallel, stage_rank(parallel, number, world), world) as ranks, memory:
-        layout = BatchLayout.of(
-            parallel,
-            recipe.algorithm.groups_per_micro_batch,
-            0,
-            shared_prompt=recipe.algorithm.shared_prompt,
-            fp8=recipe.model.precision.fp8,
-        )
+        layout = BatchLayout.of_recipe(recipe, parallel, pad_id=0)
         model = _build_part(recipe, ranks, shape)
         weights = memory.current
         scorer, average, copy = None, 0, 0

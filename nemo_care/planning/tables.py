@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +13,7 @@ from nemo_care.planning.engines import EnginePlan
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.plan import GRANULARITIES, PHASES, Plan, StagePlan
 from nemo_care.planning.precision import precision_in_words
+from nemo_care.screen import console
 
 _FOOTNOTE = (
     "Counted by running the step's own code for its shapes, without memory or values, in a world "
@@ -252,7 +253,7 @@ def _footnote(plan: Plan) -> str:
 
 def print_report(report: RenderableType) -> None:
     """To the console; as wide as it takes where the output is a file."""
-    console = Console(highlight=False, markup=False, soft_wrap=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=160)
-    console.print(report)
+    screen = console()
+    if not screen.is_terminal:
+        screen = console(width=160)
+    screen.print(report)

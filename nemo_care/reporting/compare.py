@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import InputError
+from nemo_care.json_lines import read_object, replace_file
 from nemo_care.reporting.comparison import Comparison, Outcome
 from nemo_care.reporting.processes import Failure
 from nemo_care.reporting.reader import read_run
@@ -17,6 +18,7 @@ from nemo_care.reporting.training_runs import (
     train_runs,
     training_command,
 )
+from nemo_care.screen import console
 
 _STEPS = "trainer.max_steps"
 
@@ -51,13 +53,12 @@ def _claim(out: Path, overrides: Sequence[str]) -> None:
     settings = {"overrides": sorted(o for o in overrides if key_of(o) != _STEPS)}
     file = out / "overrides.json"
     if file.exists():
-        if json.loads(file.read_text(encoding="utf-8")) != settings:
-            raise InputError(
-                f"{file}: the runs there have other overrides; give another --out or remove {out}"
-            )
+        remedy = f"give another --out, or remove {out}"
+        if read_object(file, remedy=remedy) != settings:
+            raise InputError(f"{file}: the runs there have other overrides; {remedy}")
         return
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    replace_file(file, json.dumps(settings, indent=2) + "\n")
 
 
 def _outcome(run: TrainingRun, failure: Failure | None) -> Outcome:
@@ -125,14 +126,10 @@ def compare(
 
 
 def _publish(comparison: Comparison, out: Path) -> None:
-    from rich.console import Console
-
-    console = Console()
-    console.print(comparison.table())
+    screen = console()
+    screen.print(comparison.table())
     for note in comparison.notes():
-        console.print(note, highlight=False)
+        screen.print(note)
     record: dict[str, Any] = comparison.as_json()
-    (out / "comparison.json").write_text(
-        json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    (out / "comparison.md").write_text(comparison.markdown(), encoding="utf-8")
+    replace_file(out / "comparison.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    replace_file(out / "comparison.md", comparison.markdown())

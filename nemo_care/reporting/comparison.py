@@ -16,6 +16,7 @@ from nemo_care.reporting.tables import (
     rate,
     summary_by_level,
 )
+from nemo_care.screen import one_line, plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,21 +147,21 @@ class Comparison:
     def table(self) -> Table:
         """The table for a terminal of 80 columns."""
         from rich import box
-        from rich.markup import escape
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("run", overflow="fold")
         table.add_column("seed", overflow="fold")
         for level, key in self._columns():
-            table.add_column(f"{escape(level)}\n{_SHORT[key]}", justify="right", no_wrap=True)
+            heading = plain(f"{one_line(level)}\n{_SHORT[key]}")
+            table.add_column(heading, justify="right", no_wrap=True)
         for rows in self._rows():
             for place, row in enumerate(rows):
                 # The deviation on a line of its own keeps the columns narrow.
                 cells = [f"{text}\n±{spread}" if spread else text for text, spread in row.values]
                 style = "bold" if row.is_mean else None
-                name = escape(row.name) if place == 0 else ""
-                table.add_row(name, row.seed, *cells, style=style)
+                name = plain(row.name) if place == 0 else ""
+                table.add_row(name, plain(row.seed), *cells, style=style)
             table.add_section()
         return table
 

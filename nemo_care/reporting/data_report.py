@@ -12,6 +12,7 @@ import numpy as np
 
 from nemo_care.data.check import CAUSES, FileReport, Length, Problem
 from nemo_care.data_config import DataConfig
+from nemo_care.screen import one_line, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -131,7 +132,7 @@ def print_report(
             console.print(line)
         console.print()
     for line in _problem_lines(reports):
-        console.print(line)
+        console.print(one_line(line))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -154,11 +155,11 @@ def _usability_table(reports: Sequence[FileReport], max_skipped_fraction: float)
     for report in reports:
         numbers = (report.lines, len(report.checked), report.usable)
         table.add_row(
-            report.file.name,
+            plain(report.file.name),
             *(f"{number:,}" for number in numbers),
             f"{100 * report.unusable_fraction:.1f}%",
             "stops" if report.stops_a_run(max_skipped_fraction) else "goes on",
-            "the file" if report.error else _counts(report.causes) or "–",
+            "the file" if report.error else plain(_counts(report.causes) or "–"),
         )
     return table
 
@@ -173,9 +174,9 @@ def _contents_table(reports: Sequence[FileReport]) -> Table:
     table.add_column("problem types")
     for report in reports:
         table.add_row(
-            report.file.name,
+            plain(report.file.name),
             *(f"{count:,}" for count in _media(report).values()),
-            _counts(_problem_types(report)),
+            plain(_counts(_problem_types(report))),
         )
     return table
 
@@ -187,7 +188,7 @@ def _tokens_table(reports: Sequence[FileReport]) -> Table:
         assert record is not None, "only files with lengths"
         vision = record["vision_share"]
         table.add_row(
-            report.file.name,
+            plain(report.file.name),
             *(f"{record[key]:,.0f}" for key in ("min", "median", "mean", "p95", "max")),
             "–" if vision is None else f"{100 * vision:.0f}%",
         )

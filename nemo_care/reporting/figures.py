@@ -95,8 +95,16 @@ def new_sheet(count: int, axes_width: float = AXES[0]) -> tuple[Figure, list[Axe
 
 def save(figure: Figure, folder: Path, name: str, title: str) -> Curve:
     """Write a figure as a PNG file."""
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
     file = folder / f"{name}.png"
-    # Without matplotlib's own note, equal runs give equal files.
-    figure.savefig(file, facecolor="white", metadata={"Software": None})
+    # A `$` in the name of a level, a reward or a variant is no formula. Here for all texts there
+    # are, and for those of ticks, which are made while drawing.
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with rc_context({"text.parse_math": False}):
+        # Without matplotlib's own note, equal runs give equal files.
+        figure.savefig(file, facecolor="white", metadata={"Software": None})
     widest = 3 * (LEFT + AXES[0] + RIGHT)
     return Curve(file, title, figure.get_figwidth() / widest)

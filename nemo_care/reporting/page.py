@@ -7,7 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from nemo_care.reporting.reader import Record, number, read_lines
+from nemo_care.json_lines import Kinds, Record, complete_lines
+from nemo_care.reporting.reader import number
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2329; --soft: #5c6770; --back: #ffffff;
@@ -50,6 +51,7 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
 details { margin: 1rem 0; } summary { cursor: pointer; color: var(--accent); }
 """
 
+_COMPLETION: Kinds = {"prompt_index": int, "completion": str, "reward": float | None}
 _LONGEST_COMPLETION = 4000  # characters
 _PARTS = {
     "accuracy": "accuracy",
@@ -172,7 +174,7 @@ def samples(file: Path, step: int) -> str:
     Raises:
         InputError: a broken line.
     """
-    chosen = choose_samples(read_lines(file))
+    chosen = choose_samples(complete_lines(file, optional=_COMPLETION))
     if not chosen:
         return ""
     return f"<h3>Step {step}</h3>\n" + "\n".join(_sample(row) for row in chosen)

@@ -8,9 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import InputError
+from nemo_care.json_lines import Kinds, Record, complete_lines, read_object
+from nemo_care.run_files import METRICS, SKIPPED, VALIDATION, step_of_file
 
-Record = dict[str, Any]
 Levels = Mapping[str, Mapping[str, Any]]
+
+_SUMMARY: Kinds = {
+    "steps": int,
+    "wall_seconds": float | None,
+    "export": str | None,
+    "skipped": int,
+    "bad_steps": int,
+    "start": dict[str, dict] | None,
+    "end": dict[str, dict] | None,
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,7 @@ class RunRecord:
     skipped: list[Record]
     """Samples left out: index, sample_id, reason."""
     rollout_files: list[Path]
-    """One file per step; see `read_lines`."""
+    """One file per step."""
     recipe: Record
     """The resolved recipe; empty where the run wrote none."""
     summary: Record | None
@@ -80,40 +91,6 @@ def number(value: Any) -> float:
     return float(value)
 
 
-def read_lines(file: Path, required: tuple[str, ...] = ()) -> list[Record]:
-    """The records of a JSON-lines file; a file that does not exist has none.
-
-    A broken last line is what a kill leaves behind and is ignored.
-
-    Raises:
-        InputError: another line is not a JSON object or lacks a required key.
-    """
-    if not file.exists():
-        return []
-    # Bytes, cut at "\n" alone: a kill can tear a character, and str.splitlines also cuts at
-    # separators (U+2028 and others) that may stand inside a completion.
-    lines = file.read_bytes().split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    records = []
-    for place, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if place == len(lines):
-                break
-            raise InputError(f"{file}:{place}: not valid JSON; mend or remove the line") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{file}:{place}: not a JSON object; mend or remove the line")
-        for key in required:
-            if key not in record:
-                raise InputError(f'{file}:{place}: "{key}" is missing; mend or remove the line')
-        records.append(record)
-    return records
-
-
 def last_step(folder: Path) -> int:
     """The newest step in metrics.jsonl, 0 for none; reads only the end of the file."""
     try:
@@ -126,7 +103,7 @@ def last_step(folder: Path) -> int:
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue  # empty, torn, or the middle of a longer line
     return 0
 
@@ -135,32 +112,31 @@ def read_summary(folder: Path) -> Record | None:
     """summary.json of a run, None where it is not finished.
 
     Raises:
-        InputError: the file can't be read as a JSON object.
+        InputError: the file can't be read, or is no summary.
     """
     file = folder / "summary.json"
     if not file.exists():
         return None
-    try:
-        summary = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON; remove it and run again") from error
-    if not isinstance(summary, dict):
-        raise InputError(f"{file}: not a JSON object; remove it and run again")
-    return summary
+    return read_object(file, remedy="remove it and run again", optional=_SUMMARY)
 
 
 def _read_recipe(file: Path) -> Record:
     if not file.exists():
         return {}
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    try:
-        recipe = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        raise InputError(f"{file}: not a valid recipe; mend or remove it") from error
-    return {str(key): value for key, value in recipe.items()} if isinstance(recipe, dict) else {}
+    from nemo_care.recipes import load_recipe_file
+
+    recipe = OmegaConf.to_container(load_recipe_file(file), resolve=False)
+    assert isinstance(recipe, dict)
+    return {str(key): value for key, value in recipe.items()}
+
+
+def rollout_files(folder: Path) -> list[Path]:
+    """The files of a run's completions, one per step and in their order; other files are not."""
+    files = (folder / "rollouts").glob("step_*.jsonl")
+    found = [(step, file) for file in files if (step := step_of_file(file)) is not None]
+    return [file for _, file in sorted(found)]
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -179,10 +155,10 @@ def read_run(path: str | Path) -> RunRecord:
         )
     return RunRecord(
         folder=folder,
-        metrics=read_lines(folder / "metrics.jsonl", required=("step",)),
-        validations=read_lines(folder / "validation.jsonl", required=("step", "levels")),
-        skipped=read_lines(folder / "skipped.jsonl"),
-        rollout_files=sorted((folder / "rollouts").glob("step_*.jsonl")),
+        metrics=complete_lines(folder / "metrics.jsonl", METRICS),
+        validations=complete_lines(folder / "validation.jsonl", VALIDATION),
+        skipped=complete_lines(folder / "skipped.jsonl", optional=SKIPPED),
+        rollout_files=rollout_files(folder),
         recipe=_read_recipe(folder / "recipe.yaml"),
         summary=read_summary(folder),
     )

@@ -15,6 +15,7 @@ from nemo_care.reporting.tables import (
     result_notes,
     shown_columns,
 )
+from nemo_care.run_files import step_of_file
 
 _SETTINGS = {
     "model": "model.hf_path",
@@ -112,8 +113,7 @@ def _validation(run: RunRecord) -> str:
 
 def _samples(run: RunRecord) -> str:
     files = list(dict.fromkeys([*run.rollout_files[:1], *run.rollout_files[-1:]]))
-    steps = [int(file.stem.removeprefix("step_")) for file in files]
-    parts = [page.samples(file, step) for file, step in zip(files, steps, strict=True)]
+    parts = [page.samples(file, step_of_file(file) or 0) for file in files]
     if not any(parts):
         return ""
     how = (

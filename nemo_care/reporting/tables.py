@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_care.reporting.reader import Levels, RunRecord, number
+from nemo_care.screen import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -111,7 +112,6 @@ def change(start: Levels | None, end: Levels | None, level: str, key: str) -> st
 def validation_table(start: Levels | None, end: Levels | None) -> Table:
     """Start against end by level; either may be None, then the other stands alone."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     what = "start → end" if start and end else "end" if end else "start"
@@ -126,14 +126,13 @@ def validation_table(start: Levels | None, end: Levels | None) -> Table:
     for key in columns:
         table.add_column(COLUMNS[key], justify="right", no_wrap=True)
     for level in level_names(start, end):
-        table.add_row(escape(level), *(change(start, end, level, key) for key in columns))
+        table.add_row(plain(level), *(change(start, end, level, key) for key in columns))
     return table
 
 
 def evaluation_table(levels: Levels) -> Table:
     """Results of one model by level, and below each by task type where its samples have one."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
@@ -147,7 +146,7 @@ def evaluation_table(levels: Levels) -> Table:
 
     def add(name: str, result: Mapping[str, Any]) -> None:
         values = [rate(result.get(key)) for key in columns]
-        table.add_row(escape(name), *values, str(result["count"]))
+        table.add_row(plain(name), *values, str(result.get("count", "–")))
 
     for level, result in levels.items():
         add(level, result)

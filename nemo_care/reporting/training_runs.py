@@ -11,6 +11,7 @@ from tqdm import tqdm
 from nemo_care.errors import InputError
 from nemo_care.reporting.processes import Failure, Job, last_lines, run_jobs
 from nemo_care.reporting.reader import last_step, read_summary
+from nemo_care.screen import one_line, printable
 
 _OWN_KEYS = {
     "trainer.seed": "--seeds",
@@ -129,7 +130,7 @@ def train_runs(
 
         def tick(names: list[str]) -> None:
             steps = (f"{name} step {last_step(by_name[name].folder)}" for name in names)
-            bar.set_postfix_str(", ".join(steps))
+            bar.set_postfix_str(one_line(", ".join(steps)))
 
         def done(job: Job, failure: Failure | None) -> None:
             run = by_name[job.name]
@@ -143,7 +144,7 @@ def train_runs(
             else:
                 said = f"done, {last_step(run.folder)} steps"
                 ended(run)
-            tqdm.write(f"{job.name}: {said}", file=sys.stderr)
+            tqdm.write(printable(f"{job.name}: {said}"), file=sys.stderr)
             bar.update()
 
         run_jobs(queue, jobs, tick=tick, done=done)

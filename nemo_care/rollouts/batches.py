@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemo_care.config import Recipe
 from nemo_care.model_config import FP8Config
 from nemo_care.models.precision import token_multiple
 from nemo_care.parallel.process_groups import Layout
@@ -46,6 +47,23 @@ class BatchLayout:
         if shared_prompt:
             multiple = math.lcm(multiple, _PACKED_MULTIPLE)
         return cls(groups_per_batch, pad_id, shared_prompt, multiple)
+
+    @classmethod
+    def of_recipe(
+        cls, recipe: Recipe, parallel: Layout, pad_id: int, *, groups_per_batch: int | None = None
+    ) -> "BatchLayout":
+        """The layout in which a recipe trains, validates and is replayed.
+
+        `groups_per_batch` is the recipe's where it is not given.
+        """
+        algorithm = recipe.algorithm
+        return cls.of(
+            parallel,
+            groups_per_batch or algorithm.groups_per_micro_batch,
+            pad_id,
+            shared_prompt=algorithm.shared_prompt,
+            fp8=recipe.model.precision.fp8,
+        )
 
     def batches(self, groups: Sequence[Group], *, answer_pairs: bool = False) -> list[GroupBatch]:
         """The groups as micro-batches, with `answer_pairs` for `pair_likelihoods`.

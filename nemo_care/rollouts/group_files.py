@@ -15,13 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from nemo_care.data.prompts import Prompt
 from nemo_care.errors import InputError
-from nemo_care.json_lines import replace_file
+from nemo_care.json_lines import Kinds, check_record, read_object, replace_file
 from nemo_care.rollouts.group import Completion, Group
+from nemo_care.tensor_files import load_tensors, save_tensors
 
+_PER_TOKEN = ("token_ids", "log_probs")
+_REMEDY = "restore it from a copy; without it this step can't be replayed"
+_ABOUT: Kinds = {
+    "step": int,
+    "update": int,
+    "optimizer_steps": int,
+    "not_finite": list[dict],
+    "groups": list[dict],
+}
+_NOT_FINITE: Kinds = {"what": str, "first_rank": int | None, "replica": int | None}
+_GROUP: Kinds = {"prompt_index": int, "sample_id": str, "completions": list[dict]}
+_COMPLETION: Kinds = {
+    "text": str,
+    "ended": bool,
+    "answer_span": list[int] | None,
+    "not_finite": list[str],
+}
 _PER_COMPLETION = ("base_reward", "answer_likelihood", "consistency_bonus", "reward", "advantage")
 
 
@@ -107,7 +124,7 @@ def write_groups(file: Path, groups: Sequence[StoredGroup], about: Mapping[str, 
     }
     target = file.with_suffix(".safetensors")
     partial = target.with_name(target.name + ".partial")
-    save_file(tensors, partial)
+    save_tensors(partial, tensors)
     os.replace(partial, target)
     record = {**about, "groups": [group.record for group in groups]}
     replace_file(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
@@ -117,24 +134,39 @@ def read_groups(file: Path) -> tuple[dict[str, Any], list[StoredGroup]]:
     """What `write_groups` wrote: `about`, and the groups.
 
     Raises:
-        InputError: a file is missing.
+        InputError: a file is missing or broken.
     """
     target = file.with_suffix(".safetensors")
     for needed in (file, target):
         if not needed.is_file():
-            raise InputError(f"{needed}: no such file")
-    about = json.loads(file.read_text(encoding="utf-8"))
-    tensors = load_file(target)
+            raise InputError(f"{needed}: no such file; {_REMEDY}")
+    about = read_object(file, remedy=_REMEDY, required=_ABOUT)
+    for item in about["not_finite"]:
+        check_record(f"{file}: not_finite", item, _NOT_FINITE, remedy=_REMEDY)
+    tensors = load_tensors(target, remedy=_REMEDY)
     groups = []
     for number, record in enumerate(about.pop("groups")):
         prefix = f"groups.{number}."
+        check_record(f"{file}: group {number}", record, _GROUP, remedy=_REMEDY)
+        for place, completion in enumerate(record["completions"]):
+            where = f"{file}: completion {place} of group {number}"
+            check_record(where, completion, _COMPLETION, remedy=_REMEDY)
         own = {
             key.removeprefix(prefix): tensor
             for key, tensor in tensors.items()
             if key.startswith(prefix)
         }
+        missing = [key for key in _needed_tensors(len(record["completions"])) if key not in own]
+        if missing:
+            raise InputError(f"{target}: {prefix}{missing[0]} is missing; {_REMEDY}")
         groups.append(StoredGroup(record, own))
     return about, groups
+
+
+def _needed_tensors(completions: int) -> list[str]:
+    """Names of the tensors that every group has."""
+    own = [f"completions.{n}.{key}" for n in range(completions) for key in _PER_TOKEN]
+    return ["prompt_token_ids", *_PER_COMPLETION, *own]
 
 
 def restore_groups(

@@ -8,6 +8,7 @@ from pathlib import Path
 from nemo_care.errors import InputError
 from nemo_care.reporting.processes import Failure, available_cores
 from nemo_care.reporting.training_runs import train_runs, training_command
+from nemo_care.screen import say
 from nemo_care.study.config import Study, check_name, find_study, read_study
 from nemo_care.study.docs import read_page, update_docs
 from nemo_care.study.findings import Findings
@@ -135,7 +136,7 @@ def run_study(
             train_command=train_command,
         )
     if not results:
-        print("no run is done yet", file=sys.stderr)
+        say("no run is done yet", file=sys.stderr)
         return failures
     findings = Findings(study, results)
     page = publish(findings, out, file.read_text(encoding="utf-8"))
@@ -144,7 +145,7 @@ def run_study(
     show(findings)
     for written in (docs, page):
         if written is not None:
-            print(written)
+            say(written)
     return failures
 
 

@@ -12,6 +12,7 @@ from omegaconf import MISSING, OmegaConf, SCMode
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from nemo_care.errors import InputError
+from nemo_care.json_lines import read_text
 from nemo_care.recipes import recipes_folder
 from nemo_care.reporting.training_runs import refuse_own_keys
 
@@ -114,7 +115,7 @@ def read_study(file: Path) -> Study:
         InputError: an unknown key, a wrong type, a name that nothing has, or nothing to run.
     """
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        given = yaml.safe_load(read_text(file, remedy="save it as UTF-8"))
         if not isinstance(given, dict):
             raise InputError(f"{file}: not a study; begin with title, recipe, seeds and variants")
         merged = OmegaConf.merge(OmegaConf.structured(Study), OmegaConf.create(_filled(given)))
@@ -124,6 +125,8 @@ def read_study(file: Path) -> Study:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InputError(f"{file}:{line}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
     except OmegaConfBaseException as error:
         raise InputError(f"{file}: {_explained(error)}") from error
     assert isinstance(study, Study)

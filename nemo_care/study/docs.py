@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemo_care.errors import InputError
-from nemo_care.json_lines import replace_file, replace_lines
+from nemo_care.json_lines import read_text, replace_file, replace_lines
 from nemo_care.study.findings import Findings
 from nemo_care.study.page import BLOCKS, draw, markdown_block
 
@@ -24,7 +24,7 @@ def read_page(file: Path) -> str:
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file; write it with <!-- study:table --> in it")
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file, remedy="save it as UTF-8")
     fill(text, str(file), lambda name: "")
     return text
 

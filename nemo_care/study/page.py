@@ -7,6 +7,7 @@ from pathlib import Path
 from nemo_care.json_lines import replace_file
 from nemo_care.reporting import page
 from nemo_care.reporting.figures import Curve
+from nemo_care.screen import console
 from nemo_care.study.figures import DOTS, OVER_STEPS, draw_curves, draw_dots
 from nemo_care.study.findings import Findings
 from nemo_care.study.tables import (
@@ -63,14 +64,12 @@ def publish(findings: Findings, out: Path, settings: str) -> Path:
 
 def show(findings: Findings) -> None:
     """Print the means and the contrasts."""
-    from rich.console import Console
-
-    console = Console()
+    screen = console()
     for sheet in (main_sheet(findings), contrasts_sheet(findings)):
-        for table in sheet.rich(console.width) if sheet.rows else []:
-            console.print(table)
+        for table in sheet.rich(screen.width) if sheet.rows else []:
+            screen.print(table)
     for note in findings.notes():
-        console.print(note, highlight=False)
+        screen.print(note)
 
 
 def _markdown(findings: Findings, sheets: Mapping[str, Sheet], figures: Mapping[str, Curve]) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import InputError
-from nemo_care.json_lines import replace_lines
-from nemo_care.reporting.reader import Levels, RunRecord, number, read_lines, read_run
+from nemo_care.json_lines import Kinds, complete_lines, replace_lines
+from nemo_care.reporting.reader import Levels, RunRecord, number, read_run
 from nemo_care.reporting.training_runs import TrainingRun
 from nemo_care.study.config import Study
 
@@ -19,6 +19,19 @@ CURVES = ("rollout/consistency_rate", "reward/accuracy", "care/answer_likelihood
 # Enough for a line three inches long.
 _POINTS = 50
 _DIGITS = 5
+
+_RESULT: Kinds = {
+    "variant": str,
+    "seed": int,
+    "overrides": list[str],
+    "steps": int | None,
+    "wall_seconds": float | None,
+    "seconds_per_step": float | None,
+    "start": dict[str, dict] | None,
+    "end": dict[str, dict] | None,
+    "curves": dict[str, list[float | None]],
+    "data": str | None,
+}
 
 
 @dataclass(frozen=True)
@@ -111,16 +124,14 @@ def read_results(file: Path) -> list[Result]:
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file; give the results.jsonl of a study")
-    results = []
-    for place, line in enumerate(
-        read_lines(file, required=tuple(Result.__dataclass_fields__)), start=1
-    ):
-        unknown = sorted(line.keys() - Result.__dataclass_fields__.keys())
-        if unknown:
-            raise InputError(f'{file}:{place}: unknown key "{unknown[0]}"; mend or remove the line')
-        values: dict[str, Any] = line
-        results.append(Result(**values))
-    return results
+    return [Result(**values) for values in complete_lines(file, _RESULT, more=_wrong_result)]
+
+
+def _wrong_result(values: Mapping[str, Any]) -> str:
+    unknown = sorted(values.keys() - _RESULT.keys())
+    if unknown:
+        return f'unknown key "{unknown[0]}"'
+    return "" if "step" in values["curves"] else 'its "curves" lack "step"'
 
 
 def check_results(study: Study, results: Sequence[Result], file: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import InputError
-from nemo_care.json_lines import replace_file
+from nemo_care.json_lines import read_object, replace_file
 from nemo_care.recipes import compose_recipe
 from nemo_care.reporting.training_runs import TrainingRun
 from nemo_care.study.config import Study
@@ -56,7 +56,11 @@ def check_unchanged(runs: Mapping[str, Sequence[TrainingRun]]) -> None:
         for run in made:
             file, now = run.folder / _MADE_WITH, _made_with(run)
             if file.exists():
-                before = json.loads(file.read_text(encoding="utf-8"))
+                before = read_object(
+                    file,
+                    remedy=f"remove {run.folder}: the run is then made again",
+                    required={"recipe": str, "overrides": list[str], "seed": int},
+                )
             elif (run.folder / "recipe.yaml").exists():
                 raise InputError(f"variant {name}: {run.folder} is no run of this study; remove it")
             else:

@@ -15,6 +15,7 @@ from nemo_care.reporting.tables import (
     mean_and_spread,
     rate,
 )
+from nemo_care.screen import plain
 from nemo_care.study.config import START
 from nemo_care.study.findings import Findings, Place, median
 
@@ -90,7 +91,6 @@ class Sheet:
         Only the first column of text is there: what explains a row is for the page.
         """
         from rich import box
-        from rich.markup import escape
         from rich.table import Table
 
         named = min(_NAME_WIDTH, max([len(labels[0]) for labels, _ in self.rows], default=0))
@@ -100,17 +100,17 @@ class Sheet:
         tables = []
         for first in range(0, len(self.columns), fit):
             table = Table(
-                title=self.title if first == 0 else None,
+                title=plain(self.title, "table.title") if first == 0 else None,
                 title_justify="left",
                 box=box.SIMPLE_HEAD,
                 padding=(0, 1, 0, 0),
             )
             table.add_column(self.labels[0], overflow="fold", max_width=_NAME_WIDTH)
             for _, short in self.columns[first : first + fit]:
-                table.add_column(escape(short), justify="right", no_wrap=True)
+                table.add_column(plain(short), justify="right", no_wrap=True)
             for labels, cells in self.rows:
-                shown = (escape(cell.stacked()) for cell in cells[first : first + fit])
-                table.add_row(escape(labels[0]), *shown)
+                shown = (plain(cell.stacked()) for cell in cells[first : first + fit])
+                table.add_row(plain(labels[0]), *shown)
             tables.append(table)
         return tables
 

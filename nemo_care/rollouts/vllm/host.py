@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from nemo_care.rollouts.vllm.connections import address_of, bound_sending, greet, hang_up
 from nemo_care.rollouts.vllm.messages import LEAVE, Call, EngineSettings, Reply
+from nemo_care.screen import say
 
 if TYPE_CHECKING:
     from nemo_care.rollouts.vllm.llm import Engine
@@ -85,7 +86,7 @@ class Host:
                         self._send(finished, reply)
         except Exception as error:
             # The engine is gone: whoever waits for it has to hear of it.
-            traceback.print_exc()
+            say(traceback.format_exc(), file=sys.stderr, end="")
             text = f"{type(error).__name__}: {error}"
             for client in self.clients:
                 self._send(client, Reply(-1, error=text))
@@ -101,7 +102,7 @@ class Host:
             except OSError as error:
                 if error.errno in (None, errno.EBADF, errno.EINVAL):  # it was closed
                     return
-                print(f"a client could not be accepted: {error}", file=sys.stderr)
+                say(f"a client could not be accepted: {error}", file=sys.stderr)
                 time.sleep(0.1)
                 continue
             if not self.strangers.acquire(blocking=False):
@@ -115,7 +116,7 @@ class Host:
             greet(client, self.key)
             bound_sending(client, _SEND_SECONDS)
         except (AuthenticationError, OSError, EOFError) as error:
-            print(f"a client was turned away: {error or 'it has gone'}", file=sys.stderr)
+            say(f"a client was turned away: {error or 'it has gone'}", file=sys.stderr)
             client.close()
             return
         finally:
@@ -139,7 +140,7 @@ class Host:
             except (EOFError, OSError):
                 call = None
             except Exception as error:  # of unpickling, such as of another version
-                print(f"a trainer is left: {type(error).__name__}: {error}", file=sys.stderr)
+                say(f"a trainer is left: {type(error).__name__}: {error}", file=sys.stderr)
                 call = None
             if not isinstance(call, Call) or call.name == LEAVE:
                 self.events.put((client, None))
@@ -161,7 +162,7 @@ class Host:
             else:
                 value = getattr(self.engine, call.name)(**call.arguments)
         except Exception as error:
-            traceback.print_exc()
+            say(traceback.format_exc(), file=sys.stderr, end="")
             self._send(client, Reply(call.number, error=f"{type(error).__name__}: {error}"))
             if self.engine is not None and self.engine.is_fatal(error):
                 raise
@@ -194,7 +195,7 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     key = os.environ.get(KEY)
     if not key:
-        print(f"{KEY} is not set: give engines and trainers the same secret", file=sys.stderr)
+        say(f"{KEY} is not set: give engines and trainers the same secret", file=sys.stderr)
         return 2
     # Whoever can connect can run code here, as with any pickle: hence the key.
     address = address_of(chosen.listen)
