@@ -13,6 +13,7 @@ import torch
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.judges import Verdict, known
 from nemo_care.objective.text import extract_answer
+from nemo_care.rollouts.answer_span import find_answer_tokens
 from nemo_care.rollouts.group import Completion, Group
 
 Likelihoods = Callable[[Sequence[Group]], list[torch.Tensor]]
@@ -52,8 +53,8 @@ class LikelihoodJudge:
             return Verdict(False, {"judge_note": "there is no answer"})
         if answer not in options:
             return Verdict(False, {"judge_note": "the answer is none of the options"})
-        if self._answer_text(completion).strip() != answer:
-            return Verdict(None, {"judge_note": "the answer has no tokens of its own"})
+        if completion.answer_span is None:
+            return Verdict(None, {"judge_note": "no token of the answer was found"})
         return None
 
     def _score(self, groups: Sequence[Group]) -> list[Verdict]:
@@ -62,7 +63,10 @@ class LikelihoodJudge:
             for group in groups
         ]
         verdicts = []
-        for group, values in zip(groups, self.likelihoods(spliced), strict=True):
+        for group, made, means in zip(groups, spliced, self.likelihoods(spliced), strict=True):
+            # A likelihood is a mean over tokens. Letters of unequal numbers of tokens (`>B`, but
+            # `>` and an unusual letter) can be compared by their whole probability only.
+            values = means ** torch.tensor([_answer_length(option) for option in made.completions])
             if bool(values.isnan().any()):
                 raise RuntimeError(
                     "the judge's likelihoods are not numbers: look for infinities in the weights "
@@ -78,32 +82,30 @@ class LikelihoodJudge:
         """The group's completion up to its answer, which `letter` takes the place of.
 
         The given answer keeps the tokens that were sampled. So the reasoning before it has the same
-        tokens behind every option, and white space within the answer's tokens stays.
+        tokens in front of every option. What shares a token with the given answer (white space, or
+        the end of the tag in `>B`) stays beside the letter, and is tokenised with it.
         """
         given = group.completions[0]
-        assert given.answer_span is not None, "_without_scoring"
-        start, end = given.answer_span
-        text = self._answer_text(given)
-        answer = given.token_ids[start:end]
-        if letter != text.strip():
-            answer = torch.tensor(self.tokenizer.encode(text.replace(text.strip(), letter)))
-        ids = torch.cat([given.token_ids[:start], answer])
+        found = find_answer_tokens(self.tokenizer.base, given.token_ids)
+        assert found is not None, "_without_scoring"
+        answer = given.token_ids[found.start : found.end]
+        if letter != found.text:
+            text = f"{found.before}{letter}{found.after}"
+            answer = torch.tensor(self.tokenizer.encode(text))
+        ids = torch.cat([given.token_ids[: found.start], answer])
         return Completion(
             token_ids=ids,
             log_probs=torch.zeros(len(ids)),
             text=self.tokenizer.completion_text(ids.tolist()),
             ended=False,
-            answer_span=(start, len(ids)),
+            answer_span=(found.start, len(ids)),
         )
 
-    def _answer_text(self, completion: Completion) -> str:
-        """Text of the answer's tokens, which may hold white space beside it; empty without any."""
-        start, end = completion.answer_span or (0, 0)
-        return self.tokenizer.base.decode(
-            completion.token_ids[start:end].tolist(),
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
-        )
+
+def _answer_length(completion: Completion) -> int:
+    """Tokens of the answer."""
+    start, end = completion.answer_span or (0, 0)
+    return end - start
 
 
 def _options(group: Group) -> list[str]:
