@@ -12,7 +12,7 @@ import torch
 
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.judges import Verdict, known
-from nemo_care.objective.text import extract_answer
+from nemo_care.objective.text import ANSWER_OPEN, extract_answer
 from nemo_care.rollouts.answer_span import find_answer_tokens
 from nemo_care.rollouts.group import Completion, Group
 
@@ -58,14 +58,15 @@ class LikelihoodJudge:
         return None
 
     def _score(self, groups: Sequence[Group]) -> list[Verdict]:
+        answers = [self.with_options(group) for group in groups]
         spliced = [
-            Group(group.prompt, [self.with_answer(group, letter) for letter in _options(group)])
-            for group in groups
+            Group(group.prompt, list(by_letter.values()))
+            for group, by_letter in zip(groups, answers, strict=True)
         ]
         verdicts = []
         for group, made, means in zip(groups, spliced, self.likelihoods(spliced), strict=True):
             # A likelihood is a mean over tokens. Letters of unequal numbers of tokens (`>B`, but
-            # `>` and an unusual letter) can be compared by their whole probability only.
+            # `>` and `Q`) can be compared by their whole probability only.
             values = means ** torch.tensor([_answer_length(option) for option in made.completions])
             if bool(values.isnan().any()):
                 raise RuntimeError(
@@ -78,28 +79,49 @@ class LikelihoodJudge:
             verdicts.append(Verdict(consistent, {"option_likelihoods": options}))
         return verdicts
 
-    def with_answer(self, group: Group, letter: str) -> Completion:
-        """The group's completion up to its answer, which `letter` takes the place of.
+    def with_options(self, group: Group) -> dict[str, Completion]:
+        """The group's completion up to its answer, with each option letter in the answer's place.
 
-        The given answer keeps the tokens that were sampled. So the reasoning before it has the same
-        tokens in front of every option. What shares a token with the given answer (white space, or
-        the end of the tag in `>B`) stays beside the letter, and is tokenised with it.
+        The given answer keeps the tokens that were sampled, and every letter has the same tokens in
+        front of it. A letter is tokenised with what may share a token with it: the end of the
+        opening tag (`>B`), white space, and what the given answer's last token goes on with. Where
+        that does not give the sampled tokens for the given answer, it is written on from where the
+        sampled answer begins. The letters' `answer_span`s begin where their tokens differ.
         """
         given = group.completions[0]
-        found = find_answer_tokens(self.tokenizer.base, given.token_ids)
+        ids = given.token_ids.tolist()
+        found = find_answer_tokens(self.tokenizer.base, ids)
         assert found is not None, "_without_scoring"
-        answer = given.token_ids[found.start : found.end]
-        if letter != found.text:
-            text = f"{found.before}{letter}{found.after}"
-            answer = torch.tensor(self.tokenizer.encode(text))
-        ids = torch.cat([given.token_ids[: found.start], answer])
-        return Completion(
-            token_ids=ids,
-            log_probs=torch.zeros(len(ids)),
-            text=self.tokenizer.completion_text(ids.tolist()),
-            ended=False,
-            answer_span=(found.start, len(ids)),
-        )
+        cut = max((cut for cut in found.cuts if cut < len(ANSWER_OPEN)), default=None)
+        begin, before = found.start, found.before
+        if cut is not None:
+            whole = ANSWER_OPEN[cut:] + found.space
+            sampled = ids[found.cuts[cut] : found.end]
+            if self.tokenizer.encode(f"{whole}{found.text}{found.after}") == sampled:
+                begin, before = found.cuts[cut], whole
+        answers = {
+            letter: ids[begin : found.end]
+            if letter == found.text
+            else self.tokenizer.encode(f"{before}{letter}{found.after}")
+            for letter in _options(group)
+        }
+        start = begin + _common_length(list(answers.values()))
+        return {
+            letter: Completion(
+                token_ids=torch.tensor(ids[:begin] + answer),
+                log_probs=torch.zeros(begin + len(answer)),
+                text=self.tokenizer.completion_text(ids[:begin] + answer),
+                ended=False,
+                answer_span=(start, begin + len(answer)),
+            )
+            for letter, answer in answers.items()
+        }
+
+
+def _common_length(answers: Sequence[list[int]]) -> int:
+    """How many tokens all begin with, but for the last of the shortest."""
+    most = min(len(answer) for answer in answers) - 1
+    return next((n for n in range(most) if len({answer[n] for answer in answers}) > 1), most)
 
 
 def _answer_length(completion: Completion) -> int:

@@ -22,12 +22,13 @@ class AnswerTokens:
 
     `start` and `end` are a half-open range of token indices. These tokens decode to `before`, the
     answer without surrounding white space (`text`), and `after`: `>B` has ">" before the answer.
-    `cuts` says where a token begins within the opening tag or right after it: number of the
-    tag's characters before that place -> index of the token.
+    `space` is the white space between the opening tag and the answer. `cuts` says where a token
+    begins within the opening tag or right after it: number of the tag's characters before that
+    place -> index of the token.
 
     Example:
-        `<`, `answer`, `>B`, `</`, `answer`, `>` has start 2, end 3, before ">", text "B", after ""
-        and cuts {0: 0, 1: 1, 7: 2}.
+        `<`, `answer`, `>B`, `</`, `answer`, `>` has start 2, end 3, before ">", text "B", after "",
+        space "" and cuts {0: 0, 1: 1, 7: 2}.
     """
 
     start: int
@@ -35,6 +36,7 @@ class AnswerTokens:
     before: str
     text: str
     after: str
+    space: str
     cuts: dict[int, int]
 
     @property
@@ -93,6 +95,7 @@ def find_answer_tokens(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> Ans
         before=offsets.text[offsets[begin][0] : start],
         text=answer,
         after=offsets.text[end : offsets[stop - 1][1]],
+        space=offsets.text[inner[0] : start],
         cuts=_cuts(offsets, inner[0], begin),
     )
 
@@ -102,10 +105,11 @@ def _cuts(offsets: _TokenOffsets, tag_end: int, begin: int) -> dict[int, int]:
     tag_start = tag_end - len(ANSWER_OPEN)
     cuts = {}
     for index in range(begin, -1, -1):
-        first, _ = offsets[index]
+        first, last = offsets[index]
         if first < tag_start:
             break
-        if first <= tag_end:
+        # Of tokens that share a character, as its bytes do, the first one stays. Others are empty.
+        if first <= tag_end and first < last:
             cuts[first - tag_start] = index
     return cuts
 
