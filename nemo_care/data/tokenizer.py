@@ -67,7 +67,7 @@ class ChatTokenizer:
             )
         )
         pieces = _any_of({*self._control, *_TAGS}).split(chat)
-        ids = [token for piece in pieces for token in self._ids_of_piece(piece.replace(mark, ""))]
+        ids = [token for piece in pieces for token in self._ids_of_piece(piece, mark)]
         own = self._control_regex.findall(self.chat(_with_texts(content, lambda text: "x")))
         wanted = sorted(self._control[token] for token in own)
         is_whole = chat.count(mark) >= len(found)
@@ -109,13 +109,13 @@ class ChatTokenizer:
         content |= {"added_tokens": [], "truncation": None, "padding": None}
         return Tokenizer.from_str(json.dumps(content))
 
-    def _ids_of_piece(self, piece: str) -> list[int]:
-        """Of a control token, a tag, or text between them."""
+    def _ids_of_piece(self, piece: str, mark: str) -> list[int]:
+        """Of a control token, a tag, or text between them with marks in it."""
         if piece in self._control:
             return [self._control[piece]]
         if piece in _TAGS:
             return self.encode(piece)
-        return self._words.encode(piece, add_special_tokens=False).ids
+        return self._words.encode(piece.replace(mark, ""), add_special_tokens=False).ids
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
