@@ -66,7 +66,7 @@ class ChatTokenizer:
                 lambda text: self._control_regex.sub(lambda m: m[0][:1] + mark + m[0][1:], text),
             )
         )
-        pieces = _any_of({*self._control, *_TAGS}).split(chat)
+        pieces = _any_of(self._added).split(chat)
         ids = [token for piece in pieces for token in self._ids_of_piece(piece, mark)]
         own = self._control_regex.findall(self.chat(_with_texts(content, lambda text: "x")))
         wanted = sorted(self._control[token] for token in own)
@@ -85,11 +85,15 @@ class ChatTokenizer:
         )
 
     @cached_property
-    def _control(self) -> dict[str, int]:
-        """Tokens that the tokenizer finds in any text before it looks at words, with their ids.
+    def _added(self) -> dict[str, int]:
+        """Tokens that the tokenizer finds in any text before it looks at words, with their ids."""
+        return {token.content: n for n, token in self.base.added_tokens_decoder.items()}
 
-        Those that are no words: special, or in angle brackets (Qwen's `<|fim_prefix|>` and
-        `<tool_call>` are not special).
+    @cached_property
+    def _control(self) -> dict[str, int]:
+        """Those that are no words, and not the tags.
+
+        Special, or in angle brackets (Qwen's `<|fim_prefix|>` and `<tool_call>` are not special).
         """
         return {
             token.content: number
@@ -110,11 +114,9 @@ class ChatTokenizer:
         return Tokenizer.from_str(json.dumps(content))
 
     def _ids_of_piece(self, piece: str, mark: str) -> list[int]:
-        """Of a control token, a tag, or text between them with marks in it."""
-        if piece in self._control:
-            return [self._control[piece]]
-        if piece in _TAGS:
-            return self.encode(piece)
+        """Of an added token, or of text between them with marks in it."""
+        if piece in self._added:
+            return [self._added[piece]]
         return self._words.encode(piece.replace(mark, ""), add_special_tokens=False).ids
 
 
