@@ -14,18 +14,19 @@ SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 SPECIAL = {
     name: 151643 + place
     for place, name in enumerate(
-        """
-        <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
-        <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
-        <|image_pad|> <|video_pad|>
-        """.split()
+        [
+            *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"),
+            *("<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>"),
+            *("<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+            *("<|image_pad|>", "<|video_pad|>"),
+        ]
     )
 }
 """As published with Qwen2.5-VL; the ids go on from those of the words."""
-NOT_SPECIAL = (
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> "
-    "<|repo_name|> <|file_sep|>"
-).split()
+NOT_SPECIAL = [
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+    *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
+]
 """Added tokens that follow those, which Qwen does not call special."""
 ROWS = 151936
 """Rows of the embedding: more than there are tokens, as in the published checkpoints."""
@@ -47,7 +48,8 @@ CHAT_TEMPLATE = (
 def ranks() -> dict[bytes, int]:
     """The vocabulary: the bytes of each token, and its id, which is also its rank as a merge."""
     package = importlib.util.find_spec("dashscope")
-    assert package is not None and package.origin is not None, "pip install -e '.[dev]'"
+    assert package is not None, "pip install -e '.[dev]'"
+    assert package.origin is not None
     content = (Path(package.origin).parent / "resources" / "qwen.tiktoken").read_bytes()
     assert hashlib.sha256(content).hexdigest() == SHA256
     lines = (line.split() for line in content.splitlines())

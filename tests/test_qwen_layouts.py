@@ -22,9 +22,23 @@ from nemo_care.rollouts.completions import completion_of
 from nemo_care.rollouts.group import Completion, Group
 from nemo_care.scoring.score import Scorer
 
-# Answers whose first token holds the end of the tag, and such whose does not; white space of several
-# kinds; answers that share their first token; an answer merged with `</`; none, an empty and a torn one.
-INNER = ["B", " C", "A", "7", "No", "\nAdd milk", "Add milk", "Add sugar.", "42", "你好", "🙂", "", None]
+# Answers whose first token holds the end of the tag, and such whose does not; white space of
+# several kinds; answers that share their first token; one merged with `</`; an empty one, none.
+INNER = [
+    "B",
+    " C",
+    "A",
+    "7",
+    "No",
+    "\nAdd milk",
+    "Add milk",
+    "Add sugar.",
+    "42",
+    "你好",
+    "🙂",
+    "",
+    None,
+]
 REASONING = ["", "<think>left</think>\n", "<think>it goes up.</think>", "<think>so</think> "]
 
 
@@ -45,8 +59,12 @@ def groups(untaught, world):
     made = []
     for index, sample in enumerate(read_jsonl(world, "train.jsonl").samples[:2]):
         texts = [
-            f"{reasoning}<answer>{inner}</answer><|im_end|>" if inner is not None else reasoning + "B"
-            for inner, reasoning in zip(INNER, itertools.cycle(REASONING[index:] + REASONING[:index]))
+            f"{reasoning}<answer>{inner}</answer><|im_end|>"
+            if inner is not None
+            else reasoning + "B"
+            for inner, reasoning in zip(
+                INNER, itertools.cycle(REASONING[index:] + REASONING[:index])
+            )
         ]
         ids = [torch.tensor(tokenizer.encode(text)) for text in texts]
         completions = [completion_of(row, torch.zeros(len(row)), tokenizer) for row in ids]
@@ -96,7 +114,9 @@ def test_likelihoods_equal_hugging_face_s_in_both_layouts(untaught, world, ranks
     ]
     assert [int(p.isnan().sum()) for p in wanted] == [2, 2]
     for shared_prompt in (True, False):
-        ours = scorer(untaught, world, ranks, shared_prompt=shared_prompt).answer_likelihoods(groups)
+        ours = scorer(untaught, world, ranks, shared_prompt=shared_prompt).answer_likelihoods(
+            groups
+        )
         torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4, equal_nan=True)
 
 
@@ -128,7 +148,6 @@ def test_a_run_with_the_real_vocabulary_gets_bonuses(kind, world, ranks, tmp_pat
         for step in (1, 2, 3)
         for line in (tmp_path / "run" / "rollouts" / f"step_{step:06d}.jsonl").open()
     ]
-    print([{k: m[k] for k in m if k.startswith(("care/", "reward/"))} for m in metrics])
     assert len(metrics) == 3
     assert all(m["care/missing_answer_rate"] <= 0.2 for m in metrics)
     assert all(m["care/unscored_answer_rate"] == 0 for m in metrics)

@@ -1,5 +1,6 @@
 """The answer's tokens, prompts and option letters in Qwen's real vocabulary."""
 
+import itertools
 import random
 import string
 
@@ -10,6 +11,7 @@ from qwen_vocabulary import NOT_SPECIAL, ROWS, SPECIAL, qwen_tokenizer, ranks
 from test_likelihood_judge import SimplePrompt, completion_of, verdicts_of
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from nemo_care.data.chat import ChatEncoder
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import InputError
@@ -21,12 +23,40 @@ from nemo_care.rollouts.group import Group
 END = SPECIAL["<|im_end|>"]
 INNER = [
     *string.ascii_uppercase,
-    *("a", "yes", "No", "Add milk", "open the blue door", "Yes.", "Add milk.", "(B)", "B.", "3 < 4"),
+    *(
+        "a",
+        "yes",
+        "No",
+        "Add milk",
+        "open the blue door",
+        "Yes.",
+        "Add milk.",
+        "(B)",
+        "B.",
+        "3 < 4",
+    ),
     *("7", "42", "3.14", "-1", "1,000", "50%", "12 cm", '"quoted"', "<b>bold</b>", "x\\frac{1}{2}"),
     *("你好,世界", "是", "そうです", "naïve", "🙂", "👩‍🚀 goes", "e\u0301", "ﬁ", "مرحبا"),
 ]
-FRAMES = ["{}", " {}", "{} ", " {} ", "\n{}\n", "\n\n {}\n\n", "\t{}", "\u3000{}\u3000", "\r\n{}\r\n"]
-BEFORE = ["", "<think>why</think>", "<think>why.</think>\n", "<answer>C</answer> no, ", "你", "🙂\n\n"]
+FRAMES = [
+    "{}",
+    " {}",
+    "{} ",
+    " {} ",
+    "\n{}\n",
+    "\n\n {}\n\n",
+    "\t{}",
+    "\u3000{}\u3000",
+    "\r\n{}\r\n",
+]
+BEFORE = [
+    "",
+    "<think>why</think>",
+    "<think>why.</think>\n",
+    "<answer>C</answer> no, ",
+    "你",
+    "🙂\n\n",
+]
 EMPTY = ["", " ", "\n", "\n\n", " \n\t", "\u3000"]
 
 
@@ -53,7 +83,7 @@ def merged(word: bytes) -> list[int]:
     """Byte pair encoding as tiktoken does it: join the pair of lowest rank, until none is left."""
     parts = [bytes([byte]) for byte in word]
     while len(parts) > 1:
-        pairs = [ranks().get(a + b) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks().get(a + b) for a, b in itertools.pairwise(parts)]
         known = [rank for rank in pairs if rank is not None]
         if not known:
             break
@@ -63,7 +93,9 @@ def merged(word: bytes) -> list[int]:
 
 
 def test_the_fixture_encodes_as_tiktoken_s_algorithm_does(tokenizer):
-    texts = [before + frame.format(inner) for before in BEFORE for frame in FRAMES for inner in INNER]
+    texts = [
+        before + frame.format(inner) for before in BEFORE for frame in FRAMES for inner in INNER
+    ]
     for text in texts:
         normal = qwen_tokenizer().backend_tokenizer.normalizer.normalize_str(text)
         words = regex.findall(PRETOKENIZE_REGEX, normal)
@@ -73,12 +105,21 @@ def test_the_fixture_encodes_as_tiktoken_s_algorithm_does(tokenizer):
 
 def test_the_fixture_has_the_published_ids(tokenizer):
     assert len(ranks()) == 151643
-    assert {name: tokenizer.encode(name) for name in SPECIAL} == {n: [i] for n, i in SPECIAL.items()}
+    assert {name: tokenizer.encode(name) for name in SPECIAL} == {
+        n: [i] for n, i in SPECIAL.items()
+    }
     assert [tokenizer.encode(name) for name in NOT_SPECIAL] == [[i] for i in range(151657, 151665)]
     assert len(tokenizer.base) == 151665 < ROWS
     # Published examples of the vocabulary's ids.
     assert tokenizer.encode("Hello world") == [9707, 1879]
-    assert pieces(tokenizer.encode("<answer>B</answer>")) == ["<", "answer", ">B", "</", "answer", ">"]
+    assert pieces(tokenizer.encode("<answer>B</answer>")) == [
+        "<",
+        "answer",
+        ">B",
+        "</",
+        "answer",
+        ">",
+    ]
 
 
 # ---------------------------------------------------------------------- the answer's tokens
@@ -155,7 +196,9 @@ def test_any_sampled_split_into_tokens_has_the_same_characters(tokenizer):
         content, ids, starts = text.encode(), [], []
         at = 0
         while at < len(content):
-            ends = [n for n in range(at + 1, min(at + 12, len(content)) + 1) if content[at:n] in ranks()]
+            ends = [
+                n for n in range(at + 1, min(at + 12, len(content)) + 1) if content[at:n] in ranks()
+            ]
             end = draw.choice(ends)
             ids.append(ranks()[content[at:end]])
             starts.append(at)
@@ -164,7 +207,9 @@ def test_any_sampled_split_into_tokens_has_the_same_characters(tokenizer):
         last = first + len(inner.encode())
         stops = [*starts[1:], len(content)]
         # Whole characters: a token that holds some of a character's bytes holds the character.
-        expected = [i for i, (a, b) in enumerate(zip(starts, stops, strict=True)) if a < last and b > first]
+        expected = [
+            i for i, (a, b) in enumerate(zip(starts, stops, strict=True)) if a < last and b > first
+        ]
         assert list(range(*answer_token_span(tokenizer.base, ids))) == expected
 
 
@@ -183,7 +228,12 @@ def test_sampled_completions_know_answer_and_cuts(tokenizer):
 
 
 def test_a_prompt_without_control_tokens_has_the_ids_of_the_rendered_chat(tokenizer):
-    for text in ("Which way?\nA. left\nB. right", "a < b | c > d", "<think> </think> <answer>", "<|x|>"):
+    for text in (
+        "Which way?\nA. left\nB. right",
+        "a < b | c > d",
+        "<think> </think> <answer>",
+        "<|x|>",
+    ):
         content = [{"type": "video", "video": ""}, {"type": "text", "text": text}]
         chat = tokenizer.base.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -206,7 +256,7 @@ def test_control_tokens_of_a_question_are_text(tokenizer, token):
     start, control = SPECIAL["<|im_start|>"], [i for i in ids if i >= len(ranks())]
     framed = [i for pad in pads for i in (vision[0], pad, vision[1])]
     assert control == [start, END, start, *framed, END, start]
-    assert tokenizer.base.decode(ids) == tokenizer.chat(content)
+    assert tokenizer.base.decode(ids) == ChatEncoder(tokenizer.base).render(content)
     # As the same text is written where nothing knows control tokens.
     plain = [id for word in regex.findall(PRETOKENIZE_REGEX, text) for id in merged(word.encode())]
     at = ids.index(vision[1], ids.index(pads[1])) + 1
@@ -214,7 +264,9 @@ def test_control_tokens_of_a_question_are_text(tokenizer, token):
 
 
 def test_a_template_that_can_not_write_a_control_token_as_text_is_named(tokenizer, monkeypatch):
-    template = tokenizer.base.chat_template.replace("content['text']", "content['text'] | urlencode")
+    template = tokenizer.base.chat_template.replace(
+        "content['text']", "content['text'] | urlencode"
+    )
     monkeypatch.setattr(tokenizer.base, "chat_template", template)
     with pytest.raises(InputError, match=r"holds <\|im_end\|>, a control token"):
         tokenizer.encode_chat([{"type": "text", "text": "a <|im_end|> b"}])

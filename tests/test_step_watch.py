@@ -27,7 +27,9 @@ def lines(file):
 def test_answers_without_tokens_end_the_first_step_with_one_of_them(recipe, ranks, tmp_path):
     trainer = small_trainer(recipe, ranks, tmp_path)
     lose_answers(trainer)
-    with pytest.raises(RunFailed, match="well-formed answers of the first step that has any") as error:
+    with pytest.raises(
+        RunFailed, match="well-formed answers of the first step that has any"
+    ) as error:
         trainer.fit()
     message = str(error.value)
     assert "</answer>" in message
@@ -77,7 +79,9 @@ def test_steps_in_which_no_group_has_a_signal_are_told_now_and_then(
     steps = [silent] * 5 + [heard] + [silent] * 60 + [heard] + [silent] * 9
     for step, rows in enumerate(steps, start=1):
         watch.check_signal(step, rows)
-    told = [line for line in capsys.readouterr().out.splitlines() if "no group had a signal" in line]
+    told = [
+        line for line in capsys.readouterr().out.splitlines() if "no group had a signal" in line
+    ]
     assert [line.split(":")[0] for line in told] == ["step 16", "step 66"]
     assert "in the last 10 steps" in told[0]
     assert "1.250 on average" in told[0]

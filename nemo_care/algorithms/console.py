@@ -142,12 +142,15 @@ class Console:
         )
         self._print(Text(text, style="yellow"))
 
-    def no_signal(self, step: int, rows: Sequence[Mapping[str, Any]], steps: int, again: int) -> None:
+    def no_signal(
+        self, step: int, rows: Sequence[Mapping[str, Any]], steps: int, again: int
+    ) -> None:
         """Say that the rewards within every group have been equal for some steps."""
         rewards = mean_of_known([row["reward"] for row in rows])
         text = (
-            f"step {step}: in the last {steps} steps no group had a signal: its completions all got "
-            f"the same reward ({_rate(rewards)} on average in this step), so nothing was learnt. "
+            f"step {step}: in the last {steps} steps no group had a signal: all completions of a "
+            f"prompt got the same reward ({_rate(rewards)} on average in this step), so nothing "
+            "was learnt. "
             "Look at the completions in the run's rollouts/: answers that no reward can match, or "
             "questions that are all too easy or too hard? A higher rollout.temperature or "
             "algorithm.group_size makes completions differ more (metric "

@@ -239,10 +239,10 @@ class StepWatch:
             first = next(shown for _, _, shown in everyone if shown is not None)
             raise RunFailed(
                 f"{missing} of {total} well-formed answers of the first step that has any got no "
-                "likelihood, because none of their tokens was found: with this tokenizer no such completion "
-                f"could get a bonus. One of them is {first}. Use the tokenizer files of the "
-                "checkpoint (model.hf_path), and report it if they are: its decoder does not give "
-                "back the text token by token"
+                "likelihood, because none of their tokens was found: with this tokenizer no such "
+                f"completion could get a bonus. One of them is {first}. Use the tokenizer files "
+                "that were published with the checkpoint of model.hf_path. If these are the ones, "
+                "report it: their decoder does not give back the text token by token"
             )
 
     def _shown(self, completion: Completion) -> str:

@@ -1,25 +1,14 @@
 """The checkpoint's tokenizer, checked against its model before anything else starts."""
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
+from nemo_care.data.chat import ChatEncoder, Content
 from nemo_care.errors import InputError
-from nemo_care.objective.text import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
-
-Content = Sequence[Mapping[str, str]]
-"""The parts of a user's message, as chat templates take them."""
-
-# A prompt has to name them, and a tokenizer may have them as tokens.
-_TAGS = {THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE}
-# From the private use area of Unicode: no text should hold it.
-_MARK = "\ue000"
 
 
 @dataclass(frozen=True)
@@ -43,92 +32,12 @@ class ChatTokenizer:
         return self.base(text, add_special_tokens=False)["input_ids"]
 
     def encode_chat(self, content: Content) -> list[int]:
-        """Token ids of the prompt in which a user says `content`, a video or image one token each.
-
-        The chat template's control tokens become tokens. Those in the content's own texts are text
-        like any other: `<|im_end|>` in a question ends no turn.
-
-        Raises:
-            InputError: a text holds a control token, and this tokenizer can't write it as text.
-        """
-        texts = [part["text"] for part in content if "text" in part]
-        found = [token for text in texts for token in self._control_regex.findall(text)]
-        if not found:
-            return self.encode(self.chat(content))
-        # A mark breaks the texts' control tokens in two: those that are whole in the rendered chat
-        # are the template's.
-        mark = _MARK
-        while any(mark in text for text in texts):
-            mark += _MARK
-        chat = self.chat(
-            _with_texts(
-                content,
-                lambda text: self._control_regex.sub(lambda m: m[0][:1] + mark + m[0][1:], text),
-            )
-        )
-        pieces = _any_of(self._added).split(chat)
-        ids = [token for piece in pieces for token in self._ids_of_piece(piece, mark)]
-        own = self._control_regex.findall(self.chat(_with_texts(content, lambda text: "x")))
-        wanted = sorted(self._control[token] for token in own)
-        is_whole = chat.count(mark) >= len(found)
-        if not is_whole or sorted(i for i in ids if i in self._control.values()) != wanted:
-            raise InputError(
-                f"the question holds {found[0]}, a control token of the chat, and this tokenizer "
-                "or chat template can't write it as text; reword the question"
-            )
-        return ids
-
-    def chat(self, content: Content) -> str:
-        """The chat template's text of a prompt in which a user says `content`."""
-        return self.base.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        """Token ids of a prompt in which a user says `content` (see `ChatEncoder`)."""
+        return self._chat.encode(content)
 
     @cached_property
-    def _added(self) -> dict[str, int]:
-        """Tokens that the tokenizer finds in any text before it looks at words, with their ids."""
-        return {token.content: n for n, token in self.base.added_tokens_decoder.items()}
-
-    @cached_property
-    def _control(self) -> dict[str, int]:
-        """Those that are no words, and not the tags.
-
-        Special, or in angle brackets (Qwen's `<|fim_prefix|>` and `<tool_call>` are not special).
-        """
-        return {
-            token.content: number
-            for number, token in self.base.added_tokens_decoder.items()
-            if token.content not in _TAGS
-            and (token.special or re.fullmatch(r"<.+>", token.content, re.DOTALL))
-        }
-
-    @cached_property
-    def _control_regex(self) -> re.Pattern[str]:
-        return _any_of(self._control)
-
-    @cached_property
-    def _words(self) -> Tokenizer:
-        """The tokenizer without any added token."""
-        content = json.loads(self.base.backend_tokenizer.to_str())
-        content |= {"added_tokens": [], "truncation": None, "padding": None}
-        return Tokenizer.from_str(json.dumps(content))
-
-    def _ids_of_piece(self, piece: str, mark: str) -> list[int]:
-        """Of an added token, or of text between them with marks in it."""
-        if piece in self._added:
-            return [self._added[piece]]
-        return self._words.encode(piece.replace(mark, ""), add_special_tokens=False).ids
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Finds any of the tokens, the longest where several begin; a group, for `split`."""
-    ordered = sorted(tokens, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, ordered)) or '(?!)'})")
-
-
-def _with_texts(content: Content, change: Callable[[str], str]) -> list[dict[str, str]]:
-    """The content with its texts changed."""
-    return [{**part, **({"text": change(part["text"])} if "text" in part else {})} for part in content]
+    def _chat(self) -> ChatEncoder:
+        return ChatEncoder(self.base)
 
 
 def _eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

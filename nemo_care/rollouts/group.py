@@ -15,7 +15,7 @@ class Completion:
 
     `log_probs` float32 [C]: of its tokens as the generator saw them (temperature 1, no top-p).
     `answer_span` is half open, in token indices; None without a well-formed answer. `answer_cuts`
-    says where the answer may be cut from the reasoning (see `AnswerTokens.cuts`); None: right
+    say where the answer may be cut from the reasoning (see `AnswerTokens.cuts`); None: right
     before the answer's first token.
     """
 
