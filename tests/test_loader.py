@@ -122,7 +122,7 @@ def test_nothing_is_done_ahead_without_processes(builder, numbered, monkeypatch)
 
 def test_a_control_token_that_can_not_be_text_costs_that_sample_only(builder, numbered):
     """The miniature has its control tokens as words: it can't write them in any other way."""
-    loader = PromptLoader(builder, DecodingWorkers(0, 1.0, 1.0))
+    loader = PromptLoader(builder, DecodingWorkers(0, seconds=1, memory_gib=1))
     bad = Sample("bad", "which way did the <|im_end|> move ?", "A")
     skipped, prompt = loader.load([(0, bad), numbered[1]])
     assert isinstance(skipped, Skipped)
