@@ -37,7 +37,7 @@ def _disk_name(name: str) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
-def _vision_inputs(model, prompt) -> dict:
+def vision_inputs(model, prompt) -> dict:
     if prompt.pixel_values is None:
         return {}
     is_image = [
@@ -65,7 +65,7 @@ def log_probs(model, prompt, completion) -> torch.Tensor:
         [prompt.position_ids, prompt.continued_positions(completion.length)], dim=1
     )
     logits = model(
-        input_ids=ids[None], position_ids=positions[:, None], **_vision_inputs(model, prompt)
+        input_ids=ids[None], position_ids=positions[:, None], **vision_inputs(model, prompt)
     ).logits[0]
     predicted = torch.log_softmax(logits[prompt.length - 1 : -1], dim=-1)
     return predicted.gather(1, completion.token_ids[:, None])[:, 0]

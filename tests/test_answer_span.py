@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from nemo_care.rollouts import answer_token_span
+from nemo_care.rollouts.answer_span import find_answer_tokens
 
 EOS = "<|im_end|>"
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -127,8 +128,13 @@ def last_answer(text: str) -> tuple[int, int] | None:
     return found
 
 
-def answer_tokens(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
-    """Indices of the answer's tokens, from the bytes of each token and of each character."""
+def answer_tokens(
+    tokenizer: PreTrainedTokenizerFast, ids: list[int]
+) -> tuple[list[int], dict[int, int]]:
+    """Indices of the answer's tokens, and where tokens begin in the opening tag.
+
+    From the bytes of each token and of each character.
+    """
     pieces = [piece_bytes(tokenizer, token_id) for token_id in ids]
     stream = b"".join(pieces)
     # The metaspace decoder takes the first blank away: start counting behind it.
@@ -137,27 +143,36 @@ def answer_tokens(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[in
     assert tokenizer.decode(ids) == text
     inner = last_answer(text)
     if inner is None:
-        return []
+        return [], {}
     inside = set(range(*inner))
     core = {i for i in inside if text[inner[0] : i + 1].strip() and text[i : inner[1]].strip()}
     owner = [-1] * behind + [i for i, c in enumerate(text) for _ in c.encode()]
-    chosen, position = [], 0
+    chosen, cuts, position = [], {}, 0
+    first = behind + len(text[: inner[0] - len("<answer>")].encode())
     for index, piece in enumerate(pieces):
+        if 0 <= position - first <= len("<answer>") and not chosen:
+            cuts[position - first] = index
         characters = set(owner[position : position + len(piece)])
         position += len(piece)
-        if characters <= inside and characters & core:
+        if characters & core:
             chosen.append(index)
-    return chosen
+    return chosen, cuts
 
 
 def check(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> tuple[int, int] | None:
-    expected = answer_tokens(tokenizer, ids)
+    expected, cuts = answer_tokens(tokenizer, ids)
     span = answer_token_span(tokenizer, ids)
+    found = find_answer_tokens(tokenizer, ids)
     if not expected:
         assert span is None
+        assert found is None
         return None
     assert expected == list(range(expected[0], expected[-1] + 1))
-    assert span == (expected[0], expected[-1] + 1)
+    assert span == found.span == (expected[0], expected[-1] + 1)
+    assert found.cuts == cuts
+    text = tokenizer.decode(ids)
+    assert found.text == text[slice(*last_answer(text))].strip()
+    assert f"{found.before}{found.text}{found.after}" in text
     return span
 
 
@@ -175,7 +190,7 @@ def test_a_replacement_character_of_the_text_is_one_like_any_other(name, text):
 
 @pytest.mark.parametrize("name", ["bytes", "tags", "metaspace"])
 @pytest.mark.parametrize("text", TEXTS)
-def test_where_no_token_straddles_the_span_decodes_to_the_answer(name, text):
+def test_where_no_token_joins_a_tag_and_the_answer_the_span_decodes_to_the_answer(name, text):
     tokenizer = TOKENIZERS[name]
     ids = encode(tokenizer, text)
     start, end = check(tokenizer, ids)
@@ -218,13 +233,31 @@ def test_the_merges_of_these_tests_do_cross_tags():
     assert b">\n" in [piece_bytes(TOKENIZERS["joined tags"], i) for i in ids]
 
 
-def test_a_token_that_joins_a_tag_and_the_answer_does_not_count():
-    tokenizer = with_tokens(">B", "C<")
-    assert check(tokenizer, encode(tokenizer, "<answer>B</answer>")) is None
-    assert check(tokenizer, encode(tokenizer, "<answer>C</answer>")) is None
-    ids = encode(tokenizer, "<answer>B and C</answer>")
+@pytest.mark.parametrize(
+    ("text", "before", "answer", "after"),
+    [
+        ("<answer>B</answer>", ">", "B", ""),
+        ("<answer>C</answer>", "", "C", "<"),
+        ("<answer>B and C</answer>", ">", "B and C", "<"),
+        ("<answer> \nB\n </answer>", "", "B", ""),
+        ("<answer>D</answer>", "r>", "D", "</a"),
+    ],
+)
+def test_a_token_that_joins_a_tag_and_the_answer_counts(text, before, answer, after):
+    tokenizer = with_tokens(">B", "C<", "r>D</a")
+    ids = encode(tokenizer, text)
     start, end = check(tokenizer, ids)
-    assert tokenizer.decode(ids[start:end]) == " and "
+    found = find_answer_tokens(tokenizer, ids)
+    assert (found.before, found.text, found.after) == (before, answer, after)
+    assert tokenizer.decode(ids[start:end]) == before + answer + after
+
+
+@pytest.mark.parametrize("inner", ["", " ", "\n", " \n "])
+def test_tokens_that_hold_a_tag_and_white_space_are_no_answer(inner):
+    tokenizer = with_tokens(">\n", "> ", "></", " </", "\n</")
+    for around in ("", " A "):
+        ids = encode(tokenizer, f"<think>{around}</think><answer>{inner}</answer>{around}")
+        assert check(tokenizer, ids) is None
 
 
 def test_white_space_counts_only_where_it_shares_a_token_with_the_answer():

@@ -94,7 +94,7 @@ def test_greedy_tokens_equal_hugging_face_given_the_same_positions(layout, job, 
     _, result, _ = layout
     model = hf_model(checkpoint)
     eos = load_tokenizer(checkpoint, model.config).eos_ids
-    from golden import _vision_inputs
+    from golden import vision_inputs
 
     for prompt, completions in zip(job[1]["prompts"], result["greedy"], strict=True):
         ids, wanted = prompt.token_ids, []
@@ -106,7 +106,7 @@ def test_greedy_tokens_equal_hugging_face_given_the_same_positions(layout, job, 
                 logits = model(
                     input_ids=ids[None],
                     position_ids=positions[:, None],
-                    **_vision_inputs(model, prompt),
+                    **vision_inputs(model, prompt),
                 ).logits
             wanted.append(int(logits[0, -1].argmax()))
             ids = torch.cat([ids, torch.tensor(wanted[-1:])])

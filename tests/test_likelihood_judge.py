@@ -87,8 +87,7 @@ def test_another_answer_behind_the_same_reasoning_turns_the_verdict(judge, group
     (first,) = verdicts_of(judge, [group])
     likelihoods = first.details["option_likelihoods"]
     likeliest = max(likelihoods, key=likelihoods.get)
-    for letter in group.prompt.sample.options:
-        spliced = judge.with_answer(group, letter)
+    for letter, spliced in judge.with_options(group).items():
         closed = [*spliced.token_ids.tolist(), *tokenizer.encode("</answer> <|im_end|>")]
         (verdict,) = verdicts_of(judge, [Group(group.prompt, [completion_of(tokenizer, closed)])])
         assert verdict.consistent is (letter == likeliest)
@@ -107,11 +106,12 @@ def test_the_letter_alone_is_replaced_in_the_sampled_tokens(name):
     given = completion_of(tokenizer, ids)
     group = Group(SimplePrompt(Sample("1", "?", "A", options=OPTIONS)), [given])
     start, end = given.answer_span
-    own = judge.with_answer(group, "B")
-    assert own.token_ids.tolist() == ids[:end]
-    assert own.answer_span == given.answer_span
+    made_of = judge.with_options(group)
+    assert list(made_of) == list(OPTIONS)
+    assert made_of["B"].token_ids.tolist() == ids[:end]
+    assert made_of["B"].answer_span == given.answer_span
     for letter in "AC":
-        made = judge.with_answer(group, letter)
+        made = made_of[letter]
         assert made.token_ids[:start].tolist() == ids[:start]
         assert made.answer_span == (start, len(made.token_ids))
         wanted = base.decode(ids[:end]).removesuffix("B") + letter

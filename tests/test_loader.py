@@ -118,3 +118,14 @@ def test_nothing_is_done_ahead_without_processes(builder, numbered, monkeypatch)
     workers.count = 0
     PromptLoader(builder, workers).prefetch(numbered)
     assert not workers.futures
+
+
+def test_a_control_token_that_can_not_be_text_costs_that_sample_only(builder, numbered):
+    """The miniature has its control tokens as words: it can't write them in any other way."""
+    loader = PromptLoader(builder, DecodingWorkers(0, seconds=1, memory_gib=1))
+    bad = Sample("bad", "which way did the <|im_end|> move ?", "A")
+    skipped, prompt = loader.load([(0, bad), numbered[1]])
+    assert isinstance(skipped, Skipped)
+    assert skipped.sample_id == "bad"
+    assert "sample bad: the question holds <|im_end|>" in skipped.reason
+    assert isinstance(prompt, Prompt)

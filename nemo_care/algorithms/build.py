@@ -132,6 +132,7 @@ def build_trainer(
             {level: annotations.samples for level, annotations in levels.items()}, evaluator
         ),
         files=files,
+        tokenizer=tokenizer,
         loggers=loggers,
         bad_lines=[item for read in (*training.sources, *levels.values()) for item in read.bad],
         stop=stop,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from nemo_care.config import Recipe
 from nemo_care.data.samples import Skipped
+from nemo_care.objective.statistics import mean_of_known
 from nemo_care.screen import console, one_line, plain, printable
 
 _SHOWN = {
@@ -140,6 +141,22 @@ class Console:
             "reference is as sure of an answer whatever the reasoning says: a validation's "
             "consistency rate and forced-reasoning probe tell which (metric care/selection_rate; "
             f"told every {again} such steps)"
+        )
+        self._print(plain(text, style="yellow"))
+
+    def no_signal(
+        self, step: int, rows: Sequence[Mapping[str, Any]], steps: int, again: int
+    ) -> None:
+        """Say that the rewards within every group have been equal for some steps."""
+        rewards = mean_of_known([row["reward"] for row in rows])
+        text = (
+            f"step {step}: in the last {steps} steps no group had a signal: all completions of a "
+            f"prompt got the same reward ({_rate(rewards)} on average in this step), so nothing "
+            "was learnt. "
+            "Look at the completions in the run's rollouts/: answers that no reward can match, or "
+            "questions that are all too easy or too hard? A higher rollout.temperature or "
+            "algorithm.group_size makes completions differ more (metric "
+            f"rollout/groups_without_signal; repeated every {again} such steps)"
         )
         self._print(plain(text, style="yellow"))
 

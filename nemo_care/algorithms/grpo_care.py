@@ -22,6 +22,7 @@ from nemo_care.algorithms.step_watch import StepWatch
 from nemo_care.config import Recipe
 from nemo_care.data.samples import Skipped
 from nemo_care.data.stream import PromptStream, TooManySkipped
+from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.results import Results
 from nemo_care.evaluation.validation import Validator
 from nemo_care.models.hf_config import architecture
@@ -66,6 +67,7 @@ class GRPOCareTrainer:
         policy: Policy,
         validator: Validator,
         files: RunFiles,
+        tokenizer: ChatTokenizer,
         loggers: Sequence[MetricLogger],
         bad_lines: Sequence[Skipped] = (),
         stop: StopRequest | None = None,
@@ -84,7 +86,7 @@ class GRPOCareTrainer:
         self.stop = stop or StopRequest()
         self.console = Console(recipe, active=ranks.rank == 0)
         self.checkpoints = Checkpointing(recipe, ranks, files, self.console)
-        self.watch = StepWatch(recipe, ranks, files, self.console)
+        self.watch = StepWatch(recipe, ranks, files, self.console, tokenizer)
         self.rollouts = Rollouts(
             recipe, prompts, generator, self.console, version=lambda: policy.optimizer_steps
         )
@@ -139,6 +141,7 @@ class GRPOCareTrainer:
         with self._phase("step"):
             # One round of sampling, or with rollout.dynamic_sampling several.
             sampled = self.sampling(self.sample_groups)
+            self.watch.check_answers(sampled.groups)
             self.selection_rate = selection_rate(
                 sampled.groups, self.recipe.algorithm.consistency, self.ranks
             )
@@ -299,6 +302,7 @@ class GRPOCareTrainer:
             known = {name: float(value) for name, value in record.items() if value is not None}
             logger.log_metrics(known, step=self.step)
         self.console.step(self.step, record, rows, skipped)
+        self.watch.check_signal(self.step, rows)
 
     # ------------------------------------------------------------------ state
 

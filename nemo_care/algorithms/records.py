@@ -40,7 +40,8 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
             "prompt_tokens": group.prompt.length,
             "tokens": completion.length,
             "ended": completion.ended,
-            "has_answer": completion.answer_span is not None,
+            "has_answer": completion.has_answer,
+            "unscored": completion.is_unscored,
             # Only the rule costs nothing; the other judges see validation's completions.
             "consistent": rule_verdict(completion.text, group.prompt.sample).consistent
             if judge == "rule"
@@ -68,7 +69,8 @@ def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, fl
 
     `reward/NAME` is the unweighted mean of a reward, `reward/total` the mean of the weighted sum
     and the bonus. Rates and rewards are means over completions, `groups_*` count groups,
-    `prompt_tokens` and `completion_tokens` are mean lengths.
+    `prompt_tokens` and `completion_tokens` are mean lengths. A missing answer is none that is
+    well-formed, or an empty one; an unscored answer is there, but its tokens were not found.
     """
     groups: dict[int, list[Row]] = {}
     for row in rows:
@@ -89,6 +91,7 @@ def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, fl
         "care/bonus_rate": mean_of_known([row["bonus"] > 0 for row in rows]),
         "care/clipped_rate": mean_of_known([p >= clip for p in likelihoods if p is not None]),
         "care/missing_answer_rate": mean_of_known([not row["has_answer"] for row in rows]),
+        "care/unscored_answer_rate": mean_of_known([row["unscored"] for row in rows]),
         "rollout/consistency_rate": mean_of_known(
             [row["consistent"] for row in rows if row["format"] == 1]
         ),

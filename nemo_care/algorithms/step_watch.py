@@ -13,10 +13,12 @@ from nemo_care.algorithms.numbers import (
     NotFinite,
     asked_of_reference,
 )
+from nemo_care.algorithms.records import Row
 from nemo_care.config import Recipe
+from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import RunFailed
 from nemo_care.parallel.process_groups import Ranks
-from nemo_care.rollouts.group import Group
+from nemo_care.rollouts.group import Completion, Group
 from nemo_care.rollouts.group_files import StoredGroup, write_groups
 from nemo_care.run_files import RunFiles
 
@@ -28,6 +30,12 @@ _TELL_AGAIN = 50
 # groups that gave it a choice.
 _IDLE_STEPS = 20
 _IDLE_RATE = 0.05
+# Nothing is learnt when over so many steps the rewards of every group were all equal.
+_SILENT_STEPS = 10
+# Share of the answers that may go without a likelihood in the first step that has answers.
+_MAX_UNSCORED = 0.05
+# Of the completion that such an error shows: those at its end, where the answer is.
+_SHOWN_TOKENS = 60
 # Of each rank. Backward hands a NaN on towards the input: the last ones are nearest to its origin.
 _PARAMETERS = 50
 
@@ -35,12 +43,22 @@ _PARAMETERS = 50
 class StepWatch:
     """Looks at each step's numbers after its update."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, files: RunFiles, console: Console) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        ranks: Ranks,
+        files: RunFiles,
+        console: Console,
+        tokenizer: ChatTokenizer,
+    ) -> None:
         """Nothing has been bad yet."""
         self.recipe = recipe
         self.ranks = ranks
         self.files = files
         self.console = console
+        self.tokenizer = tokenizer
+        self._answers_seen = False
+        self._silent_steps = 0
         self.bad_steps = BadSteps()
         self._differences = 0
         self._selection_rates: deque[float] = deque(maxlen=_IDLE_STEPS)
@@ -197,6 +215,53 @@ class StepWatch:
         if self._idle_steps % _TELL_AGAIN == 0:
             self.console.idle_bonus(step, mean, _IDLE_STEPS, again=_TELL_AGAIN)
         self._idle_steps += 1
+
+    def check_answers(self, groups: Sequence[Group]) -> None:
+        """Check in the first step with answers that they can get a likelihood; collective.
+
+        Where nothing uses likelihoods, nothing is checked.
+
+        Raises:
+            RunFailed: the tokens of more than 5% of the answers, over all replicas, were not found.
+        """
+        algorithm, judge = self.recipe.algorithm, self.recipe.evaluation.judge
+        is_wanted = algorithm.consistency.bonus_coefficient > 0 or judge == "likelihood"
+        if self._answers_seen or not is_wanted:
+            return
+        answered = [c for group in groups for c in group.completions if c.has_answer]
+        unscored = [completion for completion in answered if completion.is_unscored]
+        example = self._shown(unscored[0]) if unscored else None
+        everyone = self.ranks.gather_from_replicas((len(answered), len(unscored), example))
+        total = sum(answers for answers, _, _ in everyone)
+        missing = sum(count for _, count, _ in everyone)
+        self._answers_seen = total > 0
+        if missing > _MAX_UNSCORED * total:
+            first = next(shown for _, _, shown in everyone if shown is not None)
+            raise RunFailed(
+                f"{missing} of {total} well-formed answers of the first step that has any got no "
+                "likelihood, because none of their tokens was found: with this tokenizer no such "
+                f"completion could get a bonus. One of them is {first}. Use the tokenizer files "
+                "that were published with the checkpoint of model.hf_path. If these are the ones, "
+                "report it: their decoder does not give back the text token by token"
+            )
+
+    def _shown(self, completion: Completion) -> str:
+        """A completion with its last tokens."""
+        tokens = self.tokenizer.base.convert_ids_to_tokens(completion.token_ids.tolist())
+        more = "... " if len(tokens) > _SHOWN_TOKENS else ""
+        return f"{completion.text!r}, its tokens: {more}{tokens[-_SHOWN_TOKENS:]}"
+
+    def check_signal(self, step: int, rows: Sequence[Row]) -> None:
+        """Say when the rewards of every group of the last steps were all equal.
+
+        `rows` are the step's completions of all replicas; rank 0 has them.
+        """
+        if any(row["advantage"] != 0 for row in rows):
+            self._silent_steps = 0
+            return
+        self._silent_steps += 1
+        if self._silent_steps % _TELL_AGAIN == _SILENT_STEPS:
+            self.console.no_signal(step, rows, self._silent_steps, again=_TELL_AGAIN)
 
     def _check_first_step(self, metrics: Metrics) -> None:
         bounds = [

@@ -34,7 +34,7 @@ _CAUSES: tuple[tuple[type[InputError], str], ...] = (
 )
 CAUSES = (BAD_LINE, *(cause for _, cause in _CAUSES))
 """Why a line or sample can't be used. crashes decoder: the decoding process died; other: such as
-frames too narrow to resize, or a question that holds the token of a video."""
+frames too narrow to resize, or a control token that the tokenizer can't write as text."""
 
 # Enough that every process has its next request while this one makes prompts of what is done.
 _IN_FLIGHT_PER_PROCESS = 4

@@ -90,13 +90,14 @@ def check_template(template: str) -> str:
 class Draft:
     """A prompt whose videos and images have not been read: `token_ids` holds one token for each.
 
-    `request` asks for them.
+    `request` asks for them. `problem` says why the text can't become a prompt, whatever they hold.
     """
 
     index: int
     sample: Sample
     token_ids: list[int]
     request: MediaRequest
+    problem: str | None = None
 
 
 class PromptBuilder:
@@ -117,25 +118,31 @@ class PromptBuilder:
         Raises:
             UnreadableMedia: a video or image can't be decoded.
             PromptTooLong: more tokens than data.max_prompt_tokens; nothing is ever cut.
+            InputError: the text holds a control token that can't be written as text.
         """
         draft = self.draft(index, sample)
         return self.finish(draft, load_media(draft.request))
 
     def draft(self, index: int, sample: Sample) -> Draft:
         """The text, and what to ask for to finish the prompt."""
-        token_ids = self._token_ids(sample)
+        token_ids, problem = [], None
+        try:
+            token_ids = self._token_ids(sample)
+        except InputError as error:
+            problem = f"sample {sample.sample_id}: {error}"
         text = sum(token not in self.vision_ids for token in token_ids)
         room = self.max_tokens - text
-        return Draft(
-            index, sample, token_ids, MediaRequest(self.media, sample.videos, sample.images, room)
-        )
+        request = MediaRequest(self.media, sample.videos, sample.images, room)
+        return Draft(index, sample, token_ids, request, problem)
 
     def finish(self, draft: Draft, media: Media) -> Prompt:
-        """The prompt with its videos and images; raises PromptTooLong as `build`."""
+        """The prompt with its videos and images; raises InputError and PromptTooLong as `build`."""
+        if draft.problem is not None:
+            raise InputError(draft.problem)
         counts = iter([self.media.patch.tokens(grid) for grid in media.grids])
         token_ids = []
         for token in draft.token_ids:
-            # A question may hold such a token as text; the tokenizer does not tell them apart.
+            # One too many (a tokenizer that has them as words) is refused with the positions.
             token_ids.extend([token] * (next(counts, 1) if token in self.vision_ids else 1))
         if len(token_ids) > self.max_tokens:
             raise PromptTooLong(
@@ -177,7 +184,4 @@ class PromptBuilder:
             *({"type": "image", "image": ""} for _ in sample.images),
             {"type": "text", "text": text},
         ]
-        chat = self.tokenizer.base.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        return self.tokenizer.encode(chat)
+        return self.tokenizer.encode_chat(content)

@@ -1,11 +1,13 @@
 """The checkpoint's tokenizer, checked against its model before anything else starts."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
+from nemo_care.data.chat import ChatEncoder, Content
 from nemo_care.data.checkpoint_files import first_line, read_checkpoint_json
 from nemo_care.errors import InputError
 
@@ -38,8 +40,16 @@ class ChatTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, nothing added."""
+        """Token ids of a text, nothing added; control tokens in it are recognised."""
         return self.base(text, add_special_tokens=False)["input_ids"]
+
+    def encode_chat(self, content: Content) -> list[int]:
+        """Token ids of a prompt in which a user says `content` (see `ChatEncoder`)."""
+        return self._chat.encode(content)
+
+    @cached_property
+    def _chat(self) -> ChatEncoder:
+        return ChatEncoder(self.base)
 
 
 def load_tokenizer(

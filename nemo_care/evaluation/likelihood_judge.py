@@ -12,7 +12,8 @@ import torch
 
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.judges import Verdict, known
-from nemo_care.objective.text import extract_answer
+from nemo_care.objective.text import ANSWER_OPEN, extract_answer
+from nemo_care.rollouts.answer_span import find_answer_tokens
 from nemo_care.rollouts.group import Completion, Group
 
 Likelihoods = Callable[[Sequence[Group]], list[torch.Tensor]]
@@ -52,17 +53,21 @@ class LikelihoodJudge:
             return Verdict(False, {"judge_note": "there is no answer"})
         if answer not in options:
             return Verdict(False, {"judge_note": "the answer is none of the options"})
-        if self._answer_text(completion).strip() != answer:
-            return Verdict(None, {"judge_note": "the answer has no tokens of its own"})
+        if completion.answer_span is None:
+            return Verdict(None, {"judge_note": "no token of the answer was found"})
         return None
 
     def _score(self, groups: Sequence[Group]) -> list[Verdict]:
+        answers = [self.with_options(group) for group in groups]
         spliced = [
-            Group(group.prompt, [self.with_answer(group, letter) for letter in _options(group)])
-            for group in groups
+            Group(group.prompt, list(by_letter.values()))
+            for group, by_letter in zip(groups, answers, strict=True)
         ]
         verdicts = []
-        for group, values in zip(groups, self.likelihoods(spliced), strict=True):
+        for group, made, means in zip(groups, spliced, self.likelihoods(spliced), strict=True):
+            # A likelihood is a mean over tokens. Letters of unequal numbers of tokens (`>B`, but
+            # `>` and `Q`) can be compared by their whole probability only.
+            values = means ** torch.tensor([_answer_length(option) for option in made.completions])
             if bool(values.isnan().any()):
                 raise RuntimeError(
                     "the judge's likelihoods are not numbers: look for infinities in the weights "
@@ -74,36 +79,55 @@ class LikelihoodJudge:
             verdicts.append(Verdict(consistent, {"option_likelihoods": options}))
         return verdicts
 
-    def with_answer(self, group: Group, letter: str) -> Completion:
-        """The group's completion up to its answer, which `letter` takes the place of.
+    def with_options(self, group: Group) -> dict[str, Completion]:
+        """The group's completion up to its answer, with each option letter in the answer's place.
 
-        The given answer keeps the tokens that were sampled. So the reasoning before it has the same
-        tokens behind every option, and white space within the answer's tokens stays.
+        The given answer keeps the tokens that were sampled, and every letter has the same tokens in
+        front of it. A letter is tokenised with what may share a token with it: the end of the
+        opening tag (`>B`), white space, and what the given answer's last token goes on with. Where
+        that does not give the sampled tokens for the given answer, it is written on from where the
+        sampled answer begins. The letters' `answer_span`s begin where their tokens differ.
         """
         given = group.completions[0]
-        assert given.answer_span is not None, "_without_scoring"
-        start, end = given.answer_span
-        text = self._answer_text(given)
-        answer = given.token_ids[start:end]
-        if letter != text.strip():
-            answer = torch.tensor(self.tokenizer.encode(text.replace(text.strip(), letter)))
-        ids = torch.cat([given.token_ids[:start], answer])
-        return Completion(
-            token_ids=ids,
-            log_probs=torch.zeros(len(ids)),
-            text=self.tokenizer.completion_text(ids.tolist()),
-            ended=False,
-            answer_span=(start, len(ids)),
-        )
+        ids = given.token_ids.tolist()
+        found = find_answer_tokens(self.tokenizer.base, ids)
+        assert found is not None, "_without_scoring"
+        cut = max((cut for cut in found.cuts if cut < len(ANSWER_OPEN)), default=None)
+        begin, before = found.start, found.before
+        if cut is not None:
+            whole = ANSWER_OPEN[cut:] + found.space
+            sampled = ids[found.cuts[cut] : found.end]
+            if self.tokenizer.encode(f"{whole}{found.text}{found.after}") == sampled:
+                begin, before = found.cuts[cut], whole
+        answers = {
+            letter: ids[begin : found.end]
+            if letter == found.text
+            else self.tokenizer.encode(f"{before}{letter}{found.after}")
+            for letter in _options(group)
+        }
+        start = begin + _common_length(list(answers.values()))
+        return {
+            letter: Completion(
+                token_ids=torch.tensor(ids[:begin] + answer),
+                log_probs=torch.zeros(begin + len(answer)),
+                text=self.tokenizer.completion_text(ids[:begin] + answer),
+                ended=False,
+                answer_span=(start, begin + len(answer)),
+            )
+            for letter, answer in answers.items()
+        }
 
-    def _answer_text(self, completion: Completion) -> str:
-        """Text of the answer's tokens, which may hold white space beside it; empty without any."""
-        start, end = completion.answer_span or (0, 0)
-        return self.tokenizer.base.decode(
-            completion.token_ids[start:end].tolist(),
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
-        )
+
+def _common_length(answers: Sequence[list[int]]) -> int:
+    """How many tokens all begin with, but for the last of the shortest."""
+    most = min(len(answer) for answer in answers) - 1
+    return next((n for n in range(most) if len({answer[n] for answer in answers}) > 1), most)
+
+
+def _answer_length(completion: Completion) -> int:
+    """Tokens of the answer."""
+    start, end = completion.answer_span or (0, 0)
+    return end - start
 
 
 def _options(group: Group) -> list[str]:

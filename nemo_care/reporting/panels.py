@@ -61,6 +61,7 @@ SHEETS = (
                     "care/bonus_rate": "with the bonus",
                     "care/clipped_rate": "likelihood at the clip",
                     "care/missing_answer_rate": "without an answer",
+                    "care/unscored_answer_rate": "answer without a likelihood",
                 },
                 "share",
                 share=True,

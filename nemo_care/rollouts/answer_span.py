@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nemo_care.objective.text import CharacterSpan, find_answer
+from nemo_care.objective.text import ANSWER_OPEN, CharacterSpan, find_answer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,13 +16,51 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoders write for bytes that are no UTF-8, or not yet."""
 
 
+@dataclass(frozen=True)
+class AnswerTokens:
+    """The tokens of a completion's answer, and how they join the text around it.
+
+    `start` and `end` are a half-open range of token indices. These tokens decode to `before`, the
+    answer without surrounding white space (`text`), and `after`: `>B` has ">" before the answer.
+    `space` is the white space between the opening tag and the answer. `cuts` says where a token
+    begins within the opening tag or right after it: number of the tag's characters before that
+    place -> index of the token.
+
+    Example:
+        `<`, `answer`, `>B`, `</`, `answer`, `>` has start 2, end 3, before ">", text "B", after "",
+        space "" and cuts {0: 0, 1: 1, 7: 2}.
+    """
+
+    start: int
+    end: int
+    before: str
+    text: str
+    after: str
+    space: str
+    cuts: dict[int, int]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Half-open range of token indices."""
+        return self.start, self.end
+
+
 def answer_token_span(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> tuple[int, int] | None:
     """Half-open range of the answer's tokens in `token_ids` [C], None where there are none.
 
-    The answer is the text strictly inside the last well-formed `<answer>...</answer>`. A token
-    belongs to it when its characters lie between the tags and touch the answer without its
-    surrounding white space. So the tags, white space next to them, and tokens that join a tag
-    with something else (`>B`) don't count.
+    See `find_answer_tokens`.
+    """
+    found = find_answer_tokens(tokenizer, token_ids)
+    return None if found is None else found.span
+
+
+def find_answer_tokens(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> AnswerTokens | None:
+    """The answer's tokens in `token_ids` [C], None where the completion has no answer.
+
+    The answer is the text inside the last well-formed `<answer>...</answer>` without surrounding
+    white space. A token belongs to it when it holds at least one of the answer's characters,
+    whatever else it holds: Qwen's vocabulary writes `<answer>B</answer>` with the token `>B`.
+    Tokens of tags or white space alone don't count. An answer of white space alone has no tokens.
 
     `tokenizer` needs the Hugging Face `decode`; `token_ids` are the generated tokens of one
     completion, EOS and all, a list or a 1-D tensor. They need not be what the tokenizer would make
@@ -32,24 +71,47 @@ def answer_token_span(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> tupl
     inner = find_answer(offsets.text)
     if inner is None:
         return None
-    answer = offsets.text[slice(*inner)]
-    inner_start, inner_end = inner
-    start = inner_start + len(answer) - len(answer.lstrip())
-    end = start + len(answer.strip())
+    inside = offsets.text[slice(*inner)]
+    answer = inside.strip()
+    start = inner[0] + len(inside) - len(inside.lstrip())
+    end = start + len(answer)
+    if not answer:
+        return None
 
-    # Both ends of a token's range grow with its index, so two bisections find the tokens with
-    # inner_start <= first, last <= inner_end, and an overlap with [start, end).
+    # Both ends of a token's range grow with its index, so two bisections find the overlap.
     def reaches_answer(index: int) -> bool:
-        first, last = offsets[index]
-        return first >= inner_start and last > start
+        return offsets[index][1] > start
 
     def passes_answer(index: int) -> bool:
-        first, last = offsets[index]
-        return first >= end or last > inner_end
+        return offsets[index][0] >= end
 
     begin = bisect_left(range(len(ids)), True, key=reaches_answer)
     stop = bisect_left(range(len(ids)), True, key=passes_answer)
-    return (begin, stop) if begin < stop else None
+    if begin >= stop:
+        return None
+    return AnswerTokens(
+        begin,
+        stop,
+        before=offsets.text[offsets[begin][0] : start],
+        text=answer,
+        after=offsets.text[end : offsets[stop - 1][1]],
+        space=offsets.text[inner[0] : start],
+        cuts=_cuts(offsets, inner[0], begin),
+    )
+
+
+def _cuts(offsets: _TokenOffsets, tag_end: int, begin: int) -> dict[int, int]:
+    """Where tokens begin in the opening tag that ends at `tag_end`; `begin`: the answer's first."""
+    tag_start = tag_end - len(ANSWER_OPEN)
+    cuts = {}
+    for index in range(begin, -1, -1):
+        first, last = offsets[index]
+        if first < tag_start:
+            break
+        # Of tokens that share a character, as its bytes do, the first one stays. Others are empty.
+        if first <= tag_end and first < last:
+            cuts[first - tag_start] = index
+    return cuts
 
 
 def _as_list(token_ids: Sequence[int] | Tensor) -> list[int]:

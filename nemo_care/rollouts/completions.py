@@ -3,7 +3,7 @@
 import torch
 
 from nemo_care.data.tokenizer import ChatTokenizer
-from nemo_care.rollouts.answer_span import answer_token_span
+from nemo_care.rollouts.answer_span import find_answer_tokens
 from nemo_care.rollouts.group import Completion
 
 
@@ -14,10 +14,12 @@ def completion_of(
     ids = tokens.tolist()
     end = next((at for at, token in enumerate(ids) if token in tokenizer.eos_ids), None)
     length = len(ids) if end is None else end + 1
+    answer = find_answer_tokens(tokenizer.base, ids[:length])
     return Completion(
         token_ids=tokens[:length].clone(),
         log_probs=log_probs[:length].clone(),
         text=tokenizer.completion_text(ids[:length]),
         ended=end is not None,
-        answer_span=answer_token_span(tokenizer.base, ids[:length]),
+        answer_span=None if answer is None else answer.span,
+        answer_cuts=None if answer is None else answer.cuts,
     )

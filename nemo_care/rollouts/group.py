@@ -1,10 +1,12 @@
 """A group: one prompt and its G completions, the unit of work after sampling."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from nemo_care.data.prompts import Prompt
+from nemo_care.objective.text import ANSWER_OPEN, extract_answer
 
 
 @dataclass
@@ -12,7 +14,9 @@ class Completion:
     """One sampled completion of C tokens, up to and with EOS where it ended.
 
     `log_probs` float32 [C]: of its tokens as the generator saw them (temperature 1, no top-p).
-    `answer_span` is half open, in token indices; None without a well-formed answer.
+    `answer_span` is half open, in token indices; None without a well-formed answer. `answer_cuts`
+    say where the answer may be cut from the reasoning (see `AnswerTokens.cuts`); None: right
+    before the answer's first token.
     """
 
     token_ids: torch.Tensor
@@ -20,11 +24,30 @@ class Completion:
     text: str
     ended: bool
     answer_span: tuple[int, int] | None
+    answer_cuts: Mapping[int, int] | None = None
 
     @property
     def length(self) -> int:
         """C, tokens of the completion."""
         return len(self.token_ids)
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the text has a well-formed answer that is not empty."""
+        return bool(extract_answer(self.text))
+
+    @property
+    def is_unscored(self) -> bool:
+        """Whether there is an answer whose tokens were not found: it can't get a likelihood."""
+        return self.answer_span is None and self.has_answer
+
+    @property
+    def cuts(self) -> Mapping[int, int]:
+        """`answer_cuts`, of a completion with an answer."""
+        if self.answer_cuts:
+            return self.answer_cuts
+        assert self.answer_span is not None, "a completion with an answer"
+        return {len(ANSWER_OPEN): self.answer_span[0]}
 
 
 def _unset() -> torch.Tensor:

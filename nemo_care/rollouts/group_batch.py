@@ -87,7 +87,7 @@ class GroupBatch:
         """Likelihood of each answer under each reasoning: one float32 [G, G] per group.
 
         Row i, column j: exp(mean log-probability of the tokens of answer i behind reasoning j); NaN
-        where either completion has no answer.
+        where either completion has no answer, or their opening tags can't be cut at one place.
 
         Raises:
             ValueError: the batch was made without pairs.

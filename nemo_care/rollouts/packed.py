@@ -59,7 +59,7 @@ class _Packer:
             # The first token is predicted by the prompt's last one.
             places.append(torch.arange(start - 1, start - 1 + completion.length))
             places[-1][0] = self.prompt[1] - 1
-        pairs = self._answer_pairs(places) if answer_pairs else None
+        pairs = self._answer_pairs() if answer_pairs else None
         return PackedGroup(
             torch.cat(self.token_ids),
             torch.cat(self.position_ids, dim=1),
@@ -77,47 +77,59 @@ class _Packer:
         self.segments.append(Segment(start, start + len(token_ids), context))
         return start
 
-    def _answer_pairs(self, places: list[torch.Tensor]) -> AnswerPairs:
-        """Every answer behind every reasoning.
+    def _answer_pairs(self) -> AnswerPairs:
+        """Every answer after every reasoning.
 
-        An answer of n tokens adds n - 1 to the sequence (its last one predicts nothing): none for
-        a single letter, and none where two completions gave the same answer.
+        The giver's tokens go on where the reasoner's opening tag was cut, at the last place of the
+        tag where a token of both begins. So a token that holds the end of the tag and the answer
+        (`>B`) does not follow a whole tag, and every answer has the tokens that were sampled. Where
+        there is no such place the pair does not exist.
         """
-        answers = [
-            c.token_ids[slice(*c.answer_span)] if c.answer_span else None
-            for c in self.group.completions
-        ]
         ids, where, numbers = [], [], []
-        for j, completion in enumerate(self.group.completions):
-            if completion.answer_span is None:
+        for j, reasoner in enumerate(self.group.completions):
+            if reasoner.answer_span is None:
                 continue
-            begin, end = completion.answer_span
-            own = completion.token_ids[begin:end]
-            known = {tuple(own.tolist()): places[j][begin:end]}
-            start = self.segments[1 + j].start
-            context = (self.prompt, (start, start + begin)) if begin else (self.prompt,)
-            for i, answer in enumerate(answers):
-                if answer is None:
+            known: dict[tuple[int, ...], torch.Tensor] = {}
+            for i, giver in enumerate(self.group.completions):
+                if giver.answer_span is None:
                     continue
-                key = tuple(answer.tolist())
+                shared = giver.cuts.keys() & reasoner.cuts.keys()
+                if not shared:
+                    continue
+                begin, (start, end) = giver.cuts[max(shared)], giver.answer_span
+                at, tokens = reasoner.cuts[max(shared)], giver.token_ids[begin:end]
+                key = (at, *tokens.tolist())
                 if key not in known:
-                    known[key] = self._branch(answer, places[j][begin : begin + 1], context, begin)
-                ids.append(answer)
-                where.append(known[key])
-                numbers.append(torch.full((len(answer),), i * self.group.size + j))
+                    known[key] = self._branch(j, at, tokens)
+                # Between the cut and the answer there may be the rest of the tag, and white space.
+                ids.append(tokens[start - begin :])
+                where.append(known[key][start - begin :])
+                numbers.append(torch.full((end - start,), i * self.group.size + j))
         nothing = torch.zeros(0, dtype=torch.long)
         return AnswerPairs(
             torch.cat([nothing, *ids]), torch.cat([nothing, *where]), torch.cat([nothing, *numbers])
         )
 
-    def _branch(
-        self, answer: torch.Tensor, first: torch.Tensor, context: tuple[Range, ...], offset: int
-    ) -> torch.Tensor:
-        """Put an answer behind another reasoning; the places of its tokens."""
-        if len(answer) == 1:
-            return first
-        start = self._append(answer[:-1], context, offset)
-        return torch.cat([first, torch.arange(start, start + len(answer) - 1)])
+    def _branch(self, number: int, at: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Put tokens after the first `at` of a completion; where each of them is predicted.
+
+        Only those are added to the sequence that differ from what the completion goes on with, and
+        not the last one, which predicts nothing: none at all for letters of one token.
+        """
+        segment = self.segments[1 + number]
+        own = self.group.completions[number].token_ids[at:]
+        common = 0
+        while common < min(len(own), len(tokens)) and own[common] == tokens[common]:
+            common += 1
+        before = [at + place for place in range(min(common + 1, len(tokens)))]
+        places = [segment.start + n - 1 if n else self.prompt[1] - 1 for n in before]
+        rest = tokens[common:-1]
+        if len(rest):
+            seen = at + common
+            context = (self.prompt, (segment.start, segment.start + seen))
+            start = self._append(rest, context if seen else (self.prompt,), seen)
+            places.extend(range(start, start + len(rest)))
+        return torch.tensor(places)
 
 
 def packed_groups(

@@ -144,7 +144,7 @@ def test_a_step_in_either_precision_stays_near_the_golden_one(job: Job, golden, 
 
 def test_greedy_tokens_equal_hugging_face_given_the_same_positions(job: Job, tmp_path):
     """Step by step without a cache, on the same device and in float32."""
-    from golden import _vision_inputs
+    from golden import vision_inputs
 
     trainer = small_trainer(job.recipe(), job.ranks, tmp_path)
     sampling = Sampling(group_size=2, temperature=0.0, top_p=0.95, max_tokens=12, seed=(7,))
@@ -152,7 +152,7 @@ def test_greedy_tokens_equal_hugging_face_given_the_same_positions(job: Job, tmp
     device = compute_device()
     model = hf_model(job.checkpoint).to(device)
     for prompt, group in zip(job.prompts, groups, strict=True):
-        vision = {key: value.to(device) for key, value in _vision_inputs(model, prompt).items()}
+        vision = {key: value.to(device) for key, value in vision_inputs(model, prompt).items()}
         for completion in group.completions:
             assert completion.token_ids.tolist() == group.completions[0].token_ids.tolist()
         ids = torch.cat([prompt.token_ids, group.completions[0].token_ids])
