@@ -9,7 +9,9 @@ The keys under `data`, `evaluation`, `model`, `optimizer`, `rollout` and `rollou
 
 import math
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -28,8 +30,6 @@ from nemo_care.vllm_config import PLACEMENTS, ROLLOUT_BACKENDS
 
 # What is usual; more ranks than that ask for more machines.
 _RANKS_OF_A_MACHINE = 8
-
-CONSISTENCY_KINDS = ("group", "accurate", "dense", "counterfactual")
 
 
 @dataclass
@@ -125,6 +125,12 @@ class AlgorithmConfig:
     """The ratio is clipped below 1 - clip_low (several updates per rollout)."""
     clip_high: float = 0.2
     """The ratio is clipped above 1 + clip_high (several updates per rollout)."""
+    advantage: str = "grpo"
+    """How a completion's reward becomes its advantage: grpo (the paper: the reward's distance from
+    the group's mean in standard deviations of the group)."""
+    loss: str = "grpo"
+    """The policy loss: grpo (the paper: clipped ratios, averaged over the tokens of each completion
+    and then over all completions)."""
     kl_coefficient: float = 0.0
     """Weight of the k3 penalty against the reference; GRPO-CARE has none."""
     min_reasoning_words: int = 0
@@ -202,14 +208,40 @@ def needs_reference(algorithm: AlgorithmConfig) -> bool:
     return algorithm.consistency.bonus_coefficient > 0 or algorithm.kl_coefficient > 0
 
 
-CHOICES = {
+class _NamesIn(Collection[str]):
+    """The keys of a table of the package, which is imported only when a recipe is checked.
+
+    An entry added to the table is a choice of the recipe at once. (The tables hold functions on
+    tensors, and importing torch takes seconds that a command's --help need not spend.)
+    """
+
+    def __init__(self, module: str, table: str) -> None:
+        self._module = module
+        self._table = table
+
+    def _names(self) -> Collection[str]:
+        return getattr(import_module(self._module), self._table)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+
+CHOICES: dict[str, Collection[str]] = {
     "trainer.resume": ("auto", "never"),
     "model.backend": ("auto", "local", "transformer_engine"),
     "model.recompute_granularity": ("none", "selective", "full"),
     "model.precision.dtype": ("bf16", "fp32"),
     "model.precision.fp8.recipe": FP8_RECIPES,
     "model.precision.fp8.format": ("auto", "e4m3", "hybrid"),
-    "algorithm.consistency.kind": CONSISTENCY_KINDS,
+    "algorithm.consistency.kind": _NamesIn("nemo_care.objective.bonuses", "BONUSES"),
+    "algorithm.advantage": _NamesIn("nemo_care.objective.advantages", "ADVANTAGES"),
+    "algorithm.loss": _NamesIn("nemo_care.objective.losses", "LOSSES"),
     "rollout.backend": ROLLOUT_BACKENDS,
     "rollout.vllm.placement": PLACEMENTS,
     "optimizer.schedule": ("cosine", "constant"),
@@ -336,9 +368,12 @@ def seconds_of(duration: str) -> float:
 def _check_together(recipe: Recipe) -> None:
     if recipe.trainer.max_time_per_run is not None:
         seconds_of(recipe.trainer.max_time_per_run)
-    if recipe.algorithm.consistency.kind == "counterfactual" and not recipe.algorithm.shared_prompt:
+    from nemo_care.objective.bonuses import BONUSES
+
+    kind = recipe.algorithm.consistency.kind
+    if not recipe.algorithm.shared_prompt and BONUSES[kind].needs_pairs:
         raise InputError(
-            "algorithm.consistency.kind=counterfactual scores every answer behind every reasoning "
+            f"algorithm.consistency.kind={kind} scores every answer behind every reasoning "
             "of its group, which needs algorithm.shared_prompt=true"
         )
     check_data(recipe.data)

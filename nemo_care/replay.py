@@ -140,8 +140,10 @@ def _replay(recipe: Recipe, ranks: "Ranks", run: Path, step: int) -> None:
     layout = BatchLayout.of_recipe(recipe, ranks.layout, tokenizer.pad_id, groups_per_batch=1)
     weights = _not_finite_weights(model)
     policy = Policy(model, recipe, ranks, layout)
-    seen = [_look_at(policy, group) for group in groups]
-    policy.forward_backward(layout.batches(groups))
+    batches = layout.batches(groups)
+    count = policy.loss_count(batches)
+    seen = [_look_at(policy, group, count) for group in groups]
+    policy.forward_backward(batches, count)
     norm = policy.gradient_norm()
     policy.clear_gradients()
     everyone = ranks.gather_on_rank_zero((ranks.data_rank, weights, seen))
@@ -208,8 +210,11 @@ def _first_bad_module(model: "torch.nn.Module") -> Iterator[list[str]]:
             hook.remove()
 
 
-def _look_at(policy: "Policy", group: "Group") -> GroupReplay:
-    """Loss and gradient of one group alone; all ranks call it with their replica's."""
+def _look_at(policy: "Policy", group: "Group", count: "torch.Tensor") -> GroupReplay:
+    """Loss and gradient of one group alone; all ranks call it with their replica's.
+
+    `count` is the loss's count of the whole step.
+    """
     seen = GroupReplay()
     look = policy.gradients.look
 
@@ -221,13 +226,13 @@ def _look_at(policy: "Policy", group: "Group") -> GroupReplay:
     policy.gradients.look = look_closely  # type: ignore[method-assign]
     try:
         with _first_bad_module(policy.model) as modules:
-            results = policy.forward_backward(policy.layout.batches([group]))
+            results = policy.forward_backward(policy.layout.batches([group]), count)
     finally:
         policy.gradients.look = look  # type: ignore[method-assign]
     seen.module = modules[0] if modules else None
-    for sums, _, log_probs in results:
-        seen.loss = float(sums[0])
-        rows = log_probs.isfinite().all(dim=1).tolist()
+    for result in results:
+        seen.loss = float(result.totals["loss"])
+        rows = result.log_probs.isfinite().all(dim=1).tolist()
         seen.bad_completions = [number for number, finite in enumerate(rows) if not finite]
     return seen
 

@@ -111,6 +111,7 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
     # One step on given completions.
     groups = share_of(job["groups"], ranks)
     trainer.reference.score_answers(groups)
+    trainer.credit(groups)
     gradients = record_gradients(trainer.policy)
     metrics = trainer.policy.update(groups)
     trainer.reference.track(model, 1)
@@ -132,6 +133,7 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
     recipe.algorithm.kl_coefficient = 0.04
     trainer.reference.all_tokens = True
     trainer.reference.score_answers(groups)
+    trainer.credit(groups)
     result["with_kl"] = trainer.policy.update(groups)
     recipe.algorithm.kl_coefficient = 0.0
 

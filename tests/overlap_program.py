@@ -31,6 +31,7 @@ def main() -> None:
         for step in (1, 2):
             groups = share_of(job["groups"], ranks)
             trainer.reference.score_answers(groups)
+            trainer.credit(groups)
             norms.append(trainer.policy.update(groups)["train/grad_norm"])
             trainer.reference.track(trainer.policy.model, step)
         weights, average = (

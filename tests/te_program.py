@@ -59,6 +59,7 @@ def step(trainer, job, ranks: Ranks) -> dict:
     result["sampled"] = generate(trainer, job["prompts"], 1.0, ranks)
     groups = share_of(job["groups"], ranks)
     trainer.reference.score_answers(groups)
+    trainer.credit(groups)
     gradients = record_gradients(trainer.policy)
     result["metrics"] = trainer.policy.update(groups)
     trainer.reference.track(trainer.policy.model, 1)
@@ -89,10 +90,15 @@ def in_eight_bits(job, ranks: Ranks, folder: Path, **keys) -> dict[str, list]:
         setattr(recipe.model.precision.fp8, key, value)
     trainer = small_trainer(recipe, ranks, folder)
     groups = share_of(job["groups"], ranks)
+
+    def score() -> None:
+        trainer.reference.score_answers(groups)
+        trainer.credit(groups)
+
     found = products_of(
         {
             "rollout": lambda: generate(trainer, job["prompts"], 1.0, ranks),
-            "scoring": lambda: trainer.reference.score_answers(groups),
+            "scoring": score,
             "update": lambda: trainer.policy.update(groups),
         }
     )

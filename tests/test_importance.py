@@ -137,9 +137,11 @@ def test_a_step_weights_each_token_and_logs_how(recipe, ranks, tmp_path, groups,
     recipe.rollout.importance_sampling.cap = 1.25
     policy = small_trainer(recipe, ranks, tmp_path / "run").policy
     batches = policy.layout.batches(groups)
+    results = policy.forward_backward(batches, policy.loss_count(batches))
+    found = [result.log_probs for result in results]
     vectors = [
         vector
-        for batch, (_, _, log_probs) in zip(batches, policy.forward_backward(batches), strict=True)
+        for batch, log_probs in zip(batches, found, strict=True)
         for of_group in batch.unpadded(log_probs)
         for vector in of_group
     ]

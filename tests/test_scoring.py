@@ -123,8 +123,10 @@ def test_counterfactual_bonus_comes_out_of_the_one_scoring_pass(
     trainer, counterfactual = made
     groups = with_long_answers(groups)
     trainer.reference.score_answers(groups)
+    trainer.credit(groups)
     before = [(group.answer_likelihood, group.reference_log_probs) for group in groups]
     counterfactual.reference.score_answers(groups)
+    counterfactual.credit(groups)
     tables = scorer(trainer, shared_prompt=True).pair_likelihoods(groups)
     for group, (likelihood, log_probs), table in zip(groups, before, tables, strict=True):
         expected = counterfactual_bonus(table[None])[0]

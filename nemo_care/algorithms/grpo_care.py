@@ -34,11 +34,7 @@ from nemo_care.parallel.stop_request import StopRequest, stopped
 from nemo_care.rollouts.generator import Generator
 from nemo_care.rollouts.group import Group
 from nemo_care.run_files import RunFiles
-from nemo_care.scoring.group_rewards import (
-    add_consistency_bonus,
-    selection_rate,
-    set_advantage,
-)
+from nemo_care.scoring.credit import Credit, selection_rate
 from nemo_care.scoring.reference import Reference
 
 Metrics = dict[str, float | None]
@@ -78,6 +74,7 @@ class GRPOCareTrainer:
         self.ranks = ranks
         self.rewards = rewards
         self.reference = reference
+        self.credit = Credit(recipe.algorithm)
         self.policy = policy
         self.validator = validator
         self.files = files
@@ -157,7 +154,9 @@ class GRPOCareTrainer:
         with self._phase("reward"):
             self.rewards(groups)
         with self._phase("scoring"):
-            self.score(groups)
+            if self.reference is not None:
+                self.reference.score_answers(groups)
+            self.credit(groups)
         return groups
 
     def _look_at_numbers(
@@ -189,15 +188,6 @@ class GRPOCareTrainer:
             raise
         self.skipped.extend(skipped)
         return groups
-
-    def score(self, groups: list[Group]) -> None:
-        """Answer likelihood, bonus, reward and advantage of each completion (steps 3 to 6)."""
-        if self.reference is not None:
-            self.reference.score_answers(groups)
-            return
-        for group in groups:
-            add_consistency_bonus(group, self.recipe.algorithm.consistency)
-            set_advantage(group)
 
     def track_policy(self) -> None:
         """Let the reference follow the policy, after an optimizer step (algorithm step 8)."""

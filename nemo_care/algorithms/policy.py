@@ -1,6 +1,7 @@
 """The policy: the model that is trained, with its optimizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from nemo_care.config import Recipe
 from nemo_care.models.pipeline import forward_backward
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.objective.importance import ImportanceWeights, importance_weights
-from nemo_care.objective.losses import PolicyLossInputs, policy_loss
+from nemo_care.objective.losses import LOSSES, PolicyLossInputs, policy_loss
 from nemo_care.parallel.gradients import GradientWatch
 from nemo_care.parallel.optimizer import (
     build_optimizer,
@@ -25,9 +26,31 @@ from nemo_care.rollouts.group_batch import GroupBatch
 
 PREFIX = "policy."
 
-# Of a micro-batch, on the last stage: sums for the metrics, the largest difference to the rollout
-# and logarithm of an importance ratio, and the log-probabilities [N, C].
-Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# Of each micro-batch: totals, which add up over micro-batches and replicas, and maxima.
+_TOTALS = (
+    "loss",
+    "kl",
+    "clipped",
+    "rollout_difference",
+    "tokens",
+    "reference_difference",
+    "scored_tokens",
+    "importance",
+    "truncated",
+)
+_MAXIMA = ("rollout_difference", "log_importance")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the last pipeline stage keeps of a micro-batch.
+
+    Scalars by name, those of `_TOTALS` and of `_MAXIMA`; `log_probs` [N, C] under the policy.
+    """
+
+    totals: Mapping[str, torch.Tensor]
+    maxima: Mapping[str, torch.Tensor]
+    log_probs: torch.Tensor
 
 
 class Policy:
@@ -37,6 +60,7 @@ class Policy:
         """`model` holds the weights to start from."""
         self.model = model
         self.algorithm = recipe.algorithm
+        self.loss = LOSSES[recipe.algorithm.loss]
         self.importance = recipe.rollout.importance_sampling
         self.ranks = ranks
         self.layout = layout
@@ -74,11 +98,12 @@ class Policy:
         stay as they are, `not_finite` says what it was, and these groups are left.
         """
         batches = self.layout.batches(groups)
+        count = self.loss_count(batches)
         old_log_probs: list[torch.Tensor] = []
         metrics: dict[str, float | None] = {}
         self.not_finite = None
         for number in range(self.algorithm.updates_per_rollout):
-            step_metrics, log_probs = self._step(groups, batches, old_log_probs, number)
+            step_metrics, log_probs = self._step(groups, batches, count, old_log_probs, number)
             if number == 0:
                 old_log_probs = log_probs
                 metrics = step_metrics
@@ -94,13 +119,14 @@ class Policy:
         self,
         groups: Sequence[Group],
         batches: Sequence[GroupBatch],
+        count: torch.Tensor,
         old_log_probs: Sequence[torch.Tensor],
         number: int,
     ) -> tuple[dict[str, float | None], list[torch.Tensor]]:
         """One optimizer step; metrics, and each micro-batch's log-probs [N, C] (last stage)."""
-        results = self.forward_backward(batches, old_log_probs)
-        log_probs = [log_probs for _, _, log_probs in results]
-        metrics = self._reduce(results)
+        results = self.forward_backward(batches, count, old_log_probs)
+        log_probs = [result.log_probs for result in results]
+        metrics = self._reduce(results, count)
         first = self._first_not_finite(groups, results)
         if not first:
             self.scheduler.step(1)
@@ -147,9 +173,11 @@ class Policy:
         )
         loss = torch.tensor(True, device=device)
         if results:
-            # The loss is the first of the sums. With old ones, a log-probability of minus infinity
-            # hides behind a ratio of 0.
-            parts = [sums[0].isfinite() & values.isfinite().all() for sums, _, values in results]
+            # With old ones, a log-probability of minus infinity hides behind a ratio of 0.
+            parts = [
+                result.totals["loss"].isfinite() & result.log_probs.isfinite().all()
+                for result in results
+            ]
             loss = torch.stack(parts).all()
         computed = torch.stack([loss, self.gradients.finite.to(device)])
         ranks = self.ranks.first_rank_with(
@@ -162,11 +190,26 @@ class Policy:
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    def loss_count(self, batches: Sequence[GroupBatch]) -> torch.Tensor:
+        """By how much the loss's totals are divided: its count over the batches of all replicas.
+
+        A float32 scalar. Known before any forward pass, so that each micro-batch can contribute its
+        share of the step's loss. Collective over the replicas.
+        """
+        device = next(self.model.parameters()).device
+        counts = [self.loss.mean.count(batch.mask).float() for batch in batches]
+        return self.ranks.sum_over_data(torch.stack(counts).sum().to(device))
+
     def forward_backward(
-        self, batches: Sequence[GroupBatch], old_log_probs: Sequence[torch.Tensor] = ()
+        self,
+        batches: Sequence[GroupBatch],
+        count: torch.Tensor,
+        old_log_probs: Sequence[torch.Tensor] = (),
     ) -> list[Result]:
-        """Loss and gradients of these micro-batches; a result for each on the last stage."""
-        completions = self.algorithm.prompts_per_step * self.algorithm.group_size
+        """Loss and gradients of these micro-batches; a result for each on the last stage.
+
+        `count` is the `loss_count` of the step that they belong to.
+        """
         old_of = dict(zip(map(id, batches), old_log_probs, strict=False))
 
         def loss_of(hidden: torch.Tensor, batch: GroupBatch) -> tuple[torch.Tensor, Result]:
@@ -184,6 +227,7 @@ class Policy:
                     reference_log_probs=reference if self.algorithm.kl_coefficient else None,
                     token_weights=importance.weights if importance else None,
                 ),
+                kind=self.loss,
                 clip_low=self.algorithm.clip_low,
                 clip_high=self.algorithm.clip_high,
                 kl_coefficient=self.algorithm.kl_coefficient,
@@ -191,26 +235,25 @@ class Policy:
             difference = torch.where(batch.mask, (rollout - log_probs.detach()).abs(), 0.0)
             from_reference = torch.where(asked, (reference - log_probs.detach()).abs(), 0.0)
             nothing = torch.zeros_like(loss.kl_sum)
-            sums = torch.stack(
-                [
-                    loss.loss_sum.detach(),
-                    loss.kl_sum,
-                    loss.clipped_sum,
-                    difference.sum(),
-                    batch.mask.sum(),
-                    from_reference.sum(),
-                    asked.sum(),
-                    importance.weights.sum() if importance else nothing,
-                    importance.truncated.sum() if importance else nothing,
-                ]
-            )
-            largest = torch.stack(
-                [difference.max(), importance.log_ratio.max() if importance else nothing]
-            )
+            totals = {
+                "loss": loss.loss_sum.detach(),
+                "kl": loss.kl_sum,
+                "clipped": loss.clipped_sum,
+                "rollout_difference": difference.sum(),
+                "tokens": batch.mask.sum(),
+                "reference_difference": from_reference.sum(),
+                "scored_tokens": asked.sum(),
+                "importance": importance.weights.sum() if importance else nothing,
+                "truncated": importance.truncated.sum() if importance else nothing,
+            }
+            maxima = {
+                "rollout_difference": difference.max(),
+                "log_importance": importance.log_ratio.max() if importance else nothing,
+            }
             # Megatron averages gradients over the data-parallel ranks; this step's loss is a mean
-            # over the completions of all of them.
-            share = loss.loss_sum * self.ranks.data_size / completions
-            return share, (sums, largest, log_probs.detach())
+            # over all of them.
+            share = loss.loss_sum * self.ranks.data_size / count
+            return share, Result(totals, maxima, log_probs.detach())
 
         self.wrapped.train()
         self.clear_gradients()
@@ -235,32 +278,34 @@ class Policy:
             return None
         return importance_weights(log_probs, rollout, batch.mask, cap=self.importance.cap)
 
-    def _reduce(self, results: Sequence[Result]) -> dict[str, float | None]:
+    def _reduce(self, results: Sequence[Result], count: torch.Tensor) -> dict[str, float | None]:
         """The step's metrics from the micro-batches of all replicas."""
-        completions = self.algorithm.prompts_per_step * self.algorithm.group_size
         device = next(self.model.parameters()).device
-        sums, largest = torch.zeros(9, device=device), torch.zeros(2, device=device)
+        sums = torch.zeros(len(_TOTALS), device=device)
+        largest = torch.zeros(len(_MAXIMA), device=device)
         if results:
-            sums = torch.stack([sums for sums, _, _ in results]).sum(0)
-            largest = torch.stack([largest for _, largest, _ in results]).amax(0)
+            rows = [torch.stack([result.totals[name] for name in _TOTALS]) for result in results]
+            sums = torch.stack(rows).sum(0)
+            rows = [torch.stack([result.maxima[name] for name in _MAXIMA]) for result in results]
+            largest = torch.stack(rows).amax(0)
         self.ranks.broadcast_from_last_stage(sums)
         self.ranks.broadcast_from_last_stage(largest)
-        loss, kl, clipped, difference, tokens, from_reference, scored, weights, truncated = (
-            self.ranks.sum_over_data(sums).tolist()
-        )
-        self.ranks.max_over_data(largest)
+        total = dict(zip(_TOTALS, self.ranks.sum_over_data(sums).tolist(), strict=True))
+        most = dict(zip(_MAXIMA, self.ranks.max_over_data(largest), strict=True))
+        loss_count = float(count)
+        tokens, scored = total["tokens"], total["scored_tokens"]
         metrics = {
-            "train/loss": loss / completions,
-            "train/kl": kl / completions if self.algorithm.kl_coefficient else None,
-            "train/clipped_fraction": clipped / completions,
-            "care/logprob_difference": from_reference / scored if scored else None,
-            "rollout/logprob_difference": difference / tokens,
-            "rollout/logprob_difference_max": float(largest[0]),
+            "train/loss": total["loss"] / loss_count,
+            "train/kl": total["kl"] / loss_count if self.algorithm.kl_coefficient else None,
+            "train/clipped_fraction": total["clipped"] / loss_count,
+            "care/logprob_difference": total["reference_difference"] / scored if scored else None,
+            "rollout/logprob_difference": total["rollout_difference"] / tokens,
+            "rollout/logprob_difference_max": float(most["rollout_difference"]),
         }
         if self.importance.enabled:
-            metrics["rollout/importance_mean"] = weights / tokens
-            metrics["rollout/importance_max"] = float(largest[1].exp())
-            metrics["rollout/importance_truncated"] = truncated / tokens
+            metrics["rollout/importance_mean"] = total["importance"] / tokens
+            metrics["rollout/importance_max"] = float(most["log_importance"].exp())
+            metrics["rollout/importance_truncated"] = total["truncated"] / tokens
         return metrics
 
     def sharded_state_dict(self, metadata: dict[str, Any], is_loading: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from nemo_care.algorithms.records import Row
 from nemo_care.config import Recipe
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import RunFailed
+from nemo_care.objective.bonuses import BONUSES
 from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.group import Completion, Group
 from nemo_care.rollouts.group_files import StoredGroup, write_groups
@@ -204,8 +205,7 @@ class StepWatch:
 
         `rate`: the share of groups in which it did, None where no group gave it a choice.
         """
-        # kind=accurate never does: all of them get the bonus.
-        if rate is None or self.recipe.algorithm.consistency.kind == "accurate":
+        if rate is None or not BONUSES[self.recipe.algorithm.consistency.kind].selects:
             return
         self._selection_rates.append(rate)
         mean = sum(self._selection_rates) / len(self._selection_rates)

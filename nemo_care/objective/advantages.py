@@ -1,4 +1,6 @@
-"""Group-relative advantages (arXiv 2506.16141, step 6)."""
+"""Advantages of a group's completions, and the table that `algorithm.advantage` chooses from."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,3 +29,7 @@ def group_advantages(rewards: Tensor, *, eps: float = 1e-4) -> Tensor:
     # rounding error, which the division by eps would enlarge to a small but wrong advantage.
     all_equal = exact.amax(dim=-1, keepdim=True) == exact.amin(dim=-1, keepdim=True)
     return torch.where(all_equal, 0.0, centered / (std + eps)).to(dtype)
+
+
+ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {"grpo": group_advantages}
+"""By the name that a recipe gives in `algorithm.advantage`: rewards [B, G] -> advantages [B, G]."""

@@ -13,12 +13,10 @@ from nemo_care.parallel.process_groups import Ranks
 from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.group import Group
 from nemo_care.rollouts.group_batch import GroupBatch
-from nemo_care.scoring.group_rewards import add_consistency_bonus, set_advantage
+from nemo_care.scoring.credit import needs_pairs
 from nemo_care.scoring.score import Scorer, Table
 
 PREFIX = "reference."
-# What the fused pass finds out about each completion, in this order.
-_FOUND = ("answer_likelihood", "consistency_bonus", "reward", "advantage")
 
 
 class Reference:
@@ -33,34 +31,31 @@ class Reference:
         self.update_every = config.ema_update_every
         self.start_step = config.ema_start_step
         self.max_selection_rate = config.ema_max_selection_rate
-        self.consistency = algorithm.consistency
+        self.likelihood_clip = algorithm.consistency.likelihood_clip
         self.all_tokens = algorithm.kl_coefficient > 0
-        # A reference for the KL term alone needs no bonus.
-        self.answer_pairs = (
-            self.consistency.kind == "counterfactual" and self.consistency.bonus_coefficient > 0
-        )
+        self.answer_pairs = needs_pairs(algorithm.consistency)
         self.ranks = ranks
         # As the model was built: only a recipe with fp8.scoring builds it for 8 bits.
         self.scorer = Scorer(model, ranks, layout, fp8=True)
 
     def score_answers(self, groups: Sequence[Group]) -> None:
-        """The fused pass: answer likelihood, bonus, reward and advantage (steps 3 to 6).
+        """The fused pass: set `answer_likelihood`, clipped (algorithm step 3), on every rank.
 
-        They are made on the last stage while the pass runs. There, where the loss is computed, the
-        reference's log-probabilities stay too. Where those are not finite the likelihood is NaN,
-        as without an answer; the update asks the log-probabilities, and leaves the step out.
+        Where the bonus needs it, `pair_likelihood` too. `reference_log_probs` stay on the last
+        stage, where the loss is computed. Where those are not finite the likelihood is NaN, as
+        without an answer; the update checks the log-probabilities, and leaves the step out.
         """
         with self.average.in_place():
             tables = self.scorer.score(
                 groups,
                 self._score_batch,
-                rows=len(_FOUND),
+                rows=1,
                 all_tokens=self.all_tokens,
                 answer_pairs=self.answer_pairs,
             )
         for group, table in zip(groups, tables, strict=True):
-            for name, values in zip(_FOUND, table, strict=True):
-                setattr(group, name, values)
+            group.answer_likelihood = table[0]
+            group.pair_likelihood = table[1:] if self.answer_pairs else None
 
     def answer_likelihoods(self, groups: Sequence[Group]) -> list[torch.Tensor]:
         """Likelihood of each completion's answer, not clipped (see `Scorer`)."""
@@ -68,22 +63,13 @@ class Reference:
             return self.scorer.answer_likelihoods(groups)
 
     def _score_batch(self, batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
-        likelihoods = answer_likelihood(log_probs, batch.answer_mask)
-        likelihoods = likelihoods.clamp(max=self.consistency.likelihood_clip).cpu()
+        likelihood = answer_likelihood(log_probs, batch.answer_mask)
+        likelihood = likelihood.clamp(max=self.likelihood_clip)
         asked = batch.asked_of_reference(all_tokens=self.all_tokens)
         vectors = batch.unpadded(torch.where(asked, log_probs, torch.nan))
-        sizes = [group.size for group in batch.groups]
-        tables = []
-        for group, likelihood, scored in zip(
-            batch.groups, likelihoods.split(sizes), vectors, strict=True
-        ):
+        for group, scored in zip(batch.groups, vectors, strict=True):
             group.reference_log_probs = scored
-            group.answer_likelihood = likelihood
-            add_consistency_bonus(group, self.consistency)
-            set_advantage(group)
-            table = torch.stack([getattr(group, name) for name in _FOUND])
-            tables.append(table.to(log_probs.device))
-        return tables
+        return list(likelihood[None].split([group.size for group in batch.groups], dim=1))
 
     def track(
         self, policy: torch.nn.Module, step: int, selection_rate: float | None = None

@@ -84,7 +84,7 @@ class Scorer:
             rows: K of those tables.
             all_tokens: log-probabilities of all completion tokens, not only the answers'.
             answer_pairs: score every answer behind every reasoning too (see `pair_likelihoods`);
-                the groups have them as `pair_likelihood` when `table_of` is called.
+                each table then has G more rows, which hold them.
 
         Raises:
             ValueError: answer pairs in a layout that does not share the prompt.
@@ -92,13 +92,13 @@ class Scorer:
 
         def result(hidden: torch.Tensor, batch: GroupBatch) -> list[Table]:
             asked = batch.asked_of_reference(all_tokens=all_tokens)
-            if answer_pairs:
-                pairs = batch.pair_likelihoods(self.model, hidden)
-                for group, of_group in zip(batch.groups, pairs, strict=True):
-                    group.pair_likelihood = of_group.cpu()
-            return table_of(batch, batch.log_probs(self.model, hidden, asked))
+            tables = table_of(batch, batch.log_probs(self.model, hidden, asked))
+            if not answer_pairs:
+                return tables
+            pairs = batch.pair_likelihoods(self.model, hidden)
+            return [torch.cat(parts) for parts in zip(tables, pairs, strict=True)]
 
-        shapes = [(rows, group.size) for group in groups]
+        shapes = [(rows + answer_pairs * group.size, group.size) for group in groups]
         batches = self.layout.batches(groups, answer_pairs=answer_pairs)
         return self._tables(batches, result, shapes)
 

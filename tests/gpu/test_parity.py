@@ -107,6 +107,7 @@ def test_whole_step_equals_that_of_plain_torch_on_the_cpu(job: Job, golden, tmp_
     trainer = small_trainer(job.recipe(), job.ranks, tmp_path)
     groups = copy.deepcopy(job.groups)
     trainer.reference.score_answers(groups)
+    trainer.credit(groups)
     gradients = record_gradients(trainer.policy)
     metrics = trainer.policy.update(groups)
     trainer.reference.track(trainer.policy.model, 1)
@@ -134,6 +135,7 @@ def test_a_step_in_either_precision_stays_near_the_golden_one(job: Job, golden, 
     trainer = small_trainer(job.recipe(dtype), job.ranks, tmp_path)
     groups = copy.deepcopy(job.groups)
     trainer.reference.score_answers(groups)
+    trainer.credit(groups)
     metrics = trainer.policy.update(groups)
     assert trainer.policy.not_finite is None
     for group, p in zip(groups, golden.answer_likelihood, strict=True):

@@ -1,0 +1,76 @@
+"""Credit: from rewards and answer likelihoods to each completion's bonus, reward and advantage.
+
+The formulas are in `objective`; this applies them to groups. Every rank computes the same credit
+from the same numbers, whether or not the run has a reference.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from nemo_care.config import AlgorithmConfig, ConsistencyConfig
+from nemo_care.objective.advantages import ADVANTAGES
+from nemo_care.objective.bonuses import BONUSES, BonusInputs
+from nemo_care.objective.consistency import selection
+from nemo_care.parallel.cpu_compat import compute_device
+from nemo_care.parallel.process_groups import Ranks
+from nemo_care.rollouts.group import Group
+
+
+class Credit:
+    """Sets `consistency_bonus`, `reward` and `advantage` of groups (algorithm steps 4 to 6)."""
+
+    def __init__(self, algorithm: AlgorithmConfig) -> None:
+        """The recipe's bonus and advantage."""
+        self.consistency = algorithm.consistency
+        self.bonus = BONUSES[algorithm.consistency.kind]
+        self.advantage = ADVANTAGES[algorithm.advantage]
+
+    def __call__(self, groups: Sequence[Group]) -> None:
+        """Give credit to the completions of groups that have base rewards and likelihoods.
+
+        With a bonus coefficient of 0 (the GRPO baseline) no answer likelihood is needed.
+        """
+        for group in groups:
+            group.consistency_bonus = self._bonus(group)
+            group.reward = group.base_reward + group.consistency_bonus
+            group.advantage = self.advantage(group.reward[None])[0]
+
+    def _bonus(self, group: Group) -> torch.Tensor:
+        if self.consistency.bonus_coefficient == 0:
+            return torch.zeros_like(group.base_reward)
+        pairs = group.pair_likelihood
+        inputs = BonusInputs(
+            group.accuracy[None],
+            group.answer_likelihood[None],
+            None if pairs is None else pairs[None],
+        )
+        return self.bonus.compute(inputs, self.consistency)[0]
+
+
+def needs_pairs(config: ConsistencyConfig) -> bool:
+    """Whether the bonus needs every answer's likelihood after every reasoning of its group."""
+    return config.bonus_coefficient > 0 and BONUSES[config.kind].needs_pairs
+
+
+def selection_rate(
+    groups: Sequence[Group], config: ConsistencyConfig, ranks: Ranks
+) -> float | None:
+    """Share of the groups of all replicas in which the bonus distinguishes accurate completions.
+
+    Groups with fewer than two of these do not count; None where there is no such group, or no
+    bonus. Collective over the replicas.
+    """
+    if config.bonus_coefficient == 0:
+        return None
+    counts = torch.zeros(2, device=compute_device())
+    for group in groups:
+        has_choice, chooses = selection(
+            group.accuracy[None],
+            group.answer_likelihood[None],
+            group.consistency_bonus[None],
+            accuracy_threshold=config.accuracy_threshold,
+        )
+        counts += torch.cat([has_choice, chooses]).to(counts)
+    with_choice, chosen = ranks.sum_over_data(counts).tolist()
+    return chosen / with_choice if with_choice else None
