@@ -130,14 +130,14 @@ class Record:
         `tagged`: the layout wraps it in answer tags. Raises InputError for one that no answer could
         match.
         """
-        given: str | None = self.text(key)
-        if tagged and (given := extract_answer(given)) is None:
+        text = self.text(key)
+        given = extract_answer(text) if tagged else text
+        if given is None:
             raise self.error(f'"{key}" must hold the answer as <answer>...</answer>')
-        assert given is not None
         solution = normalised_solution(problem_type, given, options)
         reason = why_no_answer_scores(problem_type, solution, options, self.accuracy)
         if reason is not None:
-            raise self.error(f'"{key}" {shown(given)} {reason}')
+            raise self.error(f'"{key}" {shown(text)} {reason}')
         if solution != given.strip():
             self.normalised.append(Normalised(self.where.rpartition("/")[2], given, solution))
         return solution
@@ -179,8 +179,8 @@ def read_annotations(
     """The samples and the bad lines of `root/annotations`.
 
     The file holds one JSON object a line, or, with a name that ends in `.json`, one JSON array of
-    objects. `parse` makes a sample of a record, or raises InputError. `accuracy` is what completions
-    are scored with, by which solutions are checked.
+    objects. `parse` makes a sample of a record, or raises InputError. `accuracy` is what
+    completions are scored with, by which solutions are checked.
 
     Raises:
         InputError: the file is missing, unreadable, empty or without any usable sample, or an array

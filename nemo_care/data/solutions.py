@@ -1,7 +1,7 @@
 """Solutions of annotations: brought to the form that rewards compare, or refused.
 
-A reward compares texts strictly, so a solution in another form than the answers makes a sample whose
-every completion scores 0, without an error anywhere. A solution whose meaning is plain is
+A reward compares texts strictly, so a solution in another form than the answers makes a sample
+whose every completion scores 0, without an error anywhere. A solution whose meaning is plain is
 normalised; one that does not score when it is itself the answer is refused.
 """
 
@@ -66,7 +66,9 @@ def why_no_answer_scores(
     if best >= _FULL or (best >= _FULL_OF_ONE_WORD and is_one_word(problem_type, solution)):
         return None
     if problem_type in _NUMBERS and parse_number(solution) is None:
-        return f"is no finite number, so that no answer can be right under {problem_type}: {_REMEDY}"
+        return (
+            f"is no finite number, so that no answer can be right under {problem_type}: {_REMEDY}"
+        )
     if problem_type == "regression":
         return (
             "is so close to 0 that the regression reward, which divides by it, is "
@@ -79,7 +81,9 @@ def why_no_answer_scores(
             f"can't be read as a mathematical expression of at most {LONGEST} characters without "
             "words: use problem_type free-form for text"
         )
-    return f"scores {best:.2g} when it is given as the answer itself, so that no answer can be right"
+    return (
+        f"scores {best:.2g} when it is given as the answer itself, so that no answer can be right"
+    )
 
 
 def is_one_word(problem_type: str, solution: str) -> bool:
@@ -103,7 +107,9 @@ def _letters_meant(text: str, options: Mapping[str, str]) -> set[str]:
     found = _LETTER_AND_TEXT.fullmatch(text)
     if found:
         letter_and_text = (found[1].lower(), found[2].lower())
-        meant |= {letter for letter, o in texts.items() if (letter.lower(), o.lower()) == letter_and_text}
+        meant |= {
+            letter for letter, o in texts.items() if (letter.lower(), o.lower()) == letter_and_text
+        }
     return meant
 
 

@@ -1,7 +1,8 @@
-r"""Whether two mathematical expressions are equal: `\frac{1}{2}` and `0.5`, `(x+1)^2` and `x^2+2x+1`.
+r"""Whether two mathematical expressions are equal, such as `\sqrt{8}` and `2\sqrt{2}`.
 
-For the problem type `math`, which is not in the paper. Math-Verify compares, in a process of its own
-(see `math_process`): an answer may be anything, and some expressions take forever or all memory.
+For the problem type `math`, which is not in the paper. Math-Verify compares, in a process of its
+own (see `math_process`): an answer may be anything, and some expressions take forever or all
+memory.
 """
 
 import atexit
@@ -30,8 +31,11 @@ _WALL_SECONDS = 120.0
 _START_SECONDS = 120.0
 
 _FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh exp log sqrt max min gcd lcm det"
-    " abs mod lim".split()
+    [
+        *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan"),
+        *("sinh", "cosh", "tanh", "exp", "log", "sqrt", "max", "min", "gcd", "lcm"),
+        *("det", "abs", "mod", "lim"),
+    ]
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|textbf|mathbf)\s*\{[^{}]*\}")
@@ -46,7 +50,7 @@ def same_expression(answer: str, solution: str) -> bool:
     Two numbers (fractions, decimals, per cent, powers of ten) compare exactly, or with a relative
     tolerance of 1e-6 where either has decimals. A text that repeats the solution is equal to it.
     For the rest Math-Verify decides. Words, and texts longer than 1000 characters, are no
-    expressions. Bounded: what takes longer than 2 seconds of CPU time or 4 GiB to compare counts as
+    expressions. Bounded: what takes more than 2 seconds of CPU time or 4 GiB to compare counts as
     unequal, with a warning.
 
     Raises:
@@ -64,8 +68,8 @@ def same_expression(answer: str, solution: str) -> bool:
     if result is None:
         warnings.warn(
             f"comparing {answer[:80]!r} with the solution {solution[:80]!r} was given up after "
-            f"{math_process.CPU_SECONDS:g} seconds of CPU time or {math_process.MEMORY_BYTES >> 30} "
-            "GiB; it counts as unequal",
+            f"{math_process.CPU_SECONDS:g} seconds of CPU time or "
+            f"{math_process.MEMORY_BYTES >> 30} GiB; it counts as unequal",
             RuntimeWarning,
             stacklevel=2,
         )

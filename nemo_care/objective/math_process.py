@@ -1,12 +1,11 @@
 """The program that compares mathematical expressions, in a process that may be ended at any moment.
 
-It reads lines [answer, solution] (JSON) from its input and writes 1 or 0 for each, with Math-Verify. No
-limit inside a process stops Python that raises 9**9**9 to a power; the kernel does: a comparison
-that takes more than `CPU_SECONDS` of this process's time, or `MEMORY_BYTES`, ends it without a
-reply. It is run as a file, so that it starts without the package's own imports.
+It reads lines [answer, solution] (JSON) from its input and writes 1 or 0 for each, with
+Math-Verify. No limit inside a process stops Python that raises 9**9**9 to a power; the kernel does:
+a comparison that takes more than `CPU_SECONDS` of this process's time, or `MEMORY_BYTES`, ends it
+without a reply. It is run as a file, so that it starts without the package's own imports.
 """
 
-import contextlib
 import json
 import os
 import resource
@@ -62,10 +61,13 @@ def main() -> None:
             return
         answer, solution = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        result = False
-        # Not an expression, or too deep or too large for one.
-        with contextlib.suppress(Exception):
+        try:
             result = equal(answer, solution)
+        except MemoryError:
+            return
+        # Not an expression, or too deep for one.
+        except Exception:
+            result = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(int(result), file=replies, flush=True)
 

@@ -1,4 +1,4 @@
-r"""Numbers as people write them, with units: `12 cm`, `1,200`, `50%`, `$\frac{1}{2}$`, `−3`, `１２`.
+r"""Numbers as people write them, with units: `12 cm`, `50%`, `$\frac{1}{2}$`, `−3`, `１２`.
 
 For the problem types `quantity` and `math`, which are not in the paper; its numerical and
 regression rewards read plain numbers only (`parse_number`). Everything here is a regular expression
@@ -125,7 +125,9 @@ def _number(match: re.Match[str]) -> Fraction | None:
     if match["above"] is not None:
         if int(match["below"]) == 0:
             return None
-        return sign * (int(match["whole"] or 0) + Fraction(int(match["above"]), int(match["below"])))
+        return sign * (
+            int(match["whole"] or 0) + Fraction(int(match["above"]), int(match["below"]))
+        )
     digits, decimals = match["digits"].replace(",", ""), (match["decimals"] or "")[1:]
     if not digits and not decimals:
         return None

@@ -1,8 +1,8 @@
 """Similarity of two texts by their words: ROUGE for free text, word error rate for transcriptions.
 
-Both are computed over all words of both texts, whatever their length. What takes quadratic time, the
-alignment, runs in RapidFuzz's bit-parallel code: 50,000 words against 50,000 take a fraction of a
-second.
+Both are computed over all words of both texts, whatever their length: no text is shortened. What
+takes quadratic time, the alignment, runs in RapidFuzz's bit-parallel code, 64 words at a time:
+50,000 words against 50,000 take a fraction of a second.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ LONGEST_STEMMED = 100
 of a word's length, and its recursion with the length. Longer words are compared as they are."""
 
 # One character each, as their writing puts no spaces between words.
-_UNSPACED = "Han Hiragana Katakana Bopomofo Thai Lao Khmer Myanmar".split()
+_UNSPACED = ["Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar"]
 
 
 def rouge_f1(answer: str, solution: str) -> float:
@@ -75,7 +75,9 @@ def _word_pattern() -> Any:
     import regex
 
     unspaced = "".join(rf"\p{{{script}}}" for script in _UNSPACED)
-    return regex.compile(rf"[{unspaced}]\p{{M}}*+|[[\p{{L}}\p{{M}}\p{{N}}]--[{unspaced}]]++", regex.V1)
+    return regex.compile(
+        rf"[{unspaced}]\p{{M}}*+|[[\p{{L}}\p{{M}}\p{{N}}]--[{unspaced}]]++", regex.V1
+    )
 
 
 @cache

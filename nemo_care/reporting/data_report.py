@@ -220,7 +220,7 @@ def _solution_lines(reports: Sequence[FileReport]) -> list[str]:
         if count:
             first = report.normalised[0]
             lines.append(
-                f"{name}: solutions in another form than answers, normalised: {count:,}; the first: "
+                f"{name}: solutions not in the form of answers, normalised: {count:,}; the first: "
                 f"{first.where}: {shown(first.given)} -> {shown(first.solution)}"
             )
         if report.one_word_solutions:
