@@ -23,7 +23,9 @@ def main() -> None:
     # What stops a run is for the run to act on; this process ends when its input does.
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(stop, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    given = resource.getrlimit(resource.RLIMIT_AS)[1]
+    memory = MEMORY_BYTES if given == resource.RLIM_INFINITY else min(MEMORY_BYTES, given)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import logging
 
@@ -46,17 +48,17 @@ def main() -> None:
         gold = read(solution)
         return bool(gold) and verify(gold, read(answer), timeout_seconds=None)
 
-    replies, parent = sys.stdout, os.getppid()
+    requests, replies, parent = open(0, "rb", buffering=0), sys.stdout, os.getppid()
     print(READY, file=replies, flush=True)
     # What a library prints is no reply, and nobody reads it: a full pipe would stop this process.
     sys.stdout = sys.stderr
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     while True:
         # Other children of the parent may hold the pipe open when it has ended.
-        while not select.select([0], [], [], 5)[0]:
+        while not select.select([requests], [], [], 5)[0]:
             if os.getppid() != parent:
                 return
-        line = sys.stdin.buffer.raw.readline()
+        line = requests.readline()
         if not line:
             return
         answer, solution = json.loads(line)
