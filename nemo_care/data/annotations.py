@@ -137,7 +137,7 @@ class Record:
         solution = normalised_solution(problem_type, given, options)
         reason = why_no_answer_scores(problem_type, solution, options, self.accuracy)
         if reason is not None:
-            raise self.error(f'"{key}" {shown(text)} {reason}')
+            raise self.error(f'"{key}" {shown(given or text)} {reason}')
         if solution != given.strip():
             self.normalised.append(Normalised(self.where.rpartition("/")[2], given, solution))
         return solution
