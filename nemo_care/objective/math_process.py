@@ -48,7 +48,8 @@ def main() -> None:
         gold = read(solution)
         return bool(gold) and verify(gold, read(answer), timeout_seconds=None)
 
-    requests, replies, parent = open(0, "rb", buffering=0), sys.stdout, os.getppid()
+    requests = open(0, "rb", buffering=0)  # noqa: SIM115 - for as long as this process lives
+    replies, parent = sys.stdout, os.getppid()
     print(READY, file=replies, flush=True)
     # What a library prints is no reply, and nobody reads it: a full pipe would stop this process.
     sys.stdout = sys.stderr
