@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from nemo_care.data_config import DATA_KINDS, MISSING, DataConfig, check_data
 from nemo_care.errors import InputError
-from nemo_care.evaluation_config import JUDGES, EvaluationConfig, check_evaluation
+from nemo_care.evaluation_config import JUDGES, UNTAGGED, EvaluationConfig, check_evaluation
 from nemo_care.model_config import FP8_RECIPES, ModelConfig, OptimizerConfig, check_model
 from nemo_care.rollout_config import (
     ROLLOUT_RANGES,
@@ -246,6 +246,7 @@ CHOICES: dict[str, Collection[str]] = {
     "rollout.vllm.placement": PLACEMENTS,
     "optimizer.schedule": ("cosine", "constant"),
     "evaluation.judge": JUDGES,
+    "evaluation.untagged": UNTAGGED,
     "data.train.kind": DATA_KINDS,
     "data.validation.kind": DATA_KINDS,
 }

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from nemo_care.errors import InputError
 
 JUDGES = ("none", "rule", "likelihood", "llm")
+UNTAGGED = ("wrong", "whole_text")
 
 
 @dataclass
@@ -54,6 +55,9 @@ class EvaluationConfig:
     """As rollout.top_p."""
     samples_per_batch: int = 8
     """Prompts that are generated together."""
+    untagged: str = "wrong"
+    """What a completion without an answer in answer tags is: wrong, as in training, or whole_text,
+    its own answer as a whole, as in the authors' evaluation."""
     judge: str = "none"
     """Who says whether a reasoning supports the answer: rule (for questions whose options are
     words that the reasoning names, as in the miniature), likelihood (the answer is the likeliest of

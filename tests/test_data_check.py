@@ -163,6 +163,41 @@ def test_whatever_can_t_be_used_is_listed_with_its_cause_and_reason(check, damag
     assert file["stops_a_run"]
 
 
+def test_solutions_are_counted_where_they_are_normalised_or_set_aside(check, tmp_path):
+    options = {"A": "left", "B": "right"}
+    records = [
+        {"question": "up ?", "solution": "(B)", "options": options},
+        {"question": "up ?", "solution": "right", "options": options},
+        {"question": "up ?", "solution": "B", "options": options},
+        {"question": "up ?", "solution": "yes", "problem_type": "free-form"},
+        {"question": "up ?", "solution": "12 cm", "problem_type": "numerical"},
+        {"question": "up ?", "solution": "0", "problem_type": "regression"},
+    ]
+    write_lines(tmp_path / "a.jsonl", records)
+    overrides = [
+        *("data.train.kind=jsonl", f"data.train.root={tmp_path}", "data.train.annotations=a.jsonl"),
+        *("data.validation.kind=jsonl", f"data.validation.root={tmp_path}"),
+        "data.validation.annotations={L1:a.jsonl,L2:a.jsonl,L3:a.jsonl}",
+    ]
+    status, out, _, report = check(*overrides)
+    assert status == 2
+    train, *levels = report["files"]
+    expected = [
+        {"where": "a.jsonl:1", "given": "(B)", "solution": "B"},
+        {"where": "a.jsonl:2", "given": "right", "solution": "B"},
+    ]
+    assert all(file["normalised"] == expected for file in (train, *levels))
+    assert "normalised: 2; the first: a.jsonl:1: '(B)' -> 'B'" in out
+    assert train["one_word_solutions"] == 1
+    assert "free-form solutions of one word" in out
+    bad = [(problem["file"], problem["sample_id"]) for problem in report["problems"]]
+    # A regression towards 0 can be evaluated, and never be rewarded.
+    assert bad == [
+        *(("train", "a.jsonl:5"), ("train", "a.jsonl:6")),
+        *((f"validation {level}", "a.jsonl:5") for level in LEVELS),
+    ]
+
+
 def test_the_check_finds_what_building_the_prompts_would(recipe, damaged):
     builder = builder_of(damaged_recipe(recipe, damaged))
     reasons, tokens = {}, {}

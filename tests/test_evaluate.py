@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,30 @@ def test_miniature_is_evaluated_level_by_level_with_the_probe(evaluate, tmp_path
         assert f"{result['accuracy']:.2f}" in out
     assert (tmp_path / "run" / "evaluation" / "skipped.jsonl").read_text() == ""
     assert str(tmp_path / "run" / "evaluation.json") in out
+
+
+def test_an_untagged_reply_is_wrong_or_its_own_answer(evaluate, tmp_path, monkeypatch):
+    generate = MegatronGenerator.generate
+
+    def untagged(self, prompts, sampling):
+        groups = generate(self, prompts, sampling)
+        for group in groups:
+            text = group.prompt.sample.solution if group.prompt.index % 2 else "It goes left."
+            group.completions = [replace(group.completions[0], text=f" {text}\n")]
+        return groups
+
+    monkeypatch.setattr(MegatronGenerator, "generate", untagged)
+    for value, right in (("wrong", 0.0), ("whole_text", 1.0)):
+        status, _, err = evaluate(tmp_path / value, f"evaluation.untagged={value}")
+        assert status == 0, err
+        rows = lines(tmp_path / value / "evaluation" / "L1.jsonl")
+        assert [row["accuracy"] for row in rows] == [0.0, right] * 4
+        assert {row["format"] for row in rows} == {0}
+    assert_refused(
+        evaluate(tmp_path / "wrong", "evaluation.untagged=whole_text"),
+        "evaluation.untagged: 'wrong' -> 'whole_text'",
+    )
+    assert_refused(evaluate(tmp_path / "none", "evaluation.untagged=whole"), "evaluation.untagged")
 
 
 def published(root: Path, kind: str, **levels: str) -> list[str]:

@@ -1,13 +1,19 @@
 import math
+import random
+import re
 import subprocess
 import sys
+import time
 
+import jiwer
 import pytest
+from rouge_score import rouge_scorer
 
 from nemo_care.errors import InputError
 from nemo_care.objective.rewards import (
     PROBLEM_TYPES,
     accuracy_reward,
+    evaluation_accuracy,
     format_reward,
     mean_relative_accuracy,
     parse_number,
@@ -151,6 +157,82 @@ def test_free_form_is_the_mean_f1_of_three_rouges():
     assert accuracy_reward("free-form", complete(""), "dog") == 0
 
 
+def random_texts(seed: int, characters: str, count: int) -> list[str]:
+    draw = random.Random(seed)
+    return ["".join(draw.choices(characters, k=draw.randrange(60))) for _ in range(count)]
+
+
+def test_free_form_equals_the_library_with_its_own_tokenizer_on_ascii():
+    library = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    # Few letters, so that words recur and are stemmed; every ASCII character, too.
+    texts = random_texts(1, "abdeginrsy XY12,.'_-\n\t  ", 3000)
+    texts += random_texts(2, "".join(map(chr, range(128))) + " " * 30, 1000)
+    texts += ["running dogs' relational happiness", "The dogs ran; relate happily!", "", "a"]
+    some = 0
+    for answer, solution in zip(texts, texts[1:] + texts[:1], strict=True):
+        if not extract_answer(complete(answer)) or not solution.strip():
+            continue
+        scores = library.score(solution, answer.strip())
+        expected = sum(score.fmeasure for score in scores.values()) / 3
+        assert accuracy_reward("free-form", complete(answer), solution) == min(1.0, expected)
+        some += 0 < expected < 1
+    assert some > 1000
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "expected"),
+    [
+        # 4 and 4 characters, 3 in common: 3/4. Pairs: 3 and 3, 2 in common: 2/3.
+        ("猫在树上", "猫在树下", (3 / 4 + 2 / 3 + 3 / 4) / 3),
+        ("猫在树上。", "猫在树上", 1),
+        ("犬", "猫在树上", 0),
+        ("Кошка спит", "кошка спит!", 1),
+        ("हिन्दी भाषा", "हिन्दी भाषा", 1),
+        # Written otherwise, and the same.
+        ("cafe\u0301 noir", "café noir", 1),
+        ("ＡＢＣ １２", "abc 12", 1),
+        # The library's own tokenizer makes "caf" of both: 1.
+        ("cafè au", "café au", (1 / 2 + 0 + 1 / 2) / 3),
+    ],
+)
+def test_free_form_compares_words_of_every_script(answer, solution, expected):
+    score = accuracy_reward("free-form", complete(answer), solution)
+    assert score == pytest.approx(expected)
+
+
+def test_ocr_equals_jiwer():
+    texts = [text for text in random_texts(3, "ab 中 \n", 600) if text.strip()]
+    for answer, solution in zip(texts, texts[1:] + texts[:1], strict=True):
+        reference, hypothesis = (" ".join(text.split()) for text in (solution, answer))
+        expected = max(0.0, 1 - jiwer.wer(reference, hypothesis))
+        assert accuracy_reward("OCR", complete(answer), solution) == pytest.approx(expected)
+
+
+LONG_ANSWERS = {
+    "sentence": "the quick brown fox jumps " * 4_000,
+    "numbers": " ".join(map(str, range(17_000))),
+    "one word": "y" * 100_000,
+    "Chinese": "猫在树上" * 25_000,
+    "blanks": "a" + " " * 100_000 + "b",
+    "digits": "9" * 100_000,
+    "powers": "9^" * 50_000 + "9",
+    "braces": "{" * 100_000,
+    "marks": "a" + "\u0301" * 100_000,
+}
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+@pytest.mark.parametrize("answer", LONG_ANSWERS.values(), ids=LONG_ANSWERS)
+def test_no_long_answer_makes_a_reward_slow(problem_type, answer):
+    for solution in ("12", answer):
+        start = time.process_time()
+        score = accuracy_reward(problem_type, complete(answer), solution)
+        assert time.process_time() - start < 5
+        assert 0 <= score <= 1
+        if solution == answer and problem_type in ("OCR", "multiple choice"):
+            assert score == 1
+
+
 def test_free_form_takes_precision_and_recall():
     # Precision 1/4 and recall 1, so F1 = 0.4 for single words and for the subsequence, 0 for pairs.
     score = accuracy_reward("free-form", complete("a dog sat there"), "dog")
@@ -194,7 +276,7 @@ def test_a_completion_without_an_answer_scores_zero(problem_type, completion):
 
 @pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
 def test_the_last_answer_counts_and_scores_are_floats(problem_type):
-    solution = "12" if problem_type in ("numerical", "regression") else "B"
+    solution = "B" if problem_type in ("multiple choice", "OCR", "free-form") else "12"
     right = f"<answer>77</answer> wait <answer>{solution}</answer>"
     wrong = f"<answer>{solution}</answer> wait <answer>77</answer>"
     if problem_type == "free-form":
@@ -204,6 +286,33 @@ def test_the_last_answer_counts_and_scores_are_floats(problem_type):
         assert accuracy_reward(problem_type, right, solution) == pytest.approx(1)
     assert accuracy_reward(problem_type, wrong, solution) == 0
     assert isinstance(accuracy_reward(problem_type, right, solution), float)
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+@pytest.mark.parametrize("solution", ["", " ", "<answer></answer>", "B", "0", "nan", "!"])
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_empty_answer_scores_zero_whatever_the_solution(problem_type, solution, answer):
+    assert accuracy_reward(problem_type, complete(answer), solution) == 0
+    assert evaluation_accuracy(problem_type, complete(answer), solution) == 0
+    # Nor does any answer to an empty solution, not even the same nothing.
+    assert accuracy_reward(problem_type, complete("B"), "") == 0
+
+
+@pytest.mark.parametrize(
+    ("completion", "counted"),
+    [("B", 1), (" B\n", 1), ("The answer is B", 0), ("<answer>A</answer> B", 0), ("", 0)],
+)
+def test_an_evaluation_may_take_an_untagged_text_as_the_answer(completion, counted):
+    assert evaluation_accuracy("multiple choice", completion, "B", untagged_counts=True) == counted
+    assert evaluation_accuracy("multiple choice", completion, "B") == 0
+
+
+def test_untagged_numbers_count_and_empty_tags_do_not():
+    assert evaluation_accuracy("regression", "9.6", "10", untagged_counts=True) == 1
+    assert evaluation_accuracy("numerical", "42", "42", untagged_counts=True) == 1
+    # The authors' evaluation takes the whole text, tags and all, which no solution equals.
+    assert evaluation_accuracy("OCR", complete(""), "B", untagged_counts=True) == 0
+    assert evaluation_accuracy("multiple choice", "", "", untagged_counts=True) == 0
 
 
 def test_an_unknown_problem_type_names_the_known_ones():
@@ -217,6 +326,9 @@ def test_an_unknown_problem_type_names_the_known_ones():
         "OCR",
         "free-form",
         "regression",
+        # Not in the paper.
+        "quantity",
+        "math",
     }
 
 
@@ -243,6 +355,45 @@ def test_an_unknown_problem_type_names_the_known_ones():
 def test_format_asks_for_reasoning_and_answer_and_nothing_else(completion, expected):
     assert format_reward(completion) == expected
     assert isinstance(format_reward(completion), float)
+
+
+# What the authors' code and the paper say; in quadratic time.
+FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+
+
+def test_format_equals_the_regular_expression():
+    draw = random.Random(1)
+    parts = ["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "\u2003", "x", "<", ">"]
+    right = 0
+    for number in range(40_000):
+        text = "".join(draw.choices(parts, k=draw.randrange(9)))
+        if number % 2:
+            text = f"<think>{text}</answer>"
+        expected = float(FORMAT.fullmatch(text) is not None)
+        assert format_reward(text) == expected, text
+        right += expected
+    assert right > 500
+    # With pieces of tags at every place where two parts could overlap.
+    for cut in range(len("<think></think><answer></answer>")):
+        text = "<think></think><answer></answer>"
+        assert format_reward(text[:cut] + text[cut + 1 :]) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>" + "</think>" * 40_000 + "</answer>",
+        "<think>" + "</think><answer" * 40_000 + "</answer>",
+        "<think>" + "</think> " * 40_000 + "</answer>",
+        "<think></think>" + " " * 400_000 + "</answer>",
+        "<think>" * 40_000,
+        "<think>" + "</think><answer>" * 40_000,
+    ],
+)
+def test_format_takes_linear_time(text):
+    start = time.process_time()
+    assert format_reward(text) == 0
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize(
@@ -294,6 +445,7 @@ def test_scoring_libraries_load_only_when_a_score_needs_them():
     code = (
         "import sys, nemo_care.objective.rewards as rewards;"
         "rewards.accuracy_reward('multiple choice', '<answer>B</answer>', 'B');"
-        "sys.exit(int(bool({'jiwer', 'rouge_score', 'torch'} & set(sys.modules))))"
+        "heavy = {'rapidfuzz', 'rouge_score', 'regex', 'pint', 'math_verify', 'sympy', 'torch'};"
+        "sys.exit(int(bool(heavy & set(sys.modules))))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

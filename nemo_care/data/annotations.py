@@ -1,21 +1,24 @@
 """Annotations files of any layout: what can be used becomes samples, the rest is set aside.
 
 A data set of 260,000 lines always has a few bad ones. A loader says how one record becomes a
-sample and raises InputError for a record that can't; `read_annotations` does the rest, so that
-every layout treats bad lines and paths alike.
+sample and raises InputError for a record that can't; `Record` and `read_annotations` do the rest,
+so that every layout treats bad lines, paths and solutions alike.
 """
 
 import json
 import os
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from nemo_care.data.samples import Sample, Skipped
+from nemo_care.data.solutions import Accuracy, normalised_solution, why_no_answer_scores
 from nemo_care.errors import InputError
+from nemo_care.objective.rewards import accuracy_reward
+from nemo_care.objective.text import extract_answer
 
 # GIF is in neither: some data sets hold GIF videos.
 _SUFFIXES = {
@@ -28,11 +31,24 @@ _WHITE_SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
+class Normalised:
+    """A solution that was brought to the form which rewards compare; `where` is FILE:LINE."""
+
+    where: str
+    given: str
+    solution: str
+
+
+@dataclass(frozen=True)
 class Annotations:
-    """The usable samples of an annotations file in its order, and its bad lines with reasons."""
+    """The usable samples of an annotations file in its order, and its bad lines with reasons.
+
+    `normalised` are those whose solution differs from what the file says.
+    """
 
     samples: list[Sample]
     bad: list[Skipped]
+    normalised: list[Normalised] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -46,10 +62,17 @@ class Record:
     Every method raises InputError with a line that names file, line and field.
     """
 
-    def __init__(self, content: Any, root: Path, where: str) -> None:
-        """`where` is FILE:LINE. Raises InputError for content that is no JSON object."""
+    def __init__(
+        self, content: Any, root: Path, where: str, accuracy: Accuracy = accuracy_reward
+    ) -> None:
+        """`where` is FILE:LINE, `accuracy` what the sample's completions are scored with.
+
+        Raises InputError for content that is no JSON object.
+        """
         self.root = root
         self.where = where
+        self.accuracy = accuracy
+        self.normalised: list[Normalised] = []
         if not isinstance(content, dict):
             raise self.error(f"must be a JSON object, not {shown(content)}")
         self.content: dict[str, Any] = content
@@ -99,6 +122,26 @@ class Record:
             raise self.error(f'"{key}" must be a JSON object')
         return {name: self._checked_text(key, text) for name, text in value.items()}
 
+    def solution(
+        self, key: str, problem_type: str, options: Mapping[str, str], *, tagged: bool = False
+    ) -> str:
+        """The solution in a required text field, in the form that the sample's reward compares.
+
+        `tagged`: the layout wraps it in answer tags. Raises InputError for one that no answer could
+        match.
+        """
+        text = self.text(key)
+        given = extract_answer(text) if tagged else text
+        if given is None:
+            raise self.error(f'"{key}" must hold the answer as <answer>...</answer>')
+        solution = normalised_solution(problem_type, given, options)
+        reason = why_no_answer_scores(problem_type, solution, options, self.accuracy)
+        if reason is not None:
+            raise self.error(f'"{key}" {shown(given or text)} {reason}')
+        if solution != given.strip():
+            self.normalised.append(Normalised(self.where.rpartition("/")[2], given, solution))
+        return solution
+
     def media(self, name: str, kind: Literal["video", "image"]) -> Path:
         """The path of a video or image, given relative to the data root; it must stay in it.
 
@@ -127,12 +170,17 @@ class Record:
 
 
 def read_annotations(
-    root: str | Path, annotations: str, parse: Callable[[Record], Sample]
+    root: str | Path,
+    annotations: str,
+    parse: Callable[[Record], Sample],
+    *,
+    accuracy: Accuracy = accuracy_reward,
 ) -> Annotations:
     """The samples and the bad lines of `root/annotations`.
 
     The file holds one JSON object a line, or, with a name that ends in `.json`, one JSON array of
-    objects. `parse` makes a sample of a record, or raises InputError.
+    objects. `parse` makes a sample of a record, or raises InputError. `accuracy` is what
+    completions are scored with, by which solutions are checked.
 
     Raises:
         InputError: the file is missing, unreadable, empty or without any usable sample, or an array
@@ -144,12 +192,15 @@ def read_annotations(
         raise InputError(f"{file}: no such annotations file; check data.*.root and annotations")
     samples: list[Sample] = []
     bad: list[Skipped] = []
+    normalised: list[Normalised] = []
     try:
         for number, entry in _entries(file):
             where = f"{file}:{number}"
             try:
                 content = _decoded(entry, where) if isinstance(entry, bytes) else entry
-                samples.append(parse(Record(content, folder, where)))
+                record = Record(content, folder, where, accuracy)
+                samples.append(parse(record))
+                normalised += record.normalised
             except InputError as error:
                 bad.append(Skipped(None, f"{file.name}:{number}", str(error)))
     except OSError as error:
@@ -161,7 +212,7 @@ def read_annotations(
             f"{len(bad)} of {len(bad)} samples of {file} can't be used; is its kind the right one? "
             f"The first: {bad[0].reason}"
         )
-    return Annotations(samples, bad)
+    return Annotations(samples, bad, normalised)
 
 
 def _entries(file: Path) -> Iterator[tuple[int, Any]]:

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_care.data.annotations import Normalised
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.loader import Numbered
 from nemo_care.data.media import Media
 from nemo_care.data.prompts import Draft, PromptBuilder, PromptTooLong
 from nemo_care.data.samples import Sample
+from nemo_care.data.solutions import is_one_word
 from nemo_care.data.sources import read_source, training_sources
 from nemo_care.data.video import FatalMedia, MissingMedia, SlowMedia, UnreadableMedia
 from nemo_care.data_config import DataConfig
@@ -126,7 +128,8 @@ class FileReport:
 
     `error` says why the whole file can't be used; all else is empty then. `lines` counts what the
     file means to hold, bad lines included, `samples` what a run would use of it, and `checked` are
-    those that were looked at.
+    those that were looked at. `normalised` are the solutions that a run brings to the form which
+    rewards compare.
     """
 
     file: DataFile
@@ -134,6 +137,7 @@ class FileReport:
     lines: int = 0
     samples: int = 0
     checked: list[Sample] = field(default_factory=list)
+    normalised: list[Normalised] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     lengths: list[Length] = field(default_factory=list)
     missing_files: set[Path] = field(default_factory=set)
@@ -142,6 +146,11 @@ class FileReport:
     def causes(self) -> Counter[str]:
         """How many lines and samples can't be used, by cause."""
         return Counter(problem.cause for problem in self.problems)
+
+    @property
+    def one_word_solutions(self) -> int:
+        """Checked free-form solutions of one word, which no answer gets more than 2/3 for."""
+        return sum(is_one_word(sample.problem_type, sample.solution) for sample in self.checked)
 
     @property
     def bad_lines(self) -> int:
@@ -182,7 +191,9 @@ def read_file(file: DataFile, *, seed: int, limit: int | None) -> tuple[FileRepo
     `seed` is the run's.
     """
     try:
-        read = read_source(file.kind, file.root, file.annotations, seed=seed)
+        read = read_source(
+            file.kind, file.root, file.annotations, seed=seed, for_training=file.is_training
+        )
     except InputError as error:
         return FileReport(file, error=str(error)), []
     samples = read.samples[: file.most]
@@ -192,6 +203,7 @@ def read_file(file: DataFile, *, seed: int, limit: int | None) -> tuple[FileRepo
         lines=read.total,
         samples=len(samples),
         checked=[sample for _, sample in numbered],
+        normalised=read.normalised,
         problems=[Problem(BAD_LINE, bad.sample_id, None, bad.reason) for bad in read.bad],
     )
     return report, numbered

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from nemo_care.data.annotations import Annotations, Record, read_annotations, shown
 from nemo_care.data.samples import Sample
-from nemo_care.objective.rewards import PROBLEM_TYPES
+from nemo_care.data.solutions import Accuracy
+from nemo_care.objective.rewards import PROBLEM_TYPES, accuracy_reward
 
 _OPTIONAL_TEXTS = ("forced_reasoning", "forced_answer", "task_type")
 _KEYS = {
@@ -28,22 +29,26 @@ def parse_jsonl(record: Record) -> Sample:
         known = ", ".join(sorted(_KEYS))
         raise record.error(f"unknown field {shown(unknown[0])}; known: {known}")
     line_number = record.where.rpartition(":")[2]
+    problem_type = record.choice("problem_type", PROBLEM_TYPES, default="multiple choice")
+    options = record.mapping("options")
     return Sample(
         sample_id=record.text("id", default=line_number),
         question=record.text("question"),
-        solution=record.text("solution"),
-        problem_type=record.choice("problem_type", PROBLEM_TYPES, default="multiple choice"),
+        solution=record.solution("solution", problem_type, options),
+        problem_type=problem_type,
         videos=tuple(record.media(name, "video") for name in record.texts("videos", default=[])),
         images=tuple(record.media(name, "image") for name in record.texts("images", default=[])),
-        options=record.mapping("options"),
+        options=options,
         **{key: record.text(key, default="") for key in _OPTIONAL_TEXTS},
     )
 
 
-def read_jsonl(root: str | Path, annotations: str) -> Annotations:
+def read_jsonl(
+    root: str | Path, annotations: str, *, accuracy: Accuracy = accuracy_reward
+) -> Annotations:
     """The samples and the bad lines of `root/annotations`.
 
     Raises:
         InputError: as `read_annotations`.
     """
-    return read_annotations(root, annotations, parse_jsonl)
+    return read_annotations(root, annotations, parse_jsonl, accuracy=accuracy)

@@ -26,6 +26,8 @@ ANSWER_HINTS = {
     "OCR": "The answer is the transcribed text.",
     "free-form": "The answer is a short free text.",
     "regression": "The answer is a number, such as <answer>42</answer>.",
+    "quantity": "The answer is a number with its unit, such as <answer>12 cm</answer>.",
+    "math": r"The answer is a mathematical expression, such as <answer>\frac{1}{2}</answer>.",
 }
 
 

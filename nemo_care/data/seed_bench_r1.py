@@ -46,7 +46,7 @@ def parse_seed_bench_r1(record: Record, seed: int) -> Sample:
     question = record.text("question")
     if any(record.has(key) for key in ("golden_choice_idx", *_CHOICES.values())):
         options = {letter: record.text(key) for letter, key in _CHOICES.items()}
-        solution = record.choice("golden_choice_idx", _LETTERS)
+        solution = record.solution("golden_choice_idx", "multiple choice", options)
     elif record.has("negative_answers"):
         options, solution = _shuffled_options(record, sample_id, seed)
     else:

@@ -1,5 +1,7 @@
 """From the recipe's data keys to samples: the one place that knows the loader of each kind."""
 
+from dataclasses import replace
+
 from nemo_care.data.annotations import Annotations
 from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.mixing import TrainingData, epoch_shares
@@ -8,22 +10,27 @@ from nemo_care.data.seed_bench_r1 import read_seed_bench_r1
 from nemo_care.data.video_r1 import read_video_r1
 from nemo_care.data_config import DataConfig, SourceConfig
 from nemo_care.errors import InputError
+from nemo_care.objective.rewards import accuracy_reward, evaluation_accuracy
 
 
-def read_source(kind: str, root: str, annotations: str, *, seed: int) -> Annotations:
+def read_source(
+    kind: str, root: str, annotations: str, *, seed: int, for_training: bool
+) -> Annotations:
     """The samples and the bad lines of one annotations file.
 
-    `seed` is the run's; it draws the options of SEED-Bench-R1's training questions.
+    `seed` is the run's; it draws the options of SEED-Bench-R1's training questions. `for_training`:
+    solutions must be such that an answer gets the reward, for validation the evaluation's accuracy.
 
     Raises:
         InputError: the file is missing, empty or without any usable sample.
     """
+    accuracy = accuracy_reward if for_training else evaluation_accuracy
     if kind == "seed_bench_r1":
         return read_seed_bench_r1(root, annotations, seed=seed)
     if kind == "video_r1":
-        return read_video_r1(root, annotations)
+        return read_video_r1(root, annotations, accuracy=accuracy)
     assert kind in ("jsonl", "miniature"), "check_recipe"
-    return read_jsonl(root, annotations)
+    return read_jsonl(root, annotations, accuracy=accuracy)
 
 
 def training_sources(config: DataConfig) -> list[SourceConfig]:
@@ -45,7 +52,9 @@ def read_training(config: DataConfig, *, seed: int) -> TrainingData:
     sources = training_sources(config)
     data = TrainingData(
         tuple(
-            _read_checked(source.kind, source.root, source.annotations, config, seed)
+            _read_checked(
+                source.kind, source.root, source.annotations, config, seed, for_training=True
+            )
             for source in sources
         ),
         tuple(source.weight for source in sources),
@@ -64,15 +73,17 @@ def read_levels(config: DataConfig, *, seed: int) -> dict[str, Annotations]:
     levels = {}
     for level, file in (validation.annotations or {}).items():
         assert validation.root is not None, "check_data"
-        read = _read_checked(validation.kind, validation.root, file, config, seed)
-        levels[level] = Annotations(read.samples[: validation.samples_per_level], read.bad)
+        read = _read_checked(
+            validation.kind, validation.root, file, config, seed, for_training=False
+        )
+        levels[level] = replace(read, samples=read.samples[: validation.samples_per_level])
     return levels
 
 
 def _read_checked(
-    kind: str, root: str, annotations: str, config: DataConfig, seed: int
+    kind: str, root: str, annotations: str, config: DataConfig, seed: int, *, for_training: bool
 ) -> Annotations:
-    read = read_source(kind, root, annotations, seed=seed)
+    read = read_source(kind, root, annotations, seed=seed, for_training=for_training)
     if too_many_skipped(len(read.bad), read.total, config.max_skipped_fraction):
         raise InputError(
             f"{len(read.bad)} of {read.total} samples of {annotations} can't be used, more than "

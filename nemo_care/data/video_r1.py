@@ -11,19 +11,21 @@ from pathlib import Path
 
 from nemo_care.data.annotations import Annotations, Record, read_annotations, shown
 from nemo_care.data.samples import Sample
-from nemo_care.objective.rewards import PROBLEM_TYPES
-from nemo_care.objective.text import extract_answer
+from nemo_care.data.solutions import Accuracy
+from nemo_care.objective.rewards import PROBLEM_TYPES, accuracy_reward
 
 _OPTION = re.compile(r"\s*\(?([A-Z])[.:)]\s*(.*)", re.DOTALL)
 
 
-def read_video_r1(root: str | Path, annotations: str) -> Annotations:
+def read_video_r1(
+    root: str | Path, annotations: str, *, accuracy: Accuracy = accuracy_reward
+) -> Annotations:
     """The samples and the bad entries of `root/annotations`.
 
     Raises:
         InputError: as `read_annotations`.
     """
-    return read_annotations(root, annotations, parse_video_r1)
+    return read_annotations(root, annotations, parse_video_r1, accuracy=accuracy)
 
 
 def parse_video_r1(record: Record) -> Sample:
@@ -31,17 +33,11 @@ def parse_video_r1(record: Record) -> Sample:
     problem_type = record.choice("problem_type", PROBLEM_TYPES)
     data_type = record.choice("data_type", ("video", "image"))
     name = record.text("path")
-    solution = (extract_answer(record.text("solution")) or "").strip()
-    if not solution:
-        raise record.error('"solution" must hold the answer as <answer>...</answer>')
     options = _options(record)
-    if problem_type == "multiple choice" and options and solution not in options:
-        letters = ", ".join(options)
-        raise record.error(f'"solution" is none of the option letters {letters}: {shown(solution)}')
     return Sample(
         sample_id=record.identifier("problem_id"),
         question=record.text("problem"),
-        solution=solution,
+        solution=record.solution("solution", problem_type, options, tagged=True),
         problem_type=problem_type,
         videos=(record.media(name, "video"),) if data_type == "video" else (),
         images=(record.media(name, "image"),) if data_type == "image" else (),

@@ -143,7 +143,12 @@ class Evaluator:
                 )
         self.ranks.together(lambda: self._check_once(groups))
         rows = [
-            completion_row(group, min_reasoning_words=self.min_reasoning_words) for group in groups
+            completion_row(
+                group,
+                min_reasoning_words=self.min_reasoning_words,
+                untagged_counts=self.config.untagged == "whole_text",
+            )
+            for group in groups
         ]
         if self.probe is not None:
             rows = [row | probed for row, probed in zip(rows, self.probe(prompts), strict=True)]

@@ -23,9 +23,10 @@ ROW: Kinds = {
 PROBE: Kinds = {"probe_implied": float | None, "probe_true": float | None}
 
 
-def completion_row(group: Group, *, min_reasoning_words: int) -> Row:
+def completion_row(group: Group, *, min_reasoning_words: int, untagged_counts: bool) -> Row:
     """The row of a group's only completion, without a verdict yet.
 
+    `untagged_counts`: the whole text of a completion without an answer is scored as its answer.
     `format` is 0 or 1, `reasoning_words` counts the words between the think tags, `ended` says
     whether the completion came to its end within the tokens it had.
     """
@@ -40,7 +41,9 @@ def completion_row(group: Group, *, min_reasoning_words: int) -> Row:
         "completion": text,
         "tokens": completion.length,
         "ended": completion.ended,
-        "accuracy": evaluation_accuracy(sample.problem_type, text, sample.solution),
+        "accuracy": evaluation_accuracy(
+            sample.problem_type, text, sample.solution, untagged_counts=untagged_counts
+        ),
         "format": int(format_reward(text, min_reasoning_words=min_reasoning_words)),
         "reasoning_words": len((parse_completion(text).reasoning or "").split()),
         "consistent": None,

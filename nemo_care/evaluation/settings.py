@@ -23,6 +23,7 @@ _KEYS = (
     "rollout.max_completion_tokens",
     "evaluation.temperature",
     "evaluation.top_p",
+    "evaluation.untagged",
     "evaluation.judge",
     "evaluation.forced_reasoning_probe",
     "data.video",

@@ -1,20 +1,28 @@
-"""Base reward of one completion: accuracy by answer kind, and format (arXiv 2506.16141, step 2)."""
+"""Base reward of one completion: accuracy by answer kind, and format (arXiv 2506.16141, step 2).
+
+No completion makes a reward slow: the time of each is bounded by what its function says, and scores
+are exact, never those of a shortened text. `docs/rewards.md` holds them against the authors' code.
+"""
 
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_care.errors import InputError
-from nemo_care.objective.text import extract_answer, parse_completion
+from nemo_care.objective.text import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    THINK_CLOSE,
+    THINK_OPEN,
+    extract_answer,
+    parse_completion,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
-"""What a whole completion has to look like."""
-
+_BETWEEN = re.compile(rf"{THINK_CLOSE}\s*{ANSWER_OPEN}")
 EPSILON = 1e-9
 """Keeps the relative error of a regression answer finite where the solution is 0."""
 
@@ -26,42 +34,57 @@ def accuracy_reward(problem_type: str, completion: str, solution: str) -> float:
     """Accuracy in [0, 1] of a completion's answer (arXiv 2506.16141, step 2; five answer kinds).
 
     `completion` is the whole text, of which the last well-formed `<answer>...</answer>` counts; a
-    completion without one scores 0. `solution` may or may not be wrapped in `<answer>` tags.
+    completion without one, or with an empty one, scores 0. `solution` may or may not be wrapped in
+    `<answer>` tags. The kinds `quantity` and `math` are not in the paper.
     Raises InputError for a problem_type that is none of `PROBLEM_TYPES`.
     """
-    score = _SCORES.get(problem_type)
+    return _scored(_SCORES, problem_type, extract_answer(completion), solution)
+
+
+def evaluation_accuracy(
+    problem_type: str, completion: str, solution: str, *, untagged_counts: bool = False
+) -> float:
+    """Accuracy as evaluations report it: the reward, but for regression mean relative accuracy.
+
+    Arguments and errors as in `accuracy_reward`. With `untagged_counts` the whole text of a
+    completion without an answer is its answer, as in the authors' evaluation.
+    """
+    answer = extract_answer(completion)
+    if untagged_counts and not answer:
+        answer = completion.strip()
+    return _scored(_EVALUATION_SCORES, problem_type, answer, solution)
+
+
+def _scored(
+    scores: dict[str, Callable[[str, str], float]],
+    problem_type: str,
+    answer: str | None,
+    solution: str,
+) -> float:
+    score = scores.get(problem_type)
     if score is None:
         known = ", ".join(repr(name) for name in PROBLEM_TYPES)
         raise InputError(f"problem_type {problem_type!r} is not known: use one of {known}")
-    answer = extract_answer(completion)
-    if answer is None:
-        return 0.0
     wrapped = extract_answer(solution)
-    return score(answer, solution.strip() if wrapped is None else wrapped)
-
-
-def evaluation_accuracy(problem_type: str, completion: str, solution: str) -> float:
-    """Accuracy as evaluations report it: the reward, but for regression mean relative accuracy.
-
-    Arguments and errors as in `accuracy_reward`.
-    """
-    if problem_type != "regression":
-        return accuracy_reward(problem_type, completion, solution)
-    answer, wrapped = extract_answer(completion), extract_answer(solution)
-    out = None if answer is None else parse_number(answer)
-    truth = parse_number(solution.strip() if wrapped is None else wrapped)
-    return 0.0 if out is None or truth is None else mean_relative_accuracy(out, truth)
+    truth = solution.strip() if wrapped is None else wrapped
+    # Nothing is never right, not even where a data set gives nothing as the solution.
+    return score(answer, truth) if answer and truth else 0.0
 
 
 def format_reward(completion: str, *, min_reasoning_words: int = 0) -> float:
-    """1.0 where the whole completion is `<think>...</think> <answer>...</answer>`, else 0.0.
+    r"""1.0 where the whole completion is `<think>...</think> <answer>...</answer>`, else 0.0.
 
     Only white space may stand between the two parts, nothing before or after them (arXiv
-    2506.16141, step 2). `min_reasoning_words` > 0 is not in the paper: it also asks for that many
-    words, separated by white space, between the think tags, against a collapse to an empty
-    reasoning.
+    2506.16141, step 2). In linear time it decides what the authors' expression
+    `<think>.*?</think>\s*<answer>.*?</answer>` decides in quadratic time. `min_reasoning_words` > 0
+    is not in the paper: it also requires that many words, separated by white space, between the
+    think tags, against a collapse to an empty reasoning.
     """
-    if FORMAT.fullmatch(completion) is None:
+    if not (completion.startswith(THINK_OPEN) and completion.endswith(ANSWER_CLOSE)):
+        return 0.0
+    # Both parts may hold any text, tags too: one place where they meet is enough.
+    end = len(completion) - len(ANSWER_CLOSE)
+    if _BETWEEN.search(completion, len(THINK_OPEN), end) is None:
         return 0.0
     reasoning = parse_completion(completion).reasoning or ""
     return float(len(reasoning.split()) >= min_reasoning_words)
@@ -119,23 +142,27 @@ def _has_decimal_mark(text: str) -> bool:
 
 
 def _word_accuracy(answer: str, solution: str) -> float:
-    import jiwer
+    from nemo_care.objective.words import word_accuracy
 
-    # jiwer splits words at blanks only; a line break or a tab separates words just as well.
-    reference, hypothesis = (" ".join(text.split()) for text in (solution, answer))
-    return _clip_to_unit(1.0 - jiwer.wer(reference, hypothesis))
+    return word_accuracy(answer, solution)
 
 
 def _rouge_f1(answer: str, solution: str) -> float:
-    scores = _rouge_scorer().score(solution, answer)
-    return _clip_to_unit(sum(score.fmeasure for score in scores.values()) / len(scores))
+    from nemo_care.objective.words import rouge_f1
+
+    return rouge_f1(answer, solution)
 
 
-@cache
-def _rouge_scorer() -> Any:
-    from rouge_score import rouge_scorer
+def _quantity(answer: str, solution: str) -> float:
+    from nemo_care.objective.quantities import same_quantity
 
-    return rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    return float(same_quantity(answer, solution))
+
+
+def _expression(answer: str, solution: str) -> float:
+    from nemo_care.objective.expressions import same_expression
+
+    return float(same_expression(answer, solution))
 
 
 def _relative_accuracy(answer: str, solution: str) -> float:
@@ -145,8 +172,9 @@ def _relative_accuracy(answer: str, solution: str) -> float:
     return 1.0 - min(1.0, (abs(out - gt) + EPSILON) / (abs(gt) + EPSILON))
 
 
-def _clip_to_unit(value: float) -> float:
-    return max(0.0, min(1.0, float(value)))
+def _mean_relative_accuracy(answer: str, solution: str) -> float:
+    out, gt = parse_number(answer), parse_number(solution)
+    return 0.0 if out is None or gt is None else mean_relative_accuracy(out, gt)
 
 
 _SCORES: dict[str, Callable[[str, str], float]] = {
@@ -155,7 +183,10 @@ _SCORES: dict[str, Callable[[str, str], float]] = {
     "OCR": _word_accuracy,
     "free-form": _rouge_f1,
     "regression": _relative_accuracy,
+    "quantity": _quantity,
+    "math": _expression,
 }
+_EVALUATION_SCORES = {**_SCORES, "regression": _mean_relative_accuracy}
 
 PROBLEM_TYPES = tuple(_SCORES)
 """The answer kinds that `accuracy_reward` knows."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_care.data.annotations import shown
 from nemo_care.data.check import CAUSES, FileReport, Length, Problem
 from nemo_care.data_config import DataConfig
 from nemo_care.screen import one_line, plain
@@ -51,6 +52,8 @@ def _file_record(report: FileReport, max_skipped_fraction: float) -> dict[str, A
         "samples": report.samples,
         "checked": len(report.checked),
         "usable": report.usable,
+        "normalised": [asdict(solution) for solution in report.normalised],
+        "one_word_solutions": report.one_word_solutions,
         "unusable": {cause: report.causes[cause] for cause in CAUSES},
         "unusable_fraction": report.unusable_fraction,
         "stops_a_run": report.stops_a_run(max_skipped_fraction),
@@ -131,7 +134,7 @@ def print_report(
         for line in _histogram_lines(np.array(lengths), config.max_prompt_tokens):
             console.print(line)
         console.print()
-    for line in _problem_lines(reports):
+    for line in (*_solution_lines(reports), *_problem_lines(reports)):
         console.print(one_line(line))
 
 
@@ -207,6 +210,25 @@ def _histogram_lines(tokens: np.ndarray, max_prompt_tokens: int) -> list[str]:
         bar = "█" * -(-count * _LONGEST_BAR // max(counts))
         limit = " <- data.max_prompt_tokens" if low <= max_prompt_tokens < high else ""
         lines.append(f"{text:>{width}} {bar} {count:,}{limit}")
+    return lines
+
+
+def _solution_lines(reports: Sequence[FileReport]) -> list[str]:
+    """What is to be known of solutions that can be used."""
+    lines = []
+    for report in reports:
+        name, count = report.file.name, len(report.normalised)
+        if count:
+            first = report.normalised[0]
+            lines.append(
+                f"{name}: solutions not in the form of answers, normalised: {count:,}; the first: "
+                f"{first.where}: {shown(first.given)} -> {shown(first.solution)}"
+            )
+        if report.one_word_solutions:
+            lines.append(
+                f"{name}: free-form solutions of one word, for which an answer gets 0.67 at most "
+                f"(ROUGE-2 compares pairs of words): {report.one_word_solutions:,}"
+            )
     return lines
 
 
