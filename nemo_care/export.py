@@ -4,6 +4,8 @@ from pathlib import Path
 
 from nemo_care.errors import InputError
 from nemo_care.quiet import quiet_libraries
+from nemo_care.run_directory import is_run_directory
+from nemo_care.run_lock import LOCK, run_lock
 
 
 def export(source: Path, out: Path) -> None:
@@ -26,9 +28,14 @@ def export(source: Path, out: Path) -> None:
     recipe.model.precision.fp8.enabled = False
     if out.exists():
         raise InputError(f"{out} exists already: remove it or choose another directory")
-    ranks = Ranks(Layout())
-    model = build_model(recipe, ranks)
-    ModelSource("checkpoint", checkpoint, is_checkpoint=True).load(model)
-    export_hf(model, recipe.model.hf_path, out)
-    ranks.close()
+    folder = out.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    # A run exports into its own directory too.
+    name = LOCK if is_run_directory(folder) else f"{out.name}.lock"
+    with run_lock(folder, "export", name=name):
+        ranks = Ranks(Layout())
+        model = build_model(recipe, ranks)
+        ModelSource("checkpoint", checkpoint, is_checkpoint=True).load(model)
+        export_hf(model, recipe.model.hf_path, out)
+        ranks.close()
     print(f"{checkpoint.name} exported to {out}")

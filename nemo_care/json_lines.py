@@ -1,5 +1,6 @@
 """Files that a kill can interrupt: JSON lines, and files that are there whole or not at all."""
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+# What a file system answers that can't sync a folder: SMB and some of FUSE.
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def complete_lines(file: Path) -> list[Record]:
@@ -34,6 +37,24 @@ def replace_file(file: Path, text: str) -> None:
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
+
+
+def sync_file(file: Path) -> None:
+    """Have a file's content on the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where the file system can."""
+    try:
+        sync_file(folder)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def _lines(records: Iterable[Mapping[str, Any]]) -> str:

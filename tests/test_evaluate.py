@@ -404,7 +404,7 @@ def test_another_architecture_is_refused(evaluate, trained, tmp_path, copied_che
     )
     # The other way round, with a run's checkpoint.
     result = evaluate(
-        tmp_path,
+        tmp_path / "run",
         f"model.hf_path={copied_checkpoint}",
         f"evaluation.checkpoint={trained[0]}",
     )

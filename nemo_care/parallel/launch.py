@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Logs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from nemo_care.errors import InputError, RunFailed, RunStopped
+from nemo_care.errors import AlreadyDone, InputError, RunFailed, RunStopped
 from nemo_care.parallel.slurm import Node
 
 USAGE_ERROR = 2
@@ -157,11 +157,14 @@ def guarded(main: Callable[..., Any], *arguments: Any) -> int:
     except InputError as error:
         print(f"nemo-care: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except AlreadyDone as done:
+        if _is_first_rank():
+            print(f"nemo-care: {done}")
     except RunStopped as stopped:
         # Slurm and torch end what is left of a job as soon as one rank has gone.
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        if _is_first_rank():
             print(f"nemo-care: {stopped}", file=sys.stderr)
         return STOPPED
     except RunFailed as error:
@@ -174,6 +177,10 @@ def guarded(main: Callable[..., Any], *arguments: Any) -> int:
         traceback.print_exc()
         return FAILURE
     return 0
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def leave(status: int) -> NoReturn:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,16 @@ from nemo_care.errors import InputError
 
 Record = dict[str, Any]
 Levels = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RecipeChange:
+    """A key of the recipe that has another value from a step on."""
+
+    step: int
+    key: str
+    old: Any
+    new: Any
 
 
 @dataclass(frozen=True)
@@ -27,9 +37,11 @@ class RunRecord:
     rollout_files: list[Path]
     """One file per step; see `read_lines`."""
     recipe: Record
-    """The resolved recipe; empty where the run wrote none."""
+    """The resolved recipe of the last steps; empty where the run wrote none."""
     summary: Record | None
     """None while the run is unfinished."""
+    recipe_changes: list[RecipeChange] = field(default_factory=list)
+    """Keys that a later start changed, in the order of the steps."""
 
     @property
     def finished(self) -> bool:
@@ -163,6 +175,20 @@ def _read_recipe(file: Path) -> Record:
     return {str(key): value for key, value in recipe.items()} if isinstance(recipe, dict) else {}
 
 
+def _recipe_changes(starts: list[Record]) -> list[RecipeChange]:
+    """What changed between the steps that were kept; a start that made no step changed nothing."""
+    changes: list[RecipeChange] = []
+    for start in starts:
+        first = start.get("first_step")
+        if first is None:
+            continue
+        # It went on from before those steps, and made them again.
+        changes = [change for change in changes if change.step < first]
+        for key, (old, new) in start.get("changed", {}).items():
+            changes.append(RecipeChange(first, key, old, new))
+    return changes
+
+
 def read_run(path: str | Path) -> RunRecord:
     """Read a run directory.
 
@@ -185,4 +211,5 @@ def read_run(path: str | Path) -> RunRecord:
         rollout_files=sorted((folder / "rollouts").glob("step_*.jsonl")),
         recipe=_read_recipe(folder / "recipe.yaml"),
         summary=read_summary(folder),
+        recipe_changes=_recipe_changes(read_lines(folder / "starts.jsonl")),
     )
