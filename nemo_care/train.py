@@ -40,33 +40,46 @@ def _check_folder(recipe: Recipe, folder: Path) -> None:
 
     Raises:
         AlreadyDone: the run is finished.
-        InputError: it is finished, and with another recipe; the folder is not a run's, or holds
-            what trainer.resume=never or lost checkpoints forbid to replace.
+        InputError: it is finished, and with another recipe, or can't go on with this one; the
+            folder is not a run's, or holds what trainer.resume=never or lost checkpoints forbid to
+            replace.
     """
     from nemo_care.algorithms.checkpointing import refuse_lost_checkpoints, refuse_old_run
+    from nemo_care.parallel.checkpoints import list_checkpoints
     from nemo_care.run_directory import check_run_directory
     from nemo_care.run_files import RunFiles
 
     refuse_old_run(recipe, RunFiles.checkpoints_of(folder))
     check_run_directory(folder)
     refuse_lost_checkpoints(folder)
-    _refuse_finished(recipe, folder)
-
-
-def _refuse_finished(recipe: Recipe, folder: Path) -> None:
-    from nemo_care.parallel.checkpoints import list_checkpoints, step_of
-    from nemo_care.run_files import RunFiles
-
     checkpoints = list_checkpoints(RunFiles.checkpoints_of(folder))
-    steps, asked = step_of(checkpoints[-1]) if checkpoints else 0, recipe.trainer.max_steps
-    if not (folder / "summary.json").is_file() or steps < asked:
+    if checkpoints:
+        _refuse_fixed(recipe, checkpoints[-1])
+        _refuse_finished(recipe, folder, checkpoints[-1])
+
+
+def _refuse_fixed(recipe: Recipe, checkpoint: Path) -> None:
+    """Refuse a change that needs state which the checkpoint has not got."""
+    if _changes(checkpoint, recipe).get("model.freeze_vision") == [True, False]:
+        raise InputError(
+            f"model.freeze_vision=false, but {checkpoint} was trained with true and holds no "
+            "optimizer state of the vision tower: leave it, or begin a new run (model.hf_path) "
+            "from what `nemo-care export` makes of that one"
+        )
+
+
+def _refuse_finished(recipe: Recipe, folder: Path, newest: Path) -> None:
+    from nemo_care.parallel.checkpoints import step_of
+
+    steps = step_of(newest)
+    if not (folder / "summary.json").is_file() or steps < recipe.trainer.max_steps:
         return
     is_done = f"the run in {folder} is finished with {steps} steps"
     ways = (
         f"trainer.max_steps above {steps} goes on with it, another exp_manager.explicit_log_dir "
         "or exp_manager.name begins a new one"
     )
-    changes = _changes(checkpoints[-1], recipe)
+    changes = _changes(newest, recipe)
     changes.pop("trainer.max_steps", None)
     if changes:
         shown = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())

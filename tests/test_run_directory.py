@@ -207,6 +207,16 @@ def test_an_export_is_there_until_the_next_one_is_complete(run, recipe, ranks, m
 # ---------------------------------------------------------------------- what a start changes
 
 
+def test_a_change_that_the_checkpoint_has_no_state_for_is_refused(tmp_path, recipe, ranks):
+    recipe.model.freeze_vision = True
+    recipe.checkpoint.export = False
+    fit(recipe, ranks, tmp_path / "frozen")
+    recipe.trainer.max_steps = 3
+    recipe.model.freeze_vision = False
+    with pytest.raises(InputError, match=r"model\.freeze_vision=false, but .*/step_000002 was"):
+        _check_folder(recipe, tmp_path / "frozen")
+
+
 def test_a_changed_recipe_counts_from_the_first_step_made_with_it(run, recipe, ranks, capsys):
     old = (run / "recipe.yaml").read_text()
     recipe.trainer.seed = 4
