@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nemo_care import __version__
@@ -59,13 +59,18 @@ def hold_run_directory(folder: Path, command: str) -> Iterator[None]:
     """Keep a run directory for this process, and mark it as one; it is made when missing.
 
     Raises:
-        InputError: it is somebody else's (see `check_run_directory`), or in use (`run_lock`).
+        InputError: it is somebody else's (see `check_run_directory`), in use (`run_lock`), or can't
+            be written to.
     """
     check_run_directory(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with run_lock(folder, command):
-        if not (folder / MARKER).exists():
-            _mark(folder, has_saved=False)
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(run_lock(folder, command))
+            if not (folder / MARKER).exists():
+                _mark(folder, has_saved=False)
+        except OSError as error:
+            raise InputError(f"{folder} can't be written to: {error}; {_REMEDY}") from error
         yield
 
 

@@ -37,6 +37,7 @@ from nemo_care.json_lines import (
     sync_file,
     sync_folder,
 )
+from nemo_care.run_directory import MARKER, mark_saved
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,15 @@ class RunFiles:
             self._unsynced.add(rollouts)
             self.append_skipped(step, skipped)
             append_lines(self._metrics, [{"step": step, **metrics}])
+
+    def mark_saved(self) -> None:
+        """Note that the run has completed a checkpoint (see run_directory.py).
+
+        Raises:
+            RunFailed: the disk is full, or can't be written to.
+        """
+        with self.writing(MARKER):
+            mark_saved(self.folder)
 
     def append_skipped(self, step: int, skipped: Iterable[Mapping[str, Any]]) -> None:
         """List the training samples that a step left out."""

@@ -499,6 +499,10 @@ def test_a_tensor_after_the_end_of_its_file_is_refused(ranks, tmp_path):
     with_index(path, lambda index: vars(next(iter(index.storage_data.values()))).update(far))
     with pytest.raises(InputError, match="bytes after the end of"):
         load_checkpoint(path, made_state)
+    other = {"relative_path": "__9_9.distcp", "length": 1}
+    with_index(path, lambda index: vars(next(iter(index.storage_data.values()))).update(other))
+    with pytest.raises(DamagedCheckpoint, match=r"__9_9\.distcp: No such file"):
+        load_checkpoint(path, made_state)
 
 
 @pytest.mark.parametrize("place", [".metadata", "common.pt", "object"])

@@ -127,6 +127,15 @@ def test_folders_that_a_run_may_use(tmp_path, run):
         check_run_directory(run / "recipe.yaml")
 
 
+def test_a_folder_that_can_not_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(InputError, match=r"file/run can't be written to: .*Not a directory"),
+        hold_run_directory(tmp_path / "file/run", "train"),
+    ):
+        pass
+
+
 # ---------------------------------------------------------------------- finished and lost runs
 
 

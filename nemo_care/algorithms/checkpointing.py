@@ -21,7 +21,7 @@ from nemo_care.parallel.checkpoints import (
     step_of,
 )
 from nemo_care.parallel.process_groups import Ranks
-from nemo_care.run_directory import has_saved, mark_saved
+from nemo_care.run_directory import has_saved
 from nemo_care.run_files import RunFiles
 
 State = dict[str, Any]
@@ -156,7 +156,7 @@ class Checkpointing:
         # What a checkpoint says is done has its records, also after a power cut.
         self.ranks.from_rank_zero(self.files.sync)
         pending.finish(keep_last=keep_last, keep_every=config.keep_every)
-        self.ranks.from_rank_zero(lambda: mark_saved(self.files.folder))
+        self.ranks.from_rank_zero(self.files.mark_saved)
 
     @contextmanager
     def _held_up(self) -> Iterator[None]:

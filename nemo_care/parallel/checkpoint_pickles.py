@@ -123,8 +123,15 @@ def check_pickles(checkpoint: Path) -> None:
         file = checkpoint / place.relative_path
         if isinstance(index.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
             _check_tensors_only(file, place.offset, place.length)
-        elif place.offset + place.length > file.stat().st_size:
+        elif place.offset + place.length > _size(file):
             raise _not_ours(checkpoint / _INDEX, f"bytes after the end of {file.name}")
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise DamagedCheckpoint(f"{file}: {error.strerror}") from error
 
 
 def _check_tensors_only(file: Path, offset: int | None, length: int | None) -> None:
