@@ -23,6 +23,13 @@ class RunStopped(Exception):
         self.status = status
 
 
+class AlreadyDone(Exception):
+    """A command whose work was done by an earlier start, so that nothing is left to do.
+
+    The message says what is there. The command line prints it and exits with status 0.
+    """
+
+
 class DamagedCheckpoint(InputError):
     """A checkpoint that is not what was written: a file is missing, too short or was changed.
 

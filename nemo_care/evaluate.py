@@ -9,7 +9,7 @@ Each model replica takes its share of the samples; rank 0 writes what came of th
 
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,29 +40,42 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def _check(recipe: Recipe) -> None:
+    from nemo_care.experiment import run_directory
     from nemo_care.preflight import check_evaluation_inputs
+    from nemo_care.run_directory import check_run_directory
 
+    folder = run_directory(recipe.exp_manager)
     check_evaluation_inputs(recipe)
+    check_run_directory(folder)
 
 
 def run_evaluation(recipe: Recipe, ranks: "Ranks") -> None:
     """Evaluate as one rank, from start to end; goes on where the run directory's rows end.
 
     Raises:
-        InputError: the run directory holds rows that other settings made, a model does not fit, or
-            more of a level than data.max_skipped_fraction can't be used.
+        InputError: the run directory is in use, or holds rows that other settings made, a model
+            does not fit, or more of a level than data.max_skipped_fraction can't be used.
     """
+    from nemo_care.experiment import run_directory
+    from nemo_care.run_directory import hold_run_directory
+
+    folder = run_directory(recipe.exp_manager)
+    with ExitStack() as held:
+        ranks.from_rank_zero(lambda: held.enter_context(hold_run_directory(folder, "evaluate")))
+        _evaluate_in(recipe, ranks, folder)
+
+
+def _evaluate_in(recipe: Recipe, ranks: "Ranks", folder: Path) -> None:
     from nemo_care.data.decoding import DecodingWorkers
     from nemo_care.data.sources import read_levels
     from nemo_care.evaluation.build import build_llm_judge
     from nemo_care.evaluation.files import EvaluationFiles
     from nemo_care.evaluation.judge_again import judge_again, unjudged
     from nemo_care.evaluation.settings import evaluation_settings
-    from nemo_care.experiment import run_directory
     from nemo_care.model_source import evaluated_model, judging_model, prompt_files_identity
 
     levels = read_levels(recipe.data, seed=recipe.trainer.seed)
-    files = EvaluationFiles(run_directory(recipe.exp_manager), levels)
+    files = EvaluationFiles(folder, levels)
     # A run may write a newer checkpoint at any time: one rank looks.
     model, reference = ranks.from_rank_zero(
         lambda: (evaluated_model(recipe), judging_model(recipe))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.config import ExpManagerConfig
+from nemo_care.errors import InputError
 
 
 def run_directory(config: ExpManagerConfig) -> Path:
@@ -11,8 +12,16 @@ def run_directory(config: ExpManagerConfig) -> Path:
 
     `explicit_log_dir` if given, else `exp_dir/name`: the folder that exp_manager takes for a run
     that can be resumed, without a version of its own for each start.
+
+    Raises:
+        InputError: an empty name, which would mean the working directory.
     """
     if config.explicit_log_dir is not None:
+        if not config.explicit_log_dir.strip():
+            raise InputError(
+                "exp_manager.explicit_log_dir is empty (a shell variable that is not set?): give "
+                "a folder, or null for exp_manager.exp_dir/name"
+            )
         return Path(config.explicit_log_dir).resolve()
     return (Path(config.exp_dir or "nemo_experiments") / (config.name or "default")).resolve()
 

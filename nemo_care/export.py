@@ -4,6 +4,8 @@ from pathlib import Path
 
 from nemo_care.errors import InputError
 from nemo_care.quiet import quiet_libraries
+from nemo_care.run_directory import is_run_directory
+from nemo_care.run_lock import LOCK, run_lock
 
 
 def export(source: Path, out: Path, base: Path | None = None) -> None:
@@ -33,19 +35,24 @@ def export(source: Path, out: Path, base: Path | None = None) -> None:
     recipe.model.precision.fp8.enabled = False
     if out.exists():
         raise InputError(f"{out} exists already: remove it or choose another directory")
-    folder, key = (base, "--base") if base else (Path(recipe.model.hf_path), "model.hf_path")
-    if base is None and not (folder / "config.json").is_file():
+    source_folder, key = (base, "--base") if base else (Path(recipe.model.hf_path), "model.hf_path")
+    if base is None and not (source_folder / "config.json").is_file():
         raise InputError(
-            f"model.hf_path={folder}: the checkpoint that the run started from is not there any "
-            "more; say with --base DIR where it is now"
+            f"model.hf_path={source_folder}: the checkpoint that the run started from is not there "
+            "any more; say with --base DIR where it is now"
         )
-    hf = read_hf_config(folder, key=key)
-    load_tokenizer(folder, hf, key=key)
+    hf = read_hf_config(source_folder, key=key)
+    load_tokenizer(source_folder, hf, key=key)
     weights = ModelSource("checkpoint", checkpoint, is_checkpoint=True, model_key=key)
     weights.check(hf)
-    ranks = Ranks(Layout())
-    model = build_model(recipe, ranks, hf)
-    weights.load(model)
-    export_hf(model, folder, out)
-    ranks.close()
+    folder = out.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    # A run exports into its own directory too.
+    name = LOCK if is_run_directory(folder) else f"{out.name}.lock"
+    with run_lock(folder, "export", name=name):
+        ranks = Ranks(Layout())
+        model = build_model(recipe, ranks, hf)
+        weights.load(model)
+        export_hf(model, source_folder, out)
+        ranks.close()
     say(f"{checkpoint.name} exported to {out}")

@@ -5,6 +5,7 @@ is no whole JSON value is torn: every reader leaves it out, and the next append 
 Anything else that is broken is an InputError that names file and line.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,8 @@ from typing import IO, Any, get_args, get_origin
 from nemo_care.errors import InputError
 
 Record = dict[str, Any]
+# What a file system answers that can't sync a folder: SMB and some of FUSE.
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 Kinds = Mapping[str, Any]
 """What the values of a record have to be, by key: types such as `int | None` or `list[str]`.
 
@@ -233,6 +236,24 @@ def _encoded(text: str) -> bytes:
     # Half of a surrogate pair, which JSON files can hold, has no UTF-8; `\ud800` means the same in
     # JSON.
     return text.encode("utf-8", errors="backslashreplace")
+
+
+def sync_file(file: Path) -> None:
+    """Have a file's content on the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where the file system can."""
+    try:
+        sync_file(folder)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def _lines(records: Iterable[Mapping[str, Any]]) -> str:

@@ -13,9 +13,10 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_care.config import Recipe, check_recipe
@@ -309,12 +310,15 @@ def _recipe_of_a_checkpoint(
     raise unusable
 
 
-def changed_keys(old: Recipe, new: Recipe) -> list[str]:
-    """`key: old -> new` for each key in which two recipes differ."""
+def recipe_changes(old: Recipe, new: Recipe) -> dict[str, list[Any]]:
+    """The old and the new value, as JSON has them, of each key in which two recipes differ."""
     before, after = (OmegaConf.structured(recipe) for recipe in (old, new))
-    changes = []
+    changes = {}
     for key in all_keys(after):
         values = [OmegaConf.select(config, key) for config in (before, after)]
         if values[0] != values[1] and not isinstance(values[1], DictConfig):
-            changes.append(f"{key}: {values[0]} -> {values[1]}")
+            changes[key] = [
+                OmegaConf.to_container(value) if isinstance(value, Container) else value
+                for value in values
+            ]
     return changes

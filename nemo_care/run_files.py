@@ -1,7 +1,11 @@
 """The files of a run directory; written by rank 0 only.
 
-recipe.yaml                 the resolved recipe
-starts.jsonl                one JSON object per start: commit, versions, machine
+nemo_care_run.json          marks the folder as a run's (see run_directory.py)
+run.lock                    while a command works there (see run_lock.py)
+recipe.yaml                 the resolved recipe of the last step, or of the first start
+starts.jsonl                one JSON object per start: commit, versions, machine; after which step
+                            it went on, which keys differ from the recipe of that checkpoint
+                            (old and new value), and the first step that it made, if any
 metrics.jsonl               one JSON object per optimizer step
 rollouts/step_000001.jsonl  one line per completion
 bad_steps/step_000012.json  a step that was left out: what was not finite, and its rollouts
@@ -18,22 +22,28 @@ summary.json                written when the run is done
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import RunFailed
 from nemo_care.json_lines import (
     Kinds,
+    Record,
     append_lines,
     complete_lines,
     replace_file,
     replace_lines,
+    sync_file,
+    sync_folder,
 )
+from nemo_care.run_directory import MARKER, mark_saved
 
 METRICS: Kinds = {"step": int}
 VALIDATION: Kinds = {"step": int, "levels": dict[str, dict]}
+STARTS: Kinds = {"first_step": int, "changed": dict[str, list]}
 SKIPPED: Kinds = {"step": int, "index": int | None, "sample_id": str, "reason": str}
 _STEP_FILE = re.compile(r"step_([0-9]+)\.jsonl?")
 
@@ -42,6 +52,19 @@ def step_of_file(file: Path) -> int | None:
     """The step of a file of `rollouts/` or `bad_steps/`; None for one that is not ours."""
     match = _STEP_FILE.fullmatch(file.name)
     return int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a start of the run is made with.
+
+    `recipe` is the resolved recipe as YAML; `changes` gives the keys in which it differs from that
+    of the checkpoint of a step, with the old and the new value.
+    """
+
+    origin: Mapping[str, Any]
+    recipe: str
+    changes: Callable[[int], Mapping[str, Any]]
 
 
 class RunFiles:
@@ -58,7 +81,12 @@ class RunFiles:
         self._skipped = folder / "skipped.jsonl"
         self._validation = folder / "validation.jsonl"
         self._rollouts = folder / "rollouts"
+        self._starts = folder / "starts.jsonl"
         self._rollouts.mkdir(parents=True, exist_ok=True)
+        # Set by the train command, before the run goes on.
+        self.start: Start | None = None
+        self._has_made_a_step = False
+        self._unsynced: set[Path] = set()
 
     @staticmethod
     def checkpoints_of(folder: Path) -> Path:
@@ -88,12 +116,45 @@ class RunFiles:
         """Write the resolved recipe, as YAML."""
         replace_file(self.recipe, text)
 
-    def append_start(self, origin: Mapping[str, Any]) -> None:
+    def append_start(self, start: Mapping[str, Any]) -> None:
         """Write what this start of the run was made with."""
-        append_lines(self.folder / "starts.jsonl", [origin])
+        replace_lines(self._starts, [*complete_lines(self._starts), start])
 
-    def rewind(self, step: int) -> None:
+    def go_on(self, step: int) -> Record:
+        """Begin this start's records after `step`; what it says of itself.
+
+        Its recipe becomes the run's with its first step: a start that makes none changes nothing.
+
+        Returns:
+            `after_step`, `changed` (key: [old, new]) and `missing_steps`, whose metrics a crash of
+            the machine has lost.
+        """
+        missing = self.rewind(step)
+        changed = self.start.changes(step) if self.start is not None and step else {}
+        about = {"after_step": step, "changed": dict(changed), "missing_steps": missing}
+        if self.start is not None:
+            self.append_start({**self.start.origin, **about})
+            if not step:
+                self.write_recipe(self.start.recipe)
+        return about
+
+    def _begin_steps(self, step: int) -> None:
+        """Before the records of this start's first step: from here on the run is this start's."""
+        if self._has_made_a_step:
+            return
+        self._has_made_a_step = True
+        if self.start is not None:
+            *before, last = complete_lines(self._starts)
+            replace_lines(self._starts, [*before, {**last, "first_step": step}])
+            self.write_recipe(self.start.recipe)
+        # It says that the run is done.
+        (self.folder / "summary.json").unlink(missing_ok=True)
+
+    def rewind(self, step: int) -> list[int]:
         """Drop what was written after `step`: those steps come again. 0 drops everything.
+
+        Returns:
+            The steps until there that have no metrics.
 
         Raises:
             InputError: a line to keep is broken; nothing is dropped then.
@@ -107,7 +168,23 @@ class RunFiles:
         for file in self._rollouts.glob("step_*.jsonl"):
             if (step_of_file(file) or 0) > step:
                 file.unlink()
-        (self.folder / "summary.json").unlink(missing_ok=True)
+        made = {record["step"] for record in complete_lines(self._metrics)}
+        return [number for number in range(1, step + 1) if number not in made]
+
+    def sync(self) -> None:
+        """Have on the disk what was recorded since this was last called.
+
+        Raises:
+            RunFailed: the disk does not take it.
+        """
+        with self.writing("the records"):
+            records = (self._metrics, self._validation, self._skipped, self._starts, self.recipe)
+            for file in (*sorted(self._unsynced), *records):
+                if file.exists():
+                    sync_file(file)
+            for folder in (self._rollouts, self.folder):
+                sync_folder(folder)
+            self._unsynced.clear()
 
     def list_skipped_once(self, step: int, skipped: Iterable[Mapping[str, Any]]) -> None:
         """List what is met again and again, once however often a run starts or validates.
@@ -135,10 +212,22 @@ class RunFiles:
         Raises:
             RunFailed: the disk is full, or can't be written to.
         """
+        rollouts = self._rollouts / f"step_{step:06d}.jsonl"
         with self.writing(f"the records of step {step}"):
-            replace_lines(self._rollouts / f"step_{step:06d}.jsonl", rows)
+            self._begin_steps(step)
+            replace_lines(rollouts, rows)
+            self._unsynced.add(rollouts)
             self.append_skipped(step, skipped)
             append_lines(self._metrics, [{"step": step, **metrics}])
+
+    def mark_saved(self) -> None:
+        """Note that the run has completed a checkpoint (see run_directory.py).
+
+        Raises:
+            RunFailed: the disk is full, or can't be written to.
+        """
+        with self.writing(MARKER):
+            mark_saved(self.folder)
 
     def append_skipped(self, step: int, skipped: Iterable[Mapping[str, Any]]) -> None:
         """List the training samples that a step left out."""

@@ -12,12 +12,13 @@ machine (as slurm/ does), it starts the ranks of its own and meets the other sta
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_care.config import Recipe, recipe_yaml
-from nemo_care.errors import InputError, RunStopped
+from nemo_care.errors import AlreadyDone, InputError, RunStopped
 from nemo_care.quiet import quiet_libraries
 from nemo_care.recipes import compose_recipe, read_recipe, recipe_names
 from nemo_care.screen import say
@@ -108,7 +109,9 @@ def _main(command: Command, arguments: list[str]) -> None:
     if node is not None:
         # The other machines' ranks wait for those of the first.
         if node.place == 0:
-            command.check(recipe)
+            # What is done already, the ranks of all machines find out together.
+            with suppress(AlreadyDone):
+                command.check(recipe)
         _start_ranks(command, recipe, node)
         return
     if environment is not None:
@@ -155,12 +158,12 @@ def _run_rank(
 
     check_world_size(recipe, environment.world_size)
     ranks = Ranks(layout_of(recipe), environment, cpu_threads=recipe.trainer.cpu_threads)
-    if not checked:
-        # The files are the same for all ranks, so one of them looks.
-        ranks.from_rank_zero(lambda: command.check(recipe))
     try:
+        if not checked:
+            # The files are the same for all ranks, so one of them looks.
+            ranks.from_rank_zero(lambda: command.check(recipe))
         command.run(recipe, ranks)
-    except RunStopped:
+    except (RunStopped, AlreadyDone):
         # All ranks stop together. One that leaves with open groups may die of it instead.
         ranks.close()
         raise

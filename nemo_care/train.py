@@ -8,7 +8,7 @@
 
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ if __name__ == "__main__":  # before the imports that take long
     ending.watch_run()
 
 from nemo_care.config import Recipe, recipe_yaml, seconds_of
-from nemo_care.errors import InputError
-from nemo_care.recipes import changed_keys, recipe_of_run
-from nemo_care.screen import console, say
+from nemo_care.errors import AlreadyDone, InputError
+from nemo_care.recipes import read_recipe, recipe_changes
+from nemo_care.screen import console
 from nemo_care.start import Command, start
 
 if TYPE_CHECKING:
@@ -33,46 +33,113 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _check(recipe: Recipe) -> None:
-    from nemo_care.algorithms.checkpointing import refuse_old_run
     from nemo_care.experiment import run_directory
     from nemo_care.preflight import check_training_inputs
+
+    folder = run_directory(recipe.exp_manager)
+    check_training_inputs(recipe)
+    _check_folder(recipe, folder)
+
+
+def _check_folder(recipe: Recipe, folder: Path) -> None:
+    """Refuse a folder in which this recipe can't train; before anything there is written over.
+
+    Raises:
+        AlreadyDone: the run is finished.
+        InputError: it is finished, and with another recipe, or can't go on with this one; the
+            folder is not a run's, or holds what trainer.resume=never or lost checkpoints forbid to
+            replace.
+    """
+    from nemo_care.algorithms.checkpointing import refuse_lost_checkpoints, refuse_old_run
+    from nemo_care.parallel.checkpoints import list_checkpoints
+    from nemo_care.run_directory import check_run_directory
     from nemo_care.run_files import RunFiles
 
-    check_training_inputs(recipe)
-    # Before anything of that run is written over.
-    refuse_old_run(recipe, RunFiles.checkpoints_of(run_directory(recipe.exp_manager)))
+    refuse_old_run(recipe, RunFiles.checkpoints_of(folder))
+    check_run_directory(folder)
+    refuse_lost_checkpoints(folder)
+    checkpoints = list_checkpoints(RunFiles.checkpoints_of(folder))
+    if checkpoints:
+        _refuse_fixed(recipe, checkpoints[-1])
+        _refuse_finished(recipe, folder, checkpoints[-1])
+
+
+def _refuse_fixed(recipe: Recipe, checkpoint: Path) -> None:
+    """Refuse a change that needs state which the checkpoint has not got."""
+    if _changes(checkpoint, recipe).get("model.freeze_vision") == [True, False]:
+        raise InputError(
+            f"model.freeze_vision=false, but {checkpoint} was trained with true and holds no "
+            "optimizer state of the vision tower: leave it, or begin a new run (model.hf_path) "
+            "from what `nemo-care export` makes of that one"
+        )
+
+
+def _refuse_finished(recipe: Recipe, folder: Path, newest: Path) -> None:
+    from nemo_care.parallel.checkpoints import step_of
+
+    steps = step_of(newest)
+    if not (folder / "summary.json").is_file() or steps < recipe.trainer.max_steps:
+        return
+    is_done = f"the run in {folder} is finished with {steps} steps"
+    ways = (
+        f"trainer.max_steps above {steps} goes on with it, another exp_manager.explicit_log_dir "
+        "or exp_manager.name begins a new one"
+    )
+    changes = _changes(newest, recipe)
+    changes.pop("trainer.max_steps", None)
+    if changes:
+        shown = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
+        raise InputError(
+            f"{is_done}, so nothing would be done with another recipe ({shown}): {ways}"
+        )
+    raise AlreadyDone(f"{is_done}: {ways}")
+
+
+def _changes(checkpoint: Path, recipe: Recipe) -> dict[str, list[Any]]:
+    """The keys that differ from those of the steps until a checkpoint, without where it is."""
+    changes = recipe_changes(read_recipe(checkpoint / "recipe.yaml"), recipe)
+    return {key: pair for key, pair in changes.items() if not key.startswith("exp_manager.")}
 
 
 def _train(recipe: Recipe, ranks: "Ranks") -> None:
     """Train as one rank, from start to end."""
+    with ExitStack() as held:
+        _train_in(recipe, ranks, held)
+
+
+def _train_in(recipe: Recipe, ranks: "Ranks", held: ExitStack) -> None:
+    """Train as one rank; `held` keeps the run directory on rank 0."""
     from nemo_care.algorithms.build import build_trainer
     from nemo_care.data.decoding import DecodingWorkers
     from nemo_care.data.sources import read_levels, read_training
-    from nemo_care.experiment import start_experiment
+    from nemo_care.experiment import run_directory, start_experiment
     from nemo_care.origin import origin
+    from nemo_care.parallel.checkpoints import checkpoint_path
     from nemo_care.parallel.stop_request import StopRequest
-    from nemo_care.run_files import RunFiles
+    from nemo_care.run_directory import hold_run_directory
+    from nemo_care.run_files import RunFiles, Start
 
     loggers: list = []
 
     def begin() -> Path:
-        folder, made = start_experiment(recipe.exp_manager)
+        folder = run_directory(recipe.exp_manager)
+        held.enter_context(hold_run_directory(folder, "train"))
+        # Another run may have ended here since this was checked.
+        _check_folder(recipe, folder)
+        _, made = start_experiment(recipe.exp_manager)
         loggers.extend(made)
         return folder
 
     files = RunFiles(ranks.from_rank_zero(begin))
+    files.start = Start(
+        origin() if ranks.rank == 0 else {},
+        recipe_yaml(recipe),
+        lambda step: _changes(checkpoint_path(files.checkpoints, step), recipe),
+    )
     limit = recipe.trainer.max_time_per_run
     stop = StopRequest(None if limit is None else seconds_of(limit))
     stop.catch_signals()
     workers = DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader)
-
-    def write_start() -> None:
-        _tell_changes(files.recipe, recipe)
-        with files.writing("recipe.yaml and starts.jsonl"):
-            files.write_recipe(recipe_yaml(recipe))
-            files.append_start(origin())
-
-    ranks.from_rank_zero(write_start)
     with closing(workers):
         trainer = build_trainer(
             recipe,
@@ -87,20 +154,6 @@ def _train(recipe: Recipe, ranks: "Ranks") -> None:
         summary = trainer.fit()
     if ranks.rank == 0:
         _show_end(files.folder, summary)
-
-
-def _tell_changes(old: Path, recipe: Recipe) -> None:
-    """Say which keys differ from those that the run in this directory began with."""
-    if not old.is_file():
-        return
-    try:
-        before = recipe_of_run(old.parent)
-    except InputError as error:
-        say(f"{error}\nwhat has changed since this run was last started is not known")
-        return
-    changes = changed_keys(before, recipe)
-    if changes:
-        say(f"recipe changed since this run was last started: {'; '.join(changes)}")
 
 
 def _show_end(folder: Path, summary: dict[str, Any]) -> None:

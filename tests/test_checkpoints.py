@@ -3,22 +3,28 @@
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import pickle
 import shutil
 import stat
 import threading
+import types
+import zlib
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from small_runs import small_recipe, small_trainer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_care.errors import CheckpointError, DamagedCheckpoint, InputError
 from nemo_care.parallel import checkpoint_writer
+from nemo_care.parallel.checkpoint_pickles import load
 from nemo_care.parallel.checkpoint_writer import PendingCheckpoint, _StateWriter
 from nemo_care.parallel.checkpoints import (
     discard,
@@ -406,6 +412,123 @@ def test_a_pickle_that_would_run_code_is_refused(ranks, tmp_path, place):
     with contextlib.suppress(Exception):
         pickle.loads(pickle.dumps(evil))
     assert evil.mark.exists()
+
+
+def with_index(path: Path, change) -> None:
+    """Change a checkpoint's index, and sign it again."""
+    index = pickle.loads((path / ".metadata").read_bytes())
+    change(index)
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    sign(path)
+
+
+def state_with_object(value: object) -> dict:
+    state = made_state()
+    state["policy"]["object"] = ShardedObject("policy.object", value, (1,), (0,))
+    return state
+
+
+def place_of_object(index) -> tuple:
+    ((key, place),) = [(k, p) for k, p in index.storage_data.items() if "object" in k.fqn]
+    return key, place
+
+
+class Decoder:
+    """Stands for zstandard's: it decompresses what comes after this mark."""
+
+    MARK = b"COMPRESSED:"
+
+    def stream_reader(self, stream):
+        compressed = stream.read(-1).partition(self.MARK)[2]
+        return io.BytesIO(zlib.decompressobj().decompress(compressed))
+
+
+def test_an_object_that_would_be_decoded_before_it_is_loaded_is_refused(
+    ranks, tmp_path, monkeypatch
+):
+    """Its bytes are plain values as they are, and run code once they are decoded."""
+    monkeypatch.setattr(
+        "torch.distributed.checkpoint._extension.zstandard",
+        types.SimpleNamespace(ZstdDecompressor=Decoder),
+    )
+    evil = Evil(tmp_path / "mark")
+    decoded = io.BytesIO()
+    torch.save(evil, decoded)
+    harmless = torch.tensor(list(Decoder.MARK + zlib.compress(decoded.getvalue()))).byte()
+    state = state_with_object(harmless)
+    path = save(tmp_path / "checkpoints", 1, state)
+
+    def decode(index):
+        place_of_object(index)[1].transform_descriptors = ["stream.zstd/1"]
+
+    with_index(path, decode)
+    with pytest.raises(InputError, match=r"\.metadata names policy.object.* to be decoded"):
+        load_checkpoint(path, lambda: state)
+    assert not evil.mark.exists()
+    # Megatron's own loading runs it, and stumbles over the None that comes of it.
+    with contextlib.suppress(TypeError):
+        dist_checkpointing.load(state, str(path))
+    assert evil.mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"relative_path": "../elsewhere.distcp"}, "outside of the checkpoint"),
+        ({"relative_path": "/etc/passwd"}, "outside of the checkpoint"),
+        ({"relative_path": ".."}, "outside of the checkpoint"),
+        ({"length": -1}, "at bytes"),
+        ({"offset": -1}, "at bytes"),
+        ({"offset": "0"}, "at bytes"),
+        ({"transform_descriptors": ["unknown/1"]}, "to be decoded"),
+    ],
+)
+def test_an_index_that_points_elsewhere_is_refused(ranks, tmp_path, changed, said):
+    path = save(tmp_path / "checkpoints", 1)
+    with_index(path, lambda index: vars(next(iter(index.storage_data.values()))).update(changed))
+    with pytest.raises(InputError, match=rf"\.metadata names policy\..*{said}"):
+        load_checkpoint(path, made_state)
+
+
+def test_a_tensor_after_the_end_of_its_file_is_refused(ranks, tmp_path):
+    path = save(tmp_path / "checkpoints", 1)
+    with_index(path, lambda index: vars(next(iter(index.storage_data.values()))).update(length=1e9))
+    with pytest.raises(InputError, match="at bytes"):
+        load_checkpoint(path, made_state)
+    far = {"length": 10**9}
+    with_index(path, lambda index: vars(next(iter(index.storage_data.values()))).update(far))
+    with pytest.raises(InputError, match="bytes after the end of"):
+        load_checkpoint(path, made_state)
+    other = {"relative_path": "__9_9.distcp", "length": 1}
+    with_index(path, lambda index: vars(next(iter(index.storage_data.values()))).update(other))
+    with pytest.raises(DamagedCheckpoint, match=r"__9_9\.distcp: No such file"):
+        load_checkpoint(path, made_state)
+
+
+@pytest.mark.parametrize("place", [".metadata", "common.pt", "object"])
+def test_the_loading_itself_runs_no_code(ranks, tmp_path, monkeypatch, place):
+    """Also of files that another process changed after they were checked."""
+    # What torch.load would listen to where it isn't said.
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    evil = Evil(tmp_path / "mark")
+    state = state_with_object(evil if place == "object" else "plain")
+    path = save(tmp_path / "checkpoints", 1, state)
+    if place == ".metadata":
+        (path / place).write_bytes(pickle.dumps(evil))
+    elif place == "common.pt":
+        torch.save({"evil": evil}, path / place)
+    with pytest.raises((CheckpointException, pickle.UnpicklingError), match="mkdir"):
+        load(state, path)
+    assert not evil.mark.exists()
+
+
+def test_objects_of_plain_values_and_tensors_are_loaded(ranks, tmp_path):
+    value = {"step": 3, "tensor": torch.arange(4), "name": "AdamW"}
+    state = state_with_object(value)
+    path = save(tmp_path / "checkpoints", 1, state)
+    loaded = load_checkpoint(path, lambda: state_with_object(None))["policy"]["object"]
+    assert (loaded["step"], loaded["name"]) == (3, "AdamW")
+    assert loaded["tensor"].tolist() == [0, 1, 2, 3]
 
 
 def test_an_index_of_another_kind_is_refused(ranks, tmp_path):

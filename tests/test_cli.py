@@ -121,7 +121,7 @@ def test_torn_file_of_the_checkpoint_is_named(train, copied_checkpoint, name):
     file = copied_checkpoint / name
     file.write_text(file.read_text()[:-20])
     result = train(f"model.hf_path={copied_checkpoint}")
-    assert_refused(result, f"{file}:", "not valid JSON", "download")
+    assert_refused(result, f"{file}:", "not valid JSON", "copy it from the checkpoint again")
 
 
 def test_recipe_of_the_users_own_folder_inherits_ours(run, tmp_path):

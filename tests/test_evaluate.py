@@ -354,6 +354,23 @@ def test_complete_evaluation_only_shows_its_table_again(evaluate, tmp_path, monk
     assert evaluate(tmp_path, *other)[0] == 0
 
 
+def test_rows_that_two_evaluations_wrote_count_once(evaluate, tmp_path, generated):
+    """Older versions let two work in one directory."""
+    assert evaluate(tmp_path / "run")[0] == 0
+    before = results_of(tmp_path / "run")
+    file = tmp_path / "run/evaluation/L2.jsonl"
+    rows = lines(file)
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:5]]))
+    doubled = json.loads(json.dumps(before))
+    doubled["L2"]["count"] += 5
+    (tmp_path / "run/evaluation.json").write_text(json.dumps(doubled))
+    generated.clear()
+    assert evaluate(tmp_path / "run")[0] == 0
+    assert results_of(tmp_path / "run") == before
+    assert lines(file) == rows
+    assert generated == []
+
+
 def test_rows_of_other_settings_are_not_mixed(evaluate, tmp_path, copied_checkpoint):
     overrides = [f"evaluation.checkpoint={copied_checkpoint}"]
     assert evaluate(tmp_path / "run", *overrides)[0] == 0
@@ -485,7 +502,7 @@ def test_another_architecture_is_refused(evaluate, trained, tmp_path, copied_che
     )
     # The other way round, with a run's checkpoint.
     result = evaluate(
-        tmp_path,
+        tmp_path / "run",
         f"model.hf_path={copied_checkpoint}",
         f"evaluation.checkpoint={trained[0]}",
     )

@@ -94,3 +94,15 @@ def test_a_checkpoint_holds_its_state(recipe, ranks, tmp_path, step):
         either.run_training_step()
     assert steps(resumed) == {step + 1}
     assert unchanged(everything(trainer), everything(resumed))
+
+
+def test_a_resumed_run_has_the_recipes_settings_and_the_checkpoints_steps(recipe, ranks, tmp_path):
+    small_trainer(recipe, ranks, tmp_path).fit()
+    recipe.optimizer.lr, recipe.optimizer.eps, recipe.optimizer.beta2 = 7e-3, 1e-5, 0.5
+    resumed = small_trainer(recipe, ranks, tmp_path)
+    resumed.resume()
+    groups = resumed.policy.optimizer.param_groups
+    assert steps(resumed) == {2}
+    assert {(group["lr"], group["eps"], group["betas"]) for group in groups} == {
+        (7e-3, 1e-5, (recipe.optimizer.beta1, 0.5))
+    }

@@ -11,8 +11,8 @@ PACKAGE = Path(nemo_care.__file__).parent
 FLOORS = {
     "errors": 1, "config": 1, "data_config": 1, "model_config": 1, "evaluation_config": 1,
     "rollout_config": 1, "vllm_config": 1,
-    "objective": 1, "json_lines": 1, "run_files": 1, "quiet": 1, "ending": 1, "screen": 1,
-    "tensor_files": 1,
+    "objective": 1, "json_lines": 1, "run_files": 1, "run_directory": 1, "run_lock": 1,
+    "quiet": 1, "ending": 1, "screen": 1, "tensor_files": 1,
     "parallel": 2,
     "data": 3,
     "models": 4,

@@ -11,7 +11,7 @@ from nemo_care.config import Recipe, check_world
 from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.preflight import layout_of
-from nemo_care.recipes import changed_keys, compose_recipe, recipe_names
+from nemo_care.recipes import compose_recipe, recipe_changes, recipe_names
 
 PAPER = "grpo_care_qwen2_5_vl_7b"
 SIZES = ("3b", "7b", "32b", "72b")
@@ -39,7 +39,8 @@ def composed(name: str, *overrides: str) -> Recipe:
 
 def changes(old: Recipe, new: Recipe) -> list[str]:
     """What differs, but for the run's name."""
-    return [change for change in changed_keys(old, new) if not change.startswith("exp_manager.")]
+    changes = recipe_changes(old, new).items()
+    return [f"{key}: {a} -> {b}" for key, (a, b) in changes if not key.startswith("exp_manager.")]
 
 
 def value(recipe: Recipe, key: str) -> object:
@@ -257,9 +258,9 @@ def test_recipe_of_the_users_own_folder_runs_under_its_own_name(tmp_path):
 
 def test_changed_keys_of_two_recipes_are_named():
     old, new = (compose_recipe(["--config-name", "tiny_cpu"]) for _ in range(2))
-    assert changed_keys(old, new) == []
+    assert recipe_changes(old, new) == {}
     new.algorithm.consistency.margin = 0.1
-    assert changed_keys(old, new) == ["algorithm.consistency.margin: 0.01 -> 0.1"]
+    assert recipe_changes(old, new) == {"algorithm.consistency.margin": [0.01, 0.1]}
 
 
 def test_hydra_alone_composes_what_nemo_s_runner_does(tmp_path):

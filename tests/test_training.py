@@ -1,6 +1,7 @@
 """A run in one process: resuming, what it writes, what it refuses, the GRPO baseline."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,58 @@ def test_resumed_run_equals_the_uninterrupted_one(recipe, ranks, tmp_path, dtype
     averages = whole.reference.average.state, resumed.reference.average.state
     assert all(torch.equal(tensor, averages[1][name]) for name, tensor in averages[0].items())
     assert len({line["train/lr"] for line in first}) == 4
+
+
+def adamw_state(trainer) -> list[dict]:
+    """Of each shard: settings of its group, master weight and averages, as they are now."""
+    (part,) = trainer.policy.optimizer.chained_optimizers
+    return [
+        {
+            **{name: value for name, value in group.items() if name != "params"},
+            "weight": shard.detach().clone(),
+            **{name: tensor.clone() for name, tensor in part.optimizer.state[shard].items()},
+        }
+        for group in part.optimizer.param_groups
+        for shard in group["params"]
+    ]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_optimizer_of_a_resumed_run_is_the_recipes(recipe, ranks, tmp_path, dtype, offload):
+    """Its rate, betas, eps and weight decay make the update, and not the checkpoint's."""
+    recipe.model.precision.dtype = dtype
+    recipe.optimizer.offload = offload
+    recipe.rollout.max_logprob_difference = 1.0
+    recipe.trainer.max_steps = 2
+    small_trainer(recipe, ranks, tmp_path).fit()
+    recipe.trainer.max_steps = 4
+    optimizer = recipe.optimizer
+    optimizer.lr, optimizer.min_lr, optimizer.weight_decay = 3e-3, 1e-3, 0.3
+    optimizer.beta1, optimizer.beta2, optimizer.eps = 0.7, 0.8, 1e-3
+    optimizer.schedule, optimizer.decay_steps = "cosine", 4
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer.resume()
+    before = adamw_state(trainer)
+    trainer.recipe.trainer.max_steps = 3
+    trainer.fit()
+    rate = 1e-3 + (3e-3 - 1e-3) * 0.5 * (1 + math.cos(math.pi * 3 / 4))
+    record = lines(tmp_path / "metrics.jsonl")[-1]
+    assert (record["step"], record["train/lr"]) == (3, pytest.approx(rate))
+    moved = 0
+    for old, new in zip(before, adamw_state(trainer), strict=True):
+        decay = 0.3 * new["wd_mult"]
+        assert new["lr"] == pytest.approx(rate)
+        assert new["weight_decay"] == pytest.approx(decay)
+        assert (float(old["step"]), float(new["step"])) == (2, 3)
+        gradient = (new["exp_avg"] - 0.7 * old["exp_avg"]) / (1 - 0.7)
+        squares = 0.8 * old["exp_avg_sq"] + (1 - 0.8) * gradient.square()
+        torch.testing.assert_close(new["exp_avg_sq"], squares, rtol=1e-3, atol=1e-12)
+        mean, square = new["exp_avg"] / (1 - 0.7**3), new["exp_avg_sq"] / (1 - 0.8**3)
+        wanted = old["weight"] * (1 - rate * decay) - rate * mean / (square.sqrt() + 1e-3)
+        torch.testing.assert_close(new["weight"], wanted, rtol=1e-5, atol=1e-7)
+        moved += int((new["weight"] != old["weight"]).sum())
+    assert moved > 1000
 
 
 def test_killed_run_repeats_the_steps_after_its_checkpoint_once(recipe, ranks, tmp_path):

@@ -21,6 +21,7 @@ from nemo_care.parallel.checkpoints import (
     step_of,
 )
 from nemo_care.parallel.process_groups import Ranks
+from nemo_care.run_directory import has_saved
 from nemo_care.run_files import RunFiles
 
 State = dict[str, Any]
@@ -38,6 +39,28 @@ def refuse_old_run(recipe: Recipe, checkpoints: Path) -> None:
         raise InputError(
             f"{checkpoints.parent} holds a run already and trainer.resume=never: choose another "
             "exp_manager.name or exp_manager.explicit_log_dir, or remove it"
+        )
+
+
+def refuse_lost_checkpoints(run: Path) -> None:
+    """Refuse to begin anew where a run has results and no checkpoint to go on from.
+
+    A run that was ended before its first checkpoint has records only, and begins again.
+
+    Raises:
+        InputError: names what a new run would replace.
+    """
+    checkpoints = RunFiles.checkpoints_of(run)
+    if list_checkpoints(checkpoints) or list_damaged(checkpoints):
+        return
+    results = [name for name in ("summary.json", "export") if (run / name).exists()]
+    if has_saved(run) or not checkpoints.is_dir():
+        results += [name for name in ("metrics.jsonl", "validation.jsonl") if (run / name).exists()]
+    if results:
+        raise InputError(
+            f"{run} holds results of a run ({', '.join(results)}) whose checkpoints are gone, so "
+            "that it can't go on: choose another exp_manager.name or "
+            "exp_manager.explicit_log_dir, or remove it"
         )
 
 
@@ -130,7 +153,10 @@ class Checkpointing:
         pending, self._pending = self._pending, None
         config = self.recipe.checkpoint
         keep_last = 0 if self.keep_all else config.keep_last
+        # What a checkpoint says is done has its records, also after a power cut.
+        self.ranks.from_rank_zero(self.files.sync)
         pending.finish(keep_last=keep_last, keep_every=config.keep_every)
+        self.ranks.from_rank_zero(self.files.mark_saved)
 
     @contextmanager
     def _held_up(self) -> Iterator[None]:
@@ -159,9 +185,12 @@ class Checkpointing:
 
         Raises:
             InputError: the folder can't be written to; there is a checkpoint, and the recipe says
-                trainer.resume=never; all checkpoints are damaged.
+                trainer.resume=never; all checkpoints are damaged, or gone (see
+                `refuse_lost_checkpoints`).
         """
         folder = self.files.checkpoints
+        # Before the folder of checkpoints is made.
+        self.ranks.from_rank_zero(lambda: refuse_lost_checkpoints(self.files.folder))
         check_writable(folder)
         self.ranks.from_rank_zero(lambda: refuse_old_run(self.recipe, folder))
         found, aside = self.ranks.from_rank_zero(self._look)
@@ -178,7 +207,7 @@ class Checkpointing:
             raise InputError(
                 f"no checkpoint of {folder} can be used; damaged: "
                 f"{', '.join(path.name for path in sorted(aside))}. Bring one back (as step_...), "
-                "or remove them to begin again from the start"
+                f"or remove {self.files.folder} to begin again from the start"
             )
         return None
 

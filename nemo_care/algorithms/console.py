@@ -164,6 +164,24 @@ class Console:
         """Say where the run goes on."""
         self._print(plain(f"resumed after step {step} from {checkpoint}"))
 
+    def start(self, start: Mapping[str, Any]) -> None:
+        """Say what this start changes, and which records of steps before it are lost."""
+        step = start["after_step"]
+        changed = "; ".join(
+            f"{key}: {old} -> {new}" for key, (old, new) in start["changed"].items()
+        )
+        if changed and step < self.recipe.trainer.max_steps:
+            self._print(plain(f"recipe changed from step {step + 1} on: {changed}"))
+        elif changed:
+            text = f"no step is left to make, so these changes of the recipe do nothing: {changed}"
+            self._print(plain(text, style="yellow"))
+        if start["missing_steps"]:
+            text = (
+                f"metrics.jsonl lacks steps that the checkpoint has behind it: "
+                f"{_ranges(start['missing_steps'])}; a crash of the machine may have lost them"
+            )
+            self._print(plain(text, style="yellow"))
+
     def damaged(self, reason: str, aside: Path) -> None:
         """Say that a checkpoint can't be used."""
         text = f"damaged checkpoint, the one before it is tried; set aside as {aside.name}: "
@@ -178,6 +196,17 @@ class Console:
                 text += f" consistency {_rate(result['consistency_rate'])}"
             parts.append(text)
         self._print(one_line(f"validation after step {step}: {'; '.join(parts)}"))
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as "3, 5 to 8"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join(" to ".join(map(str, part)) for part in parts)
 
 
 def _rate(value: float | None) -> str:

@@ -1,6 +1,5 @@
 """The GRPO-CARE trainer. `fit` is the algorithm; everything else is called from it."""
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -372,8 +371,9 @@ class GRPOCareTrainer:
     def _rewind_records(self) -> None:
         """On rank 0: drop the records of steps that come again."""
         with self.files.writing(f"the records up to step {self.step}"):
-            self.files.rewind(self.step)
+            start = self.files.go_on(self.step)
             self.files.list_skipped_once(self.step, [asdict(item) for item in self.bad_lines])
+        self.console.start(start)
         self.console.bad_lines(self.bad_lines)
 
     def finish(self, seconds: float) -> dict[str, Any]:
@@ -403,5 +403,4 @@ class GRPOCareTrainer:
 
     def _export(self, target: Path) -> None:
         """Write the policy's weights as a Hugging Face directory, over one of an earlier end."""
-        self.ranks.from_rank_zero(lambda: shutil.rmtree(target, ignore_errors=True))
-        export_hf(self.policy.model, self.recipe.model.hf_path, target)
+        export_hf(self.policy.model, self.recipe.model.hf_path, target, replace=True)

@@ -61,10 +61,15 @@ class EvaluationFiles:
             # Results of an evaluation whose rows were removed.
             self._results.unlink(missing_ok=True)
             replace_file(self._settings, json.dumps(settings, indent=2) + "\n")
-        if self._results.exists():
+        twice = [level for level in self.levels if self._has_rows_twice(level)]
+        if self._results.exists() and not twice:
             return
         for level in self.levels:
             replace_lines(self._rows(level), self.rows(level))
+        if self._results.exists():
+            # They counted rows of two evaluations that older versions let work here at once.
+            self._results.unlink()
+            return
         bad = [
             {"level": level, **asdict(item)}
             for level, annotations in self.levels.items()
@@ -87,12 +92,15 @@ class EvaluationFiles:
         return results
 
     def rows(self, level: str) -> list[Row]:
-        """The rows of a level so far.
+        """The rows of a level so far, one for each sample: the first of its index.
 
         Raises:
             InputError: a line is broken.
         """
-        return complete_lines(self._rows(level), ROW, PROBE)
+        rows: dict[int, Row] = {}
+        for row in complete_lines(self._rows(level), ROW, PROBE):
+            rows.setdefault(row["index"], row)
+        return list(rows.values())
 
     def append(self, level: str, batch: Evaluated) -> None:
         """Write a batch: samples left out, and rows."""
@@ -105,13 +113,21 @@ class EvaluationFiles:
 
     def finish(self, *, judged: bool) -> dict[str, Results]:
         """Write the results, made from the rows; `judged` as in `level_results`."""
-        skipped = [record["level"] for record in complete_lines(self.skipped, {"level": str})]
+        # Each once, whatever its reason was: lines of the annotations have no index but an id.
+        left_out = {
+            (record["level"], record["index"], record["sample_id"])
+            for record in complete_lines(self.skipped, {"level": str})
+        }
+        skipped = [level for level, _, _ in left_out]
         results = {
             level: level_results(self.rows(level), skipped=skipped.count(level), judged=judged)
             for level in self.levels
         }
         replace_file(self._results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         return results
+
+    def _has_rows_twice(self, level: str) -> bool:
+        return len(complete_lines(self._rows(level))) > len(self.rows(level))
 
     def _rows(self, level: str) -> Path:
         return self.folder / f"{level}.jsonl"

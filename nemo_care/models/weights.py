@@ -6,6 +6,7 @@ turned back into Hugging Face tensors and written by the first rank of the pipel
 """
 
 import json
+import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -248,18 +249,20 @@ def _copy_companions(source: Path, out: Path, dtype: torch.dtype) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def export_hf(model: Qwen25VL, source: str | Path, out: str | Path) -> None:
+def export_hf(
+    model: Qwen25VL, source: str | Path, out: str | Path, *, replace: bool = False
+) -> None:
     """Write the model as a Hugging Face directory that `from_pretrained` and vLLM load.
 
     All ranks call it. `source` is the checkpoint directory that the run started from: its
     tokenizer and configuration files are copied. The directory appears under its name only when
-    it is complete.
+    it is complete; with `replace` one that has this name is removed then, and not before.
 
     Raises:
-        InputError: `out` exists already, or `source` is not there any more.
+        InputError: `out` exists already, without `replace`, or `source` is not there any more.
     """
     target = Path(out)
-    if target.exists():
+    if target.exists() and not replace:
         raise InputError(f"{target} exists already: remove it or choose another directory")
     if not (Path(source) / "config.json").is_file():
         raise InputError(
@@ -283,5 +286,14 @@ def export_hf(model: Qwen25VL, source: str | Path, out: str | Path) -> None:
     if rank == 0:
         _name_parts(partial, [part for rank_parts in everyone for part in rank_parts])
         _copy_companions(Path(source), partial, next(model.parameters()).dtype)
-        partial.rename(target)
+        _take_place(partial, target)
     dist.barrier()
+
+
+def _take_place(partial: Path, target: Path) -> None:
+    """Give a complete directory its name, and then remove the one that had it, if any."""
+    if target.exists():
+        target.rename(target.with_name(f"{target.name}.removed-{secrets.token_hex(4)}"))
+    partial.rename(target)
+    for old in target.parent.glob(f"{target.name}.removed-*"):
+        shutil.rmtree(old, ignore_errors=True)

@@ -50,7 +50,8 @@ def main() -> None:
 
     requests = open(0, "rb", buffering=0)  # noqa: SIM115 - for as long as this process lives
     replies, parent = sys.stdout, os.getppid()
-    print(READY, file=replies, flush=True)
+    replies.write(f"{READY}\n")
+    replies.flush()
     # What a library prints is no reply, and nobody reads it: a full pipe would stop this process.
     sys.stdout = sys.stderr
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
@@ -72,7 +73,8 @@ def main() -> None:
         except Exception:
             result = False
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(int(result), file=replies, flush=True)
+        replies.write(f"{int(result)}\n")
+        replies.flush()
 
 
 if __name__ == "__main__":

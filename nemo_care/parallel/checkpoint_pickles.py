@@ -1,17 +1,29 @@
-"""Refuse checkpoints whose pickles would run code.
+"""Read a checkpoint without running code that it may hold.
 
 torch's distributed checkpoints have an index, `.metadata`, that `pickle.load` reads, and hold
-objects that torch loads without restriction. A pickle may call anything that Python can import, so
-all of them are read here first, with nothing allowed but what a checkpoint consists of.
+objects that torch loads without restriction. A pickle may call anything that Python can import. So
+the index is only ever read with a list of the classes that a checkpoint's index consists of, and
+every object as tensors and plain values: before loading, which names what is wrong in one line, and
+by the loading itself (`load`), since another process may change the files in between.
 """
 
 import io
+import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import ReadItem
 
 from nemo_care.errors import DamagedCheckpoint, InputError
 
@@ -61,7 +73,7 @@ def read_index(checkpoint: Path) -> Metadata:
         with file.open("rb") as opened:
             index = _IndexReader(opened).load()
     except _Foreign as error:
-        raise InputError(f"{file} names {error}: not a checkpoint that nemo-care wrote") from error
+        raise _not_ours(file, str(error)) from error
     except OSError as error:
         raise DamagedCheckpoint(f"{file}: {error.strerror}") from error
     # Torn bytes raise whatever the pickle's virtual machine stumbles over.
@@ -69,25 +81,57 @@ def read_index(checkpoint: Path) -> Metadata:
         raise DamagedCheckpoint(f"{file}: not the index of a checkpoint ({error})") from error
     if not isinstance(index, Metadata):
         raise InputError(f"{file} holds a {type(index).__name__}, not a checkpoint's index")
+    _check_places(file, index)
     return index
 
 
-def check_pickles(checkpoint: Path) -> Metadata:
-    """Refuse a checkpoint that would run code when it is loaded; its index otherwise.
+def _check_places(file: Path, index: Metadata) -> None:
+    """Refuse an index by which other bytes would be loaded than those that are checked.
+
+    torch decodes a place's bytes by its transforms (zstandard's, or what an extension registers)
+    before it unpickles them; ours have none.
+    """
+    if type(index.state_dict_metadata) is not dict or type(index.storage_data) is not dict:
+        raise _not_ours(file, "no tensors and places")
+    for key, place in index.storage_data.items():
+        if type(key) is not MetadataIndex or type(place) is not _StorageInfo:
+            raise _not_ours(file, f"a {type(place).__name__} for {key!r}")
+        name = place.relative_path
+        if place.transform_descriptors:
+            raise _not_ours(file, f"{key.fqn} to be decoded ({place.transform_descriptors!r})")
+        if type(name) is not str or name != os.path.basename(name) or name in ("", ".", ".."):
+            raise _not_ours(file, f"{key.fqn} in {name!r}, outside of the checkpoint")
+        numbers = (place.offset, place.length)
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise _not_ours(file, f"{key.fqn} at bytes {numbers!r}")
+
+
+def _not_ours(file: Path, what: str) -> InputError:
+    return InputError(f"{file} names {what}: not a checkpoint that nemo-care wrote")
+
+
+def check_pickles(checkpoint: Path) -> None:
+    """Refuse a checkpoint that would run code when it is loaded.
 
     Raises:
         InputError: names the file and what it holds (see `read_index`).
     """
     index = read_index(checkpoint)
     read_common(checkpoint)
-    for place, storage in (index.storage_data or {}).items():
-        if not isinstance(index.state_dict_metadata.get(place.fqn), BytesStorageMetadata):
-            continue
-        file = checkpoint / storage.relative_path
-        if file.parent != checkpoint:
-            raise InputError(f"{checkpoint / _INDEX} points to {file}, outside the checkpoint")
-        _load_tensors_only(file, storage.offset, storage.length)
-    return index
+    assert index.storage_data is not None  # read_index has looked
+    for key, place in index.storage_data.items():
+        file = checkpoint / place.relative_path
+        if isinstance(index.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
+            _load_tensors_only(file, place.offset, place.length)
+        elif place.offset + place.length > _size(file):
+            raise _not_ours(checkpoint / _INDEX, f"bytes after the end of {file.name}")
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise DamagedCheckpoint(f"{file}: {error.strerror}") from error
 
 
 def read_common(checkpoint: Path) -> dict[str, Any]:
@@ -118,6 +162,66 @@ def _load_tensors_only(file: Path, offset: int | None, length: int | None) -> An
         raise DamagedCheckpoint(f"{file}: {error.strerror}") from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise DamagedCheckpoint(f"{file}: not what torch wrote ({_first_line(error)})") from error
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def load(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Fill a sharded state from a checkpoint, as Megatron does; all ranks call it.
+
+    What is unpickled is restricted here, and nowhere else: to the names of an index, and to tensors
+    and plain values.
+    """
+    with _restricted_reading():
+        return dist_checkpointing.load(
+            state,
+            str(checkpoint),
+            # Given here, `metadata.json` does not choose another format.
+            sharded_strategy=mcore_torch.TorchDistLoadShardedStrategy(),
+            common_strategy=_CommonStrategy(),
+        )
+
+
+class _CommonStrategy(TorchCommonLoadStrategy):
+    """Reads what is not sharded; an environment variable of torch's could lift its restriction."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> Any:
+        return torch.load(Path(checkpoint_dir) / _COMMON, map_location="cpu", weights_only=True)
+
+
+class _Reader(FileSystemReader):
+    """Reads the index with a list of what it may name, once."""
+
+    _index: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self._index = self._index or read_index(Path(self.path))
+        return self._index
+
+
+class _Planner(mcore_torch.MCoreLoadPlanner):
+    """Unpickles objects as tensors and plain values."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        loaded = torch.load(value, map_location="cpu", weights_only=True)
+        name = read_item.dest_index.fqn
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], loaded)
+        else:
+            self.state_dict[name] = loaded
+
+
+@contextmanager
+def _restricted_reading() -> Iterator[None]:
+    """Megatron's loading makes its own reader and planner, by these names."""
+    reader, planner = mcore_torch._get_filesystem_reader, mcore_torch.MCoreLoadPlanner
+    mcore_torch._get_filesystem_reader = lambda folder, cache_metadata=False: _Reader(folder)
+    mcore_torch.MCoreLoadPlanner = _Planner
+    try:
+        yield
+    finally:
+        mcore_torch._get_filesystem_reader, mcore_torch.MCoreLoadPlanner = reader, planner
 
 
 def _first_line(error: Exception) -> str:

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from nemo_care import __version__
 from nemo_care.errors import CheckpointError
+from nemo_care.json_lines import sync_folder
 from nemo_care.parallel.checkpoints import (
     CONTENT_METADATA,
     checkpoint_path,
@@ -43,7 +44,6 @@ from nemo_care.parallel.manifest import (
     FileRecord,
     HashedFile,
     read_record,
-    sync_folder,
     write_file,
     write_manifest,
 )

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_care.errors import DamagedCheckpoint, InputError
-from nemo_care.parallel.checkpoint_pickles import check_pickles, read_index
+from nemo_care.parallel.checkpoint_pickles import check_pickles, load, read_index
 from nemo_care.parallel.manifest import FileRecord, check_sizes, find_changed, read_manifest
 from nemo_care.parallel.process_groups import Ranks
 
@@ -250,9 +250,5 @@ def load_checkpoint(
         DamagedCheckpoint: it is not what was written, or not a checkpoint.
     """
     verify_checkpoint(path, parts)
-
-    def check() -> None:
-        check_pickles(path)
-
-    Ranks.from_rank_zero(check)
-    return dist_checkpointing.load(make_state(), str(path))
+    Ranks.from_rank_zero(lambda: check_pickles(path))
+    return load(make_state(), path)

@@ -23,7 +23,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 
 from nemo_care import ending
 from nemo_care.ending import FAILURE, USAGE_ERROR
-from nemo_care.errors import InputError, RunFailed, RunStopped
+from nemo_care.errors import AlreadyDone, InputError, RunFailed, RunStopped
 from nemo_care.parallel.slurm import Node
 from nemo_care.screen import one_line, say
 
@@ -181,6 +181,9 @@ def guarded(main: Callable[..., Any], *arguments: Any, unwinds: bool = True) -> 
     except InputError as error:
         say(f"nemo-care: {one_line(error)}", file=sys.stderr)
         return USAGE_ERROR
+    except AlreadyDone as done:
+        if ending.is_speaker():
+            say(f"nemo-care: {done}")
     except RunStopped as stopped:
         # Slurm and torch end what is left of a job as soon as one rank has gone.
         ending.on_request(lambda number: None)

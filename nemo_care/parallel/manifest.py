@@ -6,7 +6,6 @@ the checksums of Python's standard library that tell every changed bit it was th
 a core, against 0.7 of crc32), and `sha256sum` checks a file without this program.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import DamagedCheckpoint
+from nemo_care.json_lines import sync_folder
 
 NAME = "manifest.json"
 _PIECE = 16 << 20  # bytes read at a time
-# What a file system answers that can't sync a folder: SMB and some of FUSE.
-_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 @dataclass(frozen=True)
@@ -87,18 +85,6 @@ def read_record(file: Path) -> FileRecord:
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
     return FileRecord(file.stat().st_size, _sha256(file))
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(folder: Path, files: Mapping[str, FileRecord], about: Mapping[str, Any]) -> None:

@@ -56,7 +56,8 @@ def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> 
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
-            min_lr=config.min_lr,
+            # The groups' rates go before the schedule's own.
+            min_lr=min(config.min_lr, config.lr),
             weight_decay=config.weight_decay,
             adam_beta1=config.beta1,
             adam_beta2=config.beta2,
@@ -71,6 +72,8 @@ def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> 
     for part in optimizer_parts(optimizer):
         if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
             _repair_torch_adamw(part)
+        if getattr(part, "optimizer", None) is not None:
+            _keep_settings_when_loading(part)
     _step_with_finite_norm_only(optimizer)
     return optimizer
 
@@ -144,6 +147,26 @@ def _repair_torch_adamw(optimizer: DistributedOptimizer) -> None:
         set_states_with_step, optimizer
     )
     optimizer.load_state_dict = types.MethodType(load_with_own_steps, optimizer)
+
+
+def _keep_settings_when_loading(optimizer: MegatronOptimizer) -> None:
+    """Load the state and its count of steps, and leave the groups' settings as the recipe has them.
+
+    The groups of a checkpoint also hold learning rates, betas, eps and weight decay, which Megatron
+    would take over, whatever the schedule is told.
+    """
+    load_state_dict = optimizer.load_state_dict
+
+    def load_without_settings(self: Any, state_dict: dict) -> None:
+        kept = [
+            {name: value for name, value in group.items() if name not in ("params", "step")}
+            for group in self.param_groups
+        ]
+        load_state_dict(state_dict)
+        for group, settings in zip(self.param_groups, kept, strict=True):
+            group.update(settings)
+
+    optimizer.load_state_dict = types.MethodType(load_without_settings, optimizer)
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

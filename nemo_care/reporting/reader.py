@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import InputError
 from nemo_care.json_lines import Kinds, Record, complete_lines, read_object
-from nemo_care.run_files import METRICS, SKIPPED, VALIDATION, step_of_file
+from nemo_care.run_files import METRICS, SKIPPED, STARTS, VALIDATION, step_of_file
 
 Levels = Mapping[str, Mapping[str, Any]]
 
@@ -22,6 +22,16 @@ _SUMMARY: Kinds = {
     "start": dict[str, dict] | None,
     "end": dict[str, dict] | None,
 }
+
+
+@dataclass(frozen=True)
+class RecipeChange:
+    """A key of the recipe that has another value from a step on."""
+
+    step: int
+    key: str
+    old: Any
+    new: Any
 
 
 @dataclass(frozen=True)
@@ -38,9 +48,11 @@ class RunRecord:
     rollout_files: list[Path]
     """One file per step."""
     recipe: Record
-    """The resolved recipe; empty where the run wrote none."""
+    """The resolved recipe of the last steps; empty where the run wrote none."""
     summary: Record | None
     """None while the run is unfinished."""
+    recipe_changes: list[RecipeChange] = field(default_factory=list)
+    """Keys that a later start changed, in the order of the steps."""
 
     @property
     def finished(self) -> bool:
@@ -139,6 +151,20 @@ def rollout_files(folder: Path) -> list[Path]:
     return [file for _, file in sorted(found)]
 
 
+def _recipe_changes(starts: list[Record]) -> list[RecipeChange]:
+    """What changed between the steps that were kept; a start that made no step changed nothing."""
+    changes: list[RecipeChange] = []
+    for start in starts:
+        first = start.get("first_step")
+        if first is None:
+            continue
+        # It went on from before those steps, and made them again.
+        changes = [change for change in changes if change.step < first]
+        for key, (old, new) in start.get("changed", {}).items():
+            changes.append(RecipeChange(first, key, old, new))
+    return changes
+
+
 def read_run(path: str | Path) -> RunRecord:
     """Read a run directory.
 
@@ -161,4 +187,5 @@ def read_run(path: str | Path) -> RunRecord:
         rollout_files=rollout_files(folder),
         recipe=_read_recipe(folder / "recipe.yaml"),
         summary=read_summary(folder),
+        recipe_changes=_recipe_changes(complete_lines(folder / "starts.jsonl", optional=STARTS)),
     )

@@ -74,7 +74,16 @@ def _facts(run: RunRecord) -> dict[str, Any]:
         "samples skipped": summary.get("skipped", len(run.skipped)),
         "exported model": summary.get("export"),
     }
-    return values | {name: run.setting(key) for name, key in _SETTINGS.items()}
+    return values | {name: _setting(run, key) for name, key in _SETTINGS.items()}
+
+
+def _setting(run: RunRecord, key: str) -> Any:
+    """A key of the recipe, with the steps from which it had another value."""
+    changes = [change for change in run.recipe_changes if change.key == key]
+    if not changes:
+        return run.setting(key)
+    later = (f"{change.new} from step {change.step} on" for change in changes)
+    return ", ".join([str(changes[0].old), *later])
 
 
 def _warnings(run: RunRecord) -> list[str]:
@@ -139,7 +148,15 @@ def _recipe(run: RunRecord) -> str:
     if not run.recipe:
         return ""
     text = (run.folder / "recipe.yaml").read_text(encoding="utf-8")
-    return page.folded("All keys", page.preformatted(text))
+    keys = page.folded("All keys", page.preformatted(text))
+    if not run.recipe_changes:
+        return keys
+    rows = [
+        [str(change.step), change.key, str(change.old), str(change.new)]
+        for change in run.recipe_changes
+    ]
+    note = page.paragraph("Changed while the run went on; below is the recipe of the last step.")
+    return note + page.table(["from step", "key", "before", "after"], rows) + keys
 
 
 def write_report(run_dir: str | Path) -> Path:
