@@ -152,10 +152,9 @@ class Console:
         text = (
             f"step {step}: in the last {steps} steps no group had a signal: all completions of a "
             f"prompt got the same reward ({_rate(rewards)} on average in this step), so nothing "
-            "was learnt. "
-            "Look at the completions in the run's rollouts/: answers that no reward can match, or "
-            "questions that are all too easy or too hard? A higher rollout.temperature or "
-            "algorithm.group_size makes completions differ more (metric "
+            "was learnt. Look at the completions in the run's rollouts/: can their answers match "
+            "the solutions, and are the questions neither too easy nor too hard? A higher "
+            "rollout.temperature or algorithm.group_size makes completions differ more (metric "
             f"rollout/groups_without_signal; repeated every {again} such steps)"
         )
         self._print(plain(text, style="yellow"))

@@ -117,10 +117,9 @@ class _Packer:
         not the last one, which predicts nothing: none at all for letters of one token.
         """
         segment = self.segments[1 + number]
-        own = self.group.completions[number].token_ids[at:]
-        common = 0
-        while common < min(len(own), len(tokens)) and own[common] == tokens[common]:
-            common += 1
+        own = self.group.completions[number].token_ids[at : at + len(tokens)]
+        differs = (own != tokens[: len(own)]).nonzero()
+        common = int(differs[0]) if len(differs) else len(own)
         before = [at + place for place in range(min(common + 1, len(tokens)))]
         places = [segment.start + n - 1 if n else self.prompt[1] - 1 for n in before]
         rest = tokens[common:-1]
