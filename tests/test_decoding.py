@@ -17,7 +17,8 @@ from PIL import Image
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.media import Media, MediaRequest, MediaSettings, load_media
 from nemo_care.data.patches import PatchSize, PixelBounds
-from nemo_care.data.video import FrameChoice, UnreadableMedia
+from nemo_care.data.media_errors import UnreadableMedia
+from nemo_care.data.video import FrameChoice
 
 SETTINGS = MediaSettings(
     FrameChoice(), PixelBounds(784, 28 * 28 * 4), PixelBounds(784, 28 * 28 * 16), PatchSize()

@@ -7,7 +7,9 @@ import torch
 from made_media import DAMAGES, damaged_video, encode_at_times, encode_video, picture, rotate
 from PIL import Image
 
-from nemo_care.data.video import FrameChoice, ImageFile, UnreadableMedia, VideoFile, choose_frames
+from nemo_care.data.images import ImageFile
+from nemo_care.data.media_errors import UnreadableMedia
+from nemo_care.data.video import FrameChoice, VideoFile, choose_frames
 from nemo_care.miniature.files import write_video
 from nemo_care.miniature.world import draw_scenes
 

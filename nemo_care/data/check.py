@@ -18,7 +18,7 @@ from nemo_care.data.media import Media
 from nemo_care.data.prompts import Draft, PromptBuilder, PromptTooLong
 from nemo_care.data.samples import Sample
 from nemo_care.data.sources import read_source, training_sources
-from nemo_care.data.video import FatalMedia, MissingMedia, SlowMedia, UnreadableMedia
+from nemo_care.data.media_errors import FatalMedia, MissingMedia, SlowMedia, UnreadableMedia
 from nemo_care.data_config import DataConfig
 from nemo_care.errors import InputError
 
@@ -137,6 +137,7 @@ class FileReport:
     problems: list[Problem] = field(default_factory=list)
     lengths: list[Length] = field(default_factory=list)
     missing_files: set[Path] = field(default_factory=set)
+    videos_by_pyav: int = 0
 
     @property
     def causes(self) -> Counter[str]:
@@ -228,6 +229,7 @@ def check_samples(
             prompt = builder.finish(draft, media.result())
             length = Length(draft.index, prompt.length, int(prompt.is_vision.sum()))
             report.lengths.append(length)
+            report.videos_by_pyav += prompt.videos_by_pyav
         except InputError as error:
             cause = next(cause for kind, cause in _CAUSES if isinstance(error, kind))
             report.problems.append(Problem(cause, sample.sample_id, draft.index, str(error)))
