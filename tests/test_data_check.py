@@ -31,6 +31,7 @@ from nemo_care.miniature import files as miniature_files
 from nemo_care.models.hf_config import read_hf_config
 
 LEVELS = {f"L{number}": f"annotations/validation_L{number}.jsonl" for number in (1, 2, 3)}
+FILES = Path(__file__).parent / "files/media"
 TRAINING = "annotations/training_6k.jsonl"
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.media import Media, MediaRequest, MediaSettings, load_media
-from nemo_care.data.patches import PatchSize, PixelBounds
 from nemo_care.data.media_errors import UnreadableMedia
+from nemo_care.data.patches import PatchSize, PixelBounds
 from nemo_care.data.video import FrameChoice
 
 SETTINGS = MediaSettings(
@@ -151,7 +151,7 @@ def test_memory_of_a_process_is_bounded(workers):
 
 def test_an_unexpected_error_is_charged_to_its_sample(workers):
     with pytest.raises(
-        UnreadableMedia, match=r"wrong: not decoded \(ZeroDivisionError: of nothing\)"
+        UnreadableMedia, match=r"wrong: not decoded \(ZeroDivisionError: of nothing at all\)"
     ):
         workers.submit(request(Path("wrong"))).result()
 

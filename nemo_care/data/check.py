@@ -15,10 +15,10 @@ import numpy as np
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.loader import Numbered
 from nemo_care.data.media import Media
+from nemo_care.data.media_errors import FatalMedia, MissingMedia, SlowMedia, UnreadableMedia
 from nemo_care.data.prompts import Draft, PromptBuilder, PromptTooLong
 from nemo_care.data.samples import Sample
 from nemo_care.data.sources import read_source, training_sources
-from nemo_care.data.media_errors import FatalMedia, MissingMedia, SlowMedia, UnreadableMedia
 from nemo_care.data_config import DataConfig
 from nemo_care.errors import InputError
 

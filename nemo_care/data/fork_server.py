@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 
-_PRELOADED = ["nemo_care.data.decoding", "nemo_care.data.video_readers"]
+_PRELOADED = ["nemo_care.data.decoding", "nemo_care.data.video_readers", "decord"]
 # Ctrl-C, Slurm and others send them to a whole process group, and mean the training process.
 _NOT_FOR_CHILDREN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from nemo_care.data.patches import Grid, PatchSize, PixelBounds, frames_to_patches, grid_of
 from nemo_care.data.images import ImageFile
 from nemo_care.data.media_errors import one_line
+from nemo_care.data.patches import Grid, PatchSize, PixelBounds, frames_to_patches, grid_of
 from nemo_care.data.video import FrameChoice, VideoFile
-from nemo_care.errors import InputError
 from nemo_care.data_config import DataConfig
+from nemo_care.errors import InputError
 from nemo_care.quiet import silent_stderr
 
 

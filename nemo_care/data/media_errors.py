@@ -44,9 +44,8 @@ def unreadable(
     path: Path, kind: str, cause: str, error: type[UnreadableMedia] = UnreadableMedia
 ) -> UnreadableMedia:
     """The error that says why a file can't be read."""
-    return error(
-        f"{one_line(str(path))}: {kind} not readable: {cause}; replace the file or remove its sample"
-    )
+    name = one_line(str(path))
+    return error(f"{name}: {kind} not readable: {cause}; replace the file or remove its sample")
 
 
 def library_reason(error: BaseException) -> str:

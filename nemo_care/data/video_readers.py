@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 
 import av
-import decord
 import numpy as np
 from av.video.frame import VideoFrame
 from PIL import Image
@@ -24,6 +23,8 @@ class DecordReader:
 
     def __init__(self, path: Path, timeline: Timeline) -> None:
         """Raises UnusableVideo where decord does not open it, or counts other frames."""
+        import decord  # here, so that a machine's check finds out whether it loads
+
         self._errors = (RuntimeError, AssertionError, decord.DECORDError)
         try:
             self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
@@ -50,6 +51,7 @@ class PyavReader:
         """Raises as `open_video`."""
         self._path = path
         self._timeline = timeline
+        self._last = -1
         self._rewind()
 
     def at(self, index: int) -> np.ndarray:

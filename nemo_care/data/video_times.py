@@ -20,6 +20,8 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from nemo_care.data.media_errors import library_reason
+
 # decord seeks by time, and in containers without an index of key frames (MPEG-TS, MPEG-PS) it
 # returns frames of another place than the one that was requested.
 _DECORD_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -93,17 +95,20 @@ def decoded(packets: Iterator[Packet]) -> Iterator[VideoFrame]:
     Raises:
         av.FFmpegError: one can't be decoded.
     """
+    begun = False
     for packet in packets:
-        if not packet.is_corrupt:
-            yield from packet.decode()  # type: ignore[misc]
+        begun = begun or packet.is_keyframe  # what comes before can't be decoded
+        if begun and not packet.is_corrupt:
+            yield from packet.decode()
 
 
 def read_timeline(path: Path) -> Timeline:
     """When each frame of a file is shown.
 
     Raises:
-        UnusableVideo: it has no video, or its frames' times contradict each other.
-        av.FFmpegError: it can't be opened or decoded.
+        UnusableVideo: it has no video, its end is missing, its frames' times contradict each other,
+            or frames that have to be decoded to be counted can't be.
+        av.FFmpegError: it can't be opened.
     """
     with opened(path) as (container, stream):
         entries = [_Entry.of(packet, stream) for packet in container.demux(stream) if packet.size]
@@ -111,7 +116,8 @@ def read_timeline(path: Path) -> Timeline:
         whole = sum(not entry.is_corrupt for entry in entries)
         if indexed > whole:
             raise UnusableVideo(
-                f"it can't be read to its end: of the {indexed} frames in its index, {whole} are there"
+                f"it can't be read to its end: of the {indexed} frames in its index, "
+                f"{whole} are there"
             )
         pts: list[int] | None
         places: list[int] | None = None
@@ -136,8 +142,13 @@ def read_timeline(path: Path) -> Timeline:
             and _decord_counts_right(entries)
         )
         keys = sorted(e.pts for e in entries if e.is_key and e.pts is not None)
-        codec = stream.codec_context.codec.canonical_name
+        codec = codec_name(stream)
     return Timeline(codec, starts, rate, constant, pts, places, keys, plain)
+
+
+def codec_name(stream: VideoStream) -> str:
+    """The codec's name, whichever library decodes it."""
+    return stream.codec_context.codec.canonical_name
 
 
 def _moving_stream(container: InputContainer) -> VideoStream:
@@ -170,7 +181,7 @@ class _Entry:
     def of(cls, packet: Packet, stream: VideoStream) -> "_Entry":
         # An edit list hides frames that are needed to decode the first shown one: before time 0.
         hidden = packet.is_discard or (packet.pts is not None and packet.pts < 0)
-        if stream.codec_context.codec.canonical_name == "vp8":
+        if codec_name(stream) == "vp8":
             # show_frame in the frame tag (RFC 6386, 9.1): alternate reference frames have 0.
             hidden = hidden or not bytes(packet)[0] & 0x10
         return cls(
@@ -225,12 +236,17 @@ def _times_by_decoding(path: Path) -> tuple[list[int] | None, list[int], list[in
     pts: list[int | None] = []
     durations, places = [], []
     with opened(path) as (container, stream):
-        for place, frame in enumerate(decoded(container.demux(stream))):
-            if frame.is_corrupt or (frame.pts is not None and frame.pts < 0):
-                continue
-            pts.append(frame.pts)
-            durations.append(frame.duration or 0)
-            places.append(place)
+        codec = codec_name(stream)
+        try:
+            for place, frame in enumerate(decoded(container.demux(stream))):
+                if frame.is_corrupt or (frame.pts is not None and frame.pts < 0):
+                    continue
+                pts.append(frame.pts)
+                durations.append(frame.duration or 0)
+                places.append(place)
+        except av.FFmpegError as error:
+            cause = f"its {codec} frames can't be decoded ({library_reason(error)})"
+            raise UnusableVideo(cause) from error
     times = [time for time in pts if time is not None]
     if not times:
         return None, durations, places
