@@ -114,7 +114,7 @@ def test_what_comes_before_the_first_key_frame_is_not_there(tmp_path, codec, suf
         ("a.mp4", "libx265", {"x265-params": "keyint=10:log-level=none"}),
         ("a.mp4", "mpeg4", {"bf": "2", "g": "12", "qmax": "2"}),
         ("a.ts", "libx264", {"g": "10"}),
-        ("a.ts", "mpeg2video", {"bf": "2", "g": "12"}),
+        ("a.ts", "mpeg2video", {"bf": "2", "g": "12", "qmax": "2"}),
         ("a.avi", "libx264", {"bf": "2"}),
         ("a.avi", "mpeg4", {"bf": "2", "qmax": "2"}),
         ("a.h264", "libx264", {"bf": "2"}),

@@ -277,9 +277,7 @@ class GRPOCareTrainer:
         metrics = {
             "care/ema_distance": distance,
             **metrics,
-            "data/worker_memory_gib": max(
-                (peak for peak in peaks if peak is not None), default=None
-            ),
+            "data/worker_memory_gib": max(filter(None, peaks), default=None),
             "data/videos_by_pyav": sum(by_pyav),
             **memory_metrics(),
         }

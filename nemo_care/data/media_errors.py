@@ -53,7 +53,9 @@ def library_reason(error: BaseException) -> str:
 
     Library messages may quote bytes of the file, so that nothing a terminal obeys is kept.
     """
-    text = one_line(str(error)) or type(error).__name__
+    # The text of an operating system's or ffmpeg's error, without its number.
+    text = getattr(error, "strerror", None) or str(error)
+    text = one_line(text) or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
 
 

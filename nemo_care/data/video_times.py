@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -111,7 +112,7 @@ def read_timeline(path: Path) -> Timeline:
         av.FFmpegError: it can't be opened.
     """
     with opened(path) as (container, stream):
-        entries = [_Entry.of(packet, stream) for packet in container.demux(stream) if packet.size]
+        entries = _entries(container, stream)
         indexed = len(stream.index_entries)
         whole = sum(not entry.is_corrupt for entry in entries)
         if indexed > whole:
@@ -131,9 +132,9 @@ def read_timeline(path: Path) -> Timeline:
             starts, rate, constant = _nominal_times(len(durations), stream.guessed_rate)
         else:
             base = stream.time_base or Fraction(1)
-            starts = np.array([float(n * base) for n in pts])
+            starts = np.array(pts) * float(base)
             rate, constant = _rate(
-                starts, [float(n * base) for n in durations], float(stream.average_rate or 0)
+                starts, np.array(durations) * float(base), float(stream.average_rate or 0)
             )
         plain = (
             places is None
@@ -166,8 +167,7 @@ def _moving_stream(container: InputContainer) -> VideoStream:
     return stream
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """What one packet says about its frame; `shown` is False if the frame is never seen."""
 
     pts: int | None
@@ -177,21 +177,31 @@ class _Entry:
     is_corrupt: bool
     shown: bool
 
-    @classmethod
-    def of(cls, packet: Packet, stream: VideoStream) -> "_Entry":
+
+def _entries(container: InputContainer, stream: VideoStream) -> list[_Entry]:
+    """An entry per packet, in the order of decoding; long videos have 100,000 of them."""
+    is_vp8 = codec_name(stream) == "vp8"
+    entries = []
+    for packet in container.demux(stream):
+        if not packet.size:
+            continue
+        pts = packet.pts
         # An edit list hides frames that are needed to decode the first shown one: before time 0.
-        hidden = packet.is_discard or (packet.pts is not None and packet.pts < 0)
-        if codec_name(stream) == "vp8":
-            # show_frame in the frame tag (RFC 6386, 9.1): alternate reference frames have 0.
-            hidden = hidden or not bytes(packet)[0] & 0x10
-        return cls(
-            packet.pts,
-            packet.dts,
-            packet.duration or 0,
-            packet.is_keyframe,
-            packet.is_corrupt,
-            not hidden,
+        hidden = packet.is_discard or (pts is not None and pts < 0)
+        # show_frame in the frame tag (RFC 6386, 9.1): alternate reference frames have 0.
+        if is_vp8 and not bytes(packet)[0] & 0x10:
+            hidden = True
+        entries.append(
+            _Entry(
+                pts,
+                packet.dts,
+                packet.duration or 0,
+                packet.is_keyframe,
+                packet.is_corrupt,
+                not hidden,
+            )
         )
+    return entries
 
 
 def _suffice(entries: list[_Entry], *, reorders: bool) -> bool:
@@ -274,7 +284,7 @@ def _nominal_times(count: int, rate: Fraction | None) -> tuple[np.ndarray, float
     return np.arange(count) / float(rate), float(rate), True
 
 
-def _rate(starts: np.ndarray, durations: list[float], declared: float) -> tuple[float, bool]:
+def _rate(starts: np.ndarray, durations: np.ndarray, declared: float) -> tuple[float, bool]:
     """Frames per second over the whole video, and whether the frames keep to it.
 
     The declared rate counts if the times agree with it: theirs are rounded to the time base.
@@ -286,8 +296,8 @@ def _rate(starts: np.ndarray, durations: list[float], declared: float) -> tuple[
     span = float(starts[-1] - starts[0])
     mean = span / (len(starts) - 1)
     # Some files give each frame the duration of the declared rate, however long it is shown.
-    believable = 0.5 < sum(durations[:-1]) / span < 2 and durations[-1] > 0
-    last = durations[-1] if believable else mean
+    believable = 0.5 < durations[:-1].sum() / span < 2 and durations[-1] > 0
+    last = float(durations[-1]) if believable else mean
     return len(starts) / (span + last), _keeps_to(starts, 1 / mean)
 
 
