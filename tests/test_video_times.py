@@ -299,16 +299,10 @@ def test_frames_are_read_from_wherever_they_are_in_the_file(tmp_path):
 
 def test_the_codec_and_the_reason_are_in_the_message(tmp_path):
     path = tmp_path / "a.mp4"
-    content = bytearray((FILES / "av1.mp4").read_bytes())
-    start = content.index(b"mdat") + 4
-    content[start:] = (
-        bytes(len(content) - start)
-        if content.index(b"moov") < start
-        else (
-            b"\xff" * (content.index(b"moov") - 4 - start) + content[content.index(b"moov") - 4 :]
-        )
-    )
-    path.write_bytes(content)
+    content = (FILES / "av1.mp4").read_bytes()
+    start, end = content.index(b"mdat") + 4, content.index(b"moov") - 4
+    assert start < end
+    path.write_bytes(content[:start] + b"\xff" * (end - start) + content[end:])
     with pytest.raises(UnreadableMedia, match=r"a\.mp4: .*its av1 frames can't be decoded \(.+\)"):
         read(path)
 
