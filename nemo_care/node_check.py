@@ -210,9 +210,12 @@ def decoding_problems() -> list[str]:
         with tempfile.TemporaryDirectory(prefix="nemo-care-") as folder:
             file = Path(folder) / "video.mp4"
             write_video(file, torch.zeros(8, 28, 28, 3, dtype=torch.uint8))
-            frames = list(VideoFile(file, FrameChoice()).frames())
+            video = VideoFile(file, FrameChoice())
+            frames = list(video.frames())
     except (ImportError, OSError, InputError) as error:
         return [f"videos can't be decoded: {error}"]
+    if video.by_pyav:
+        return ["decord can't decode an ordinary video; PyAV can"]
     return [] if frames else ["videos can't be decoded: no frames"]
 
 

@@ -4,12 +4,13 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
 
 from nemo_care.data.media import Media, MediaRequest, measure_media
 
@@ -39,11 +40,75 @@ def encode_video(path: Path, frames: np.ndarray, rate: int, **options: str) -> P
     return path
 
 
-def encode_at_times(path: Path, frames: np.ndarray, times: Iterable[Fraction]) -> Path:
-    """A file whose frames are shown at these times, in seconds."""
+def numbered(count: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """Frames that show their number, from 0 to 49, as a grey that survives any codec."""
+    greys = 5 * np.arange(count, dtype=np.uint8) + 5
+    return np.broadcast_to(greys[:, None, None, None], (count, height, width, 3)).copy()
+
+
+def numbers_of(frames: torch.Tensor) -> list[int]:
+    """The numbers of decoded frames of `numbered`."""
+    return ((frames.float().mean(dim=(1, 2, 3)) - 5) / 5).round().int().tolist()
+
+
+def encode(
+    path: Path, frames: np.ndarray, rate: int, codec: str, pix_fmt: str = "yuv420p", **options: str
+) -> Path:
+    """A file of any kind: the container by the path's suffix, and the codec's options."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def remux(
+    source: Path, path: Path, change: Callable[[int, av.Packet], bool | None] = lambda n, p: None
+) -> Path:
+    """The same packets in another file; `change` may alter each, or return False to leave it out.
+
+    Its arguments are the packet and its place.
+    """
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(p for p in old.demux(video=0) if p.size):
+            if change(number, packet) is not False:
+                packet.stream = stream
+                new.mux(packet)
+    return path
+
+
+def show_only(path: Path, first: float, seconds: float) -> Path:
+    """Let the edit list of an mp4 file show this part of it, as cutting without encoding does."""
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        ticks = round(1 / container.streams.video[0].time_base)
+    # elst: version and flags, number of entries, then duration and start of the first; movies are
+    # written with 1000 ticks a second.
+    entry = content.index(b"elst") + 4 + 4 + 4
+    (start,) = struct.unpack(">I", content[entry + 4 : entry + 8])
+    content[entry : entry + 8] = struct.pack(
+        ">II", round(1000 * seconds), start + round(ticks * first)
+    )
+    path.write_bytes(content)
+    return path
+
+
+def encode_at_times(
+    path: Path,
+    frames: np.ndarray,
+    times: Iterable[Fraction],
+    *,
+    codec: str = "libx264",
+    rate: int = 30,
+) -> Path:
+    """A file whose frames are shown at these times, in seconds, and that claims this rate."""
     base = Fraction(1, 1000)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30)
+        stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.time_base = stream.codec_context.time_base = base
@@ -110,10 +175,10 @@ DAMAGES = {
     "empty": "the file is empty",
     "text": "can't be opened",
     "picture": "can't be opened",
-    "audio": "can't be opened",
-    "cut off": "can't be",
-    "cut at the end": "can't be",
-    "overwritten": "can't be decoded",
+    "audio": "can't be opened as a video: it holds no video",
+    "cut off": "can't be read to its end: of the 16 frames in its index, 4 are there",
+    "cut at the end": "can't be read to its end: of the 16 frames in its index, 15 are there",
+    "overwritten": "its h264 frames can't be decoded (",
     "short": "it has 1 frame",
     "timestamps": "several frames have the same timestamp",
 }

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from nemo_care.miniature import files as miniature_files
 from nemo_care.models.hf_config import read_hf_config
 
 LEVELS = {f"L{number}": f"annotations/validation_L{number}.jsonl" for number in (1, 2, 3)}
+FILES = Path(__file__).parent / "files/media"
 TRAINING = "annotations/training_6k.jsonl"
 
 
@@ -139,6 +141,25 @@ def test_data_that_can_all_be_used_ends_with_status_0_and_counts(check, tmp_path
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_videos_that_pyav_decodes_are_counted(check, tmp_path):
+    for name in ("animation.gif", "av1.mp4", "upright_16x16.mp4"):
+        shutil.copy(FILES / name, tmp_path)
+    write_noise(tmp_path / "plain.mp4", 0)
+    videos = [[file.name] for file in sorted(tmp_path.iterdir())]
+    sample = {"question": "left ?", "solution": "A", "problem_type": "OCR"}
+    records = [{"id": str(n), "videos": v, **sample} for n, v in enumerate(videos)]
+    write_lines(tmp_path / "train.jsonl", records)
+    overrides = [
+        *("data.train.kind=jsonl", f"data.train.root={tmp_path}"),
+        *("data.train.annotations=train.jsonl", "data.validation.annotations=null"),
+    ]
+    for options in ([], ["--sizes-only"]):
+        status, out, _, report = check(*overrides, *options)
+        assert status == 0
+        assert report["files"][0]["videos_by_pyav"] == 3
+        assert "3 videos decoded by PyAV: decord can't open them" in out
+
+
 def test_whatever_can_t_be_used_is_listed_with_its_cause_and_reason(check, damaged):
     overrides = [
         *("data.train.kind=jsonl", f"data.train.root={damaged}"),
@@ -156,6 +177,9 @@ def test_whatever_can_t_be_used_is_listed_with_its_cause_and_reason(check, damag
         assert f"{damaged}/{damage}.mp4: video not readable" in reasons[damage]
         assert expected in reasons[damage]
     assert "train.jsonl:12: not valid JSON" in reasons["train.jsonl:12"]
+    assert reasons["narrow"].startswith(
+        f"{damaged}/narrow.png: frames of 1000x4 pixels: too narrow"
+    )
     assert all(reason in out for reason in reasons.values())
     (file,) = report["files"]
     assert (file["lines"], file["checked"], file["usable"]) == (20, 19, 3)

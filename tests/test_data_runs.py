@@ -1,7 +1,9 @@
 """Short training runs on the layouts that users have, with bad lines and missing files."""
 
 import json
+import shutil
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from made_data import (
@@ -16,6 +18,7 @@ from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data_config import SourceConfig
 from nemo_care.errors import InputError
 
+FILES = Path(__file__).parent / "files/media"
 TRAINING = "annotations/training_6k.jsonl"
 
 
@@ -77,7 +80,9 @@ def test_seed_bench_r1_trains_and_validates_by_level(recipe, ranks, tmp_path):
 
 @pytest.mark.parametrize("name", ["Video-R1-260k.json", "Video-R1-260k.jsonl"])
 def test_video_r1_trains_on_every_answer_kind(recipe, ranks, tmp_path, name):
-    write_video_r1(tmp_path / "data", count=8, name=name)
+    root = write_video_r1(tmp_path / "data", count=8, name=name)
+    # The content decides what a file is; decord opens no GIF.
+    shutil.copy(FILES / "animation.gif", root / "videos/2.mp4")
     recipe.data.train.kind = "video_r1"
     recipe.data.train.annotations = name
     summary = small_trainer(recipe, ranks, tmp_path / "run").fit()
@@ -87,6 +92,8 @@ def test_video_r1_trains_on_every_answer_kind(recipe, ranks, tmp_path, name):
         row for step in (1, 2) for row in lines(tmp_path / f"run/rollouts/step_{step:06d}.jsonl")
     ]
     assert {row["prompt_id"] for row in rows} == {str(number) for number in range(8)}
+    metrics = lines(tmp_path / "run/metrics.jsonl")
+    assert sorted(line["data/videos_by_pyav"] for line in metrics) == [0, 1]
 
 
 def test_mixture_goes_on_where_it_stopped_and_lists_bad_lines_once(recipe, ranks, tmp_path):

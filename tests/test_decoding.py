@@ -16,8 +16,9 @@ from PIL import Image
 
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.media import Media, MediaRequest, MediaSettings, load_media
+from nemo_care.data.media_errors import UnreadableMedia
 from nemo_care.data.patches import PatchSize, PixelBounds
-from nemo_care.data.video import FrameChoice, UnreadableMedia
+from nemo_care.data.video import FrameChoice
 
 SETTINGS = MediaSettings(
     FrameChoice(), PixelBounds(784, 28 * 28 * 4), PixelBounds(784, 28 * 28 * 16), PatchSize()
@@ -150,7 +151,7 @@ def test_memory_of_a_process_is_bounded(workers):
 
 def test_an_unexpected_error_is_charged_to_its_sample(workers):
     with pytest.raises(
-        UnreadableMedia, match=r"wrong: not decoded \(ZeroDivisionError: of nothing\)"
+        UnreadableMedia, match=r"wrong: not decoded \(ZeroDivisionError: of nothing at all\)"
     ):
         workers.submit(request(Path("wrong"))).result()
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from made_media import DAMAGES, damaged_video, encode_at_times, encode_video, picture, rotate
-from PIL import Image
 
-from nemo_care.data.video import FrameChoice, ImageFile, UnreadableMedia, VideoFile, choose_frames
+from nemo_care.data.media_errors import UnreadableMedia
+from nemo_care.data.video import FrameChoice, VideoFile, choose_frames
 from nemo_care.miniature.files import write_video
 from nemo_care.miniature.world import draw_scenes
 
@@ -82,7 +82,7 @@ def test_frames_are_those_that_pyav_decodes_at_the_same_times(tmp_path, options)
         assert differences[index] < 1
 
 
-def test_uneven_frame_times_are_read_by_their_average_rate(tmp_path):
+def test_uneven_frame_times_are_read_by_their_real_average_rate(tmp_path):
     frames = np.stack([picture(48, 64, seed) for seed in range(12)])
     times = [Fraction(n, 4) if n < 6 else Fraction(n) for n in range(12)]
     video, decoded = read(encode_at_times(tmp_path / "a.mp4", frames, times))
@@ -90,12 +90,10 @@ def test_uneven_frame_times_are_read_by_their_average_rate(tmp_path):
     assert [time for time, _ in everything] == [float(time) for time in times]
     assert torch.equal(decoded[0], everything[0][1])
     assert torch.equal(decoded[-1], everything[-1][1])
-    # All 12 are read; the time between them is that of the file's average rate, as Qwen has it.
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        rate = float(container.streams.video[0].average_rate)
-    assert 1 < rate < 1.5
+    # All 12 are read. They last for 11 seconds and the last one's thirtieth, whatever average the
+    # file claims.
     assert video.count == 12
-    assert video.seconds_per_grid == pytest.approx(2 / rate)
+    assert video.seconds_per_grid == pytest.approx((11 + 1 / 30) / 6, rel=1e-3)
 
 
 @pytest.mark.parametrize(("degrees", "turns"), [(90, -1), (180, 2), (270, 1)])
@@ -107,11 +105,12 @@ def test_a_video_is_turned_as_its_rotation_says(tmp_path, degrees, turns):
     assert torch.equal(turned, torch.rot90(upright, turns, dims=(1, 2)))
 
 
-def test_turned_frames_that_decord_can_t_hand_over_are_refused(tmp_path):
+def test_turned_frames_that_decord_can_t_hand_over_are_read_by_pyav(tmp_path):
     frames = np.stack([picture(48, 96, seed) for seed in range(4)])
-    path = rotate(encode_video(tmp_path / "a.mp4", frames, 2), 90)
-    with pytest.raises(UnreadableMedia, match="narrower than 64 pixels"):
-        read(path)
+    _, upright = read(encode_video(tmp_path / "a.mp4", frames, 2))
+    video, turned = read(rotate(tmp_path / "a.mp4", 90))
+    assert video.by_pyav
+    assert torch.equal(turned, torch.rot90(upright, -1, dims=(1, 2)))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -122,35 +121,3 @@ def test_an_unreadable_video_is_named_with_its_cause(tmp_path, damage):
     assert str(path) in str(raised.value)
     assert DAMAGES[damage] in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path, orientation):
-    pixels = picture(20, 30)
-    image = Image.fromarray(pixels)
-    exif = image.getexif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "a.png", exif=exif)
-    file = ImageFile(tmp_path / "a.png")
-    size, frame = (file.height, file.width), file.frame().numpy()
-    assert frame.shape == (*size, 3)
-    expected = {1: pixels, 3: np.rot90(pixels, 2), 6: np.rot90(pixels, -1), 8: np.rot90(pixels)}
-    if orientation in expected:
-        np.testing.assert_array_equal(frame, expected[orientation])
-
-
-def test_an_image_without_colour_is_read_as_rgb(tmp_path):
-    Image.new("L", (30, 20), 7).save(tmp_path / "a.png")
-    assert ImageFile(tmp_path / "a.png").frame().unique().tolist() == [7]
-
-
-@pytest.mark.parametrize("content", [None, b"", b"not an image", "cut off"])
-def test_an_unreadable_image_is_named_with_its_cause(tmp_path, content):
-    path = tmp_path / "a.png"
-    if content == "cut off":
-        Image.fromarray(picture(60, 60)).save(path)
-        content = path.read_bytes()[:5000]
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UnreadableMedia, match=r"a\.png: image not readable"):
-        ImageFile(path).frame()

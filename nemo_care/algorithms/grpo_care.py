@@ -252,15 +252,14 @@ class GRPOCareTrainer:
         A step is saved behind its record, so `timing/checkpoint` is what saving has held up the run
         since the record before: mostly the save of the step before.
         """
-        everyone = self.ranks.gather_from_replicas(
-            (
-                completion_rows(groups, self.recipe.evaluation.judge),
-                self.prompts.worker_memory_gib,
-            )
+        mine = (
+            completion_rows(groups, self.recipe.evaluation.judge),
+            self.prompts.worker_memory_gib,
+            sum(group.prompt.videos_by_pyav for group in groups),
         )
-        workers = [peak for _, peak in everyone if peak is not None]
+        made, peaks, by_pyav = zip(*self.ranks.gather_from_replicas(mine), strict=True)
         rows = sorted(
-            (row for rows, _ in everyone for row in rows),
+            (row for rows in made for row in rows),
             key=lambda row: (row["prompt_index"], row["completion_index"]),
         )
         distance = None
@@ -270,7 +269,8 @@ class GRPOCareTrainer:
         metrics = {
             "care/ema_distance": distance,
             **metrics,
-            "data/worker_memory_gib": max(workers, default=None),
+            "data/worker_memory_gib": max(filter(None, peaks), default=None),
+            "data/videos_by_pyav": sum(by_pyav),
             **memory_metrics(),
         }
         # Where rank 0 can't write, all ranks have to stop.

@@ -16,11 +16,11 @@ from nemo_care.data.annotations import Normalised
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.loader import Numbered
 from nemo_care.data.media import Media
+from nemo_care.data.media_errors import FatalMedia, MissingMedia, SlowMedia, UnreadableMedia
 from nemo_care.data.prompts import Draft, PromptBuilder, PromptTooLong
 from nemo_care.data.samples import Sample
 from nemo_care.data.solutions import is_one_word
 from nemo_care.data.sources import read_source, training_sources
-from nemo_care.data.video import FatalMedia, MissingMedia, SlowMedia, UnreadableMedia
 from nemo_care.data_config import DataConfig
 from nemo_care.errors import InputError
 
@@ -141,6 +141,7 @@ class FileReport:
     problems: list[Problem] = field(default_factory=list)
     lengths: list[Length] = field(default_factory=list)
     missing_files: set[Path] = field(default_factory=set)
+    videos_by_pyav: int = 0
 
     @property
     def causes(self) -> Counter[str]:
@@ -240,6 +241,7 @@ def check_samples(
             prompt = builder.finish(draft, media.result())
             length = Length(draft.index, prompt.length, int(prompt.is_vision.sum()))
             report.lengths.append(length)
+            report.videos_by_pyav += prompt.videos_by_pyav
         except InputError as error:
             cause = next(cause for kind, cause in _CAUSES if isinstance(error, kind))
             report.problems.append(Problem(cause, sample.sample_id, draft.index, str(error)))

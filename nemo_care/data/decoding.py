@@ -24,7 +24,13 @@ import torch
 
 from nemo_care.data.fork_server import deaf_children, fork_context
 from nemo_care.data.media import Media, MediaRequest, load_media
-from nemo_care.data.video import FatalMedia, SlowMedia, UnreadableMedia
+from nemo_care.data.media_errors import (
+    FatalMedia,
+    SlowMedia,
+    UnreadableMedia,
+    library_reason,
+    one_line,
+)
 from nemo_care.data_config import DataConfig
 from nemo_care.errors import InputError
 
@@ -247,14 +253,14 @@ def _attempt(load: Load, request: MediaRequest) -> Media | InputError:
     except InputError as error:
         return error
     except Exception as error:
-        cause = (str(error).splitlines() or [""])[0]
         return UnreadableMedia(
-            f"{_names(request)}: not decoded ({type(error).__name__}: {cause}); replace the file"
+            f"{_names(request)}: not decoded ({type(error).__name__}: {library_reason(error)}); "
+            "replace the file"
         )
 
 
 def _names(request: MediaRequest) -> str:
-    return ", ".join(str(path) for path in (*request.videos, *request.images))
+    return ", ".join(one_line(str(path)) for path in (*request.videos, *request.images))
 
 
 def _done(result: Media | InputError) -> Future[Media]:

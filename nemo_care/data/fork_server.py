@@ -13,7 +13,7 @@ from multiprocessing.context import ForkServerContext
 
 from nemo_care.ending import ASKING
 
-_PRELOADED = ["nemo_care.data.decoding", "decord"]
+_PRELOADED = ["nemo_care.data.decoding", "nemo_care.data.video_readers", "decord"]
 # Ctrl-C, a closed terminal, Slurm and others send them to a whole process group, and mean the
 # training process.
 _NOT_FOR_CHILDREN = ASKING

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
+from nemo_care.data.images import ImageFile
+from nemo_care.data.media_errors import one_line
 from nemo_care.data.patches import Grid, PatchSize, PixelBounds, frames_to_patches, grid_of
-from nemo_care.data.video import FrameChoice, ImageFile, VideoFile
+from nemo_care.data.video import FrameChoice, VideoFile
 from nemo_care.data_config import DataConfig
+from nemo_care.errors import InputError
 from nemo_care.quiet import silent_stderr
 
 
@@ -53,11 +56,13 @@ class Media:
     `grids` and `seconds_per_grid` (0.0 for an image) have an entry per file. `pixel_values`
     float32 [patches, 3 * temporal_patch * patch * patch] is an array, because an array travels
     between processes without shared memory; None where there is nothing or no room for it.
+    `videos_by_pyav` counts the videos that PyAV decoded because decord could not.
     """
 
     grids: list[Grid] = field(default_factory=list)
     seconds_per_grid: list[float] = field(default_factory=list)
     pixel_values: np.ndarray | None = None
+    videos_by_pyav: int = 0
 
 
 def load_media(request: MediaRequest) -> Media:
@@ -71,13 +76,11 @@ def load_media(request: MediaRequest) -> Media:
     videos = [VideoFile(path, settings.frames) for path in request.videos]
     images = [ImageFile(path) for path in request.images]
     grids = [
-        *(
-            grid_of(v.count, v.height, v.width, settings.video_pixels, settings.patch)
-            for v in videos
-        ),
-        *(grid_of(1, i.height, i.width, settings.image_pixels, settings.patch) for i in images),
+        *(_grid(video, video.count, settings.video_pixels, settings.patch) for video in videos),
+        *(_grid(image, 1, settings.image_pixels, settings.patch) for image in images),
     ]
     media = Media(grids, [*(video.seconds_per_grid for video in videos), *(0.0 for _ in images)])
+    media.videos_by_pyav = sum(video.by_pyav for video in videos)
     if not grids or sum(map(settings.patch.tokens, grids)) > request.room:
         return media
 
@@ -89,7 +92,20 @@ def load_media(request: MediaRequest) -> Media:
         *(patches([image.frame()], settings.image_pixels) for image in images),
     ]
     media.pixel_values = torch.cat(parts).numpy()
+    media.videos_by_pyav = sum(video.by_pyav for video in videos)  # some turned to it on the way
     return media
+
+
+def _grid(file: VideoFile | ImageFile, count: int, bounds: PixelBounds, patch: PatchSize) -> Grid:
+    """The grid of `count` frames of a file.
+
+    Raises:
+        InputError: names the file, whose frames are too narrow to resize.
+    """
+    try:
+        return grid_of(count, file.height, file.width, bounds, patch)
+    except InputError as error:
+        raise InputError(f"{one_line(str(file.path))}: {error}") from error
 
 
 def measure_media(request: MediaRequest) -> Media:

@@ -49,7 +49,7 @@ class Prompt:
     bool [P] (True at the tokens that stand for a vision feature), `pixel_values`
     [patches, 3 * temporal_patch * patch * patch] and `grid_thw` [items, 3], in order of
     appearance; both None for a text-only prompt. `seconds_per_grid` has the seconds that one grid
-    step of each item covers, 0.0 for an image.
+    step of each item covers, 0.0 for an image. `videos_by_pyav` is as in `Media`.
     """
 
     index: int
@@ -60,6 +60,7 @@ class Prompt:
     pixel_values: torch.Tensor | None
     grid_thw: torch.Tensor | None
     seconds_per_grid: tuple[float, ...] = ()
+    videos_by_pyav: int = 0
 
     @property
     def length(self) -> int:
@@ -172,6 +173,7 @@ class PromptBuilder:
             pixel_values=None if pixels is None else torch.from_numpy(pixels),
             grid_thw=torch.tensor(media.grids) if media.grids else None,
             seconds_per_grid=tuple(media.seconds_per_grid),
+            videos_by_pyav=media.videos_by_pyav,
         )
 
     def _token_ids(self, sample: Sample) -> list[int]:

@@ -1,40 +1,24 @@
-"""Video and image files as frames.
+"""Video files as frames.
 
 A `VideoFile` knows how many frames of which size it will give before it has decoded them.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from nemo_care.errors import InputError
+from nemo_care.data.media_errors import check_file, library_reason, unreadable
+
+if TYPE_CHECKING:
+    from nemo_care.data.video_readers import DecordReader, PyavReader
 
 # Two frames share a temporal patch, so frame counts are even.
 FRAME_FACTOR = 2
-_EXIF_ORIENTATION = 0x0112
-_EXIF_SIDEWAYS = (5, 6, 7, 8)
-
-
-class UnreadableMedia(InputError):
-    """A video or image that can't be decoded; the message names the file and the cause."""
-
-
-class MissingMedia(UnreadableMedia):
-    """There is no such file."""
-
-
-class SlowMedia(UnreadableMedia):
-    """It was given up after data.seconds_per_sample."""
-
-
-class FatalMedia(UnreadableMedia):
-    """The process that decoded it died."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +42,25 @@ def choose_frames(total: int, average_fps: float, choice: FrameChoice) -> list[i
     return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 
+def frames_shown_at(starts: np.ndarray, count: int) -> list[int]:
+    """Indices of `count` different frames, those shown at evenly spread times.
+
+    `starts` [frames] are the increasing times at which the frames appear. A frame that is shown at
+    several of the times is followed by the next ones, so that each index occurs once.
+    """
+    times = np.linspace(starts[0], starts[-1], count)
+    indices = np.searchsorted(starts, times + 1e-6, side="right") - 1
+    order = np.arange(count)
+    indices = np.maximum.accumulate(indices - order) + order
+    return np.minimum(indices, len(starts) - count + order).tolist()
+
+
 class VideoFile:
     """A video whose first frame has been decoded, and no other yet.
 
     `count` frames of `height` x `width` pixels, turned as the file's rotation says, will be read;
-    `seconds_per_grid` is the time that one temporal patch covers.
+    `seconds_per_grid` is the time that one temporal patch covers. `by_pyav` says that PyAV decodes
+    the frames, because decord can't or would return the wrong ones.
     """
 
     def __init__(self, path: str | Path, choice: FrameChoice) -> None:
@@ -71,33 +69,35 @@ class VideoFile:
         Raises:
             MissingMedia: there is no such file.
             UnreadableMedia: it is empty, not a video, broken, has fewer than two frames, or frames
-                whose timestamps are not in order.
+                whose timestamps contradict each other.
         """
-        import decord  # loads ffmpeg; only processes that decode need it
+        # These load two copies of ffmpeg; only processes that decode need them.
+        import av
+
+        from nemo_care.data.video_times import UnusableVideo, read_timeline
 
         self.path = Path(path)
-        self._error = decord.DECORDError
-        _check_file(self.path, "video")
+        self._errors = (UnusableVideo, av.FFmpegError)
+        check_file(self.path, "video")
         try:
-            self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-            total, average_fps = len(self._reader), float(self._reader.get_avg_fps())
-        except (RuntimeError, AssertionError, self._error) as error:
-            raise self._unreadable("it can't be opened as a video") from error
+            self._timeline = read_timeline(self.path)
+        except UnusableVideo as error:
+            raise unreadable(self.path, "video", str(error)) from error
+        except av.FFmpegError as error:
+            cause = f"it can't be opened as a video ({library_reason(error)})"
+            raise unreadable(self.path, "video", cause) from error
+        starts, rate = self._timeline.starts, self._timeline.rate
+        total = len(starts)
         if total < FRAME_FACTOR:
-            raise self._unreadable(f"it has {total} frame(s), at least {FRAME_FACTOR} are needed")
-        if not 0 < average_fps < float("inf"):
-            raise self._unreadable(f"its frame rate is {average_fps}")
-        # decord finds a frame by its time. In a file put together from others, whose clocks each
-        # begin at 0, it gives wrong frames without a word.
-        starts = self._reader.get_frame_timestamp(np.arange(total))[:, 0]
-        if not (np.diff(starts) > 0).all():
-            raise self._unreadable(
-                "several frames have the same timestamp, so which is which can't be known; "
-                "encode it again"
-            )
-        self._indices = choose_frames(total, average_fps, choice)
+            cause = f"it has {total} frame(s), at least {FRAME_FACTOR} are needed"
+            raise unreadable(self.path, "video", cause)
+        self._indices = choose_frames(total, rate, choice)
         self.count = len(self._indices)
-        self.seconds_per_grid = FRAME_FACTOR / (self.count / total * average_fps)
+        if not self._timeline.constant:
+            self._indices = frames_shown_at(starts, self.count)
+        self.seconds_per_grid = FRAME_FACTOR / (self.count / total * rate)
+        self.by_pyav = not self._timeline.plain
+        self._reader: DecordReader | PyavReader | None = None
         self._first = self._read(self._indices[0])
         self.height, self.width = self._first.shape[:2]
 
@@ -109,69 +109,29 @@ class VideoFile:
         """
         yield self._first
         for index in self._indices[1:]:
-            yield self._read(index)
+            frame = self._read(index)
+            if frame.shape != self._first.shape:
+                cause = f"its frames change size, from {_size(self._first)} to {_size(frame)}"
+                raise unreadable(self.path, "video", cause)
+            yield frame
 
     def _read(self, index: int) -> Tensor:
+        """One frame, by decord if it can and by PyAV from the first frame on that it can't."""
+        from nemo_care.data.video_readers import DecordReader, PyavReader
+
+        if not self.by_pyav:
+            try:
+                self._reader = self._reader or DecordReader(self.path, self._timeline)
+                return torch.from_numpy(self._reader.at(index))
+            except self._errors:
+                self._reader, self.by_pyav = None, True
         try:
-            frame = torch.from_numpy(self._reader[index].asnumpy())
-        except (RuntimeError, self._error) as error:
-            raise self._unreadable("its frames can't be decoded") from error
-        if frame.shape[2] != 3:  # decord takes the padding of its rows for a colour
-            raise self._unreadable("turned frames narrower than 64 pixels can't be read")
-        return frame
-
-    def _unreadable(self, cause: str) -> UnreadableMedia:
-        return _unreadable(self.path, "video", cause)
+            self._reader = self._reader or PyavReader(self.path, self._timeline)
+            return torch.from_numpy(self._reader.at(index))
+        except self._errors as error:
+            cause = f"its {self._timeline.codec} frames can't be decoded ({library_reason(error)})"
+            raise unreadable(self.path, "video", cause) from error
 
 
-class ImageFile:
-    """An image whose size is known and whose pixels have not been decoded yet."""
-
-    def __init__(self, path: str | Path) -> None:
-        """Open the file.
-
-        Raises:
-            MissingMedia: there is no such file.
-            UnreadableMedia: it is empty, or not an image that PIL can read.
-        """
-        self.path = Path(path)
-        _check_file(self.path, "image")
-        with self._readable():
-            self._image = Image.open(path)
-            size = self._image.size
-            turned = self._image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
-        self.width, self.height = reversed(size) if turned else size
-
-    def frame(self) -> Tensor:
-        """The image as RGB, uint8 [H, W, 3], turned as its EXIF orientation says.
-
-        Raises:
-            UnreadableMedia: it can't be decoded.
-        """
-        with self._readable(), self._image as image:
-            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            cause = "it can't be decoded as an image"
-            raise _unreadable(self.path, "image", cause) from error
-
-
-def _check_file(path: Path, kind: str) -> None:
-    try:
-        size = path.stat().st_size if path.is_file() else None
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise _unreadable(path, kind, str(error.strerror)) from error
-    if size is None:
-        raise _unreadable(path, kind, "there is no such file", MissingMedia)
-    if size == 0:
-        raise _unreadable(path, kind, "the file is empty")
-
-
-def _unreadable(
-    path: Path, kind: str, cause: str, error: type[UnreadableMedia] = UnreadableMedia
-) -> UnreadableMedia:
-    return error(f"{path}: {kind} not readable: {cause}; replace the file or remove its sample")
+def _size(frame: Tensor) -> str:
+    return f"{frame.shape[1]}x{frame.shape[0]}"

@@ -60,6 +60,7 @@ def _file_record(report: FileReport, max_skipped_fraction: float) -> dict[str, A
         "missing_files": sorted(map(str, report.missing_files)),
         "problem_types": dict(_problem_types(report)),
         "media": _media(report),
+        "videos_by_pyav": report.videos_by_pyav,
         "prompt_tokens": _tokens_record(report.lengths),
     }
 
@@ -127,6 +128,12 @@ def print_report(
     read = [report for report in reports if report.checked]
     if read:
         console.print(_contents_table(read))
+    by_pyav = sum(report.videos_by_pyav for report in read)
+    if by_pyav:
+        console.print(
+            f"{by_pyav:,} video{'s' if by_pyav > 1 else ''} decoded by PyAV: decord can't open "
+            "them, or would return wrong frames.\n"
+        )
     measured = [report for report in read if report.lengths]
     if measured:
         console.print(_tokens_table(measured))

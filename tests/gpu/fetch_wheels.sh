@@ -48,7 +48,7 @@ fetch() {
 }
 
 # With the versions that nemo-care is developed with where they matter.
-fetch megatron-core==0.16.1 decord==0.6.0 hydra-core==1.3.2 'omegaconf>=2.3,<2.4' 'av>=14' \
+fetch megatron-core==0.16.1 decord==0.6.0 hydra-core==1.3.2 'omegaconf>=2.3,<2.4' 'av>=18' \
     pillow psutil einops rapidfuzz click nltk joblib absl-py six \
     'rich>=13' markdown-it-py mdurl pygments pandas python-dateutil \
     pytest pluggy iniconfig
