@@ -27,10 +27,11 @@ def train(arguments: Sequence[str]) -> int:
 
 def _check(recipe: Recipe) -> None:
     from nemo_care.algorithms.checkpointing import refuse_old_run
-    from nemo_care.experiment import run_directory
+    from nemo_care.experiment import check_loggers, run_directory
     from nemo_care.preflight import check_training_inputs
     from nemo_care.run_files import RunFiles
 
+    check_loggers(recipe.exp_manager)
     check_training_inputs(recipe)
     # Before anything of that run is written over.
     refuse_old_run(recipe, RunFiles.checkpoints_of(run_directory(recipe.exp_manager)))

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.algorithms.grpo_care import GRPOCareTrainer, MetricLogger
+from nemo_care.algorithms.grpo_care import GRPOCareTrainer
+from nemo_care.algorithms.loggers import MetricLogger
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.rewards import BaseRewards
 from nemo_care.config import Recipe, needs_reference

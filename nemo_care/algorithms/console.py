@@ -40,6 +40,10 @@ class Console:
             with tqdm.external_write_mode():
                 RichConsole(soft_wrap=True, highlight=False).print(text)
 
+    def warn(self, text: str) -> None:
+        """Print a warning on one line."""
+        self._print(Text(text, style="yellow"))
+
     @contextmanager
     def steps(self, done: int) -> Iterator[None]:
         """The progress bar over all optimizer steps, `done` of which lie behind."""

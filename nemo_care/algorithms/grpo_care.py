@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from nemo_care.algorithms.checkpointing import Checkpointing
 from nemo_care.algorithms.console import Console
 from nemo_care.algorithms.dynamic_sampling import DynamicSampling
+from nemo_care.algorithms.loggers import Loggers, MetricLogger
 from nemo_care.algorithms.numbers import finite_or_none
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.records import Row, completion_rows, rollout_metrics
@@ -43,14 +44,6 @@ from nemo_care.scoring.reference import Reference
 Metrics = dict[str, float | None]
 
 
-class MetricLogger(Protocol):
-    """What NeMo's experiment manager gives: TensorBoard, W&B, MLflow."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Record the metrics of a step."""
-        ...
-
-
 class GRPOCareTrainer:
     """Trains a policy with GRPO-CARE, or with GRPO where the recipe has no bonus."""
 
@@ -79,10 +72,10 @@ class GRPOCareTrainer:
         self.policy = policy
         self.validator = validator
         self.files = files
-        self.loggers = loggers
         self.bad_lines = bad_lines
         self.stop = stop or StopRequest()
         self.console = Console(recipe, active=ranks.rank == 0)
+        self.loggers = Loggers(loggers, self.console.warn)
         self.checkpoints = Checkpointing(recipe, ranks, files, self.console)
         self.watch = StepWatch(recipe, ranks, files, self.console)
         self.rollouts = Rollouts(
@@ -229,8 +222,7 @@ class GRPOCareTrainer:
             for name, value in results.items()
             if isinstance(value, int | float)
         }
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.step)
+        self.loggers.log(metrics, self.step)
         self.console.validation(self.step, levels)
 
     def _validation_is_missing(self) -> bool:
@@ -295,9 +287,8 @@ class GRPOCareTrainer:
         }
         record = {name: finite_or_none(value) for name, value in record.items()}
         self.files.append_step(self.step, record, rows, [asdict(item) for item in skipped])
-        for logger in self.loggers:
-            known = {name: float(value) for name, value in record.items() if value is not None}
-            logger.log_metrics(known, step=self.step)
+        known = {name: float(value) for name, value in record.items() if value is not None}
+        self.loggers.log(known, self.step)
         self.console.step(self.step, record, rows, skipped)
 
     # ------------------------------------------------------------------ state
