@@ -344,8 +344,6 @@ def _check_together(recipe: Recipe) -> None:
             "algorithm.consistency.kind=counterfactual scores every answer behind every reasoning "
             "of its group, which needs algorithm.shared_prompt=true"
         )
-    if not recipe.algorithm.rewards:
-        raise InputError("algorithm.rewards is empty: name a reward, such as [accuracy, format]")
     name = PurePath(recipe.exp_manager.name or "default")
     if name.is_absolute() or ".." in name.parts or not name.parts:
         raise InputError(

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_care.os_errors import naming
+
 Record = dict[str, Any]
 
 
@@ -20,7 +22,7 @@ def complete_lines(file: Path) -> list[Record]:
 
 def append_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write records behind those that are there, at once; the file is made when missing."""
-    with file.open("a", encoding="utf-8") as opened:
+    with naming(file), file.open("a", encoding="utf-8") as opened:
         opened.write(_lines(records))
 
 
@@ -32,8 +34,9 @@ def replace_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def replace_file(file: Path, text: str) -> None:
     """Write a file so that a reader or a kill sees the old or the new one, never half of it."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    with naming(file):
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
 
 
 def _lines(records: Iterable[Mapping[str, Any]]) -> str:

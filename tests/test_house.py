@@ -10,7 +10,7 @@ import nemo_care
 PACKAGE = Path(nemo_care.__file__).parent
 FLOORS = {
     "errors": 1, "config": 1, "data_config": 1, "model_config": 1, "evaluation_config": 1,
-    "rollout_config": 1, "vllm_config": 1, "templates": 1, "value_checks": 1,
+    "rollout_config": 1, "vllm_config": 1, "templates": 1, "value_checks": 1, "os_errors": 1,
     "objective": 1, "json_lines": 1, "run_files": 1, "quiet": 1,
     "parallel": 2,
     "data": 3,

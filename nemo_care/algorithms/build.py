@@ -12,6 +12,7 @@ from nemo_care.algorithms.rewards import BaseRewards
 from nemo_care.config import Recipe, needs_reference
 from nemo_care.data.annotations import Annotations
 from nemo_care.data.decoding import DecodingWorkers
+from nemo_care.data.fingerprints import fingerprints
 from nemo_care.data.loader import PromptLoader
 from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
@@ -141,5 +142,6 @@ def build_trainer(
         files=files,
         loggers=loggers,
         bad_lines=[item for read in (*training.sources, *levels.values()) for item in read.bad],
+        annotations=ranks.from_rank_zero(lambda: fingerprints(recipe.data)),
         stop=stop,
     )

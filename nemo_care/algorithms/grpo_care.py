@@ -21,6 +21,7 @@ from nemo_care.algorithms.rewards import BaseRewards
 from nemo_care.algorithms.rollout_ahead import Rollouts
 from nemo_care.algorithms.step_watch import StepWatch
 from nemo_care.config import Recipe
+from nemo_care.data.fingerprints import Fingerprints, changes
 from nemo_care.data.samples import Skipped
 from nemo_care.data.stream import PromptStream, TooManySkipped
 from nemo_care.errors import RunStopped
@@ -61,10 +62,12 @@ class GRPOCareTrainer:
         files: RunFiles,
         loggers: Sequence[MetricLogger],
         bad_lines: Sequence[Skipped] = (),
+        annotations: Fingerprints | None = None,
         stop: StopRequest | None = None,
     ) -> None:
         """`reference` is None where neither a bonus nor a KL term needs one; `bad_lines` are the
-        lines of the annotations that gave no sample; `stop` is asked after each step."""
+        lines of the annotations that gave no sample; `annotations` is what their files hold; `stop`
+        is asked after each step."""
         self.recipe = recipe
         self.ranks = ranks
         self.rewards = rewards
@@ -73,6 +76,7 @@ class GRPOCareTrainer:
         self.validator = validator
         self.files = files
         self.bad_lines = bad_lines
+        self.annotations = annotations or {}
         self.stop = stop or StopRequest()
         self.console = Console(recipe, active=ranks.rank == 0)
         self.loggers = Loggers(loggers, self.console.warn)
@@ -302,6 +306,7 @@ class GRPOCareTrainer:
                 "step": self.step,
                 "stream_position": self.rollouts.position,
                 "bad_steps": self.watch.bad_steps.state_dict(),
+                "annotations": self.annotations,
             },
         }
         if self.reference is not None:
@@ -361,6 +366,8 @@ class GRPOCareTrainer:
             state, path = found
             self.load_state_dict(state)
             self.console.resumed(self.step, path)
+            for change in changes(state["trainer"].get("annotations", {}), self.annotations):
+                self.console.warn(change)
         self.ranks.from_rank_zero(self._rewind_records)
         self.prompts.count_again(
             Skipped(**record)

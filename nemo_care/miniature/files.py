@@ -21,6 +21,7 @@ from nemo_care.miniature.world import (
     draw_level,
     draw_wrong_directions,
 )
+from nemo_care.os_errors import naming
 
 WORLD_FILE = "world.json"
 # Raise it when the same seed would give other files.
@@ -114,9 +115,10 @@ def _complete_directory(root: Path) -> Iterator[Path]:
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
     try:
-        partial.chmod(0o755)
-        yield partial
-        partial.rename(root)
+        with naming(root):
+            partial.chmod(0o755)
+            yield partial
+            partial.rename(root)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

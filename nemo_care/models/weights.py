@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import Qwen25VL, padded_vocabulary
+from nemo_care.os_errors import naming
 
 _PART_BYTES = 5 * 10**9
 # What goes with the weights: configuration, tokenizer, processors. Nothing else that lies there.
@@ -235,7 +236,8 @@ def _write_parts(model: Qwen25VL, out: Path, stage: int, writes: bool) -> list[d
         nonlocal size
         if pending:
             file = f"stage-{stage:03d}-part-{len(parts):03d}.safetensors"
-            save_file(pending, out / file, metadata={"format": "pt"})
+            with naming(out / file):
+                save_file(pending, out / file, metadata={"format": "pt"})
             parts.append({"file": file, "names": list(pending), "bytes": size})
             pending.clear()
             size = 0
@@ -310,7 +312,8 @@ def export_hf(model: Qwen25VL, source: str | Path, out: str | Path) -> None:
     everyone: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, parts)
     if rank == 0:
-        _name_parts(partial, [part for rank_parts in everyone for part in rank_parts])
-        _copy_companions(Path(source), partial, next(model.parameters()).dtype)
-        partial.rename(target)
+        with naming(target):
+            _name_parts(partial, [part for rank_parts in everyone for part in rank_parts])
+            _copy_companions(Path(source), partial, next(model.parameters()).dtype)
+            partial.rename(target)
     dist.barrier()

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_care.errors import DamagedCheckpoint, InputError
@@ -246,7 +248,8 @@ def load_checkpoint(
         parts: What of the checkpoint the state holds (see `verify_checkpoint`).
 
     Raises:
-        InputError: the checkpoint would run code when it is loaded.
+        InputError: the checkpoint would run code when it is loaded, or does not hold what the state
+            needs.
         DamagedCheckpoint: it is not what was written, or not a checkpoint.
     """
     verify_checkpoint(path, parts)
@@ -255,4 +258,33 @@ def load_checkpoint(
         check_pickles(path)
 
     Ranks.from_rank_zero(check)
-    return dist_checkpointing.load(make_state(), str(path))
+    state = make_state()
+    # Each rank has its part of the model: all have to stop where one of them finds a difference.
+    told = Ranks.first_told(_misfit(path, state))
+    if told is not None:
+        raise InputError(told[1])
+    return dist_checkpointing.load(state, str(path))
+
+
+def _misfit(path: Path, state: dict[str, Any]) -> str | None:
+    """Why a checkpoint can't fill a sharded state: a tensor that it lacks, or of another shape."""
+    stored = stored_shapes(path)
+    needed = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    lacking = {tensor.key.partition(".")[0] for tensor in needed}
+    lacking -= {key.partition(".")[0] for key in stored}
+    if "reference" in lacking:
+        return (
+            f"{path}: the run began without a reference, and the recipe needs one now "
+            "(algorithm.consistency.bonus_coefficient or algorithm.kl_coefficient above 0): set "
+            "both to 0, or begin another run (exp_manager.name) from this one's exported model"
+        )
+    for tensor in needed:
+        shape, wanted = stored.get(tensor.key), tuple(tensor.global_shape)
+        if shape != wanted and not tensor.allow_shape_mismatch:
+            return (
+                f"{path}: not a checkpoint of this architecture: {tensor.key} is "
+                f"{shape or 'missing'} there, and {wanted} in the recipe's model; set "
+                "model.hf_path to the model that the run began with, or begin another run "
+                "(exp_manager.name)"
+            )
+    return None

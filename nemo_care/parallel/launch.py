@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from nemo_care.errors import InputError, RunFailed, RunStopped
+from nemo_care.os_errors import is_unusable_place, os_error_line
 from nemo_care.parallel.slurm import Node
 
 USAGE_ERROR = 2
@@ -170,8 +171,36 @@ def guarded(main: Callable[..., Any], *arguments: Any) -> int:
     except KeyboardInterrupt:
         print("nemo-care: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        return _of_system(error)
     except Exception:
         traceback.print_exc()
+        return FAILURE
+    return _with_output_written()
+
+
+def _of_system(error: OSError) -> int:
+    """Report an error of the operating system; its exit status."""
+    if isinstance(error, BrokenPipeError) and _with_output_written():
+        return FAILURE  # it was the reader of the output, such as head
+    line = os_error_line(error)
+    if line is None:
+        traceback.print_exception(error)
+        return FAILURE
+    print(f"nemo-care: {line}", file=sys.stderr)
+    return USAGE_ERROR if is_unusable_place(error) else FAILURE
+
+
+def _with_output_written() -> int:
+    """The exit status of a command that is done: what it printed may not find room."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # The interpreter would try once more at its end, and print a traceback.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"nemo-care: the output can't be written: {error.strerror}", file=sys.stderr)
         return FAILURE
     return 0
 

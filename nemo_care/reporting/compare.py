@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import InputError
+from nemo_care.json_lines import replace_file
 from nemo_care.reporting.comparison import Comparison, Outcome
 from nemo_care.reporting.processes import Failure
 from nemo_care.reporting.reader import read_run
@@ -57,7 +58,7 @@ def _claim(out: Path, overrides: Sequence[str]) -> None:
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    replace_file(file, json.dumps(settings, indent=2) + "\n")
 
 
 def _outcome(run: TrainingRun, failure: Failure | None) -> Outcome:
@@ -132,7 +133,6 @@ def _publish(comparison: Comparison, out: Path) -> None:
     for note in comparison.notes():
         console.print(note, highlight=False)
     record: dict[str, Any] = comparison.as_json()
-    (out / "comparison.json").write_text(
-        json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    (out / "comparison.md").write_text(comparison.markdown(), encoding="utf-8")
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    replace_file(out / "comparison.json", text + "\n")
+    replace_file(out / "comparison.md", comparison.markdown())

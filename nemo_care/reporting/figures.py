@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_care.os_errors import naming
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -97,6 +99,7 @@ def save(figure: Figure, folder: Path, name: str, title: str) -> Curve:
     """Write a figure as a PNG file."""
     file = folder / f"{name}.png"
     # Without matplotlib's own note, equal runs give equal files.
-    figure.savefig(file, facecolor="white", metadata={"Software": None})
+    with naming(file):
+        figure.savefig(file, facecolor="white", metadata={"Software": None})
     widest = 3 * (LEFT + AXES[0] + RIGHT)
     return Curve(file, title, figure.get_figwidth() / widest)
