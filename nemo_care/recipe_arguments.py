@@ -164,7 +164,9 @@ def _read(text: str) -> "Override":
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise InputError(f"{_one_line(text)}: Hydra can't read it; {_remedy(key, value)}") from error
+        raise InputError(
+            f"{_one_line(text)}: Hydra can't read it; {_remedy(key, value)}"
+        ) from error
     name = override.key_or_group
     if name in _OURS:
         raise InputError(
@@ -186,7 +188,7 @@ def _remedy(key: str, value: str) -> str:
     if "\n" in value:
         return "give a text of several lines in a recipe file"
     if key.lstrip("+") in free_form_keys():
-        return f"texts in a dictionary need quotes: {_for_shell(key + "={NAME: 'TEXT'}")}"
+        return "texts in a dictionary need quotes: " + _for_shell(key + "={NAME: 'TEXT'}")
     quoted = _for_shell(f"{key}={_quoted(value)}")
     listed = f"; a list needs brackets: {_for_shell(f'{key}=[{value}]')}" if "," in value else ""
     return f"a text with such characters needs quotes: {quoted}{listed}"

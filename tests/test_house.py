@@ -19,7 +19,8 @@ FLOORS = {
     "algorithms": 6, "evaluation": 6,
     "cli": 7, "start": 7, "train": 7, "evaluate": 7, "export": 7, "model_source": 7,
     "node_check": 7, "origin": 7,
-    "preflight": 7, "recipes": 7, "recipe_errors": 7, "recipe_arguments": 7, "recipe_docs": 7, "experiment": 7,
+    "preflight": 7, "recipes": 7, "recipe_errors": 7, "recipe_arguments": 7, "recipe_docs": 7,
+    "experiment": 7,
     "reporting": 7, "study": 7, "data_check": 7, "replay": 7, "doctor": 7,
     # Beside the house too: it runs what all floors have, without memory.
     "planning": 7,

@@ -86,6 +86,7 @@ class PromptBuilder:
     """Makes prompts for one model."""
 
     def __init__(self, config: DataConfig, hf: Qwen2_5_VLConfig, tokenizer: ChatTokenizer) -> None:
+        """`config` has a template that check_data accepts."""
         self.max_tokens = config.max_prompt_tokens
         self.hf = hf
         self.tokenizer = tokenizer
