@@ -14,7 +14,7 @@ _UNUSABLE = {
 }
 # What the machine lacks, whichever file needed it.
 _REMEDIES = {
-    errno.ENOSPC: "make room there and give the same command again",
+    errno.ENOSPC: "make room on that disk and give the same command again",
     errno.EDQUOT: "make room in your quota and give the same command again",
     errno.EMFILE: "raise the limit of open files (ulimit -n) and give the same command again",
     errno.ENFILE: "the whole machine has too many open files; try again when it has fewer",

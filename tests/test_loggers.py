@@ -95,7 +95,7 @@ def test_tensorboard_on_a_full_disk_is_one_warning_without_a_traceback(tmp_path,
 
 
 def test_loggers_without_their_package_or_project_are_refused_at_once(monkeypatch):
-    with pytest.raises(InputError, match="wandb_logger_kwargs.project=PROJECT"):
+    with pytest.raises(InputError, match=r"wandb_logger_kwargs\.project=PROJECT"):
         check_loggers(ExpManagerConfig(create_wandb_logger=True))
     monkeypatch.setattr("nemo_care.experiment.find_spec", lambda name: None)
     for name in ("wandb", "mlflow"):

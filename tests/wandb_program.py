@@ -58,13 +58,12 @@ def main() -> None:
 
     threading.Thread(target=read, daemon=True).start()
     stdin, stderr = sys.stdin, sys.stderr
-    sys.stdin, sys.stderr = open(theirs, closefd=False), open(theirs, "w", closefd=False)
-    assert sys.stdin.isatty()
-    assert sys.stderr.isatty()
-    began = time.monotonic()
-    met["no key"] = started(folder / "no_key")
-    met["seconds without a key"] = time.monotonic() - began
-    sys.stderr.flush()
+    with open(theirs, closefd=False) as sys.stdin, open(theirs, "w", closefd=False) as sys.stderr:
+        assert sys.stdin.isatty()
+        assert sys.stderr.isatty()
+        began = time.monotonic()
+        met["no key"] = started(folder / "no_key")
+        met["seconds without a key"] = time.monotonic() - began
     sys.stdin, sys.stderr = stdin, stderr
 
     import wandb

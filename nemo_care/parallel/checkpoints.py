@@ -14,7 +14,7 @@ import contextlib
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_care.errors import DamagedCheckpoint, InputError
@@ -32,6 +33,8 @@ from nemo_care.parallel.process_groups import Ranks
 _NAME = re.compile(r"step_(\d+)")
 _LEFT_OVER = re.compile(r"step_\d+\.(partial|removed)-[0-9a-f]+")
 _DAMAGED = re.compile(r"step_\d+\.damaged(-[0-9a-f]+)?")
+_REFERENCE = "reference"
+_WEIGHTS = {"policy", _REFERENCE}  # parts that are whole models
 # Kept in the checkpoint.
 CONTENT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -267,24 +270,43 @@ def load_checkpoint(
 
 
 def _misfit(path: Path, state: dict[str, Any]) -> str | None:
-    """Why a checkpoint can't fill a sharded state: a tensor that it lacks, or of another shape."""
+    """Why a checkpoint can't fill a sharded state; all ranks call it.
+
+    A tensor is missing, of another shape, or in the checkpoint only: a vision tower with fewer
+    layers finds all of its tensors in the checkpoint of a larger one.
+    """
     stored = stored_shapes(path)
-    needed = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
-    lacking = {tensor.key.partition(".")[0] for tensor in needed}
-    lacking -= {key.partition(".")[0] for key in stored}
-    if "reference" in lacking:
+    tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    keys = {str(value.key) for value in nested_values(state) if isinstance(value, kinds)}
+    everyone: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, keys)
+    known = set().union(*everyone)
+    if _parts(keys) - _parts(stored) == {_REFERENCE}:
         return (
             f"{path}: the run began without a reference, and the recipe needs one now "
             "(algorithm.consistency.bonus_coefficient or algorithm.kl_coefficient above 0): set "
             "both to 0, or begin another run (exp_manager.name) from this one's exported model"
         )
-    for tensor in needed:
-        shape, wanted = stored.get(tensor.key), tuple(tensor.global_shape)
-        if shape != wanted and not tensor.allow_shape_mismatch:
-            return (
-                f"{path}: not a checkpoint of this architecture: {tensor.key} is "
-                f"{shape or 'missing'} there, and {wanted} in the recipe's model; set "
-                "model.hf_path to the model that the run began with, or begin another run "
-                "(exp_manager.name)"
-            )
+    different = [
+        (tensor.key, stored.get(tensor.key), tuple(tensor.global_shape))
+        for tensor in tensors
+        if stored.get(tensor.key) != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch
+    ]
+    different += [
+        (key, shape, None)
+        for key, shape in stored.items()
+        if key not in known and key.partition(".")[0] in _parts(known) & _WEIGHTS
+    ]
+    for key, shape, wanted in different:
+        return (
+            f"{path}: not a checkpoint of this architecture: {key} is {shape or 'missing'} there, "
+            f"and {wanted or 'missing'} in the recipe's model; set model.hf_path to the model that "
+            "the run began with, or begin another run (exp_manager.name)"
+        )
     return None
+
+
+def _parts(keys: Iterable[str]) -> set[str]:
+    """What the keys of a checkpoint's tensors begin with, such as `policy` and `reference`."""
+    return {key.partition(".")[0] for key in keys}

@@ -181,8 +181,8 @@ def guarded(main: Callable[..., Any], *arguments: Any) -> int:
 
 def _of_system(error: OSError) -> int:
     """Report an error of the operating system; its exit status."""
-    if isinstance(error, BrokenPipeError) and _with_output_written():
-        return FAILURE  # it was the reader of the output, such as head
+    if error.filename is None and _with_output_written():
+        return FAILURE  # it was the output: its disk is full, or its reader, such as head, is gone
     line = os_error_line(error)
     if line is None:
         traceback.print_exception(error)
