@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import PurePath
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -26,6 +27,7 @@ from nemo_care.rollout_config import (
     check_asynchronous,
     check_rollout,
 )
+from nemo_care.value_checks import check_values
 from nemo_care.vllm_config import PLACEMENTS, ROLLOUT_BACKENDS
 
 # What is usual; more ranks than that ask for more machines.
@@ -329,11 +331,12 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check ranges, and keys against each other.
+    """Check values, ranges, and keys against each other.
 
     Raises:
         InputError: names the key, its value and what it may be.
     """
+    check_values(recipe)
     for key, choices in CHOICES.items():
         if _value(recipe, key) not in choices:
             raise InputError(f"{key}={_value(recipe, key)}: choose {' or '.join(choices)}")
@@ -376,6 +379,12 @@ def _check_together(recipe: Recipe) -> None:
         raise InputError(
             f"algorithm.consistency.kind={kind} scores every answer behind every reasoning "
             "of its group, which needs algorithm.shared_prompt=true"
+        )
+    name = PurePath(recipe.exp_manager.name or "default")
+    if name.is_absolute() or ".." in name.parts or not name.parts:
+        raise InputError(
+            f"exp_manager.name={name}: must be a folder inside exp_manager.exp_dir; another place "
+            "for the run directory is exp_manager.explicit_log_dir"
         )
     check_data(recipe.data)
     check_evaluation(recipe.evaluation)

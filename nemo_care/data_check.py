@@ -17,6 +17,7 @@ from nemo_care.config import Recipe
 from nemo_care.data.fork_server import start_fork_server
 from nemo_care.data_config import for_validation
 from nemo_care.errors import InputError
+from nemo_care.os_errors import naming
 from nemo_care.quiet import quiet_libraries
 from nemo_care.recipes import compose_recipe
 from nemo_care.screen import console, say
@@ -112,7 +113,8 @@ def _main(options: argparse.Namespace, rest: list[str]) -> None:
             **check_record(reports, recipe.data),
         }
         text = json.dumps(record, indent=1, ensure_ascii=False)
-        partial.write_text(text + "\n", encoding="utf-8")
+        with naming(options.out):
+            partial.write_text(text + "\n", encoding="utf-8")
     _show(recipe, reports, options)
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from nemo_care.errors import InputError
+from nemo_care.templates import template_problem
 
 MISSING = "???"  # OmegaConf's mark for a key that a recipe has to give.
 DATA_KINDS = ("jsonl", "miniature", "seed_bench_r1", "video_r1")
@@ -125,6 +126,7 @@ def check_data(data: DataConfig) -> None:
     Raises:
         InputError: names the key, its value and what it may be.
     """
+    _check_template(data.prompt_template)
     most = {"data.video": data.video.max_frames, "data.validation": data.validation.max_frames}
     for block, max_frames in most.items():
         if max_frames is not None and data.video.min_frames > max_frames:
@@ -147,3 +149,14 @@ def check_data(data: DataConfig) -> None:
             raise InputError(f"{key}.kind={source.kind}: choose {' or '.join(DATA_KINDS)}")
         if not (source.weight > 0 and math.isfinite(source.weight)):
             raise InputError(f"{key}.weight={source.weight}: must be a number above 0")
+
+
+def _check_template(template: str | None) -> None:
+    if template is None:
+        return
+    problem = template_problem(template, ("question", "options", "answer_hint"), ("question",))
+    if problem:
+        raise InputError(
+            f"data.prompt_template: {problem}; use {{question}}, {{options}} and {{answer_hint}}, "
+            "the first at least, and double every brace that is text: {{ and }}"
+        )

@@ -1,11 +1,11 @@
 """The keys under `evaluation` of the recipe's schema, and their checks (see config.py)."""
 
 import re
-import string
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from nemo_care.errors import InputError
+from nemo_care.templates import template_problem
 
 JUDGES = ("none", "rule", "likelihood", "llm")
 UNTAGGED = ("wrong", "whole_text")
@@ -111,24 +111,13 @@ def check_llm_judge(llm: LLMJudgeConfig) -> None:
         )
     if llm.prompt_template is None:
         return
-    try:
-        problem = _wording_problem(llm.prompt_template)
-    except (ValueError, LookupError) as error:  # a lone brace, a field inside a field's format
-        problem = str(error)
+    problem = template_problem(
+        llm.prompt_template,
+        ("question", "options", "reasoning", "answer"),
+        ("reasoning", "answer"),
+    )
     if problem:
         raise InputError(
             f"evaluation.llm.prompt_template: {problem}; use {{question}}, {{options}}, "
             "{reasoning} and {answer}, the last two at least, and write a brace that is text twice"
         )
-
-
-def _wording_problem(template: str) -> str:
-    known = ("question", "options", "reasoning", "answer")
-    named = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    if named - set(known):
-        return f"unknown field {{{min(named - set(known)).strip()}}}"
-    for name in ("reasoning", "answer"):
-        if name not in named:
-            return f"{{{name}}} is missing"
-    template.format(**dict.fromkeys(known, ""))
-    return ""

@@ -14,6 +14,7 @@ from types import NoneType, UnionType
 from typing import IO, Any, get_args, get_origin
 
 from nemo_care.errors import InputError
+from nemo_care.os_errors import naming
 
 Record = dict[str, Any]
 # What a file system answers that can't sync a folder: SMB and some of FUSE.
@@ -196,7 +197,7 @@ def _name(kind: Any) -> str:
 
 def append_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write records after those that are there, at once; the file is made when missing."""
-    with file.open("a+b") as opened:
+    with naming(file), file.open("a+b") as opened:
         _end_last_line(opened)
         opened.write(_encoded(_lines(records)))
 
@@ -228,8 +229,9 @@ def replace_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def replace_file(file: Path, text: str) -> None:
     """Write a file so that a reader or a kill sees the old or the new one, never half of it."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(_encoded(text))
-    os.replace(partial, file)
+    with naming(file):
+        partial.write_bytes(_encoded(text))
+        os.replace(partial, file)
 
 
 def _encoded(text: str) -> bytes:

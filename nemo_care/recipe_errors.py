@@ -3,8 +3,9 @@
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -46,7 +47,7 @@ def explain(error: Exception, arguments: Sequence[str], folders: Sequence[Path])
         name, equals, _ = argument.lstrip("+~").partition("=")
         if equals and not name.startswith(("-", "hydra")) and name not in known:
             parents = [parent for parent in known if name.startswith(parent + ".")]
-            if not (parents and _is_free_form(parents[-1])):
+            if not (parents and parents[-1] in free_form_keys()):
                 return f"unknown recipe key {name}{_nearest(name, known)}"
     texts = list(_texts(error))
     # OmegaConf says full_key where it knows the key, Hydra In 'FILE' where a file is at fault.
@@ -102,9 +103,16 @@ def _lacks_package(file: str, key: str) -> bool:
     return bool(group) and (key == group or key.split(".")[:2] in [[group, name] for name in top])
 
 
-def _is_free_form(key: str) -> bool:
-    """Whether a key holds a dictionary with names of the user's choice."""
-    node: Any = OmegaConf.structured(Recipe)
-    for part in key.split("."):
-        node = node._get_node(part)
-    return isinstance(node, DictConfig) and node._metadata.object_type is dict
+def free_form_keys() -> list[str]:
+    """Keys that hold a dictionary with names of the user's choice."""
+    return list(_free_form(Recipe, ""))
+
+
+def _free_form(schema: type, prefix: str) -> Iterator[str]:
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        name, hint = prefix + field.name, hints[field.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from _free_form(hint, name + ".")
+        elif dict in (get_origin(hint), *map(get_origin, get_args(hint))):
+            yield name

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_care.config import Recipe, check_recipe
 from nemo_care.errors import InputError
 from nemo_care.json_lines import read_text
+from nemo_care.recipe_arguments import is_opening, openings, read_arguments
 from nemo_care.recipe_errors import all_keys, explain, names_in
 from nemo_care.screen import say
 
@@ -29,13 +30,6 @@ _RECIPE = "recipe.yaml"
 _RESTORE = "correct it, or restore it from the recipe.yaml of a checkpoint"
 SCHEMA_NAME = "nemo_care_schema"
 _PACKAGE = Path(__file__).resolve().parent
-# Hydra is to compose, and to leave folders and logs alone; NeMo's runner sets the last three too.
-_HYDRA_OVERRIDES = (
-    "hydra.job.chdir=false",
-    "hydra.output_subdir=null",
-    "hydra/job_logging=stdout",
-    "hydra.run.dir=.",
-)
 
 
 def recipes_folder() -> Path:
@@ -52,7 +46,10 @@ def recipe_names() -> list[str]:
 def _register() -> None:
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name=SCHEMA_NAME, node=Recipe)
+    store = ConfigStore.instance()
+    store.store(name=SCHEMA_NAME, node=Recipe)
+    for group, content in openings():
+        store.store(group=group, name="yes", node=content, package="_global_")
     OmegaConf.register_new_resolver("package_path", _package_path, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("epoch_steps", _epoch_steps, replace=True)
@@ -71,7 +68,11 @@ def _run_name() -> str:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    choices = {name: file for name, file in hydra.runtime.choices.items() if name != "layout"}
+    choices = {
+        name: file
+        for name, file in hydra.runtime.choices.items()
+        if name != "layout" and not is_opening(name)
+    }
     given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
     chosen = [str(choices[name]) for name in given if name in choices]
     return "_".join([Path(str(hydra.job.config_name)).stem, *chosen])
@@ -96,49 +97,6 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
-
-
-def _own_folders(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """`--config-path DIR` adds a folder to the search path instead of replacing ours.
-
-    Returns the arguments as Hydra wants them, and all folders in which recipes lie.
-    """
-    result: list[str] = []
-    folders = [recipes_folder()]
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        if name not in ("--config-path", "-cp"):
-            result.append(argument)
-            continue
-        given = value if equals else next(rest, "")
-        if not given or not Path(given).is_dir():
-            raise InputError(f"--config-path {given}: no such folder")
-        folders.append(Path(given).resolve())
-        result.append(f"--config-dir={folders[-1]}")
-    return result, folders
-
-
-def _overrides_last(arguments: Sequence[str]) -> list[str]:
-    """Flags, and then all overrides with ours: Hydra takes overrides in one piece only."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    for argument in arguments:
-        is_override = "=" in argument or argument.startswith("~")
-        (overrides if is_override and not argument.startswith("-") else flags).append(argument)
-    return [*flags, *overrides, *_HYDRA_OVERRIDES]
-
-
-def _check_name(arguments: Sequence[str], folders: Sequence[Path]) -> None:
-    """Refuse a command line without a recipe's name."""
-    for place, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name in ("--config-name", "-cn"):
-            given = value if equals else "".join(arguments[place + 1 : place + 2])
-            if given and not given.startswith("-") and "=" not in given:
-                return
-    names = ", ".join(names_in(folders))
-    raise InputError(f"--config-name is missing or has no value; recipes: {names}")
 
 
 def to_recipe(config: DictConfig) -> Recipe:
@@ -196,10 +154,7 @@ def compose_recipe(arguments: Sequence[str], *, with_nemo: bool = True) -> Recip
     from hydra.errors import HydraException
 
     _register()
-    given, folders = _own_folders(arguments)
-    _check_name(given, folders)
-    if {"--cfg", "-c"} & {argument.partition("=")[0] for argument in given}:
-        given.append("--resolve")
+    read = read_arguments(arguments, recipes_folder())
     composed: list[DictConfig] = []
 
     @_runner(with_nemo)
@@ -211,10 +166,10 @@ def compose_recipe(arguments: Sequence[str], *, with_nemo: bool = True) -> Recip
     noise = StringIO()
     try:
         # Hydra repeats on stderr what its exception says.
-        with _command_line(_overrides_last(given)), redirect_stderr(noise):
+        with _command_line(read.for_hydra), redirect_stderr(noise):
             capture()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise InputError(explain(error, given, folders)) from error
+        raise InputError(explain(error, arguments, read.folders)) from error
     except SystemExit as error:
         if error.code not in (0, None):
             lines = noise.getvalue().strip().splitlines() or ["the command line is not understood"]

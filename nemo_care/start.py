@@ -94,6 +94,7 @@ SIGUSR1, 130 by Ctrl-C, 129 by SIGHUP."""
 
 
 def _main(command: Command, arguments: list[str]) -> None:
+    from nemo_care.parallel.open_files import allow_open_files
     from nemo_care.parallel.process_groups import RankEnvironment
     from nemo_care.parallel.slurm import node_to_start
 
@@ -105,6 +106,8 @@ def _main(command: Command, arguments: list[str]) -> None:
     if recipe is None:
         return
     trainer = recipe.trainer
+    # Before the ranks, which inherit it, are started.
+    allow_open_files(trainer.devices * trainer.num_nodes)
     node = node_to_start(trainer.devices, trainer.num_nodes)
     if node is not None:
         # The other machines' ranks wait for those of the first.

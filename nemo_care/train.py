@@ -33,10 +33,11 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _check(recipe: Recipe) -> None:
-    from nemo_care.experiment import run_directory
+    from nemo_care.experiment import check_loggers, run_directory
     from nemo_care.preflight import check_training_inputs
 
     folder = run_directory(recipe.exp_manager)
+    check_loggers(recipe.exp_manager)
     check_training_inputs(recipe)
     _check_folder(recipe, folder)
 

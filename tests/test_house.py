@@ -10,7 +10,7 @@ import nemo_care
 PACKAGE = Path(nemo_care.__file__).parent
 FLOORS = {
     "errors": 1, "config": 1, "data_config": 1, "model_config": 1, "evaluation_config": 1,
-    "rollout_config": 1, "vllm_config": 1,
+    "rollout_config": 1, "vllm_config": 1, "templates": 1, "value_checks": 1, "os_errors": 1,
     "objective": 1, "json_lines": 1, "run_files": 1, "run_directory": 1, "run_lock": 1,
     "quiet": 1, "ending": 1, "screen": 1, "tensor_files": 1,
     "parallel": 2,
@@ -20,7 +20,8 @@ FLOORS = {
     "algorithms": 6, "evaluation": 6,
     "cli": 7, "start": 7, "train": 7, "evaluate": 7, "export": 7, "model_source": 7,
     "node_check": 7, "origin": 7,
-    "preflight": 7, "recipes": 7, "recipe_errors": 7, "recipe_docs": 7, "experiment": 7,
+    "preflight": 7, "recipes": 7, "recipe_errors": 7, "recipe_arguments": 7, "recipe_docs": 7,
+    "experiment": 7,
     "reporting": 7, "study": 7, "data_check": 7, "replay": 7, "doctor": 7,
     # Beside the house too: it runs what all floors have, without memory.
     "planning": 7,

@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.algorithms.grpo_care import GRPOCareTrainer, MetricLogger
+from nemo_care.algorithms.grpo_care import GRPOCareTrainer
+from nemo_care.algorithms.loggers import MetricLogger
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.rewards import BaseRewards
 from nemo_care.config import Recipe, needs_reference
 from nemo_care.data.annotations import Annotations
 from nemo_care.data.decoding import DecodingWorkers
+from nemo_care.data.fingerprints import fingerprints
 from nemo_care.data.loader import PromptLoader
 from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
@@ -135,5 +137,6 @@ def build_trainer(
         tokenizer=tokenizer,
         loggers=loggers,
         bad_lines=[item for read in (*training.sources, *levels.values()) for item in read.bad],
+        annotations=ranks.from_rank_zero(lambda: fingerprints(recipe.data)),
         stop=stop,
     )

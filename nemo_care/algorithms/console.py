@@ -40,6 +40,10 @@ class Console:
             with tqdm.external_write_mode():
                 console(soft_wrap=True).print(text)
 
+    def warn(self, text: str) -> None:
+        """Print a warning on one line."""
+        self._print(plain(text, style="yellow"))
+
     @contextmanager
     def steps(self, done: int) -> Iterator[None]:
         """The progress bar over all optimizer steps, `done` of which lie behind."""

@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from nemo_care.algorithms.checkpointing import Checkpointing
 from nemo_care.algorithms.console import Console
 from nemo_care.algorithms.dynamic_sampling import DynamicSampling
+from nemo_care.algorithms.loggers import Loggers, MetricLogger
 from nemo_care.algorithms.numbers import finite_or_none
 from nemo_care.algorithms.policy import Policy
 from nemo_care.algorithms.records import Row, completion_rows, rollout_metrics
@@ -19,6 +20,7 @@ from nemo_care.algorithms.rewards import BaseRewards
 from nemo_care.algorithms.rollout_ahead import Rollouts
 from nemo_care.algorithms.step_watch import StepWatch
 from nemo_care.config import Recipe
+from nemo_care.data.fingerprints import Fingerprints, changes
 from nemo_care.data.samples import Skipped
 from nemo_care.data.stream import PromptStream, TooManySkipped
 from nemo_care.data.tokenizer import ChatTokenizer
@@ -39,14 +41,6 @@ from nemo_care.scoring.reference import Reference
 Metrics = dict[str, float | None]
 
 
-class MetricLogger(Protocol):
-    """What NeMo's experiment manager gives: TensorBoard, W&B, MLflow."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Record the metrics of a step."""
-        ...
-
-
 class GRPOCareTrainer:
     """Trains a policy with GRPO-CARE, or with GRPO where the recipe has no bonus."""
 
@@ -65,10 +59,12 @@ class GRPOCareTrainer:
         tokenizer: ChatTokenizer,
         loggers: Sequence[MetricLogger],
         bad_lines: Sequence[Skipped] = (),
+        annotations: Fingerprints | None = None,
         stop: StopRequest | None = None,
     ) -> None:
         """`reference` is None where neither a bonus nor a KL term needs one; `bad_lines` are the
-        lines of the annotations that gave no sample; `stop` is asked after each step."""
+        lines of the annotations that gave no sample; `annotations` is what their files hold; `stop`
+        is asked after each step."""
         self.recipe = recipe
         self.ranks = ranks
         self.rewards = rewards
@@ -77,10 +73,11 @@ class GRPOCareTrainer:
         self.policy = policy
         self.validator = validator
         self.files = files
-        self.loggers = loggers
         self.bad_lines = bad_lines
+        self.annotations = annotations or {}
         self.stop = stop or StopRequest()
         self.console = Console(recipe, active=ranks.rank == 0)
+        self.loggers = Loggers(loggers, self.console.warn)
         self.checkpoints = Checkpointing(recipe, ranks, files, self.console)
         self.watch = StepWatch(recipe, ranks, files, self.console, tokenizer)
         self.rollouts = Rollouts(
@@ -221,8 +218,7 @@ class GRPOCareTrainer:
             for name, value in results.items()
             if isinstance(value, int | float)
         }
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.step)
+        self.loggers.log(metrics, self.step)
         self.console.validation(self.step, levels)
 
     def _validation_is_missing(self) -> bool:
@@ -287,9 +283,8 @@ class GRPOCareTrainer:
         }
         record = {name: finite_or_none(value) for name, value in record.items()}
         self.files.append_step(self.step, record, rows, [asdict(item) for item in skipped])
-        for logger in self.loggers:
-            known = {name: float(value) for name, value in record.items() if value is not None}
-            logger.log_metrics(known, step=self.step)
+        known = {name: float(value) for name, value in record.items() if value is not None}
+        self.loggers.log(known, self.step)
         self.console.step(self.step, record, rows, skipped)
         self.watch.check_signal(self.step, rows)
 
@@ -305,6 +300,7 @@ class GRPOCareTrainer:
                 "stream_position": self.rollouts.position,
                 "bad_steps": self.watch.bad_steps.state_dict(),
                 "architecture": architecture(self.policy.model.hf),
+                "annotations": self.annotations,
             },
         }
         if self.reference is not None:
@@ -362,6 +358,8 @@ class GRPOCareTrainer:
             state, path = found
             self.load_state_dict(state)
             self.console.resumed(self.step, path)
+            for change in changes(state["trainer"].get("annotations", {}), self.annotations):
+                self.console.warn(change)
         self.ranks.from_rank_zero(self._rewind_records)
         self.prompts.count_again(
             Skipped(**record)

@@ -1,6 +1,5 @@
 """A sample becomes a prompt: chat template, decoded vision patches, positions."""
 
-import string
 from dataclasses import dataclass
 
 import torch
@@ -73,22 +72,6 @@ class Prompt:
         return torch.arange(first, first + count).expand(3, -1)
 
 
-def check_template(template: str) -> str:
-    """Refuse a prompt template with unknown fields or without the question.
-
-    Raises:
-        InputError: names the field.
-    """
-    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    unknown = fields - {"question", "options", "answer_hint"}
-    if unknown or "question" not in fields:
-        problem = f"unknown field {{{min(unknown)}}}" if unknown else "{question} is missing"
-        raise InputError(
-            f"data.prompt_template: {problem}; use {{question}}, {{options}}, {{answer_hint}}"
-        )
-    return template
-
-
 @dataclass(frozen=True)
 class Draft:
     """A prompt whose videos and images have not been read: `token_ids` holds one token for each.
@@ -107,11 +90,11 @@ class PromptBuilder:
     """Makes prompts for one model."""
 
     def __init__(self, config: DataConfig, hf: Qwen2_5_VLConfig, tokenizer: ChatTokenizer) -> None:
-        """Raises InputError for an unusable template."""
+        """`config` has a template that check_data accepts."""
         self.max_tokens = config.max_prompt_tokens
         self.hf = hf
         self.tokenizer = tokenizer
-        self.template = check_template(config.prompt_template or DEFAULT_TEMPLATE)
+        self.template = config.prompt_template or DEFAULT_TEMPLATE
         self.media = MediaSettings.of(config, hf.vision_config)
         self.vision_ids = (hf.video_token_id, hf.image_token_id)
 

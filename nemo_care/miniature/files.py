@@ -21,6 +21,7 @@ from nemo_care.miniature.world import (
     draw_level,
     draw_wrong_directions,
 )
+from nemo_care.os_errors import naming
 
 WORLD_FILE = "world.json"
 # Raise it when the same seed would give other files.
@@ -116,8 +117,9 @@ def _complete_directory(root: Path) -> Iterator[Path]:
     partial = root.with_name(f".{root.name}.{secrets.token_hex(4)}")
     partial.mkdir()
     try:
-        yield partial
-        partial.rename(root)
+        with naming(root):
+            yield partial
+            partial.rename(root)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -22,6 +22,7 @@ from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
 from nemo_care.models.hf_tensors import INDEX, HFTensors
 from nemo_care.models.qwen2_5_vl import Qwen25VL, padded_vocabulary
+from nemo_care.os_errors import naming
 from nemo_care.tensor_files import save_tensors
 
 _PART_BYTES = 5 * 10**9
@@ -202,7 +203,8 @@ def _write_parts(model: Qwen25VL, out: Path, stage: int, writes: bool) -> list[d
         nonlocal size
         if pending:
             file = f"stage-{stage:03d}-part-{len(parts):03d}.safetensors"
-            save_tensors(out / file, pending, metadata={"format": "pt"})
+            with naming(out / file):
+                save_tensors(out / file, pending, metadata={"format": "pt"})
             parts.append({"file": file, "names": list(pending), "bytes": size})
             pending.clear()
             size = 0
@@ -284,9 +286,10 @@ def export_hf(
     everyone: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, parts)
     if rank == 0:
-        _name_parts(partial, [part for rank_parts in everyone for part in rank_parts])
-        _copy_companions(Path(source), partial, next(model.parameters()).dtype)
-        _take_place(partial, target)
+        with naming(target):
+            _name_parts(partial, [part for rank_parts in everyone for part in rank_parts])
+            _copy_companions(Path(source), partial, next(model.parameters()).dtype)
+            _take_place(partial, target)
     dist.barrier()
 
 

@@ -14,12 +14,15 @@ import contextlib
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_care.errors import DamagedCheckpoint, InputError
@@ -30,6 +33,8 @@ from nemo_care.parallel.process_groups import Ranks
 _NAME = re.compile(r"step_(\d+)")
 _LEFT_OVER = re.compile(r"step_\d+\.(partial|removed)-[0-9a-f]+")
 _DAMAGED = re.compile(r"step_\d+\.damaged(-[0-9a-f]+)?")
+_REFERENCE = "reference"
+_WEIGHTS = {"policy", _REFERENCE}  # parts that are whole models
 # Kept in the checkpoint.
 CONTENT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -246,9 +251,58 @@ def load_checkpoint(
         parts: What of the checkpoint the state holds (see `verify_checkpoint`).
 
     Raises:
-        InputError: the checkpoint would run code when it is loaded.
+        InputError: the checkpoint would run code when it is loaded, or does not hold what the state
+            needs.
         DamagedCheckpoint: it is not what was written, or not a checkpoint.
     """
     verify_checkpoint(path, parts)
     Ranks.from_rank_zero(lambda: check_pickles(path))
-    return load(make_state(), path)
+    state = make_state()
+    # Each rank has its part of the model: all have to stop where one of them finds a difference.
+    told = Ranks.first_told(_misfit(path, state))
+    if told is not None:
+        raise InputError(told[1])
+    return load(state, path)
+
+
+def _misfit(path: Path, state: dict[str, Any]) -> str | None:
+    """Why a checkpoint can't fill a sharded state; all ranks call it.
+
+    A tensor is missing, of another shape, or in the checkpoint only: a vision tower with fewer
+    layers finds all of its tensors in the checkpoint of a larger one.
+    """
+    stored = stored_shapes(path)
+    tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    keys = {str(value.key) for value in nested_values(state) if isinstance(value, kinds)}
+    everyone: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, keys)
+    known = set().union(*everyone)
+    if _parts(keys) - _parts(stored) == {_REFERENCE}:
+        return (
+            f"{path}: the run began without a reference, and the recipe needs one now "
+            "(algorithm.consistency.bonus_coefficient or algorithm.kl_coefficient above 0): set "
+            "both to 0, or begin another run (exp_manager.name) from this one's exported model"
+        )
+    different = [
+        (tensor.key, stored.get(tensor.key), tuple(tensor.global_shape))
+        for tensor in tensors
+        if stored.get(tensor.key) != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch
+    ]
+    different += [
+        (key, shape, None)
+        for key, shape in stored.items()
+        if key not in known and key.partition(".")[0] in _parts(known) & _WEIGHTS
+    ]
+    for key, shape, wanted in different:
+        return (
+            f"{path}: not a checkpoint of this architecture: {key} is {shape or 'missing'} there, "
+            f"and {wanted or 'missing'} in the recipe's model; set model.hf_path to the model that "
+            "the run began with, or begin another run (exp_manager.name)"
+        )
+    return None
+
+
+def _parts(keys: Iterable[str]) -> set[str]:
+    """What the keys of a checkpoint's tensors begin with, such as `policy` and `reference`."""
+    return {key.partition(".")[0] for key in keys}

@@ -24,6 +24,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from nemo_care import ending
 from nemo_care.ending import FAILURE, USAGE_ERROR
 from nemo_care.errors import AlreadyDone, InputError, RunFailed, RunStopped
+from nemo_care.os_errors import is_unusable_place, os_error_line
 from nemo_care.parallel.slurm import Node
 from nemo_care.screen import one_line, say
 
@@ -196,7 +197,35 @@ def guarded(main: Callable[..., Any], *arguments: Any, unwinds: bool = True) -> 
     except KeyboardInterrupt:
         say("nemo-care: interrupted", file=sys.stderr)
         return ending.status_of(signal.SIGINT)
+    except OSError as error:
+        return _of_system(error)
     except Exception:
         say(traceback.format_exc(), file=sys.stderr, end="")
+        return FAILURE
+    return _with_output_written()
+
+
+def _of_system(error: OSError) -> int:
+    """Report an error of the operating system; its exit status."""
+    if error.filename is None and _with_output_written():
+        return FAILURE  # it was the output: its disk is full, or its reader, such as head, is gone
+    line = os_error_line(error)
+    if line is None:
+        say("".join(traceback.format_exception(error)), file=sys.stderr, end="")
+        return FAILURE
+    say(f"nemo-care: {one_line(line)}", file=sys.stderr)
+    return USAGE_ERROR if is_unusable_place(error) else FAILURE
+
+
+def _with_output_written() -> int:
+    """The exit status of a command that is done: what it printed may not find room."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # The interpreter would try once more at its end, and print a traceback.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            say(f"nemo-care: the output can't be written: {error.strerror}", file=sys.stderr)
         return FAILURE
     return 0

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from nemo_care.errors import InputError, RunFailed
 from nemo_care.parallel.cpu_compat import enable_cpu_megatron
+from nemo_care.parallel.open_files import allow_open_files
 from nemo_care.parallel.slurm import rendezvous_address
 
 T = TypeVar("T")
@@ -119,10 +120,12 @@ class Ranks:
         `cpu_threads` is what this rank computes with where there is no GPU.
 
         Raises:
-            InputError: the world does not fit the layout.
+            InputError: the world does not fit the layout, or this process may not have enough files
+                open.
         """
         env = environment or RankEnvironment(0, 1, 0)
         layout.data(env.world_size)
+        allow_open_files(env.world_size)
         self.layout = layout
         self._start(env, cpu_threads)
         self.rank = dist.get_rank()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_care.os_errors import naming
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -103,7 +105,7 @@ def save(figure: Figure, folder: Path, name: str, title: str) -> Curve:
     # are, and for those of ticks, which are made while drawing.
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-    with rc_context({"text.parse_math": False}):
+    with rc_context({"text.parse_math": False}), naming(file):
         # Without matplotlib's own note, equal runs give equal files.
         figure.savefig(file, facecolor="white", metadata={"Software": None})
     widest = 3 * (LEFT + AXES[0] + RIGHT)

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nemo_care.os_errors import naming
 from nemo_care.reporting import page
 from nemo_care.reporting.curves import SMOOTHED_STEPS, draw_curves
 from nemo_care.reporting.reader import RunRecord, read_run
@@ -195,5 +196,6 @@ def write_report(run_dir: str | Path) -> Path:
     )
     target = run.folder / "report.html"
     # Lone surrogates can stand in JSON and can't be written as UTF-8.
-    target.write_text(text, encoding="utf-8", errors="replace")
+    with naming(target):
+        target.write_text(text, encoding="utf-8", errors="replace")
     return target

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_care.errors import InputError
+from nemo_care.os_errors import naming
 from nemo_care.reporting import page
 from nemo_care.reporting.figures import COLOURS, OTHER, Curve, finish, new_sheet, save
 from nemo_care.reporting.reader import RunRecord, read_run
@@ -176,5 +177,6 @@ def write_scaling_report(runs: Sequence[str | Path], folder: Path) -> tuple[Path
         ],
     )
     target = folder / "scaling.html"
-    target.write_text(text, encoding="utf-8", errors="replace")
+    with naming(target):
+        target.write_text(text, encoding="utf-8", errors="replace")
     return target, sizes

@@ -1,0 +1,48 @@
+"""What holds for every value of a recipe, whatever its key: numbers are finite, texts not empty.
+
+Ranges and choices of single keys are in config.py.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from nemo_care.errors import InputError
+
+# Arguments of other libraries, which say themselves what may be empty.
+_FREE_TEXT = ("exp_manager.wandb_logger_kwargs", "exp_manager.mlflow_logger_kwargs")
+
+
+def check_values(recipe: Any) -> None:
+    """Refuse NaN, infinity and empty texts, at any depth of the recipe.
+
+    No comparison with a bound finds a NaN, and an empty text is mostly a shell variable without a
+    value, which would mean the working directory, our own wording or another model.
+
+    Raises:
+        InputError: names the key.
+    """
+    for key, value in _values(recipe, ""):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key}={value}: must be a finite number")
+        if isinstance(value, str) and not value.strip() and not key.startswith(_FREE_TEXT):
+            raise InputError(
+                f"{key} is empty: give it a value, or leave it out (is a shell variable not set?)"
+            )
+
+
+def _values(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Every value that is neither a block, a list nor a mapping, with its key; keys of mappings."""
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from _values(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield f"{key} (a name in it)", name
+            yield from _values(item, f"{key}.{name}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _values(item, f"{key}[{number}]")
+    else:
+        yield key, value
