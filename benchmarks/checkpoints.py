@@ -19,8 +19,8 @@ import torch
 from made import Size, given_group, hf_config, video_prompt, write_checkpoint
 from step import made_trainer
 
-from nemo_care.algorithms.grpo_care import GRPOCareTrainer
-from nemo_care.parallel.process_groups import Layout, Ranks
+from nemo_care.ranks.process_groups import Layout, Ranks
+from nemo_care.training.trainer import GRPOCareTrainer
 
 
 def seconds_of_a_step() -> float:

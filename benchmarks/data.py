@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 import nemo_care
-from nemo_care.config import Recipe
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.loader import PromptLoader
 from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from nemo_care.data.stream import PromptStream
@@ -85,7 +85,7 @@ def main() -> None:
     # The processes that decode import this file anew, and need nothing of Megatron.
     from nemo_care.data.stream import PromptStream
     from nemo_care.models.hf_config import read_hf_config
-    from nemo_care.parallel.process_groups import Layout, Ranks
+    from nemo_care.ranks.process_groups import Layout, Ranks
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])

@@ -61,8 +61,8 @@ def left_out(way: Way) -> str | None:
     import torch
 
     from nemo_care.errors import InputError
-    from nemo_care.model_config import FP8Config
     from nemo_care.models.precision import check_gpu
+    from nemo_care.recipe.model import FP8Config
 
     if way.backend == "local":
         return None
@@ -94,7 +94,7 @@ def write_shape(folder: Path, shape: str, layers: int | None) -> None:
 
 
 def recipe_of(folder: str, way: Way, args: argparse.Namespace) -> Any:
-    from nemo_care.config import Recipe, check_recipe
+    from nemo_care.recipe.schema import Recipe, check_recipe
 
     recipe = Recipe()
     recipe.trainer.max_steps = 1000
@@ -133,13 +133,13 @@ def measured(folder: str, way: Way, args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from measure import seconds
 
-    from nemo_care.algorithms.build import build_model
-    from nemo_care.algorithms.policy import Policy
-    from nemo_care.parallel.process_groups import Layout, Ranks
+    from nemo_care.groups.batching import BatchLayout
     from nemo_care.planning.shapes import longest_lengths, made_group, read_model_shape
     from nemo_care.planning.work import group_flops, packed_tokens
-    from nemo_care.rollouts.batches import BatchLayout
-    from nemo_care.scoring.score import Scorer
+    from nemo_care.ranks.process_groups import Layout, Ranks
+    from nemo_care.scoring.scorer import Scorer
+    from nemo_care.training.build import build_model
+    from nemo_care.training.policy import Policy
 
     recipe, hf = recipe_of(folder, way, args), read_model_shape(folder).hf
     ranks = Ranks(Layout(), cpu_threads=args.threads)

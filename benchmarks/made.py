@@ -12,10 +12,10 @@ from transformers import (
 from nemo_care.data.positions import mrope_positions
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
+from nemo_care.groups.group import Completion, Group
 from nemo_care.miniature.tokenizer import build_tokenizer
 from nemo_care.miniature.vocabulary import SPECIAL_TOKENS, TAGS, UNKNOWN
 from nemo_care.planning.shapes import Lengths
-from nemo_care.rollouts.group import Completion, Group
 
 WORDS = (*SPECIAL_TOKENS, *TAGS, UNKNOWN, "user", "assistant")
 PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2

@@ -42,7 +42,7 @@ GRANULARITIES = ("none", "selective", "full")
 
 
 def recipe_of(folder: str, granularity: str):
-    from nemo_care.config import Recipe
+    from nemo_care.recipe.schema import Recipe
 
     recipe = Recipe()
     recipe.trainer.max_steps = 4
@@ -78,11 +78,11 @@ def measured(folder: str, granularity: str) -> tuple[int, int]:
     import torch
     from measure import allocated_peak, peak_memory
 
-    from nemo_care.algorithms.build import build_model
-    from nemo_care.algorithms.policy import Policy
-    from nemo_care.parallel.process_groups import Layout, Ranks
+    from nemo_care.groups.batching import BatchLayout
     from nemo_care.planning.shapes import longest_lengths, made_group, read_model_shape
-    from nemo_care.rollouts.batches import BatchLayout
+    from nemo_care.ranks.process_groups import Layout, Ranks
+    from nemo_care.training.build import build_model
+    from nemo_care.training.policy import Policy
 
     recipe, ranks = recipe_of(folder, granularity), Ranks(Layout())
     hf = read_model_shape(folder).hf

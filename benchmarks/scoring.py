@@ -22,15 +22,15 @@ import torch
 from made import Size, given_group, hf_config, lengths, video_prompt, write_checkpoint
 from measure import answer_rows, peak_memory, seconds
 
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.groups.group import Group
+from nemo_care.groups.separate import separate_sequences
 from nemo_care.models.qwen2_5_vl import Qwen25VL, transformer_config
 from nemo_care.models.weights import load_hf_weights
 from nemo_care.objective.consistency import answer_likelihood
-from nemo_care.parallel.process_groups import Layout, Ranks
 from nemo_care.planning.work import group_flops
-from nemo_care.rollouts.batches import BatchLayout
-from nemo_care.rollouts.group import Group
-from nemo_care.rollouts.sequences import separate_sequences
-from nemo_care.scoring.score import Scorer
+from nemo_care.ranks.process_groups import Layout, Ranks
+from nemo_care.scoring.scorer import Scorer
 
 
 @torch.no_grad()

@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from made import Size, answer_span, hf_config, lengths, video_prompt, write_checkpoint
 
-from nemo_care.algorithms.build import build_trainer
-from nemo_care.algorithms.grpo_care import GRPOCareTrainer
-from nemo_care.config import Recipe
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
-from nemo_care.parallel.process_groups import Layout, Ranks
+from nemo_care.groups.group import Group
 from nemo_care.planning.work import group_flops, head_flops
-from nemo_care.rollouts.group import Group
-from nemo_care.run_files import RunFiles
+from nemo_care.ranks.process_groups import Layout, Ranks
+from nemo_care.recipe.schema import Recipe
+from nemo_care.runs.files import RunFiles
+from nemo_care.training.build import build_trainer
+from nemo_care.training.trainer import GRPOCareTrainer
 
 PHASES = ("rollout", "reward", "scoring", "update", "step")
 

@@ -23,15 +23,15 @@ from made import Size, write_checkpoint
 from PIL import Image
 from step import GivenPrompts, made_up_rewards
 
-from nemo_care.algorithms.build import build_trainer
-from nemo_care.config import Recipe
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import load_tokenizer
-from nemo_care.parallel.process_groups import Layout, Ranks
-from nemo_care.run_files import RunFiles
+from nemo_care.ranks.process_groups import Layout, Ranks
+from nemo_care.recipe.schema import Recipe
+from nemo_care.runs.files import RunFiles
+from nemo_care.training.build import build_trainer
 
 # A picture fills about this share of the prompt; the rest is words.
 _PICTURE_SHARE = 0.9

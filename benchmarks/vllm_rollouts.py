@@ -19,18 +19,18 @@ from pathlib import Path
 import torch
 from made import Size, hf_config, video_prompt, write_checkpoint
 
-from nemo_care.algorithms.build import load_model
-from nemo_care.config import Recipe
 from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.patches import PixelBounds, frames_to_patches
 from nemo_care.data.prompts import Prompt, PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.groups.group import Group
 from nemo_care.miniature.files import write_world
 from nemo_care.models.weights import iterate_hf_weights
-from nemo_care.parallel.process_groups import Layout, Ranks
+from nemo_care.ranks.process_groups import Layout, Ranks
+from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.build import build_generator
 from nemo_care.rollouts.generator import Generator, Sampling
-from nemo_care.rollouts.group import Group
+from nemo_care.training.build import load_model
 
 MINIATURE = Path(__file__).parent.parent / "nemo_care" / "miniature" / "checkpoint_warm"
 

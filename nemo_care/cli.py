@@ -7,24 +7,25 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nemo_care import __version__, ending
-from nemo_care.screen import say
+from nemo_care import __version__
+from nemo_care.process import ending
+from nemo_care.process.screen import say
 
 
 def _train(arguments: list[str]) -> int:
-    from nemo_care.train import train
+    from nemo_care.commands.train import train
 
     return train(arguments)
 
 
 def _evaluate(arguments: list[str]) -> int:
-    from nemo_care.evaluate import evaluate
+    from nemo_care.commands.evaluate import evaluate
 
     return evaluate(arguments)
 
 
 def _replay(arguments: list[str]) -> int:
-    from nemo_care.replay import replay
+    from nemo_care.commands.replay import replay
 
     return replay(arguments)
 
@@ -49,8 +50,8 @@ def _export(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     # A model that many GPUs trained does not fit one of them; the host's memory is larger.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from nemo_care.export import export
-    from nemo_care.parallel.launch import guarded
+    from nemo_care.commands.export import export
+    from nemo_care.ranks.launch import guarded
 
     return guarded(export, options.source, options.out, options.base)
 
@@ -71,7 +72,7 @@ def _report(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.scaling and (len(options.runs) > 1 or options.out):
         parser.error("one run at a time, or --scaling")
-    from nemo_care.parallel.launch import guarded
+    from nemo_care.ranks.launch import guarded
 
     def report() -> None:
         from nemo_care.reporting.report import write_report
@@ -105,10 +106,10 @@ def _compare(arguments: list[str]) -> int:
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every run"
     )
     options = parser.parse_args(arguments)
-    from nemo_care.parallel.launch import guarded
+    from nemo_care.ranks.launch import guarded
 
     def compare() -> None:
-        from nemo_care.reporting.compare import compare as run
+        from nemo_care.experiments.compare import compare as run
 
         failures = run(
             options.recipes,
@@ -125,7 +126,7 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _study(arguments: list[str]) -> int:
-    from nemo_care.study.command import main as study
+    from nemo_care.commands.study import main as study
 
     return study(arguments)
 
@@ -150,7 +151,7 @@ def _miniature(arguments: list[str]) -> int:
         return build.main(arguments[1:])
     given = vars(parser.parse_args(arguments))
     from nemo_care.miniature.files import write_world
-    from nemo_care.parallel.launch import guarded
+    from nemo_care.ranks.launch import guarded
 
     given.pop("job")
     return guarded(lambda: write_world(given.pop("root"), **given))
@@ -161,15 +162,15 @@ def _data(arguments: list[str]) -> int:
     jobs = parser.add_subparsers(dest="job", required=True)
     jobs.add_parser("check", help="find what can't be used in a recipe's data", add_help=False)
     parser.parse_args(arguments[:1])  # check is the only job, and reads the rest itself
-    from nemo_care.data_check import main
+    from nemo_care.commands.data_check import main
 
     return main(arguments[1:])
 
 
 def _plan(arguments: list[str]) -> int:
-    from nemo_care.parallel.launch import guarded
-    from nemo_care.planning.command import main as plan
-    from nemo_care.quiet import quiet_libraries
+    from nemo_care.commands.plan import main as plan
+    from nemo_care.process.quiet import quiet_libraries
+    from nemo_care.ranks.launch import guarded
 
     quiet_libraries()
     return guarded(plan, arguments)
@@ -177,7 +178,7 @@ def _plan(arguments: list[str]) -> int:
 
 def _doctor(arguments: list[str]) -> int:
     # Not guarded: that imports torch, and this command also runs where there is none.
-    from nemo_care.doctor.command import main as doctor
+    from nemo_care.commands.doctor import main as doctor
 
     return doctor(arguments)
 

@@ -7,7 +7,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=slurm/forward.sh
 . "$root/slurm/forward.sh"
 
-STOPPED=75 # nemo_care.ending.STOPPED
+STOPPED=75 # nemo_care.process.ending.STOPPED
 UNUSABLE=2
 
 say() { printf '%(%FT%T)T slurm: %s\n' -1 "$*"; }
@@ -178,7 +178,7 @@ choose_nodes() {
     echo "$SLURM_JOB_ID.$restart" >"$checks/canary"
     NEMO_CARE_LOGS=$checks timeout --kill-after=30 "${NEMO_CARE_PREFLIGHT_SECONDS:-900}" \
         "${launch[@]}" --kill-on-bad-exit=0 bash "$root/slurm/node.sh" \
-        "$python" -m nemo_care.node_check --verdict "$checks" \
+        "$python" -m nemo_care.checks.node --verdict "$checks" \
         --config-name "$NEMO_CARE_RECIPE" "${overrides[@]}" trainer.num_nodes="$wanted" \
         >"$checks/output" 2>&1 || true
     for node in "${all[@]}"; do
@@ -207,7 +207,7 @@ start_on() {
     # The address by which Slurm itself reaches the first node.
     address=$(scontrol show node --oneliner "$1" | grep -o ' NodeAddr=[^ ]*')
     export MASTER_ADDR=${NEMO_CARE_MASTER_ADDR:-${address#*=}}
-    # Where it is not given, it follows from the job's number (nemo_care/parallel/slurm.py).
+    # Where it is not given, it follows from the job's number (nemo_care/ranks/slurm.py).
     unset MASTER_PORT
     [[ -z ${NEMO_CARE_MASTER_PORT:-} ]] || export MASTER_PORT=$NEMO_CARE_MASTER_PORT
     export NEMO_CARE_LOGS=$logs NEMO_CARE_RANK_LOGS=$logs
@@ -217,7 +217,7 @@ start_on() {
     export NEMO_CARE_COMMIT
     say "$command on $# nodes: $list"
     forward "${launch[@]}" --nodes=$# --ntasks=$# --nodelist="$list" --kill-on-bad-exit=1 \
-        bash "$root/slurm/node.sh" "$python" -m "nemo_care.$command" \
+        bash "$root/slurm/node.sh" "$python" -m nemo_care "$command" \
         --config-name "$NEMO_CARE_RECIPE" exp_manager.explicit_log_dir="$run_dir" \
         "${overrides[@]}" trainer.num_nodes=$#
 }

@@ -20,7 +20,7 @@ from made_background import asynchronous, stand_in_for_vllm
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.errors import RunFailed
-from nemo_care.parallel.process_groups import Layout, Ranks
+from nemo_care.ranks.process_groups import Layout, Ranks
 
 LAYOUTS = {"trains": Layout(), "fails": Layout(), "disagrees": Layout()}
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.errors import RunFailed
-from nemo_care.parallel.process_groups import Layout, RankEnvironment, Ranks
+from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 
 
 def main() -> None:

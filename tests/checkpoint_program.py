@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from nemo_care.checkpoints.store import check_writable, load_checkpoint
+from nemo_care.checkpoints.writer import PendingCheckpoint, _StateWriter
 from nemo_care.errors import CheckpointError, DamagedCheckpoint, InputError
-from nemo_care.parallel.checkpoint_writer import PendingCheckpoint, _StateWriter
-from nemo_care.parallel.checkpoints import check_writable, load_checkpoint
-from nemo_care.parallel.process_groups import Layout, RankEnvironment, Ranks
+from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 
 
 def made_state(value: float) -> dict:

@@ -11,7 +11,7 @@ import torch
 from absl import logging as absl_logging
 
 import nemo_care
-from nemo_care.parallel.process_groups import Layout, Ranks
+from nemo_care.ranks.process_groups import Layout, Ranks
 
 # rouge-score brings absl, whose log handler closes a stderr that is not the process's own, such as
 # pytest's, as soon as Hydra sets up its logging while composing a recipe.
@@ -87,7 +87,7 @@ def judge(
     from made_endpoint import KEY, PATIENCE
 
     from nemo_care.evaluation.llm_judge import LLMJudge
-    from nemo_care.evaluation_config import LLMJudgeConfig
+    from nemo_care.recipe.evaluation import LLMJudgeConfig
 
     # Pauses between attempts of a hundredth of a second; no proxy before this machine.
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from layout_program import main
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.parallel.process_groups import Layout, Ranks
+from nemo_care.ranks.process_groups import Layout, Ranks
 
 LAYOUTS = {
     "one": Layout(),

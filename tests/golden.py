@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from nemo_care.rollouts.group import Group
+from nemo_care.groups.group import Group
 
 
 @dataclass

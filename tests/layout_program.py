@@ -20,7 +20,7 @@ from small_runs import small_recipe, small_trainer
 
 from nemo_care.models.pipeline import forward_only
 from nemo_care.models.weights import export_hf, iterate_hf_weights
-from nemo_care.parallel.process_groups import Layout, RankEnvironment, Ranks
+from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 from nemo_care.rollouts.generator import Sampling
 
 LAYOUTS = {

@@ -1,7 +1,7 @@
 """A generator that samples beside training, without engines: rules and order as theirs."""
 
-from nemo_care.algorithms import build
 from nemo_care.errors import RunFailed
+from nemo_care.training import build
 
 
 class StandIn:

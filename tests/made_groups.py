@@ -7,10 +7,10 @@ from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.groups.answer_span import answer_token_span
+from nemo_care.groups.group import Completion, Group
 from nemo_care.models.hf_config import read_hf_config
 from nemo_care.objective.rewards import accuracy_reward, format_reward
-from nemo_care.rollouts.answer_span import answer_token_span
-from nemo_care.rollouts.group import Completion, Group
 
 
 def make_prompts(checkpoint, world, folder):

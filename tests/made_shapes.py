@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from nemo_care.config import Recipe
+from nemo_care.recipe.schema import Recipe
 
 PACKAGED = ("Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct")
 # Tokens of a prompt and of a completion.

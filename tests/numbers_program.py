@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bad_numbers import everything, inject, unchanged
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.parallel.process_groups import Layout, RankEnvironment, Ranks
+from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 
 LAYOUTS = {"tp2": Layout(tensor=2), "pp2": Layout(pipeline=2), "dp2": Layout()}
 STEPS = [None, "gradient", None, "rollout", "reference", None, "loss", None]

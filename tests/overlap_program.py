@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from layout_program import LAYOUTS, gather_weights, share_of
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.parallel.process_groups import RankEnvironment, Ranks
+from nemo_care.ranks.process_groups import RankEnvironment, Ranks
 
 
 def main() -> None:

@@ -25,13 +25,13 @@ from layout_program import (
 )
 from small_runs import small_recipe
 
-from nemo_care.algorithms.build import load_model
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.megatron.optimizer import wrap_data_parallel
 from nemo_care.models.pipeline import forward_backward, forward_only
 from nemo_care.objective.consistency import answer_likelihood
-from nemo_care.parallel.optimizer import wrap_data_parallel
-from nemo_care.parallel.process_groups import RankEnvironment, Ranks
-from nemo_care.rollouts.batches import BatchLayout
-from nemo_care.scoring.score import Scorer
+from nemo_care.ranks.process_groups import RankEnvironment, Ranks
+from nemo_care.scoring.scorer import Scorer
+from nemo_care.training.build import load_model
 
 
 def causal(batch):

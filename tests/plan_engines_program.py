@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from made_shapes import plan_recipe
 from rich.console import Console
 
-from nemo_care.config import Recipe
-from nemo_care.doctor.planned import planned
+from nemo_care.checks.planned import planned
 from nemo_care.errors import InputError
 from nemo_care.planning.advice import remedies
 from nemo_care.planning.dry_run import dry_run
@@ -25,7 +24,8 @@ from nemo_care.planning.gpus import read_gpu
 from nemo_care.planning.plan import Plan, Question, make_plan, plan_as_json
 from nemo_care.planning.search import search, search_report
 from nemo_care.planning.tables import plan_report
-from nemo_care.quiet import quiet_libraries
+from nemo_care.process.quiet import quiet_libraries
+from nemo_care.recipe.schema import Recipe
 
 # By name: the stages of a pipeline and the keys under rollout.vllm; None: the ranks sample.
 PLANS: dict = {
@@ -132,7 +132,7 @@ def doctors(folder: str) -> dict:
     def composed(arguments: list[str], *, with_nemo: bool) -> Recipe:
         return recipe_of(folder, 1, {})
 
-    with patch("nemo_care.recipes.compose_recipe", composed):
+    with patch("nemo_care.recipe.compose.compose_recipe", composed):
         return {"GPU": planned("9.0", 60.0, 80.0, []), "CPU": planned("", 10.0, 10.0, [])}
 
 

@@ -19,8 +19,8 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from nemo_care.commands import plan as command
 from nemo_care.errors import InputError
-from nemo_care.planning import command
 from nemo_care.planning.advice import _without_optimizer, remedies
 from nemo_care.planning.dry_run import dry_run
 from nemo_care.planning.gpus import read_gpu
@@ -30,7 +30,7 @@ from nemo_care.planning.shapes import lengths_of, read_model_shape
 from nemo_care.planning.stage import built_stage
 from nemo_care.planning.tables import plan_report
 from nemo_care.planning.work import Clock, head_flops, layer_flops, packed_tokens, vision_flops
-from nemo_care.quiet import quiet_libraries
+from nemo_care.process.quiet import quiet_libraries
 
 
 def parameter_counts() -> dict:

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 
-from nemo_care.quiet import quiet_libraries
+from nemo_care.process.quiet import quiet_libraries
 
 
 def _import_everything() -> None:
@@ -25,10 +25,10 @@ def _import_everything() -> None:
     import nemo.core.config
     import nemo.utils.exp_manager
 
-    import nemo_care.algorithms.build
-    import nemo_care.evaluate
-    import nemo_care.preflight
-    import nemo_care.train
+    import nemo_care.checks.recipe
+    import nemo_care.commands.evaluate
+    import nemo_care.commands.train
+    import nemo_care.training.build
 
     del nemo, nemo_care
 

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from nemo_care.algorithms.build import build_trainer
-from nemo_care.algorithms.grpo_care import GRPOCareTrainer
-from nemo_care.config import Recipe
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.sources import read_levels, read_training
-from nemo_care.parallel.process_groups import Ranks
-from nemo_care.run_files import RunFiles
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.schema import Recipe
+from nemo_care.runs.files import RunFiles
+from nemo_care.training.build import build_trainer
+from nemo_care.training.trainer import GRPOCareTrainer
 
 
 def small_recipe(checkpoint: Path, world: Path) -> Recipe:

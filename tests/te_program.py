@@ -22,9 +22,9 @@ from layout_program import gather_weights, generate, main, record_gradients, sha
 from made_transformer_engine import PRODUCTS
 from small_runs import small_recipe, small_trainer
 
+from nemo_care.checkpoints.store import sharding_metadata
 from nemo_care.models.weights import _mapping, export_hf
-from nemo_care.parallel.checkpoints import sharding_metadata
-from nemo_care.parallel.process_groups import Layout, Ranks
+from nemo_care.ranks.process_groups import Layout, Ranks
 
 LAYOUTS = {
     "one": Layout(),

@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from nemo_care.groups.answer_span import find_answer_tokens
 from nemo_care.rollouts import answer_token_span
-from nemo_care.rollouts.answer_span import find_answer_tokens
 
 EOS = "<|im_end|>"
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}

@@ -11,10 +11,10 @@ from bad_numbers import broken, everything, inject, inject_at, unchanged
 from numbers_program import STEPS
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.algorithms import step_watch
+from nemo_care.checkpoints.writer import _StateWriter
 from nemo_care.errors import RunFailed, RunStopped
-from nemo_care.parallel.checkpoint_writer import _StateWriter
-from nemo_care.rollouts.group_files import read_groups
+from nemo_care.groups.files import read_groups
+from nemo_care.training import step_watch
 
 PROGRAM = Path(__file__).parent / "numbers_program.py"
 

@@ -10,7 +10,6 @@ from made_folders import MISSING, change_json, copied, doubled_config, flat_conf
 from small_runs import small_recipe
 from test_cli import assert_refused
 
-from nemo_care.algorithms.build import load_model
 from nemo_care.cli import main
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.sources import read_training
@@ -21,6 +20,7 @@ from nemo_care.models.hf_tensors import check_weights
 from nemo_care.models.pipeline import forward_only
 from nemo_care.models.qwen2_5_vl import ModelInputs
 from nemo_care.planning.shapes import _CONFIGURATIONS
+from nemo_care.training.build import load_model
 
 MROPE = [4, 6, 6]
 YARN = {"type": "yarn", "factor": 4.0, "mrope_section": MROPE}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import small_recipe
 from test_cli import assert_refused
 
-from nemo_care.algorithms.build import load_model
+from nemo_care.checks.recipe import check_training_inputs
 from nemo_care.cli import main
 from nemo_care.data.patches import CLIP_MEAN, CLIP_STD
 from nemo_care.data.tokenizer import load_tokenizer
@@ -27,7 +27,7 @@ from nemo_care.errors import InputError
 from nemo_care.models.hf_config import read_hf_config
 from nemo_care.models.hf_tensors import check_weights
 from nemo_care.models.weights import iterate_hf_weights
-from nemo_care.preflight import check_training_inputs
+from nemo_care.training.build import load_model
 
 FIRST = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"

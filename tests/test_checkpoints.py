@@ -22,11 +22,10 @@ from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from small_runs import small_recipe, small_trainer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_care.errors import CheckpointError, DamagedCheckpoint, InputError
-from nemo_care.parallel import checkpoint_writer
-from nemo_care.parallel.checkpoint_pickles import load
-from nemo_care.parallel.checkpoint_writer import PendingCheckpoint, _StateWriter
-from nemo_care.parallel.checkpoints import (
+from nemo_care.checkpoints import writer as checkpoint_writer
+from nemo_care.checkpoints.manifest import NAME, read_manifest, read_record
+from nemo_care.checkpoints.pickles import load
+from nemo_care.checkpoints.store import (
     discard,
     list_checkpoints,
     load_checkpoint,
@@ -34,8 +33,9 @@ from nemo_care.parallel.checkpoints import (
     stored_shapes,
     verify_checkpoint,
 )
-from nemo_care.parallel.manifest import NAME, read_manifest, read_record
-from nemo_care.recipes import read_recipe
+from nemo_care.checkpoints.writer import PendingCheckpoint, _StateWriter
+from nemo_care.errors import CheckpointError, DamagedCheckpoint, InputError
+from nemo_care.recipe.compose import read_recipe
 
 PROGRAM = Path(__file__).parent / "checkpoint_program.py"
 

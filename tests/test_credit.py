@@ -7,11 +7,12 @@ import pytest
 import torch
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.config import AlgorithmConfig, ConsistencyConfig, check_recipe
 from nemo_care.errors import InputError
 from nemo_care.objective.advantages import ADVANTAGES
 from nemo_care.objective.bonuses import BONUSES, Bonus
 from nemo_care.objective.losses import LOSSES, Loss, Mean, clipped_ratio
+from nemo_care.recipe.algorithm import AlgorithmConfig, ConsistencyConfig
+from nemo_care.recipe.schema import check_recipe
 from nemo_care.scoring.credit import Credit
 
 

@@ -20,16 +20,16 @@ from made_media import DAMAGES, damaged_video, load_or_misbehave, picture
 from PIL import Image
 from small_runs import small_recipe
 
-from nemo_care import data_check
+from nemo_care.checks.data import data_files, read_file
 from nemo_care.cli import main
-from nemo_care.data.check import data_files, read_file
+from nemo_care.commands import data_check
+from nemo_care.commands.data_check import check_data
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
-from nemo_care.data_check import check_data
-from nemo_care.data_config import SourceConfig
 from nemo_care.errors import InputError
 from nemo_care.miniature import files as miniature_files
 from nemo_care.models.hf_config import read_hf_config
+from nemo_care.recipe.data import SourceConfig
 
 LEVELS = {f"L{number}": f"annotations/validation_L{number}.jsonl" for number in (1, 2, 3)}
 FILES = Path(__file__).parent / "files/media"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nemo_care.data.check import DataFile, FileReport, Problem
+from nemo_care.checks.data import DataFile, FileReport, Problem
 from nemo_care.data.samples import Sample
 from nemo_care.reporting.data_report import token_histogram
 

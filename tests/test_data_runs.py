@@ -15,8 +15,8 @@ from made_data import (
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.prompts import PromptBuilder
-from nemo_care.data_config import SourceConfig
 from nemo_care.errors import InputError
+from nemo_care.recipe.data import SourceConfig
 
 FILES = Path(__file__).parent / "files/media"
 TRAINING = "annotations/training_6k.jsonl"

@@ -208,7 +208,7 @@ import time
 from pathlib import Path
 from test_decoding import misbehave, request
 from nemo_care.data.decoding import DecodingWorkers
-from nemo_care.parallel.stop_request import StopRequest
+from nemo_care.ranks.stop_request import StopRequest
 
 def slowly(request):
     time.sleep(0.5)

@@ -11,11 +11,12 @@ import pytest
 from packaging.requirements import Requirement
 from test_cli import REPOSITORY, world_overrides
 
+from nemo_care.checks import fit, machine
+from nemo_care.checks.fit import checkpoints_at_a_time, fit_of
+from nemo_care.checks.machine import BROKEN, FOUND, GIB, MISSING, Finding, GpuState, Machine
 from nemo_care.cli import main
-from nemo_care.doctor import command, fit, machine
-from nemo_care.doctor.fit import checkpoints_at_a_time, fit_of
-from nemo_care.doctor.machine import BROKEN, FOUND, GIB, MISSING, Finding, GpuState, Machine
-from nemo_care.recipes import compose_recipe
+from nemo_care.commands import doctor as command
+from nemo_care.recipe.compose import compose_recipe
 
 H100 = GpuState(0, "NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, (9, 0))
 
@@ -268,7 +269,7 @@ def test_ranks_without_gpus_share_the_memory_and_need_none_of_cuda_s(recipe_of):
 def test_disk_and_cpu_memory_are_warnings(recipe_of, monkeypatch):
     monkeypatch.setattr(fit, "free_disk", lambda folder: 2 * GIB)
     there = made_machine(gpus=(H100,), memory=GIB)
-    monkeypatch.setattr("nemo_care.node_check.gpu_error_problems", lambda: [])
+    monkeypatch.setattr("nemo_care.checks.node.gpu_error_problems", lambda: [])
     found = fit_of(recipe_of("checkpoint.save_interval=1"), there, [], made_plan())
     assert found.problems == []
     host, disk = found.warnings

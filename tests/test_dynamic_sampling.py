@@ -12,7 +12,7 @@ from made_rewards import SIGNALS
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.stream import TooManySkipped
-from nemo_care.rollouts.group_files import read_groups
+from nemo_care.groups.files import read_groups
 
 PROGRAM = Path(__file__).parent / "dynamic_program.py"
 # Places in the stream of the groups with a signal; with shuffle=false sample 13 is at place 13.

@@ -68,7 +68,7 @@ def gone(pid):
 # Waits as a collective does: no Python code runs in the main thread.
 STUCK = """
 import ctypes, subprocess, sys, time
-from nemo_care import ending
+from nemo_care.process import ending
 ending.watch_run()
 {more}
 child = subprocess.Popen(
@@ -98,7 +98,9 @@ def test_before_a_run_begins_a_signal_ends_it_with_all_that_it_started(program, 
     assert gone(child)
 
 
-NOTED = "from nemo_care.ending import on_request; on_request(lambda n: print(n, flush=True))"
+NOTED = (
+    "from nemo_care.process.ending import on_request; on_request(lambda n: print(n, flush=True))"
+)
 
 
 def test_a_second_ctrl_c_ends_at_once_also_where_the_main_thread_is_stuck(program):
@@ -151,7 +153,7 @@ def test_a_signal_that_a_library_handles_is_no_request(program):
 
 STARTER = """
 import subprocess, sys, time
-from nemo_care import ending
+from nemo_care.process import ending
 code = sys.argv[1] if len(sys.argv) > 1 else {code!r}
 with ending.starting(lambda number: None):
     child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
@@ -161,7 +163,7 @@ with ending.starting(lambda number: None):
 BORN_LATE = """
 import time
 time.sleep(1)
-from nemo_care import ending
+from nemo_care.process import ending
 ending.watch_run()
 time.sleep(600)
 """
@@ -180,7 +182,7 @@ def test_what_a_killed_starter_has_started_ends(program, code):
 def test_runs_of_a_killed_comparison_end(program, tmp_path):
     code = f"""
 from pathlib import Path
-from nemo_care.reporting.processes import Job, run_jobs
+from nemo_care.experiments.processes import Job, run_jobs
 command = [{sys.executable!r}, "-c", {STUCK.format(more="")!r}]
 run_jobs([Job("one", command, Path({str(tmp_path)!r}, "log"))], 1, tick=print, done=print)
 """
@@ -198,7 +200,7 @@ run_jobs([Job("one", command, Path({str(tmp_path)!r}, "log"))], 1, tick=print, d
 def test_a_note_of_the_starters_death_is_bounded(program):
     """A step that does not end, because the other ranks are gone, is left."""
     noting = """
-from nemo_care.parallel import stop_request
+from nemo_care.ranks import stop_request
 stop_request._ORPHAN_SECONDS = 1.0
 stop_request.StopRequest().catch_signals()
 """
@@ -213,7 +215,7 @@ def test_the_starter_of_a_rank_is_not_that_of_what_the_rank_starts(program):
     inner = "import os; print(os.environ.get('NEMO_CARE_STARTER'), flush=True)"
     code = f"""
 import subprocess, sys, time
-from nemo_care import ending
+from nemo_care.process import ending
 ending.watch_run()
 time.sleep(0.2)
 subprocess.run([sys.executable, "-c", {inner!r}])
@@ -228,8 +230,8 @@ time.sleep(600)
 UNWINDS = """
 import threading, time
 from concurrent.futures import ThreadPoolExecutor
-from nemo_care import ending
-from nemo_care.parallel.launch import guarded
+from nemo_care.process import ending
+from nemo_care.ranks.launch import guarded
 
 def work():
     pool = ThreadPoolExecutor(1)
@@ -254,7 +256,7 @@ def test_ctrl_c_tidies_a_command_up_and_waits_for_no_thread(program):
 
 
 def test_starting_leaves_the_process_as_it_was():
-    from nemo_care import ending
+    from nemo_care.process import ending
 
     before = [signal.getsignal(number) for number in ending.ASKING]
     with ending.starting(lambda number: None):

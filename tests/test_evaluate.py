@@ -21,9 +21,9 @@ from made_endpoint import refuses, says
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.cli import main
-from nemo_care.config import recipe_yaml
 from nemo_care.objective.rewards import evaluation_accuracy
-from nemo_care.parallel.process_groups import Ranks
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.schema import recipe_yaml
 from nemo_care.rollouts.megatron import MegatronGenerator
 
 LEVELS = ("L1", "L2", "L3")
@@ -55,7 +55,7 @@ def run(ranks, monkeypatch, capfd):
         def __new__(cls, *arguments, **settings):
             return ranks
 
-    monkeypatch.setattr("nemo_care.parallel.process_groups.Ranks", SharedRanks)
+    monkeypatch.setattr("nemo_care.ranks.process_groups.Ranks", SharedRanks)
     monkeypatch.setattr(ranks, "close", lambda: None)
 
     def run(arguments: list[str]) -> tuple[int, str, str]:
@@ -332,7 +332,7 @@ def test_ctrl_c_ends_an_evaluation_at_once_whatever_its_judge_does(
     asked = ["evaluation.judge=llm", "evaluation.llm.model=judge-1", "evaluation.llm.concurrency=2"]
     asked.append(f"evaluation.llm.base_url={endpoint.url}")
     arguments = command(world, tmp_path, *asked)[1:]
-    ranks = rank_server.start(1, ["-m", "nemo_care.evaluate", *arguments])
+    ranks = rank_server.start(1, ["-m", "nemo_care", "evaluate", *arguments])
     assert endpoint.wait_for(lambda: endpoint.in_flight == 2)
     os.kill(ranks.pids[0], number)
     assert ranks.wait(10) == [status], ranks.output()
@@ -346,7 +346,7 @@ def test_complete_evaluation_only_shows_its_table_again(evaluate, tmp_path, monk
     def unexpected(*arguments):
         raise AssertionError("no model is needed")
 
-    monkeypatch.setattr("nemo_care.algorithms.build.build_model", unexpected)
+    monkeypatch.setattr("nemo_care.training.build.build_model", unexpected)
     status, again, _ = evaluate(tmp_path)
     assert (status, again) == (0, first)
     # What can't change a row may change.
@@ -510,7 +510,9 @@ def test_another_architecture_is_refused(evaluate, trained, tmp_path, copied_che
 
 
 def test_a_run_without_a_reference_can_not_judge(evaluate, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("nemo_care.model_source.stored_shapes", lambda path: {"policy.weight": ()})
+    monkeypatch.setattr(
+        "nemo_care.training.model_source.stored_shapes", lambda path: {"policy.weight": ()}
+    )
     result = evaluate(tmp_path, "evaluation.judge=likelihood", f"evaluation.reference={trained[0]}")
     assert_refused(result, "evaluation.reference", "had no reference")
 
@@ -570,7 +572,7 @@ def assert_same_evaluation(ours: Path, wanted: Path) -> None:
 def evaluate_on_two_ranks(server: RankServer, world: Path, folder: Path, *overrides: str) -> None:
     """Ranks that find each other as torchrun's do."""
     _, *arguments = command(world, folder, "trainer.devices=2", *overrides)
-    server.run(2, ["-m", "nemo_care.evaluate", *arguments])
+    server.run(2, ["-m", "nemo_care", "evaluate", *arguments])
 
 
 def test_two_replicas_share_the_samples(rank_server, evaluate, world, tmp_path):

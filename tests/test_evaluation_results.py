@@ -5,7 +5,6 @@ from concurrent.futures import Future
 import pytest
 from small_runs import small_recipe
 
-from nemo_care.algorithms.build import load_model
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.loader import PromptLoader
@@ -15,8 +14,9 @@ from nemo_care.evaluation.build import build_evaluator
 from nemo_care.evaluation.evaluator import _PENDING
 from nemo_care.evaluation.judges import Verdict
 from nemo_care.evaluation.results import level_results
-from nemo_care.rollouts.batches import BatchLayout
-from nemo_care.scoring.score import Scorer
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.scoring.scorer import Scorer
+from nemo_care.training.build import load_model
 
 
 def row(accuracy, well_formed, consistent, *, task_type="", words=4, tokens=10, **more):

@@ -14,7 +14,7 @@ from small_runs import small_recipe, small_trainer
 from test_cli import assert_refused
 
 from nemo_care.cli import main
-from nemo_care.config import recipe_yaml
+from nemo_care.recipe.schema import recipe_yaml
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import torch
 
-from nemo_care.parallel import host_memory
+from nemo_care.megatron import host_memory
 
 
 class MadeCuda:

@@ -9,9 +9,9 @@ import torch
 from made_groups import make_groups, make_prompts
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.config import check_recipe
 from nemo_care.errors import InputError
 from nemo_care.objective.importance import importance_weights
+from nemo_care.recipe.schema import check_recipe
 
 N, C = 3, 5
 LENGTHS = (5, 1, 3)
@@ -167,7 +167,7 @@ def test_a_step_weights_each_token_and_logs_how(recipe, ranks, tmp_path, groups,
 def test_later_updates_keep_the_weights_from_before_the_first(
     recipe, ranks, tmp_path, groups, monkeypatch
 ):
-    from nemo_care.algorithms import policy as module
+    from nemo_care.training import policy as module
 
     recipe.algorithm.updates_per_rollout = 2
     recipe.algorithm.groups_per_micro_batch = 4

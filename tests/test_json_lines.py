@@ -7,7 +7,7 @@ import re
 import pytest
 
 from nemo_care.errors import InputError
-from nemo_care.json_lines import (
+from nemo_care.files.json_lines import (
     append_lines,
     complete_lines,
     read_object,
@@ -124,7 +124,7 @@ def test_file_that_cannot_be_read_is_named(tmp_path):
 def test_written_files_have_the_mode_of_any_new_file(tmp_path, umask):
     import torch
 
-    from nemo_care.tensor_files import save_tensors
+    from nemo_care.files.tensors import save_tensors
 
     before = os.umask(umask)
     try:

@@ -11,7 +11,7 @@ import pytest
 
 STARTER = """
 import sys
-from nemo_care.parallel.launch import start_ranks
+from nemo_care.ranks.launch import start_ranks
 if __name__ == "__main__":
     sys.exit(start_ranks(2, [sys.argv[1]]))
 """
@@ -53,7 +53,7 @@ def test_one_dying_rank_ends_all(tmp_path: Path, how: str, status: int, message:
 # Notes what it hears and ends with that, as a run that has saved; with an argument it never ends.
 HEARING = """
 import os, sys, threading
-from nemo_care import ending
+from nemo_care.process import ending
 heard, noted = [], threading.Event()
 def note(number):
     heard.append(number)
@@ -69,7 +69,7 @@ os._exit(ending.status_of(heard[0]))
 """
 STARTING = """
 import sys
-from nemo_care.parallel.launch import start_ranks
+from nemo_care.ranks.launch import start_ranks
 if __name__ == "__main__":
     sys.exit(start_ranks(2, sys.argv[1:]))
 """
@@ -134,8 +134,8 @@ def test_a_signal_before_there_are_ranks_ends_the_starter(hearing, tmp_path):
     """A machine waits long for the others of its job."""
     program = tmp_path / "alone.py"
     program.write_text("""
-from nemo_care.parallel.launch import start_ranks
-from nemo_care.parallel.slurm import Node
+from nemo_care.ranks.launch import start_ranks
+from nemo_care.ranks.slurm import Node
 if __name__ == "__main__":
     print("ready", flush=True)
     start_ranks(2, ["-c", "pass"], Node(0, 2, "here", "localhost", 0, "the run"))
@@ -154,8 +154,8 @@ if __name__ == "__main__":
 ABORTED = """
 import atexit, os
 import torch.distributed as dist
-from nemo_care.ending import leave
-from nemo_care.parallel.launch import guarded
+from nemo_care.process.ending import leave
+from nemo_care.ranks.launch import guarded
 
 class AbortsTheEnd:
     def __del__(self):

@@ -9,14 +9,14 @@ from made_groups import make_groups, make_prompts
 from small_runs import small_recipe
 from test_answer_span import TOKENIZERS
 
-from nemo_care.algorithms.build import load_model
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import ChatTokenizer, load_tokenizer
 from nemo_care.evaluation.likelihood_judge import LikelihoodJudge
-from nemo_care.rollouts.answer_span import answer_token_span
-from nemo_care.rollouts.batches import BatchLayout
-from nemo_care.rollouts.group import Completion, Group
-from nemo_care.scoring.score import Scorer
+from nemo_care.groups.answer_span import answer_token_span
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.groups.group import Completion, Group
+from nemo_care.scoring.scorer import Scorer
+from nemo_care.training.build import load_model
 
 pytestmark = pytest.mark.numeric
 

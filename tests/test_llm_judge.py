@@ -31,7 +31,7 @@ from nemo_care.data.samples import Sample
 from nemo_care.errors import InputError
 from nemo_care.evaluation.bounded_client import MOST_BYTES
 from nemo_care.evaluation.llm_judge import DEFAULT_TEMPLATE, LLMJudge, read_verdict
-from nemo_care.evaluation_config import EvaluationConfig, LLMJudgeConfig, check_evaluation
+from nemo_care.recipe.evaluation import EvaluationConfig, LLMJudgeConfig, check_evaluation
 
 
 def input_error(judge: LLMJudge) -> InputError:

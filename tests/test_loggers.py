@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.algorithms.loggers import Loggers
-from nemo_care.config import ExpManagerConfig
 from nemo_care.errors import InputError
-from nemo_care.experiment import check_loggers, start_experiment
+from nemo_care.recipe.trainer import ExpManagerConfig
+from nemo_care.training.experiment import check_loggers, start_experiment
+from nemo_care.training.loggers import Loggers
 
 
 class Recorder:
@@ -97,7 +97,7 @@ def test_tensorboard_on_a_full_disk_is_one_warning_without_a_traceback(tmp_path,
 def test_loggers_without_their_package_or_project_are_refused_at_once(monkeypatch):
     with pytest.raises(InputError, match=r"wandb_logger_kwargs\.project=PROJECT"):
         check_loggers(ExpManagerConfig(create_wandb_logger=True))
-    monkeypatch.setattr("nemo_care.experiment.find_spec", lambda name: None)
+    monkeypatch.setattr("nemo_care.training.experiment.find_spec", lambda name: None)
     for name in ("wandb", "mlflow"):
         with pytest.raises(InputError, match=f"create_{name}_logger=true needs .*pip install"):
             check_loggers(ExpManagerConfig(**{f"create_{name}_logger": True}))

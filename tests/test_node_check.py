@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_runs import small_recipe
 
-from nemo_care import node_check
-from nemo_care.node_check import gpu_errors, main, problems_of
+from nemo_care.checks import node as node_check
+from nemo_care.checks.node import gpu_errors, main, problems_of
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_care.errors import InputError
-from nemo_care.parallel.slurm import node_to_start, rendezvous_address
+from nemo_care.ranks.slurm import node_to_start, rendezvous_address
 
 STEP = {
     "SLURM_JOB_ID": "70123",
@@ -24,8 +24,8 @@ STEP = {
 }
 STARTER = """
 import sys
-from nemo_care.parallel.launch import start_ranks
-from nemo_care.parallel.slurm import node_to_start
+from nemo_care.ranks.launch import start_ranks
+from nemo_care.ranks.slurm import node_to_start
 if __name__ == "__main__":
     sys.exit(start_ranks(2, [sys.argv[1]], node_to_start(2, 2)))
 """

@@ -11,7 +11,7 @@ from bad_numbers import inject
 from small_runs import small_recipe, small_trainer
 from test_training import lines, weights, without_timing
 
-from nemo_care.parallel import host_memory
+from nemo_care.megatron import host_memory
 
 PROGRAM = Path(__file__).parent / "optimizer_offload_program.py"
 

@@ -4,8 +4,8 @@ import json
 import subprocess
 from pathlib import Path
 
-from nemo_care.origin import origin
-from nemo_care.run_files import RunFiles
+from nemo_care.runs.files import RunFiles
+from nemo_care.runs.origin import origin
 
 
 def test_a_start_names_commit_and_versions(monkeypatch):

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from nemo_care.cli import main
 from nemo_care.errors import InputError
-from nemo_care.json_lines import append_lines, replace_file
-from nemo_care.os_errors import naming
-from nemo_care.parallel.launch import guarded
-from nemo_care.parallel.open_files import allow_open_files
+from nemo_care.files.json_lines import append_lines, replace_file
+from nemo_care.process.os_errors import naming
+from nemo_care.ranks.launch import guarded
+from nemo_care.ranks.open_files import allow_open_files
 
 REPOSITORY = Path(__file__).parent.parent
 FULL = Path("/dev/full")
@@ -112,9 +112,7 @@ def test_a_run_directory_that_can_not_be_made(run, world, tmp_path, command):
 
 
 def test_output_that_finds_no_room_or_no_reader(tmp_path):
-    program = (
-        "import sys; from nemo_care.parallel.launch import guarded; sys.exit(guarded(print, 1))"
-    )
+    program = "import sys; from nemo_care.ranks.launch import guarded; sys.exit(guarded(print, 1))"
     command = [sys.executable, "-c", program]
     # What is printed waits in a buffer, as it does for users.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

@@ -14,11 +14,11 @@ import pytest
 import torch
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.algorithms.reward_functions import load_rewards, reward_value
-from nemo_care.config import AlgorithmConfig
 from nemo_care.data.samples import Sample
 from nemo_care.errors import InputError
 from nemo_care.objective.rewards import base_reward
+from nemo_care.recipe.algorithm import AlgorithmConfig
+from nemo_care.scoring.reward_functions import load_rewards, reward_value
 
 REPOSITORY = Path(__file__).parent.parent
 SAMPLE = Sample("the-prompt", "which way ?", "B")

@@ -6,10 +6,10 @@ from made_groups import make_groups, make_prompts
 
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
-from nemo_care.parallel.process_groups import Layout
-from nemo_care.rollouts.batches import BatchLayout
-from nemo_care.rollouts.group import Completion, Group
-from nemo_care.rollouts.packed import pack_group, packed_groups
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.groups.group import Completion, Group
+from nemo_care.groups.packed import pack_group, packed_groups
+from nemo_care.ranks.process_groups import Layout
 
 
 @pytest.fixture(scope="module")

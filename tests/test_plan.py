@@ -12,17 +12,17 @@ import torch
 from made_shapes import LENGTHS, PACKAGED, plan_recipe, write_small_shape
 from torch.autograd.graph import saved_tensors_hooks
 
-from nemo_care.algorithms.build import build_model
-from nemo_care.algorithms.policy import Policy
-from nemo_care.config import Recipe
 from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.megatron.optimizer import initialise_adamw_state
 from nemo_care.models.qwen2_5_vl import ModelInputs
-from nemo_care.parallel.optimizer import initialise_adamw_state
 from nemo_care.planning.shapes import lengths_of, made_group, read_model_shape
-from nemo_care.rollouts.batches import BatchLayout
+from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.megatron import Decoding, MegatronGenerator
 from nemo_care.scoring.reference import Reference
+from nemo_care.training.build import build_model
+from nemo_care.training.policy import Policy
 
 PROGRAM = Path(__file__).parent / "plan_program.py"
 GRANULARITIES = ("none", "selective", "full")

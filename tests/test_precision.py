@@ -8,10 +8,8 @@ from made_groups import make_groups, make_prompts
 from small_runs import small_recipe, small_trainer
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.algorithms.build import build_model
-from nemo_care.config import Recipe, check_recipe
 from nemo_care.errors import InputError
-from nemo_care.model_config import FP8_RECIPES, FP8Config
+from nemo_care.groups.batching import BatchLayout
 from nemo_care.models.precision import (
     check_fp8,
     check_gpu,
@@ -20,14 +18,16 @@ from nemo_care.models.precision import (
     token_multiple,
 )
 from nemo_care.models.qwen2_5_vl import transformer_config
-from nemo_care.parallel.process_groups import Layout
 from nemo_care.planning.gpus import read_gpu
 from nemo_care.planning.precision import check_planned
 from nemo_care.planning.shapes import read_model_shape
-from nemo_care.recipes import compose_recipe
-from nemo_care.rollouts.batches import BatchLayout
+from nemo_care.ranks.process_groups import Layout
+from nemo_care.recipe.compose import compose_recipe
+from nemo_care.recipe.model import FP8_RECIPES, FP8Config
+from nemo_care.recipe.schema import Recipe, check_recipe
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.megatron import MegatronGenerator
+from nemo_care.training.build import build_model
 
 
 def fp8(**keys) -> FP8Config:

@@ -10,17 +10,17 @@ from golden import hf_model, log_probs
 from qwen_checkpoint import COMPLETIONS, qwen_recipe, write_qwen_checkpoint
 from small_runs import small_trainer
 
-from nemo_care.algorithms.build import load_model
 from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.groups.answer_span import find_answer_tokens
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.groups.group import Completion, Group
 from nemo_care.models.hf_config import read_hf_config
 from nemo_care.objective.text import find_answer
-from nemo_care.rollouts.answer_span import find_answer_tokens
-from nemo_care.rollouts.batches import BatchLayout
 from nemo_care.rollouts.completions import completion_of
-from nemo_care.rollouts.group import Completion, Group
-from nemo_care.scoring.score import Scorer
+from nemo_care.scoring.scorer import Scorer
+from nemo_care.training.build import load_model
 
 # Answers whose first token holds the end of the tag, and such whose does not; white space of
 # several kinds; answers that share their first token; one merged with `</`; an empty one, none.

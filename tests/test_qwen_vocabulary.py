@@ -16,9 +16,9 @@ from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import InputError
 from nemo_care.evaluation.likelihood_judge import LikelihoodJudge
-from nemo_care.rollouts.answer_span import answer_token_span, find_answer_tokens
+from nemo_care.groups.answer_span import answer_token_span, find_answer_tokens
+from nemo_care.groups.group import Group
 from nemo_care.rollouts.completions import completion_of as sampled_completion
-from nemo_care.rollouts.group import Group
 
 END = SPECIAL["<|im_end|>"]
 INNER = [

@@ -14,13 +14,13 @@ from small_runs import small_recipe, small_trainer
 from test_reporting import make_run
 
 from nemo_care.cli import main
-from nemo_care.config import recipe_yaml
+from nemo_care.commands.train import _changes, _check_folder
 from nemo_care.errors import InputError
-from nemo_care.model_source import find_checkpoint
-from nemo_care.parallel.process_groups import Ranks
-from nemo_care.recipes import read_recipe
-from nemo_care.run_files import RunFiles
-from nemo_care.train import _changes, _check_folder
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.compose import read_recipe
+from nemo_care.recipe.schema import recipe_yaml
+from nemo_care.runs.files import RunFiles
+from nemo_care.training.model_source import find_checkpoint
 
 STRAY = ("step_abc.jsonl", "step_000001.jsonl~", "step_.jsonl", "step_1e3.jsonl", "notes.jsonl")
 
@@ -195,7 +195,7 @@ def test_a_run_is_exported_with_the_recipe_of_its_checkpoint(
         def __new__(cls, *arguments, **settings):
             return ranks
 
-    monkeypatch.setattr("nemo_care.parallel.process_groups.Ranks", SharedRanks)
+    monkeypatch.setattr("nemo_care.ranks.process_groups.Ranks", SharedRanks)
     monkeypatch.setattr(ranks, "close", lambda: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     assert main(["export", str(run), str(tmp_path / "first")]) == 0
@@ -291,8 +291,8 @@ def test_replay_lists_the_steps_beside_stray_files(run, refused):
 
 def test_replay_pads_as_training_does(run, monkeypatch):
     """8-bit products of blocks, scattered over 8 ranks, need multiples of 8 x 128 tokens."""
-    from nemo_care import replay
-    from nemo_care.parallel.process_groups import Layout
+    from nemo_care.commands import replay
+    from nemo_care.ranks.process_groups import Layout
 
     recipe = read_recipe(run / "recipe.yaml")
     fp8 = recipe.model.precision.fp8
@@ -309,9 +309,9 @@ def test_replay_pads_as_training_does(run, monkeypatch):
     def policy(model, recipe, ranks, layout):
         raise SeenError(layout)
 
-    monkeypatch.setattr("nemo_care.algorithms.policy.Policy", policy)
-    monkeypatch.setattr("nemo_care.algorithms.build.build_model", lambda *_: Model())
-    monkeypatch.setattr("nemo_care.model_source.ModelSource.load", lambda *_: None)
+    monkeypatch.setattr("nemo_care.training.policy.Policy", policy)
+    monkeypatch.setattr("nemo_care.training.build.build_model", lambda *_: Model())
+    monkeypatch.setattr("nemo_care.training.model_source.ModelSource.load", lambda *_: None)
     with pytest.raises(SeenError) as seen:
         replay._replay(recipe, Eight(), run, 2)
     (layout,) = seen.value.args

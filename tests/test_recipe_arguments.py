@@ -5,8 +5,8 @@ import shlex
 import pytest
 
 from nemo_care.errors import InputError
-from nemo_care.recipe_errors import free_form_keys
-from nemo_care.recipes import compose_recipe
+from nemo_care.recipe.compose import compose_recipe
+from nemo_care.recipe.explain import free_form_keys
 
 
 def composed(*arguments, name="grpo_care_qwen2_5_vl_7b"):

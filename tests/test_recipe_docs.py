@@ -4,9 +4,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_care.config import CHOICES, RANGES, Recipe
-from nemo_care.recipe_docs import blocks, page
-from nemo_care.recipe_errors import all_keys
+from nemo_care.recipe.docs import blocks, page
+from nemo_care.recipe.explain import all_keys
+from nemo_care.recipe.schema import CHOICES, RANGES, Recipe
 
 FILE = Path(__file__).parent.parent / "docs" / "recipe.md"
 KEYS = {key.name: key for block in blocks() for key in block.keys}

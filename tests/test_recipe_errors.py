@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_care.errors import InputError
-from nemo_care.recipes import compose_recipe
+from nemo_care.recipe.compose import compose_recipe
 
 BASE = "grpo_care_qwen2_5_vl_7b"
 

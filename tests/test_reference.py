@@ -4,9 +4,9 @@ import pytest
 import torch
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.algorithms import step_watch
-from nemo_care.config import check_recipe
 from nemo_care.errors import InputError
+from nemo_care.recipe.schema import check_recipe
+from nemo_care.training import step_watch
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from bad_numbers import inject_at
 from safetensors.torch import load_file, save_file
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.config import recipe_yaml
-from nemo_care.recipes import read_recipe
+from nemo_care.recipe.compose import read_recipe
+from nemo_care.recipe.schema import recipe_yaml
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_replay_refuses_a_step_that_was_not_left_out_and_unknown_keys(run):
 
 
 def test_stored_groups_come_back_as_they_were(run, checkpoint, ranks):
-    from nemo_care.rollouts.group_files import StoredGroup, read_groups, restore_groups
+    from nemo_care.groups.files import StoredGroup, read_groups, restore_groups
 
     _, stored = read_groups(run() / "bad_steps" / "step_000002.json")
 

@@ -12,7 +12,7 @@ from made_endpoint import PATIENCE, Endpoint, ask, completion, says, serving
 from nemo_care.errors import InputError
 from nemo_care.evaluation.llm_judge import LLMJudge
 from nemo_care.evaluation.reply_cache import ReplyCache
-from nemo_care.evaluation_config import LLMJudgeConfig
+from nemo_care.recipe.evaluation import LLMJudgeConfig
 
 
 def test_replies_are_kept_for_the_next_judge(endpoint, judge):
@@ -56,7 +56,7 @@ import sys
 from pathlib import Path
 from made_endpoint import ask, completion
 from nemo_care.evaluation.llm_judge import LLMJudge
-from nemo_care.evaluation_config import LLMJudgeConfig
+from nemo_care.recipe.evaluation import LLMJudgeConfig
 
 url, cache, concurrency, first, last = sys.argv[1:]
 config = LLMJudgeConfig(base_url=url, model="judge-1", concurrency=int(concurrency))

@@ -13,14 +13,14 @@ import pytest
 from rich.console import Console
 
 from nemo_care.errors import InputError
-from nemo_care.json_lines import complete_lines
-from nemo_care.reporting.compare import compare
+from nemo_care.experiments.compare import compare
+from nemo_care.experiments.processes import available_cores, last_lines
+from nemo_care.experiments.training_runs import quoted
+from nemo_care.files.json_lines import complete_lines
 from nemo_care.reporting.page import choose_samples
-from nemo_care.reporting.processes import available_cores, last_lines
-from nemo_care.reporting.reader import last_step, read_run
 from nemo_care.reporting.report import duration, write_report
 from nemo_care.reporting.tables import validation_table
-from nemo_care.reporting.training_runs import quoted
+from nemo_care.runs.reader import last_step, read_run
 
 ATTACK = '<script>alert("x")</script> & <img src=http://evil.example/a.png>'
 METRICS = (
@@ -458,7 +458,7 @@ def test_ending_compare_ends_its_children(tmp_path, fake, number):
     code = (
         # A shell's background job ignores Ctrl-C, and hands that on to what it starts.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from pathlib import Path; from nemo_care.reporting.compare import compare; "
+        "from pathlib import Path; from nemo_care.experiments.compare import compare; "
         f"compare(['slow'], [1], Path({str(out)!r}), [], 1, None, train_command={fake!r})"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)

@@ -11,9 +11,9 @@ from bad_numbers import inject_at
 from made_background import asynchronous, stand_in_for_vllm
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.config import check_recipe, check_training
 from nemo_care.data.stream import TooManySkipped
 from nemo_care.errors import InputError, RunFailed, RunStopped
+from nemo_care.recipe.schema import check_recipe, check_training
 
 PROGRAM = Path(__file__).parent / "ahead_program.py"
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.algorithms.checkpointing import refuse_lost_checkpoints
 from nemo_care.cli import main
-from nemo_care.config import Recipe, recipe_yaml
+from nemo_care.commands.train import _changes, _check_folder
 from nemo_care.errors import AlreadyDone, InputError, RunFailed
 from nemo_care.models import weights
-from nemo_care.origin import origin
-from nemo_care.recipes import read_recipe
-from nemo_care.reporting.reader import read_run
+from nemo_care.recipe.compose import read_recipe
+from nemo_care.recipe.schema import Recipe, recipe_yaml
 from nemo_care.reporting.report import write_report
-from nemo_care.run_directory import MARKER, check_run_directory, hold_run_directory
-from nemo_care.run_files import Start
-from nemo_care.train import _changes, _check_folder
+from nemo_care.runs.directory import MARKER, check_run_directory, hold_run_directory
+from nemo_care.runs.files import Start
+from nemo_care.runs.origin import origin
+from nemo_care.runs.reader import read_run
+from nemo_care.training.checkpointing import refuse_lost_checkpoints
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -323,7 +323,7 @@ def test_a_disk_that_does_not_take_the_records_ends_the_run(recipe, ranks, tmp_p
     def broken(file):
         raise OSError(5, "Input/output error", str(file))
 
-    monkeypatch.setattr("nemo_care.run_files.sync_file", broken)
+    monkeypatch.setattr("nemo_care.runs.files.sync_file", broken)
     with pytest.raises(RunFailed, match=r"the records could not be written.*Input/output error"):
         fit(recipe, ranks, tmp_path / "broken")
     assert not list((tmp_path / "broken/checkpoints").glob("step_??????"))

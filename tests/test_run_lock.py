@@ -13,12 +13,12 @@ import time
 import pytest
 
 from nemo_care.errors import InputError
-from nemo_care.run_lock import LOCK, run_lock
+from nemo_care.runs.lock import LOCK, run_lock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from nemo_care.run_lock import run_lock
+from nemo_care.runs.lock import run_lock
 with run_lock(Path(sys.argv[1]), "train"):
     print("held", flush=True)
     time.sleep(60)

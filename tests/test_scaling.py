@@ -8,8 +8,8 @@ import pytest
 
 from nemo_care.cli import main
 from nemo_care.errors import InputError
-from nemo_care.reporting.reader import read_run
 from nemo_care.reporting.scaling import efficiencies, size_of
+from nemo_care.runs.reader import read_run
 
 RECIPE = """
 trainer: {{devices: 8, num_nodes: {nodes}}}

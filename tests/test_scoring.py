@@ -9,11 +9,11 @@ from bad_numbers import broken
 from made_groups import make_groups, make_prompts
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.algorithms.numbers import reference_is_finite
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.groups.group import Completion, Group
 from nemo_care.objective.consistency import counterfactual_bonus
-from nemo_care.rollouts.batches import BatchLayout
-from nemo_care.rollouts.group import Completion, Group
-from nemo_care.scoring.score import Scorer
+from nemo_care.scoring.scorer import Scorer
+from nemo_care.training.finite import reference_is_finite
 
 pytestmark = pytest.mark.numeric
 

@@ -6,11 +6,11 @@ import sys
 import pytest
 from rich.console import Console as RichConsole
 
-from nemo_care.algorithms.console import Console
-from nemo_care.config import Recipe
 from nemo_care.data.samples import Skipped
+from nemo_care.process.screen import console, one_line, plain, printable, say
+from nemo_care.recipe.schema import Recipe
 from nemo_care.reporting.tables import evaluation_table, validation_table
-from nemo_care.screen import console, one_line, plain, printable, say
+from nemo_care.training.console import Console
 
 # Clears the screen; sets the clipboard; a link; back to the line's start; an 8-bit escape; turns
 # the text's direction; half of a surrogate pair; a separator of lines; rich's markup and emoji.
@@ -134,7 +134,7 @@ def test_a_validation_with_a_level_like_markup_is_shown(shown):
 
 def test_an_error_is_one_line_of_text_whatever_it_quotes(capfd):
     from nemo_care.errors import InputError, RunFailed
-    from nemo_care.parallel.launch import guarded
+    from nemo_care.ranks.launch import guarded
 
     def fail(error):
         raise error

@@ -15,10 +15,10 @@ CHECKOUT = Path(__file__).parents[1]
 SCRIPT = CHECKOUT / "slurm" / "train_72b.sh"
 # In place of the training command: says what it was asked for and ends as the test wants it.
 FAKE_PYTHON = """#!/bin/bash
-if [[ $2 == nemo_care.node_check && -z ${{CHECKED:-}} ]]; then
+if [[ $2 == nemo_care.checks.node && -z ${{CHECKED:-}} ]]; then
     exec {python} "$@"
 fi
-if [[ $2 == nemo_care.node_check ]]; then
+if [[ $2 == nemo_care.checks.node ]]; then
     echo "${{VERDICT:-ok}}" > "$4/$SLURMD_NODENAME"
     exit 0
 fi
@@ -118,7 +118,7 @@ def test_node_count_overrides_environment_and_keys_reach_the_ranks(slurm, submit
     log = (tmp_path / "log").read_text()
     assert ended(job) == ("COMPLETED", "0:0"), log
     asked = (
-        f"-m nemo_care.train --config-name tiny_cpu exp_manager.explicit_log_dir={tmp_path}/run "
+        f"-m nemo_care train --config-name tiny_cpu exp_manager.explicit_log_dir={tmp_path}/run "
         "trainer.max_steps=500 trainer.seed=7 trainer.num_nodes=2"
     )
     for place in (0, 1):
@@ -160,7 +160,7 @@ def test_an_evaluation_that_is_asked_to_stop_goes_on_later(slurm, submit, tmp_pa
     slurm.run("scancel", "--signal=USR1", "--batch", number)
     slurm.start_again(number, 1)
     slurm.run("scancel", number)
-    assert "-m nemo_care.evaluate --config-name tiny_cpu" in log.read_text()
+    assert "-m nemo_care evaluate --config-name tiny_cpu" in log.read_text()
     assert "requeued, to go on from: 2" in log.read_text()
 
 

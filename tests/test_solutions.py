@@ -6,12 +6,12 @@ import time
 import pytest
 from made_data import seed_bench_r1_record, video_r1_record, write_lines
 
-from nemo_care.config import DataConfig
 from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import ANSWER_HINTS
 from nemo_care.data.solutions import normalised_solution
 from nemo_care.data.sources import read_levels, read_source, read_training
 from nemo_care.objective.rewards import PROBLEM_TYPES, accuracy_reward, evaluation_accuracy
+from nemo_care.recipe.schema import DataConfig
 
 OPTIONS = {"A": "a red cup", "B": "A Knife", "C": "12 cm", "D": "none of these"}
 GOOD = {"id": "good", "question": "which ?", "solution": "A", "options": OPTIONS}

@@ -7,8 +7,8 @@ import pytest
 from answers_program import lose_answers
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.algorithms import step_watch
 from nemo_care.errors import RunFailed
+from nemo_care.training import step_watch
 
 PROGRAM = Path(__file__).parent / "answers_program.py"
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from small_runs import small_recipe, small_trainer
 
-from nemo_care.config import seconds_of
 from nemo_care.errors import InputError, RunStopped
-from nemo_care.parallel.stop_request import StopRequest
+from nemo_care.ranks.stop_request import StopRequest
+from nemo_care.recipe.schema import seconds_of
 
 
 def lines(file):

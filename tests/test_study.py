@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from nemo_care.commands.study import main, run_study
 from nemo_care.errors import InputError
-from nemo_care.json_lines import complete_lines
-from nemo_care.study.command import main, run_study
-from nemo_care.study.config import find_study, read_study
-from nemo_care.study.docs import filled_page
-from nemo_care.study.findings import Findings
-from nemo_care.study.results import check_results, read_results
+from nemo_care.experiments.config import find_study, read_study
+from nemo_care.experiments.docs import filled_page
+from nemo_care.experiments.findings import Findings
+from nemo_care.experiments.results import check_results, read_results
+from nemo_care.files.json_lines import complete_lines
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -179,7 +179,7 @@ def test_interrupted_study_ends_its_runs_keeps_what_is_done_and_goes_on(made):
     code = (
         # A shell's background job ignores Ctrl-C, and hands that on to what it starts.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from pathlib import Path; from nemo_care.study.command import run_study; "
+        "from pathlib import Path; from nemo_care.commands.study import run_study; "
         f"run_study('mine', Path({str(made.out)!r}), config_dir={str(made.folder)!r}, jobs=1, "
         f"only=['care'], train_command={made.command!r})"
     )
@@ -259,7 +259,7 @@ def test_unknown_names_are_refused(made):
 
 @pytest.mark.parametrize("file", sorted(find_study("study_miniature").parent.glob("*.yaml")))
 def test_studies_that_come_with_the_package_are_usable(file, tmp_path):
-    from nemo_care.study.runs import study_runs
+    from nemo_care.experiments.runs import study_runs
 
     runs = study_runs(read_study(file), tmp_path, None)
     assert len({run.folder for made in runs.values() for run in made}) >= 2

@@ -12,7 +12,7 @@ import torch
 from made_groups import make_groups, make_prompts
 from safetensors.torch import load_file
 
-from nemo_care.parallel.launch import start_ranks
+from nemo_care.ranks.launch import start_ranks
 
 pytestmark = pytest.mark.skipif(
     find_spec("transformer_engine") is not None, reason="TransformerEngine is installed"

@@ -365,7 +365,7 @@ def test_prompt_longer_than_allowed_is_skipped_not_cut(recipe, ranks, tmp_path):
 
 def test_sampled_vision_tokens_are_ordinary_tokens(recipe, ranks, tmp_path):
     """A policy may sample <|video_pad|>; only the prompt's vision tokens carry features."""
-    from nemo_care.rollouts.group import Completion, Group
+    from nemo_care.groups.group import Completion, Group
 
     trainer = small_trainer(recipe, ranks, tmp_path)
     prompts, _ = trainer.prompts.next_step()

@@ -6,10 +6,10 @@ from typing import get_args, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_care.config import Recipe, check_recipe
-from nemo_care.data_config import SourceConfig
 from nemo_care.errors import InputError
-from nemo_care.recipes import compose_recipe, to_recipe
+from nemo_care.recipe.compose import compose_recipe, to_recipe
+from nemo_care.recipe.data import SourceConfig
+from nemo_care.recipe.schema import Recipe, check_recipe
 
 
 def keys_of(kind: type, schema: type = Recipe, prefix: str = "") -> list[str]:

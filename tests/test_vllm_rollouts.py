@@ -17,12 +17,13 @@ from small_runs import small_recipe, small_trainer
 from transformers import Qwen2_5_VLConfig
 from vllm_double import DoubleEngine, HostThread
 
-from nemo_care.config import Recipe, check_recipe
 from nemo_care.data.patches import PatchSize, PixelBounds, frames_to_patches
 from nemo_care.data.positions import mrope_positions
 from nemo_care.data.unpatch import patches_to_frames
 from nemo_care.errors import InputError, RunFailed
 from nemo_care.models.hf_config import read_hf_config
+from nemo_care.recipe.schema import Recipe, check_recipe
+from nemo_care.recipe.vllm import VLLMConfig
 from nemo_care.rollouts.build import check_rollouts
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.vllm.engine import Engine
@@ -33,7 +34,6 @@ from nemo_care.rollouts.vllm.placement import (
     share,
 )
 from nemo_care.rollouts.vllm.requests import RequestBuilder, seed_of, vllm_times
-from nemo_care.vllm_config import VLLMConfig
 
 SAMPLING = Sampling(group_size=3, temperature=1.0, top_p=0.95, max_tokens=8, seed=(5,))
 GREEDY = dataclasses.replace(SAMPLING, temperature=0.0)

@@ -19,11 +19,11 @@ from layout_program import gather_vocabulary
 from safetensors.torch import load_file
 from small_runs import small_recipe, small_trainer
 
+from nemo_care.groups.group import Completion, Group
 from nemo_care.models.pipeline import forward_only
 from nemo_care.models.qwen2_5_vl import ModelInputs
 from nemo_care.models.weights import export_hf
-from nemo_care.parallel.process_groups import Layout, RankEnvironment, Ranks
-from nemo_care.rollouts.group import Completion, Group
+from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 
 
 def given_groups(trainer) -> list[Group]:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_runs import small_recipe, small_trainer
 from vllm_double import KEY as SECRET
 
-from nemo_care.parallel.process_groups import Layout, RankEnvironment, Ranks
+from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.vllm.host import KEY
 

@@ -14,9 +14,9 @@ import threading
 import time
 from pathlib import Path
 
-from nemo_care.config import ExpManagerConfig
 from nemo_care.errors import InputError
-from nemo_care.experiment import start_experiment
+from nemo_care.recipe.trainer import ExpManagerConfig
+from nemo_care.training.experiment import start_experiment
 
 
 def started(folder: Path) -> str:

@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from safetensors.torch import load_file
 from small_runs import small_recipe
 
-from nemo_care.algorithms.build import load_model
 from nemo_care.errors import RunFailed
-from nemo_care.parallel.process_groups import Layout, RankEnvironment, Ranks
+from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 from nemo_care.rollouts.vllm.shared_memory import SharedMemorySender
 from nemo_care.rollouts.vllm.weight_stream import WeightStream
+from nemo_care.training.build import load_model
 
 
 class Receiver:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import InputError
-from nemo_care.json_lines import read_object
+from nemo_care.files.json_lines import read_object
 
 
 def read_checkpoint_json(file: Path) -> dict[str, Any]:

@@ -31,8 +31,8 @@ from nemo_care.data.media_errors import (
     library_reason,
     one_line,
 )
-from nemo_care.data_config import DataConfig
 from nemo_care.errors import InputError
+from nemo_care.recipe.data import DataConfig
 
 Load = Callable[[MediaRequest], Media]
 

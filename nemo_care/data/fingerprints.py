@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.data.sources import training_sources
-from nemo_care.data_config import DataConfig
+from nemo_care.recipe.data import DataConfig
 
 Fingerprints = dict[str, dict[str, Any]]
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 
-from nemo_care.ending import ASKING
+from nemo_care.process.ending import ASKING
 
 _PRELOADED = ["nemo_care.data.decoding", "nemo_care.data.video_readers", "decord"]
 # Ctrl-C, a closed terminal, Slurm and others send them to a whole process group, and mean the

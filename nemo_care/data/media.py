@@ -13,9 +13,9 @@ from nemo_care.data.images import ImageFile
 from nemo_care.data.media_errors import one_line
 from nemo_care.data.patches import Grid, PatchSize, PixelBounds, frames_to_patches, grid_of
 from nemo_care.data.video import FrameChoice, VideoFile
-from nemo_care.data_config import DataConfig
 from nemo_care.errors import InputError
-from nemo_care.quiet import silent_stderr
+from nemo_care.process.quiet import silent_stderr
+from nemo_care.recipe.data import DataConfig
 
 
 @dataclass(frozen=True)

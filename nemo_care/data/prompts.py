@@ -9,8 +9,8 @@ from nemo_care.data.media import Media, MediaRequest, MediaSettings, load_media
 from nemo_care.data.positions import mrope_positions
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import ChatTokenizer
-from nemo_care.data_config import DataConfig
 from nemo_care.errors import InputError
+from nemo_care.recipe.data import DataConfig
 
 # Our own wording; a recipe replaces it with data.prompt_template.
 DEFAULT_TEMPLATE = (

@@ -8,9 +8,9 @@ from nemo_care.data.mixing import TrainingData, epoch_shares
 from nemo_care.data.samples import too_many_skipped
 from nemo_care.data.seed_bench_r1 import read_seed_bench_r1
 from nemo_care.data.video_r1 import read_video_r1
-from nemo_care.data_config import DataConfig, SourceConfig
 from nemo_care.errors import InputError
 from nemo_care.objective.rewards import accuracy_reward, evaluation_accuracy
+from nemo_care.recipe.data import DataConfig, SourceConfig
 
 
 def read_source(

@@ -13,7 +13,7 @@ from nemo_care.data.mixing import SampleOrder, TrainingData
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Skipped, too_many_skipped
 from nemo_care.errors import InputError
-from nemo_care.parallel.process_groups import Ranks
+from nemo_care.ranks.process_groups import Ranks
 
 
 class TooManySkipped(InputError):

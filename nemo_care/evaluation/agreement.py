@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from nemo_care.errors import RunFailed
-from nemo_care.rollouts.group import Group
-from nemo_care.rollouts.group_batch import GroupBatch
-from nemo_care.scoring.score import Scorer, Table
+from nemo_care.groups.batch import GroupBatch
+from nemo_care.groups.group import Group
+from nemo_care.scoring.scorer import Scorer, Table
 
 
 def check_agreement(scorer: Scorer, groups: Sequence[Group], bound: float) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nemo_care.config import Recipe
 from nemo_care.data.loader import PromptLoader
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.agreement import check_agreement
@@ -12,11 +11,12 @@ from nemo_care.evaluation.judges import Judge, LeaderJudge, NoJudge, RuleJudge
 from nemo_care.evaluation.likelihood_judge import LikelihoodJudge, Likelihoods
 from nemo_care.evaluation.llm_judge import LLMJudge
 from nemo_care.evaluation.probe import ForcedReasoningProbe
-from nemo_care.parallel.process_groups import Ranks
+from nemo_care.groups.group import Group
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.build import build_generator
 from nemo_care.rollouts.generator import Generator
-from nemo_care.rollouts.group import Group
-from nemo_care.scoring.score import Scorer
+from nemo_care.scoring.scorer import Scorer
 
 
 def build_evaluator(

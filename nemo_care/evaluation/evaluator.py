@@ -10,16 +10,16 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from nemo_care.config import EvaluationConfig
 from nemo_care.data.loader import Numbered, PromptLoader
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample, Skipped
 from nemo_care.evaluation.judges import Judge, Verdict
 from nemo_care.evaluation.probe import ForcedReasoningProbe
 from nemo_care.evaluation.rows import Row, completion_row
-from nemo_care.parallel.process_groups import Ranks
+from nemo_care.groups.group import Group
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.schema import EvaluationConfig
 from nemo_care.rollouts.generator import Generator, Sampling
-from nemo_care.rollouts.group import Group
 
 # Tells an evaluation's random numbers from those of training.
 _SEED_DOMAIN = 1

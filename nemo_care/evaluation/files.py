@@ -16,7 +16,7 @@ from nemo_care.errors import InputError
 from nemo_care.evaluation.evaluator import Evaluated
 from nemo_care.evaluation.results import Results, level_results
 from nemo_care.evaluation.rows import PROBE, ROW, Row
-from nemo_care.json_lines import (
+from nemo_care.files.json_lines import (
     Kinds,
     Record,
     append_lines,

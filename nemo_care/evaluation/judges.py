@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nemo_care.data.samples import Sample
+from nemo_care.groups.group import Group
 from nemo_care.objective.text import parse_completion
-from nemo_care.parallel.process_groups import Ranks
-from nemo_care.rollouts.group import Group
+from nemo_care.ranks.process_groups import Ranks
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.judges import Verdict, known
+from nemo_care.groups.answer_span import find_answer_tokens
+from nemo_care.groups.group import Completion, Group
 from nemo_care.objective.text import ANSWER_OPEN, extract_answer
-from nemo_care.rollouts.answer_span import find_answer_tokens
-from nemo_care.rollouts.group import Completion, Group
 
 Likelihoods = Callable[[Sequence[Group]], list[torch.Tensor]]
 """Likelihood of each completion's answer under the reference, float32 [G] per group."""

@@ -25,8 +25,8 @@ from nemo_care.errors import InputError
 from nemo_care.evaluation.bounded_client import ODD_REPLY, BoundedClient
 from nemo_care.evaluation.judges import Verdict
 from nemo_care.evaluation.reply_cache import ReplyCache
-from nemo_care.evaluation_config import LLMJudgeConfig, check_llm_judge
 from nemo_care.objective.text import parse_completion
+from nemo_care.recipe.evaluation import LLMJudgeConfig, check_llm_judge
 
 # Our own wording; a recipe replaces it with evaluation.llm.prompt_template.
 DEFAULT_TEMPLATE = """\

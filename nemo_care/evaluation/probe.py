@@ -12,9 +12,9 @@ import torch
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.rows import Row
-from nemo_care.rollouts.answer_span import answer_token_span
-from nemo_care.rollouts.group import Completion, Group
-from nemo_care.scoring.score import Scorer
+from nemo_care.groups.answer_span import answer_token_span
+from nemo_care.groups.group import Completion, Group
+from nemo_care.scoring.scorer import Scorer
 
 _FORCED = "<think> {reasoning} </think> <answer> {answer} </answer>"
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from nemo_care.json_lines import Kinds
+from nemo_care.files.json_lines import Kinds
+from nemo_care.groups.group import Group
 from nemo_care.objective.rewards import evaluation_accuracy, format_reward
 from nemo_care.objective.text import parse_completion
-from nemo_care.rollouts.group import Group
 
 Row = dict[str, Any]
 

@@ -10,10 +10,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from nemo_care.config import Recipe
 from nemo_care.data.prompts import DEFAULT_TEMPLATE
 from nemo_care.evaluation import llm_judge
-from nemo_care.json_lines import Record
+from nemo_care.files.json_lines import Record
+from nemo_care.recipe.schema import Recipe
 
 _KEYS = (
     "trainer.seed",

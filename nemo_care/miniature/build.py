@@ -15,7 +15,7 @@ from nemo_care.errors import InputError
 from nemo_care.miniature.checkpoint import build_model, save_checkpoint
 from nemo_care.miniature.gate import Gate, GateNotPassed, measure_gate
 from nemo_care.miniature.warm_start import warm_start
-from nemo_care.screen import one_line, say
+from nemo_care.process.screen import one_line, say
 
 CHECKPOINT = Path(__file__).parent / "checkpoint_warm"
 GATE_FILE = "gate.json"

@@ -9,9 +9,9 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from nemo_care.files.tensors import usual_mode
 from nemo_care.miniature.tokenizer import build_tokenizer
 from nemo_care.miniature.vocabulary import END, IMAGE_PAD, PAD, TOKEN_ID, VIDEO_PAD, WORDS
-from nemo_care.tensor_files import usual_mode
 
 TEXT_LAYERS = 4
 TEXT_HIDDEN = 64

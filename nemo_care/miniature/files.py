@@ -21,7 +21,7 @@ from nemo_care.miniature.world import (
     draw_level,
     draw_wrong_directions,
 )
-from nemo_care.os_errors import naming
+from nemo_care.process.os_errors import naming
 
 WORLD_FILE = "world.json"
 # Raise it when the same seed would give other files.

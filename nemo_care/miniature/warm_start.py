@@ -33,7 +33,7 @@ from nemo_care.miniature.vocabulary import (
     encode,
 )
 from nemo_care.miniature.world import TEMPLATES, Question, ask, draw_scenes
-from nemo_care.screen import say
+from nemo_care.process.screen import say
 
 BATCH = 96
 REVERSE_QUESTIONS = 0.2

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from nemo_care.parallel import host_memory
+from nemo_care.megatron import host_memory
 
 
 class WeightAverage:

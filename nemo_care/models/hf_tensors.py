@@ -14,7 +14,7 @@ from transformers import Qwen2_5_VLConfig
 from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
 from nemo_care.models.hf_config import read_hf_config
-from nemo_care.screen import say
+from nemo_care.process.screen import say
 
 INDEX = "model.safetensors.index.json"
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"

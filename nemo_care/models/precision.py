@@ -16,8 +16,8 @@ from megatron.core.transformer import TransformerConfig
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
-from nemo_care.model_config import FP8Config, ModelConfig
-from nemo_care.parallel.process_groups import Layout
+from nemo_care.ranks.process_groups import Layout
+from nemo_care.recipe.model import FP8Config, ModelConfig
 
 _KEY = "model.precision.fp8"
 # Compute capability, and in words.

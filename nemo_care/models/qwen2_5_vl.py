@@ -27,14 +27,14 @@ from megatron.core.transformer.module import MegatronModule
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
-from nemo_care.model_config import FP8Config
 from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.layer_specs import layer_spec
 from nemo_care.models.log_probs import token_log_probs
 from nemo_care.models.precision import check_fp8, fp8_arguments
 from nemo_care.models.segments import PackedSegments
 from nemo_care.models.vision_attention import WINDOW_ATTENTION
-from nemo_care.parallel.process_groups import Layout
+from nemo_care.ranks.process_groups import Layout
+from nemo_care.recipe.model import FP8Config
 
 # Independent of the tensor-parallel size, so that a checkpoint of any layout fits any other.
 _VOCABULARY_MULTIPLE = 128

@@ -20,10 +20,10 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
+from nemo_care.files.tensors import save_tensors
 from nemo_care.models.hf_tensors import INDEX, HFTensors
 from nemo_care.models.qwen2_5_vl import Qwen25VL, padded_vocabulary
-from nemo_care.os_errors import naming
-from nemo_care.tensor_files import save_tensors
+from nemo_care.process.os_errors import naming
 
 _PART_BYTES = 5 * 10**9
 # What goes with the weights: configuration, tokenizer, processors. Nothing else that lies there.

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from math import floor
 from typing import Any
 
-from nemo_care.config import needs_reference
 from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import check_layout
-from nemo_care.parallel.process_groups import Layout
 from nemo_care.planning.engines import EnginePlan, beside, engine_plan
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.plan import GRANULARITIES, Plan, StagePlan
-from nemo_care.preflight import layout_of
+from nemo_care.ranks.process_groups import Layout
+from nemo_care.recipe.schema import needs_reference
+from nemo_care.recipe.vllm import check_vllm
 from nemo_care.rollouts.build import check_engines
-from nemo_care.vllm_config import check_vllm
 
 Peaks = dict[str, float]
 # A change that leaves more of the peak than this is not worth a line.
@@ -138,7 +137,7 @@ def _layouts(plan: Plan) -> Iterator[_Change]:
         elif world % ranks and 2 * world % ranks == 0 and _divides(plan, layout, 2):
             yield _Change(f"{more} {overrides}", "twice the machines", _halved(plan))
     whole = recipe.algorithm.prompts_per_step % (2 * world // (tensor * pipeline)) == 0
-    if whole and _divides(plan, layout_of(recipe), 2):
+    if whole and _divides(plan, Layout.of(recipe), 2):
         offload = recipe.optimizer.offload
         change = _half_the_step if offload else _half_the_optimizer
         yield _Change(more, "twice the machines", change)

@@ -1,6 +1,6 @@
 """How many replicas, prompts and micro-batches a recipe makes."""
 
-from nemo_care.config import Recipe
+from nemo_care.recipe.schema import Recipe
 
 
 def replicas_of(recipe: Recipe) -> int:

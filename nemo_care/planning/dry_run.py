@@ -11,15 +11,15 @@ from rich.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nemo_care.config import Recipe
+from nemo_care.checkpoints.store import sharding_metadata
 from nemo_care.errors import InputError
-from nemo_care.parallel.checkpoints import sharding_metadata
 from nemo_care.planning.advice import remedies
 from nemo_care.planning.counts import in_flight
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.plan import Plan, make_plan
 from nemo_care.planning.stage import Stage, built_stage
 from nemo_care.planning.tables import markdown_table
+from nemo_care.recipe.schema import Recipe
 
 # torch's operators: what they do, and which argument holds what a rank sends or receives.
 _OPERATORS = {

@@ -21,7 +21,7 @@ from torch.nn.attention.bias import CausalBias
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from nemo_care.parallel import host_memory
+from nemo_care.megatron import host_memory
 
 aten = torch.ops.aten
 _FACTORIES = {aten.empty.memory_format, aten.zeros.default, aten.ones.default}

@@ -6,7 +6,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nemo_care.config import Recipe, check_world, needs_reference
 from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of, replicas_of
 from nemo_care.planning.engines import (
@@ -28,7 +27,8 @@ from nemo_care.planning.shapes import (
 )
 from nemo_care.planning.stage import StageBuild, StageUse, built_stage
 from nemo_care.planning.work import Clock, Efficiency, StepTime, packed_tokens, step_flops
-from nemo_care.preflight import layout_of
+from nemo_care.ranks.process_groups import Layout
+from nemo_care.recipe.schema import Recipe, check_world, needs_reference
 from nemo_care.rollouts.build import check_engines
 
 PHASES = ("rollout", "validation", "scoring", "update")
@@ -264,7 +264,7 @@ def make_plan(recipe: Recipe, question: Question, *, compare: bool = True) -> Pl
         InputError: a layout that does not fit the model or the world, or an unknown model.
     """
     shape = read_model_shape(recipe.model.hf_path)
-    check_layout(shape.hf, layout_of(recipe))
+    check_layout(shape.hf, Layout.of(recipe))
     check_world(recipe)
     check_planned(recipe, shape.hf, question.gpu)
     check_engines(recipe, shape.hf)

@@ -11,13 +11,13 @@ from copy import deepcopy
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.config import Recipe, needs_reference
 from nemo_care.errors import InputError
-from nemo_care.model_config import FP8Config
 from nemo_care.models.precision import check_fp8, check_gpu
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.planning.gpus import Gpu
-from nemo_care.preflight import layout_of
+from nemo_care.ranks.process_groups import Layout
+from nemo_care.recipe.model import FP8Config
+from nemo_care.recipe.schema import Recipe, needs_reference
 
 _PRODUCTS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 # The CUDA of the machine that is planned for is not known: the newest that a recipe may ask for.
@@ -42,7 +42,7 @@ def check_planned(recipe: Recipe, hf: Qwen2_5_VLConfig, gpu: Gpu) -> None:
     fp8 = recipe.model.precision.fp8
     if not fp8.enabled:
         return
-    check_fp8(fp8, hf, layout_of(recipe))
+    check_fp8(fp8, hf, Layout.of(recipe))
     try:
         check_gpu(fp8, gpu.capability, _ASSUMED_CUDA)
     except InputError as error:

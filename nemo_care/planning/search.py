@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from nemo_care.config import Recipe, check_recipe, needs_reference
 from nemo_care.errors import InputError
 from nemo_care.models.qwen2_5_vl import check_layout
 from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of, replicas_of
@@ -26,8 +25,9 @@ from nemo_care.planning.shapes import ModelShape, longest_lengths, read_model_sh
 from nemo_care.planning.stage import StageBuild, built_stage
 from nemo_care.planning.tables import gib, markdown_table
 from nemo_care.planning.work import Clock, StepTime
-from nemo_care.preflight import layout_of
-from nemo_care.rollout_config import RolloutConfig
+from nemo_care.ranks.process_groups import Layout
+from nemo_care.recipe.rollout import RolloutConfig
+from nemo_care.recipe.schema import Recipe, check_recipe, needs_reference
 from nemo_care.rollouts.build import check_engines
 
 _GROUPS = (1, 2, 4)
@@ -173,7 +173,7 @@ def _layouts(
         changed.model.sequence_parallel = tensor > 1
         try:
             check_recipe(changed)
-            check_layout(shape.hf, layout_of(changed))
+            check_layout(shape.hf, Layout.of(changed))
             check_planned(changed, shape.hf, gpu)
             check_engines(changed, shape.hf)
         except InputError:

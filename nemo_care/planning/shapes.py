@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.config import Recipe
 from nemo_care.data.media import MediaSettings
 from nemo_care.data.patches import Grid, grid_of
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
 from nemo_care.errors import InputError
+from nemo_care.groups.group import Completion, Group
 from nemo_care.models.hf_config import read_hf_config
-from nemo_care.rollouts.group import Completion, Group
+from nemo_care.recipe.schema import Recipe
 
 _CONFIGURATIONS = Path(__file__).parent / "configurations"
 # Tokens of the chat template, the question, its options and the answer's form.

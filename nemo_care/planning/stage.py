@@ -10,25 +10,25 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nemo_care.algorithms.build import build_model
-from nemo_care.algorithms.policy import Policy
-from nemo_care.config import Recipe, needs_reference
 from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.groups.batch import GroupBatch
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.groups.group import Group
+from nemo_care.megatron.optimizer import optimizer_parts
 from nemo_care.models.qwen2_5_vl import Qwen25VL
-from nemo_care.parallel.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
-from nemo_care.parallel.optimizer import optimizer_parts
 from nemo_care.planning.counts import prompts_of
+from nemo_care.planning.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
 from nemo_care.planning.meta_memory import MetaMemory, flash_attention
 from nemo_care.planning.precision import as_built, fp8_copies
 from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt, patch_width
-from nemo_care.preflight import layout_of
-from nemo_care.rollouts.batches import BatchLayout
+from nemo_care.ranks.process_groups import Layout
+from nemo_care.recipe.schema import Recipe, needs_reference
 from nemo_care.rollouts.generator import Sampling
-from nemo_care.rollouts.group import Group
-from nemo_care.rollouts.group_batch import GroupBatch
 from nemo_care.rollouts.megatron import Decoding, MegatronGenerator
 from nemo_care.scoring.reference import Reference
-from nemo_care.scoring.score import Scorer
+from nemo_care.scoring.scorer import Scorer
+from nemo_care.training.build import build_model
+from nemo_care.training.policy import Policy
 
 _WINDOWS_TOGETHER = "nemo_care_flash_attention"
 
@@ -350,7 +350,7 @@ def built_stage(
         InputError: the layout does not fit the world.
     """
     world = recipe.trainer.devices * recipe.trainer.num_nodes
-    parallel = layout_of(recipe)
+    parallel = Layout.of(recipe)
     memory = MetaMemory()
     with fake_world(parallel, stage_rank(parallel, number, world), world) as ranks, memory:
         layout = BatchLayout.of_recipe(recipe, parallel, pad_id=0)

@@ -7,13 +7,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nemo_care.config import Recipe
 from nemo_care.planning.counts import micro_batches_of
 from nemo_care.planning.engines import EnginePlan
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.plan import GRANULARITIES, PHASES, Plan, StagePlan
 from nemo_care.planning.precision import precision_in_words
-from nemo_care.screen import console
+from nemo_care.process.screen import console
+from nemo_care.recipe.schema import Recipe
 
 _FOOTNOTE = (
     "Counted by running the step's own code for its shapes, without memory or values, in a world "

@@ -20,8 +20,8 @@ from nemo_care.reporting.figures import (
     save,
 )
 from nemo_care.reporting.panels import SHEETS, Panel, Sheet
-from nemo_care.reporting.reader import RunRecord, number
 from nemo_care.reporting.tables import level_names
+from nemo_care.runs.reader import RunRecord, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_care.checks.data import CAUSES, FileReport, Length, Problem
 from nemo_care.data.annotations import shown
-from nemo_care.data.check import CAUSES, FileReport, Length, Problem
-from nemo_care.data_config import DataConfig
-from nemo_care.screen import one_line, plain
+from nemo_care.process.screen import one_line, plain
+from nemo_care.recipe.data import DataConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_care.os_errors import naming
+from nemo_care.process.os_errors import naming
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from nemo_care.json_lines import Kinds, Record, complete_lines
-from nemo_care.reporting.reader import number
+from nemo_care.files.json_lines import Kinds, Record, complete_lines
+from nemo_care.runs.reader import number
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2329; --soft: #5c6770; --back: #ffffff;

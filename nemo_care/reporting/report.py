@@ -5,10 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nemo_care.os_errors import naming
+from nemo_care.process.os_errors import naming
 from nemo_care.reporting import page
 from nemo_care.reporting.curves import SMOOTHED_STEPS, draw_curves
-from nemo_care.reporting.reader import RunRecord, read_run
 from nemo_care.reporting.tables import (
     COLUMNS,
     change,
@@ -16,7 +15,8 @@ from nemo_care.reporting.tables import (
     result_notes,
     shown_columns,
 )
-from nemo_care.run_files import step_of_file
+from nemo_care.runs.files import step_of_file
+from nemo_care.runs.reader import RunRecord, read_run
 
 _SETTINGS = {
     "model": "model.hf_path",

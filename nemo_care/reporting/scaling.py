@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_care.errors import InputError
-from nemo_care.os_errors import naming
+from nemo_care.process.os_errors import naming
 from nemo_care.reporting import page
 from nemo_care.reporting.figures import COLOURS, OTHER, Curve, finish, new_sheet, save
-from nemo_care.reporting.reader import RunRecord, read_run
+from nemo_care.runs.reader import RunRecord, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

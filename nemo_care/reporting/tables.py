@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_care.reporting.reader import Levels, RunRecord, number
-from nemo_care.screen import plain
+from nemo_care.process.screen import plain
+from nemo_care.runs.reader import Levels, RunRecord, number
 
 if TYPE_CHECKING:
     from rich.table import Table

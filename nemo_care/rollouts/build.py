@@ -6,12 +6,12 @@ from pathlib import Path
 
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.config import Recipe
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import InputError
 from nemo_care.models.hf_config import read_hf_config
 from nemo_care.models.qwen2_5_vl import Qwen25VL
-from nemo_care.parallel.process_groups import Ranks
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.generator import Generator
 from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.rollouts.vllm.fleet import Fleet, hosts_key, sleep_level

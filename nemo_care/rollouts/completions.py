@@ -3,8 +3,8 @@
 import torch
 
 from nemo_care.data.tokenizer import ChatTokenizer
-from nemo_care.rollouts.answer_span import find_answer_tokens
-from nemo_care.rollouts.group import Completion
+from nemo_care.groups.answer_span import find_answer_tokens
+from nemo_care.groups.group import Completion
 
 
 def completion_of(

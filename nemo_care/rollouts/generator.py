@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from nemo_care.data.prompts import Prompt
-from nemo_care.rollouts.group import Group
+from nemo_care.groups.group import Group
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,18 @@ import torch.nn.functional as F
 
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.tokenizer import ChatTokenizer
-from nemo_care.model_config import FP8Config
+from nemo_care.groups.batch import model_inputs
+from nemo_care.groups.group import Group
+from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.pipeline import forward_only
 from nemo_care.models.precision import computing, decoding_multiple
 from nemo_care.models.qwen2_5_vl import ModelInputs, Qwen25VL
 from nemo_care.models.segments import PackedSegments, Segment
-from nemo_care.parallel.cpu_compat import compute_device
-from nemo_care.parallel.process_groups import Ranks
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.model import FP8Config
 from nemo_care.rollouts.completions import completion_of
 from nemo_care.rollouts.generator import Sampling
-from nemo_care.rollouts.group import Group
-from nemo_care.rollouts.group_batch import model_inputs
 from nemo_care.rollouts.sampling import sample_tokens, uniform_numbers
 
 

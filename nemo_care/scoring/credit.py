@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_care.config import AlgorithmConfig, ConsistencyConfig
+from nemo_care.groups.group import Group
+from nemo_care.megatron.cpu import compute_device
 from nemo_care.objective.advantages import ADVANTAGES
 from nemo_care.objective.bonuses import BONUSES, BonusInputs
 from nemo_care.objective.consistency import selection
-from nemo_care.parallel.cpu_compat import compute_device
-from nemo_care.parallel.process_groups import Ranks
-from nemo_care.rollouts.group import Group
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.algorithm import AlgorithmConfig, ConsistencyConfig
 
 
 class Credit:

@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 
-from nemo_care.config import AlgorithmConfig
+from nemo_care.groups.batch import GroupBatch
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.groups.group import Group
 from nemo_care.models.ema import WeightAverage
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.objective.consistency import answer_likelihood
-from nemo_care.parallel.process_groups import Ranks
-from nemo_care.rollouts.batches import BatchLayout
-from nemo_care.rollouts.group import Group
-from nemo_care.rollouts.group_batch import GroupBatch
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.algorithm import AlgorithmConfig
 from nemo_care.scoring.credit import needs_pairs
-from nemo_care.scoring.score import Scorer, Table
+from nemo_care.scoring.scorer import Scorer, Table
 
 PREFIX = "reference."
 

@@ -60,10 +60,10 @@ def load_or_hang(request: "MediaRequest") -> "Media":
 
 
 def _in_phase(phase: str, step: int, strike: Callable[[], None]) -> None:
-    from nemo_care.algorithms.console import Console
-    from nemo_care.algorithms.grpo_care import GRPOCareTrainer
+    from nemo_care.checkpoints.manifest import HashedFile
     from nemo_care.models.qwen2_5_vl import Qwen25VL
-    from nemo_care.parallel.manifest import HashedFile
+    from nemo_care.training.console import Console
+    from nemo_care.training.trainer import GRPOCareTrainer
 
     now: dict[str, Any] = {"phase": None, "step": 0, "calls": 0}
     run_training_step, show, forward = (

@@ -21,7 +21,7 @@ def test_a_second_start_in_the_directory_of_a_run_is_refused(run, undisturbed, r
     evaluation = run.server.start(
         1,
         [
-            *("-m", "nemo_care.evaluate", "--config-name", "tiny_cpu"),
+            *("-m", "nemo_care", "evaluate", "--config-name", "tiny_cpu"),
             *("data.validation.kind=jsonl", f"data.validation.root={run.world}"),
             f"exp_manager.explicit_log_dir={run.folder}",
         ],

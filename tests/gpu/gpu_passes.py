@@ -7,15 +7,15 @@ import pytest
 import torch
 from small_runs import small_recipe
 
-from nemo_care.algorithms.build import load_model
-from nemo_care.config import Recipe
 from nemo_care.data.prompts import Prompt
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.groups.group import Group
+from nemo_care.megatron.optimizer import wrap_data_parallel
 from nemo_care.models.pipeline import forward_backward, forward_only
 from nemo_care.objective.consistency import answer_likelihood
-from nemo_care.parallel.optimizer import wrap_data_parallel
-from nemo_care.parallel.process_groups import Ranks
-from nemo_care.rollouts.batches import BatchLayout
-from nemo_care.rollouts.group import Group
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.schema import Recipe
+from nemo_care.training.build import load_model
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from gpu_passes import Job, assert_same, needs_transformer_engine, passes_of
 
 from nemo_care.errors import InputError
-from nemo_care.model_config import FP8_RECIPES
 from nemo_care.models.precision import check_gpu
+from nemo_care.recipe.model import FP8_RECIPES
 
 pytestmark = pytest.mark.gpu
 NEAR_BF16 = {"mean": 0.1, "largest": 2.0, "gradient": 0.35}

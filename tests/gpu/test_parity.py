@@ -20,13 +20,13 @@ from gpu_passes import Job, assert_same, needs_transformer_engine, passes_of
 from layout_program import gather_weights, record_gradients
 from small_runs import small_trainer
 
-from nemo_care.algorithms.build import load_model
+from nemo_care.checkpoints.writer import _StateWriter
+from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.ema import WeightAverage
 from nemo_care.models.log_probs import token_log_probs
 from nemo_care.models.pipeline import forward_only
-from nemo_care.parallel.checkpoint_writer import _StateWriter
-from nemo_care.parallel.cpu_compat import compute_device
 from nemo_care.rollouts.generator import Sampling
+from nemo_care.training.build import load_model
 
 pytestmark = pytest.mark.gpu
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from nemo_care.errors import InputError
-from nemo_care.parallel.process_groups import Ranks
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.vllm import VLLMConfig
 from nemo_care.rollouts.vllm.engine import Engine, HostProcess
 from nemo_care.rollouts.vllm.host import KEY
 from nemo_care.rollouts.vllm.messages import EngineSettings
 from nemo_care.rollouts.vllm.placement import Share, colocate, share
-from nemo_care.vllm_config import VLLMConfig
 
 
 class Fleet:

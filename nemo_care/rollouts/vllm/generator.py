@@ -9,11 +9,11 @@ import torch
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import InputError, RunFailed
+from nemo_care.groups.group import Group
 from nemo_care.models.qwen2_5_vl import Qwen25VL
-from nemo_care.parallel.process_groups import Ranks
+from nemo_care.ranks.process_groups import Ranks
 from nemo_care.rollouts.completions import completion_of
 from nemo_care.rollouts.generator import Sampling
-from nemo_care.rollouts.group import Group
 from nemo_care.rollouts.vllm.engine import Engine
 from nemo_care.rollouts.vllm.fleet import Fleet
 from nemo_care.rollouts.vllm.messages import SampleReply

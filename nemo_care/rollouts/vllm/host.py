@@ -23,9 +23,9 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from typing import TYPE_CHECKING
 
+from nemo_care.process.screen import say
 from nemo_care.rollouts.vllm.connections import address_of, bound_sending, greet, hang_up
 from nemo_care.rollouts.vllm.messages import LEAVE, Call, EngineSettings, Reply
-from nemo_care.screen import say
 
 if TYPE_CHECKING:
     from nemo_care.rollouts.vllm.llm import Engine

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
-from nemo_care.vllm_config import VLLMConfig
+from nemo_care.recipe.vllm import VLLMConfig
 
 
 @dataclass(frozen=True)

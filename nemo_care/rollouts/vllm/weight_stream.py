@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.models.weights import iterate_hf_weights
-from nemo_care.parallel.process_groups import Ranks
+from nemo_care.ranks.process_groups import Ranks
 
 
 class Described(NamedTuple):

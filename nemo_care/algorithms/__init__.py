@@ -1,1 +1,0 @@
-"""The training algorithm: policy update, trainer, what a run records."""

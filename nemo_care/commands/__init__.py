@@ -1,0 +1,1 @@
+"""The subcommands of `nemo-care`, and how a command becomes ranks."""

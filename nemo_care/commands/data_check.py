@@ -1,0 +1,237 @@
+"""Entry of `nemo-care data check`: finds what a run could not use before the run does.
+
+Needs the checkpoint's configuration and tokenizer, and neither its weights nor ranks, Megatron or
+NeMo: torch and transformers are imported while the fork server does the same.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_care.data.fork_server import start_fork_server
+from nemo_care.errors import InputError
+from nemo_care.process.os_errors import naming
+from nemo_care.process.quiet import quiet_libraries
+from nemo_care.process.screen import console, say
+from nemo_care.recipe.compose import compose_recipe
+from nemo_care.recipe.data import for_validation
+from nemo_care.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from nemo_care.checks.data import FileReport
+    from nemo_care.data.decoding import Load
+
+_USAGE = "nemo-care data check --config-name RECIPE [options] [key=value ...]"
+_DESCRIPTION = """\
+Read all training and validation data of a recipe as a run would, and report what it could not use:
+bad lines of the annotations, files that are missing or can't be decoded, prompts that are too long.
+Ends with status 0 when everything is usable, 2 when anything is not."""
+_EPILOG = """\
+Recipes and overrides are those of `nemo-care train`; --config-path FOLDER adds recipes of your own.
+The checkpoint (model.hf_path) needs its config and tokenizer, but no weights. For example:
+
+  nemo-care data check --config-name mine --limit 200                          a first look
+  nemo-care data check --config-name mine --sizes-only                         all files, quickly
+  nemo-care data check --config-name mine data.max_prompt_tokens=8192          what would not fit
+  nemo-care data check --config-name mine data.validation.annotations=null     training data only"""
+
+
+def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and what is left for the recipe."""
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(
+        prog="nemo-care data check",
+        usage=_USAGE,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=cores,
+        metavar="N",
+        help=f"processes that decode (default: {cores}, the cores that this command may use); "
+        "0: decode in this one, where nothing ends a file that hangs or crashes it",
+    )
+    parser.add_argument(
+        "--sizes-only",
+        action="store_true",
+        help="open every file and decode only the first frame of each video: finds missing and "
+        "broken files and all lengths, but no file that is damaged further on",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="look at N samples of each annotations file, spread evenly over it",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("data_check.json"),
+        metavar="FILE",
+        help="where to write the whole report, with every problem (default: data_check.json)",
+    )
+    return parser.parse_known_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line of `nemo-care data check`; returns the exit status."""
+    options, rest = _options(arguments)
+    quiet_libraries()
+    if options.workers > 0:
+        start_fork_server()
+    from nemo_care.ranks.launch import guarded
+
+    return guarded(_main, options, rest)
+
+
+def _main(options: argparse.Namespace, rest: list[str]) -> None:
+    if options.workers < 0:
+        raise InputError(f"--workers {options.workers}: must be 0 or more")
+    if options.limit is not None and options.limit < 1:
+        raise InputError(f"--limit {options.limit}: must be 1 or more")
+    recipe = compose_recipe(rest, with_nemo=False)
+    if recipe is None:
+        return
+    with _written_at_the_end(options.out) as partial:
+        reports = check_data(
+            recipe, workers=options.workers, sizes_only=options.sizes_only, limit=options.limit
+        )
+        from nemo_care.reporting.data_report import check_record
+
+        record = {
+            "sizes_only": options.sizes_only,
+            "limit": options.limit,
+            **check_record(reports, recipe.data),
+        }
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        with naming(options.out):
+            partial.write_text(text + "\n", encoding="utf-8")
+    _show(recipe, reports, options)
+
+
+@contextmanager
+def _written_at_the_end(file: Path) -> Iterator[Path]:
+    """The file to write in its place, which takes it when the block ends without an error.
+
+    Raises:
+        InputError: it can't be written; known before hours have gone into its content.
+    """
+    if file.is_dir():
+        raise InputError(f"--out {file}: is a folder; name a file in it")
+    partial = file.with_name(file.name + ".partial")
+    try:
+        partial.touch()
+    except OSError as error:
+        raise InputError(
+            f"--out {file}: can't be written ({error.strerror}); choose another"
+        ) from error
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_data(
+    recipe: Recipe,
+    *,
+    workers: int,
+    sizes_only: bool = False,
+    limit: int | None = None,
+    load: "Load | None" = None,
+) -> list["FileReport"]:
+    """A report of each annotations file that the recipe names.
+
+    Args:
+        recipe: whose `data`, `model.hf_path` and `trainer.seed` count.
+        workers: processes that decode; none are started where none are needed.
+        sizes_only: decode no more than first frames.
+        limit: samples of each file.
+        load: how a process reads the media of a sample; as a run does by default.
+
+    Raises:
+        InputError: no data, checkpoint or tokenizer, an unusable template, or a source whose weight
+            gives it no prompt.
+    """
+    from tqdm import tqdm
+
+    from nemo_care.checks.data import check_samples, data_files, read_file
+    from nemo_care.data.decoding import DecodingWorkers
+    from nemo_care.data.media import measure_media
+    from nemo_care.data.mixing import epoch_shares
+    from nemo_care.data.prompts import PromptBuilder
+    from nemo_care.data.sources import training_sources
+    from nemo_care.data.tokenizer import load_tokenizer
+    from nemo_care.miniature import ensure_files
+    from nemo_care.models.hf_config import read_hf_config
+
+    hf = read_hf_config(recipe.model.hf_path)
+    tokenizer = load_tokenizer(recipe.model.hf_path, hf)
+    builders = {
+        True: PromptBuilder(recipe.data, hf, tokenizer),
+        False: PromptBuilder(for_validation(recipe.data), hf, tokenizer),
+    }
+    read = []
+    for file in data_files(recipe.data):
+        ensure_files(file.kind, file.root)
+        say(f"reading {file.path}", file=sys.stderr)
+        read.append(read_file(file, seed=recipe.trainer.seed, limit=limit))
+    training = [report for report, _ in read if report.file.is_training]
+    if training and not any(report.error for report in training):
+        weights = [source.weight for source in training_sources(recipe.data)]
+        epoch_shares([report.samples for report in training], weights)
+    total = sum(len(samples) for _, samples in read)
+    decoding = DecodingWorkers(
+        min(workers, total),
+        seconds=recipe.data.seconds_per_sample,
+        memory_gib=recipe.data.worker_memory_gib,
+        load=load or measure_media,
+    )
+    # In a log file every state of the bar stays.
+    pause = 0.1 if sys.stderr.isatty() else 10.0
+    with (
+        closing(decoding),
+        tqdm(total=total, desc="data check", unit="sample", mininterval=pause) as bar,
+    ):
+        for report, samples in read:
+            builder = builders[report.file.is_training]
+            check_samples(
+                report, samples, builder, decoding, sizes_only=sizes_only, done=bar.update
+            )
+    return [report for report, _ in read]
+
+
+def _show(recipe: Recipe, reports: Sequence["FileReport"], options: argparse.Namespace) -> None:
+    """Print the report.
+
+    Raises:
+        InputError: something can't be used.
+    """
+    from nemo_care.reporting.data_report import print_report
+
+    screen = console(soft_wrap=True)
+    whole = options.limit is None and not options.sizes_only
+    print_report(screen, reports, recipe.data, whole=whole)
+    screen.print(f"the whole report: {options.out}")
+    count = sum(len(report.problems) for report in reports)
+    errors = sum(report.error is not None for report in reports)
+    if not count and not errors:
+        return
+    what = [f"{count:,} lines and samples"] if count else []
+    what += [f"{errors} annotations file{'s' if errors > 1 else ''}"] if errors else []
+    fraction = recipe.data.max_skipped_fraction
+    stops = any(report.stops_a_run(fraction) for report in reports)
+    raise InputError(
+        f"{' and '.join(what)} can't be used, and a run would "
+        + (f"stop (data.max_skipped_fraction={fraction:g})" if stops else "skip them and go on")
+        + f": mend or remove what {options.out} lists"
+    )

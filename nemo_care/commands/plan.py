@@ -1,0 +1,164 @@
+"""The command `nemo-care plan`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from nemo_care.errors import InputError
+from nemo_care.planning.gpus import DEFAULT_GPU, gpu_names, read_gpu
+from nemo_care.process.screen import say
+
+if TYPE_CHECKING:
+    from nemo_care.planning.plan import Question
+    from nemo_care.planning.work import Efficiency
+    from nemo_care.recipe.schema import Recipe
+
+_DESCRIPTION = """Memory, time and communication of a recipe, before it is queued.
+
+Every pipeline stage is built without memory in a fake world of as many ranks as the recipe has, and
+the step's own code runs on it. Works on any machine; no GPU is touched."""
+_EPILOG = """examples:
+  nemo-care plan --config-name tiny_cpu
+  nemo-care plan --config-path my_recipes --config-name mine --gpu h200-141gb trainer.num_nodes=4
+  nemo-care plan --config-name tiny_cpu --dry-run
+
+Everything else goes to the recipe, as in nemo-care train. Exit status: 0 a plan was made (whether
+it fits is in it: see "fits" with --json); 2 a recipe or layout that can't be used."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nemo-care plan",
+        usage="%(prog)s --config-name RECIPE [--config-path FOLDER] [key=value ...] [options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run a step of one rank of each stage, and refuse a recipe that does not fit",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="list the layouts that fit, the fastest first by estimate (minutes)",
+    )
+    parser.add_argument("--gpus", type=int, help="for --search: how many (default: the recipe's)")
+    parser.add_argument(
+        "--limit", type=int, default=5, help="for --search: how many to list (default %(default)s)"
+    )
+    parser.add_argument(
+        "--gpu", default=DEFAULT_GPU, help=f"one of {', '.join(gpu_names())} (default %(default)s)"
+    )
+    parser.add_argument("--gpu-memory-gib", type=float, help="its memory, where it is another")
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.1,
+        help="share of the memory to leave free for fragmentation (default %(default)s)",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, help="typical prompt, for times (default: one full video)"
+    )
+    parser.add_argument(
+        "--completion-tokens", type=int, help="typical completion (default: half of the longest)"
+    )
+    parser.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="an efficiency that the times assume, such as flops=0.5; may be repeated",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Make and print a plan.
+
+    Raises:
+        InputError: a recipe, layout or option that can't be used.
+    """
+    options, rest = _parser().parse_known_args(list(arguments))
+    # The fake world has no GPU, and a login node's is none of its business.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from nemo_care.recipe.compose import compose_recipe
+
+    recipe = compose_recipe(rest)
+    if recipe is None:
+        return
+    from nemo_care.planning.advice import remedies
+    from nemo_care.planning.plan import Question, make_plan, plan_as_json
+    from nemo_care.planning.tables import plan_report, print_report
+
+    if not 0 <= options.margin < 1:
+        raise InputError(f"--margin {options.margin}: must be at least 0 and below 1")
+    for name in ("prompt_tokens", "completion_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    question = Question(
+        gpu=read_gpu(options.gpu, options.gpu_memory_gib),
+        margin=options.margin,
+        prompt_tokens=options.prompt_tokens,
+        completion_tokens=options.completion_tokens,
+        efficiency=_efficiency(options.assume),
+    )
+    if options.search:
+        _search(recipe, question, options)
+        return
+    plan = make_plan(recipe, question, compare=not options.dry_run)
+    if options.dry_run:
+        from nemo_care.planning.dry_run import dry_run, dry_run_as_json, dry_run_report
+
+        runs = dry_run(plan)
+        if options.json:
+            say(json.dumps(dry_run_as_json(runs)))
+        else:
+            print_report(dry_run_report(plan, runs))
+        return
+    advice = remedies(plan)
+    if options.json:
+        say(json.dumps(plan_as_json(plan, advice)))
+    else:
+        print_report(plan_report(plan, advice))
+
+
+def _search(recipe: "Recipe", question: "Question", options: argparse.Namespace) -> None:
+    from nemo_care.planning.search import search, search_as_json, search_report
+    from nemo_care.planning.tables import print_report
+
+    def tell(line: str) -> None:
+        say(line, file=sys.stderr)
+
+    found = search(recipe, question, options.gpus, options.limit, tell)
+    if options.json:
+        say(json.dumps(search_as_json(found)))
+        return
+    gpus = options.gpus or recipe.trainer.devices * recipe.trainer.num_nodes
+    print_report(search_report(found, question, gpus, recipe.rollout))
+
+
+def _efficiency(assumptions: Sequence[str]) -> "Efficiency":
+    from nemo_care.planning.work import Efficiency
+
+    known = [field.name for field in fields(Efficiency)]
+    values = {}
+    for item in assumptions:
+        name, _, value = item.partition("=")
+        if name not in known:
+            raise InputError(f"--assume {item}: choose {', '.join(known)}")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise InputError(f"--assume {item}: {value or 'nothing'} is no number") from None
+        if values[name] <= 0:
+            raise InputError(f"--assume {item}: must be above 0")
+    return Efficiency(**values)

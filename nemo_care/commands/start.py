@@ -1,0 +1,173 @@
+"""How a command becomes ranks: a recipe is composed, checked, and run by every rank.
+
+    nemo-care COMMAND --config-name RECIPE [key=value ...]
+    python -m nemo_care.COMMAND ...                  the same
+    torchrun --nproc-per-node 8 -m nemo_care.COMMAND ...
+
+Started by hand with more than one device, the process starts the ranks itself. Started by
+torchrun, or by srun with a task per rank, it is one of them. Started by srun with a task per
+machine (as slurm/ does), it starts the ranks of its own and meets the other starters.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_care.errors import AlreadyDone, InputError, RunStopped
+from nemo_care.process.quiet import quiet_libraries
+from nemo_care.process.screen import say
+from nemo_care.recipe.compose import compose_recipe, read_recipe, recipe_names
+from nemo_care.recipe.schema import Recipe, recipe_yaml
+
+if TYPE_CHECKING:
+    from nemo_care.ranks.process_groups import RankEnvironment, Ranks
+    from nemo_care.ranks.slurm import Node
+
+# Tells a rank that this command started where the resolved recipe lies.
+_RESOLVED = "NEMO_CARE_RESOLVED_RECIPE"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What ranks are started for.
+
+    `name` is that of the subcommand and of its module. `check` refuses (with an InputError) what
+    can't work, before any rank starts; `run` does the work of one rank. `compose` makes the recipe
+    of the command line; ranks that this command starts get that recipe, and `rank_arguments` as
+    theirs.
+    """
+
+    name: str
+    purpose: str
+    examples: Sequence[str]
+    check: Callable[[Recipe], None]
+    run: Callable[[Recipe, "Ranks"], None]
+    compose: Callable[[list[str]], Recipe | None] = compose_recipe
+    rank_arguments: Sequence[str] = ()
+
+
+def start(command: Command, arguments: Sequence[str]) -> int:
+    """Run the command line of `nemo-care COMMAND`; returns the exit status."""
+    if {"-h", "--help"} & set(arguments):
+        say(_help(command))
+        return 0
+    quiet_libraries()
+    import_from_working_directory()
+    from nemo_care.ranks.launch import guarded
+
+    return guarded(_main, command, list(arguments), unwinds=False)
+
+
+def import_from_working_directory() -> None:
+    """Let a recipe name rewards that lie where the command is started, however it is started.
+
+    `python -m`, and so torchrun and our own ranks, begin their path there; the command
+    `nemo-care` begins it with the folder that holds the command.
+    """
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def _help(command: Command) -> str:
+    examples = "\n".join(f"                          {example}" for example in command.examples)
+    usage = "--config-name RECIPE [--config-path FOLDER] [key=value ...]"
+    return f"""usage: nemo-care {command.name} {usage}
+
+{command.purpose}
+
+  --config-name RECIPE  one of {", ".join(recipe_names())}, or a recipe of FOLDER
+  --config-path FOLDER  a folder with recipes of your own, which may inherit ours
+  --cfg job             print the resolved recipe and stop (all of its keys)
+  key=value             override a key, for example
+{examples}
+  GROUP=FILE            take another file of a group, or with + before it one more:
+                          data=video_r1 layout=7b_1x8_h100 +ablation=grpo
+
+All keys with types, defaults and ranges: python -m nemo_care.recipe.docs (docs/recipe.md).
+Exit status: 0 done; 1 failed; 2 a recipe or input that can't be used; 75 stopped by SIGTERM or
+SIGUSR1, 130 by Ctrl-C, 129 by SIGHUP."""
+
+
+def _main(command: Command, arguments: list[str]) -> None:
+    from nemo_care.ranks.open_files import allow_open_files
+    from nemo_care.ranks.process_groups import RankEnvironment
+    from nemo_care.ranks.slurm import node_to_start
+
+    environment = RankEnvironment.read()
+    if environment is not None and _RESOLVED in os.environ:
+        _run_rank(command, read_recipe(Path(os.environ[_RESOLVED])), environment, checked=True)
+        return
+    recipe = command.compose(arguments)
+    if recipe is None:
+        return
+    trainer = recipe.trainer
+    # Before the ranks, which inherit it, are started.
+    allow_open_files(trainer.devices * trainer.num_nodes)
+    node = node_to_start(trainer.devices, trainer.num_nodes)
+    if node is not None:
+        # The other machines' ranks wait for those of the first.
+        if node.place == 0:
+            # What is done already, the ranks of all machines find out together.
+            with suppress(AlreadyDone):
+                command.check(recipe)
+        _start_ranks(command, recipe, node)
+        return
+    if environment is not None:
+        _run_rank(command, recipe, environment, checked=False)
+        return
+    if trainer.num_nodes > 1:
+        raise InputError(
+            f"trainer.num_nodes={trainer.num_nodes}: start the run on several machines with "
+            "slurm/, srun or torchrun; this command alone starts the ranks of one"
+        )
+    command.check(recipe)
+    if trainer.devices == 1:
+        _run_rank(command, recipe, RankEnvironment(0, 1, 0), checked=True)
+        return
+    _start_ranks(command, recipe)
+
+
+def _start_ranks(command: Command, recipe: Recipe, node: "Node | None" = None) -> None:
+    """Start the ranks on this machine; they read the resolved recipe instead of composing it."""
+    import tempfile
+
+    from nemo_care.ranks.launch import start_ranks
+
+    with tempfile.TemporaryDirectory(prefix="nemo-care-") as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(recipe_yaml(recipe))
+        os.environ[_RESOLVED] = str(file)
+        program = ["-m", "nemo_care", command.name, *command.rank_arguments]
+        status = start_ranks(recipe.trainer.devices, program, node)
+    if status:
+        sys.exit(status)
+
+
+def _run_rank(
+    command: Command, recipe: Recipe, environment: "RankEnvironment", *, checked: bool
+) -> None:
+    """Be one rank, from start to end.
+
+    `checked`: the process that started this rank has checked the recipe's inputs; torchrun and
+    srun have not.
+    """
+    from nemo_care.checks.recipe import check_world_size
+    from nemo_care.ranks.process_groups import Layout, Ranks
+
+    check_world_size(recipe, environment.world_size)
+    ranks = Ranks(Layout.of(recipe), environment, cpu_threads=recipe.trainer.cpu_threads)
+    try:
+        if not checked:
+            # The files are the same for all ranks, so one of them looks.
+            ranks.from_rank_zero(lambda: command.check(recipe))
+        command.run(recipe, ranks)
+    except (RunStopped, AlreadyDone):
+        # All ranks stop together. One that leaves with open groups may die of it instead.
+        ranks.close()
+        raise
+    ranks.close()

@@ -1,0 +1,173 @@
+"""The command `nemo-care study`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_care.errors import InputError
+from nemo_care.experiments.config import Study, check_name, find_study, read_study
+from nemo_care.experiments.docs import read_page, update_docs
+from nemo_care.experiments.findings import Findings
+from nemo_care.experiments.page import BLOCKS, publish, show
+from nemo_care.experiments.processes import Failure, available_cores
+from nemo_care.experiments.results import RESULTS, Result, ResultsFile, check_results, read_results
+from nemo_care.experiments.runs import check_unchanged, claim, study_runs
+from nemo_care.experiments.training_runs import train_runs, training_command
+from nemo_care.process.screen import say
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nemo-care study",
+        description="Train variants of a recipe with several seeds each, and write tables, "
+        "figures and a page of what came out: study.html, study.md, study.json, and "
+        "results.jsonl with all numbers of each run. Runs that are done are not run again, and an "
+        "unfinished one goes on from its newest checkpoint.",
+    )
+    parser.add_argument(
+        "--config-name",
+        "-cn",
+        required=True,
+        metavar="STUDY",
+        help="a file of recipes/studies/ without .yaml, such as study_miniature",
+    )
+    parser.add_argument(
+        "--config-path",
+        "-cp",
+        metavar="DIR",
+        help="a folder with studies of your own (there or in its studies/) and recipes of your own",
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at the same time (default: one per core)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/STUDY")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="VARIANT", help="train only these variants"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="train nothing: tables and figures of this results.jsonl",
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        metavar="FILE",
+        help="a Markdown file whose blocks <!-- study:NAME --> ... <!-- /study:NAME --> get the "
+        f"fresh tables ({', '.join(BLOCKS)}); figures and results go beside it",
+    )
+    return parser
+
+
+def train_study(
+    study: Study,
+    out: Path,
+    *,
+    config_dir: str | None = None,
+    jobs: int | None = None,
+    only: Sequence[str] = (),
+    train_command: Sequence[str] | None = None,
+) -> tuple[list[Result], list[Failure]]:
+    """Train what is not trained yet; gives the results of all runs that are done.
+
+    Runs lie in `out/runs/VARIANT-seedSEED`, their output in `out/logs/`; `out/results.jsonl` has
+    a line for each finished one. `train_command` stands in for `python -m nemo_care.train`.
+
+    Raises:
+        InputError: a variant's recipe can't be used, or runs in `out` were made with other
+            overrides.
+    """
+    if jobs is not None and jobs < 1:
+        raise InputError(f"--jobs={jobs}: must be at least 1")
+    for variant in only:
+        check_name(study, variant, "--only")
+    every = study_runs(study, out, config_dir)
+    check_unchanged(every)
+    asked = [run for variant, runs in every.items() if variant in (only or every) for run in runs]
+    claim(asked)
+    results = ResultsFile(out / RESULTS, every)
+    results.refresh()
+    failures = train_runs(
+        asked,
+        training_command(train_command, config_dir),
+        out / "logs",
+        jobs or available_cores(),
+        # A study that is killed leaves what it has.
+        ended=lambda run: results.refresh(),
+    )
+    return results.refresh(), failures
+
+
+def run_study(
+    name: str,
+    out: Path,
+    *,
+    config_dir: str | None = None,
+    jobs: int | None = None,
+    only: Sequence[str] = (),
+    results_file: Path | None = None,
+    docs: Path | None = None,
+    train_command: Sequence[str] | None = None,
+) -> list[Failure]:
+    """Train a study, or read its results, and publish them.
+
+    Returns the runs that failed: the others go on, and the command line then exits with 1.
+
+    Raises:
+        InputError: a study, results or a page that can't be used; see `train_study` too.
+    """
+    file = find_study(name, config_dir)
+    study = read_study(file)
+    if docs is not None:
+        read_page(docs)  # what is wrong with it is told now, not after hours
+    failures: list[Failure] = []
+    if results_file is not None:
+        results = read_results(results_file)
+        check_results(study, results, results_file)
+    else:
+        results, failures = train_study(
+            study,
+            out,
+            config_dir=config_dir,
+            jobs=jobs,
+            only=only,
+            train_command=train_command,
+        )
+    if not results:
+        say("no run is done yet", file=sys.stderr)
+        return failures
+    findings = Findings(study, results)
+    page = publish(findings, out, file.read_text(encoding="utf-8"))
+    if docs is not None:
+        update_docs(docs, findings)
+    show(findings)
+    for written in (docs, page):
+        if written is not None:
+            say(written)
+    return failures
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.results and (options.only or options.jobs):
+        parser.error("--results trains nothing: leave out --only and --jobs")
+    from nemo_care.ranks.launch import guarded
+
+    def study() -> None:
+        failures = run_study(
+            options.config_name,
+            options.out or Path("runs") / options.config_name,
+            config_dir=options.config_path,
+            jobs=options.jobs,
+            only=options.only,
+            results_file=options.results,
+            docs=options.docs,
+        )
+        if failures:
+            sys.exit(1)
+
+    return guarded(study)

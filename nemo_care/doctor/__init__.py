@@ -1,1 +1,0 @@
-"""`nemo-care doctor`: what this machine has, and whether a recipe can run on it."""

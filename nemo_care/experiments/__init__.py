@@ -1,0 +1,1 @@
+"""Studies and comparisons: many runs, started, collected and summarised."""

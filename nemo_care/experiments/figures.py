@@ -1,0 +1,136 @@
+"""The figures of a study: a dot for each run, and curves over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_care.experiments.config import START
+from nemo_care.experiments.findings import Findings, Place
+from nemo_care.experiments.results import CURVES
+from nemo_care.reporting.figures import COLOURS, OTHER, Curve, finish, new_sheet, save
+from nemo_care.reporting.tables import level_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DOTS = "Each run after training: dots are seeds, bars their mean; dashed: before training"
+OVER_STEPS = "Over the training steps: mean over seeds, and from the least to the greatest seed"
+# Inches: a panel of dots, the room between two, a row, a letter of a variant's title.
+_PANEL, _GAP, _ROW, _LETTER = 1.9, 0.2, 0.27, 0.06
+_ABOVE, _BELOW, _MARGIN = 0.4, 0.35, 0.3
+_TITLES = {
+    "consistency_rate": "Consistency",
+    "accuracy": "Accuracy",
+    "probe_implied": "Probe implied",
+}
+_PANELS = {
+    "rollout/consistency_rate": ("Sampled completions: consistency", "share"),
+    "reward/accuracy": ("Sampled completions: accuracy", "share"),
+    "care/answer_likelihood": ("Answer likelihood under the reference", "probability"),
+}
+
+
+def draw_dots(findings: Findings, folder: Path, name: str) -> Curve | None:
+    """One row per variant: consistency, accuracy and the probe of each of its runs."""
+    from matplotlib.figure import Figure
+
+    first, last = findings.levels[:1], findings.levels[-1:]
+    panels = [
+        *findings.places("consistency_rate", first),
+        *findings.places("accuracy", dict.fromkeys([*first, *last])),
+        *findings.places("probe_implied", first),
+    ]
+    rows = [row for row in (START, *findings.study.variants) if findings.ends(row)]
+    if not panels:
+        return None
+    titles = [findings.title_of(row) for row in rows]
+    left = _LETTER * max(map(len, titles)) + _MARGIN
+    across = len(panels) * (_PANEL + _GAP)
+    width, height = left + across, _ABOVE + _ROW * len(rows) + _BELOW
+    figure = Figure(figsize=(width, height), dpi=130)
+    for place, panel in enumerate(panels):
+        x = left + place * (_PANEL + _GAP)
+        box = (x / width, _BELOW / height, _PANEL / width, _ROW * len(rows) / height)
+        _dots(figure.add_axes(box), findings, rows, panel, titles if place == 0 else None)
+    return save(figure, folder, name, DOTS)
+
+
+def _dots(
+    axes: Axes,
+    findings: Findings,
+    rows: Sequence[str],
+    panel: Place,
+    titles: Sequence[str] | None,
+) -> None:
+    level, key = panel
+    for height, row in enumerate(rows):
+        values = [level_number(end, *panel) for end in findings.ends(row).values()]
+        values = [value for value in values if not math.isnan(value)]
+        if not values:
+            continue
+        mean = math.fsum(values) / len(values)
+        colour = OTHER if row == START else COLOURS[0]
+        axes.scatter(values, [height] * len(values), s=22, color=colour, alpha=0.6, linewidths=0)
+        axes.vlines(mean, height - 0.32, height + 0.32, color=colour, linewidth=2)
+        if row == START:
+            axes.axvline(mean, color=OTHER, linewidth=0.9, linestyle="--", zorder=0)
+    axes.set_title(f"{_TITLES[key]} ({level})", fontsize=9, loc="left", fontweight="bold")
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), titles or [""] * len(rows))
+    axes.tick_params(labelsize=8, length=0)
+    axes.grid(color="#E6E6E6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def draw_curves(findings: Findings, folder: Path, name: str) -> Curve | None:
+    """The study's chosen variants over the steps."""
+    variants = [variant for variant in findings.study.curves if findings.of(variant)]
+    colours = dict(zip(variants, cycle(COLOURS), strict=False))
+    lines = {
+        key: {variant: found for variant in variants if (found := _band(findings, variant, key))}
+        for key in CURVES
+    }
+    shown = {key: bands for key, bands in lines.items() if bands}
+    if not shown:
+        return None
+    figure, places = new_sheet(len(shown))
+    named = {}
+    for axes, (key, bands) in zip(places, shown.items(), strict=True):
+        for variant, points in bands.items():
+            steps, low, mean, high = zip(*points, strict=True)
+            colour = colours[variant]
+            axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+            (named[variant],) = axes.plot(steps, mean, color=colour, linewidth=1.6)
+        # One legend for all panels: titles of variants are too long for one under each.
+        finish(axes, *_PANELS[key], share=True, from_zero=True, keys=0)
+    figure.legend(
+        [named[variant] for variant in variants if variant in named],
+        [findings.title_of(variant) for variant in variants if variant in named],
+        loc="lower center",
+        ncols=len(named),
+        fontsize=9,
+        frameon=False,
+    )
+    return save(figure, folder, name, OVER_STEPS)
+
+
+def _band(findings: Findings, variant: str, key: str) -> list[tuple[float, float, float, float]]:
+    """Step, least, mean and greatest value over seeds."""
+    by_step: dict[float, list[float]] = {}
+    for run in findings.of(variant).values():
+        steps, values = run.curves["step"], run.curves.get(key, ())
+        for step, value in zip(steps, values, strict=False):
+            if step is not None and value is not None:
+                by_step.setdefault(step, []).append(value)
+    return [
+        (step, min(values), math.fsum(values) / len(values), max(values))
+        for step, values in sorted(by_step.items())
+    ]

@@ -1,0 +1,126 @@
+"""A study as one page that works offline, as Markdown, as JSON and on the terminal."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from nemo_care.experiments.figures import DOTS, OVER_STEPS, draw_curves, draw_dots
+from nemo_care.experiments.findings import Findings
+from nemo_care.experiments.tables import (
+    KEYS,
+    Sheet,
+    contrasted_places,
+    contrasts_sheet,
+    main_sheet,
+    seeds_sheet,
+    time_sheet,
+    variants_sheet,
+)
+from nemo_care.files.json_lines import replace_file
+from nemo_care.process.screen import console
+from nemo_care.reporting import page
+from nemo_care.reporting.figures import Curve
+
+_SHEETS = {
+    "variants": variants_sheet,
+    "table": main_sheet,
+    "contrasts": contrasts_sheet,
+    "seeds": seeds_sheet,
+    "time": time_sheet,
+}
+_FIGURES = {"dots": (draw_dots, DOTS), "curves": (draw_curves, OVER_STEPS)}
+BLOCKS = (*_SHEETS, *_FIGURES)
+
+
+def draw(findings: Findings, folder: Path, stem: str) -> dict[str, Curve]:
+    """Draw the figures to `folder/STEM_NAME.png`; what there are no values for is left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {name: make(findings, folder, f"{stem}_{name}") for name, (make, _) in _FIGURES.items()}
+    return {name: curve for name, curve in drawn.items() if curve is not None}
+
+
+def markdown_block(findings: Findings, name: str, stem: str) -> str:
+    """One of `BLOCKS` in Markdown; figures are links to `STEM_NAME.png`."""
+    if name in _FIGURES:
+        return f"![{_FIGURES[name][1]}]({stem}_{name}.png)"
+    return _SHEETS[name](findings).markdown()
+
+
+def publish(findings: Findings, out: Path, settings: str) -> Path:
+    """Write figures, study.json, study.md and study.html to `out`; returns the page.
+
+    `settings` is the text of the study's file.
+    """
+    figures = draw(findings, out, "study")
+    sheets = {name: make(findings) for name, make in _SHEETS.items()}
+    record = findings.as_json(KEYS, contrasted_places(findings))
+    replace_file(
+        out / "study.json", json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+    replace_file(out / "study.md", _markdown(findings, sheets, figures))
+    replace_file(out / "study.html", _html(findings, sheets, figures, settings))
+    return out / "study.html"
+
+
+def show(findings: Findings) -> None:
+    """Print the means and the contrasts."""
+    screen = console()
+    for sheet in (main_sheet(findings), contrasts_sheet(findings)):
+        for table in sheet.rich(screen.width) if sheet.rows else []:
+            screen.print(table)
+    for note in findings.notes():
+        screen.print(note)
+
+
+def _markdown(findings: Findings, sheets: Mapping[str, Sheet], figures: Mapping[str, Curve]) -> str:
+    parts = [f"# {findings.study.title}", f"{findings.count()} are done.", *findings.notes()]
+    parts += [f"![{curve.title}]({curve.file.name})" for curve in figures.values()]
+    for sheet in sheets.values():
+        if sheet.rows:
+            parts += [f"## {sheet.title}", sheet.markdown()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _html(
+    findings: Findings,
+    sheets: Mapping[str, Sheet],
+    figures: Mapping[str, Curve],
+    settings: str,
+) -> str:
+    study = findings.study
+
+    def table(name: str) -> str:
+        sheet = sheets[name]
+        return page.table(sheet.heading(), sheet.text_rows()) if sheet.rows else ""
+
+    def figure(name: str) -> str:
+        curve = figures.get(name)
+        return page.image(curve.file, curve.title, curve.width) if curve else ""
+
+    planned = sum(findings.planned(variant) for variant in study.variants)
+    state = "state good" if len(findings.results) == planned else "state bad"
+    facts = {
+        "recipe": study.recipe,
+        "seeds": ", ".join(map(str, study.seeds)),
+        "overrides of all runs": " ".join(study.overrides) or None,
+    }
+    return page.document(
+        f"{study.title} · nemo-care",
+        [
+            f"<header>\n{page.paragraph('nemo-care study', 'soft')}\n"
+            f"<h1>{page.escape(study.title)}</h1>\n"
+            f"{page.paragraph(f'{findings.count()} are done', state)}\n</header>",
+            page.section(
+                "Results",
+                figure("dots"),
+                table("table"),
+                *(page.paragraph(note, "soft") for note in findings.notes()),
+            ),
+            page.section(sheets["contrasts"].title, table("contrasts")),
+            page.section("Curves", figure("curves")),
+            page.section("Variants", table("variants"), page.facts(facts)),
+            page.section("Every seed", table("seeds")),
+            page.section("Time", table("time")),
+            page.section("Settings", page.folded("The study", page.preformatted(settings))),
+        ],
+    )

@@ -1,0 +1,164 @@
+"""Run several training commands at once, a few at a time, and leave none behind."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from nemo_care.process.ending import STARTER
+
+# Seconds that a child has to end by itself (it may be saving a checkpoint) before it is killed.
+_GRACE = 20.0
+_LOG_TAIL_BYTES = 16384
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command and where its output goes."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that failed."""
+
+    name: str
+    status: int
+    """Exit status; negative: ended by that signal."""
+    log: Path
+    last_lines: list[str]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def last_lines(log: Path, count: int = 15) -> list[str]:
+    """The last lines of a log that are not empty; of a progress bar only its last state."""
+    if not log.exists():
+        return []
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _LOG_TAIL_BYTES))
+        text = file.read().decode("utf-8", errors="replace")
+    lines = [line.rstrip().rsplit("\r", 1)[-1] for line in re.split(r"\r?\n", text)]
+    return [line for line in lines if line.strip()][-count:]
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal end Python in order, so that children are ended too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it is
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
+    # The child leads its own group, which holds the ranks that it starts.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, number)
+
+
+def _end(children: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
+    """End the children and all that they started."""
+    for child in children:
+        _signal_group(child, signal.SIGTERM)
+    until = time.monotonic() + grace
+    try:
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, until - time.monotonic()))
+    finally:
+        # After a second Ctrl-C at once, and also where the child itself is gone: its ranks may
+        # not be.
+        for child in children:
+            _signal_group(child, signal.SIGKILL)
+            child.wait()
+
+
+class _Running:
+    """A started job."""
+
+    def __init__(self, job: Job, environment: dict[str, str]) -> None:
+        self.job = job
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        self._log: IO[bytes] = job.log.open("wb")
+        try:
+            self.child = subprocess.Popen(
+                list(job.command),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        finally:
+            self._log.close()
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    at_once: int,
+    *,
+    tick: Callable[[list[str]], None],
+    done: Callable[[Job, Failure | None], None],
+    grace: float = _GRACE,
+) -> None:
+    """Run all jobs, at most `at_once` at a time; a failing one does not stop the others.
+
+    `tick` gets the names of the running jobs about once a second, `done` each job that ended.
+    On Ctrl-C, SIGTERM or any error the running jobs are ended (killed after `grace` seconds), and
+    they end by themselves where this process is killed.
+    The output of a job replaces its log.
+    """
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, available_cores() // at_once)),
+        STARTER: str(os.getpid()),
+    }
+    waiting = list(jobs)
+    running: list[_Running] = []
+    next_tick = 0.0
+    with _ended_by_signals():
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    running.append(_Running(waiting.pop(0), environment))
+                for one in [one for one in running if one.child.poll() is not None]:
+                    running.remove(one)
+                    failure = None
+                    if one.child.returncode:
+                        lines = last_lines(one.job.log)
+                        failure = Failure(one.job.name, one.child.returncode, one.job.log, lines)
+                    done(one.job, failure)
+                if time.monotonic() >= next_tick:
+                    tick([one.job.name for one in running])
+                    next_tick = time.monotonic() + 1.0
+                time.sleep(0.1 if running else 0.0)
+        finally:
+            _end([one.child for one in running], grace)

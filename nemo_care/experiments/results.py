@@ -1,0 +1,152 @@
+"""The raw results of a study's runs, one line each: all that its tables and figures show."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_care.errors import InputError
+from nemo_care.experiments.config import Study
+from nemo_care.experiments.training_runs import TrainingRun
+from nemo_care.files.json_lines import Kinds, complete_lines, replace_lines
+from nemo_care.runs.reader import Levels, RunRecord, number, read_run
+
+RESULTS = "results.jsonl"
+# What is drawn over the steps.
+CURVES = ("rollout/consistency_rate", "reward/accuracy", "care/answer_likelihood")
+# Enough for a line three inches long.
+_POINTS = 50
+_DIGITS = 5
+
+_RESULT: Kinds = {
+    "variant": str,
+    "seed": int,
+    "overrides": list[str],
+    "steps": int | None,
+    "wall_seconds": float | None,
+    "seconds_per_step": float | None,
+    "start": dict[str, dict] | None,
+    "end": dict[str, dict] | None,
+    "curves": dict[str, list[float | None]],
+    "data": str | None,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run."""
+
+    variant: str
+    seed: int
+    overrides: list[str]
+    steps: int | None
+    wall_seconds: float | None
+    """Of its last start alone."""
+    seconds_per_step: float | None
+    """Median: the first steps also warm up caches."""
+    start: Levels | None
+    """Validation before the first step."""
+    end: Levels | None
+    curves: Mapping[str, Sequence[float | None]]
+    """`step`, and the mean of each of `CURVES` over the steps up to there."""
+    data: str | None
+    """Kind of the training data."""
+
+
+def read_result(variant: str, run: TrainingRun) -> Result:
+    """What a finished run left in its directory."""
+    record = read_run(run.folder)
+    summary = record.summary or {}
+    times = [value for value in record.series("timing/step") if not math.isnan(value)]
+    wall = number(summary.get("wall_seconds"))
+    return Result(
+        variant=variant,
+        seed=run.seed,
+        overrides=list(run.overrides),
+        steps=summary.get("steps"),
+        wall_seconds=None if math.isnan(wall) else round(wall, 3),
+        seconds_per_step=round(statistics.median(times), _DIGITS) if times else None,
+        start=record.start,
+        end=record.end,
+        curves=_thinned(record),
+        data=record.setting("data.train.kind"),
+    )
+
+
+def _thinned(record: RunRecord) -> dict[str, list[float | None]]:
+    """Each curve as at most `_POINTS` means of neighbouring steps."""
+    steps = record.steps()
+    width = max(1, math.ceil(len(steps) / _POINTS))
+    thinned: dict[str, list[float | None]] = {
+        "step": [steps[min(place + width, len(steps)) - 1] for place in range(0, len(steps), width)]
+    }
+    for key in CURVES:
+        series = record.series(key)
+        means: list[float | None] = []
+        for place in range(0, len(series), width):
+            known = [v for v in series[place : place + width] if not math.isnan(v)]
+            means.append(round(statistics.fmean(known), _DIGITS) if known else None)
+        if any(value is not None for value in means):
+            thinned[key] = means
+    return thinned
+
+
+class ResultsFile:
+    """The results of the runs that are done, on the disk after each of them."""
+
+    def __init__(self, file: Path, runs: Mapping[str, Sequence[TrainingRun]]) -> None:
+        """`runs` are all runs of the study, by variant, in the order of the lines."""
+        self.file = file
+        self._runs = runs
+        self._known: dict[Path, Result] = {}
+
+    def refresh(self) -> list[Result]:
+        """Read runs that have been finished since the last time, and write the file anew."""
+        found: list[Result] = []
+        for variant, runs in self._runs.items():
+            for run in runs:
+                if run.folder not in self._known and run.is_done():
+                    self._known[run.folder] = read_result(variant, run)
+                if run.folder in self._known:
+                    found.append(self._known[run.folder])
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        replace_lines(self.file, [vars(result) for result in found])
+        return found
+
+
+def read_results(file: Path) -> list[Result]:
+    """The lines of a results file.
+
+    Raises:
+        InputError: there is no such file, or a line of it is broken.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; give the results.jsonl of a study")
+    return [Result(**values) for values in complete_lines(file, _RESULT, more=_wrong_result)]
+
+
+def _wrong_result(values: Mapping[str, Any]) -> str:
+    unknown = sorted(values.keys() - _RESULT.keys())
+    if unknown:
+        return f'unknown key "{unknown[0]}"'
+    return "" if "step" in values["curves"] else 'its "curves" lack "step"'
+
+
+def check_results(study: Study, results: Sequence[Result], file: Path) -> None:
+    """Refuse results of another study: its tables would tell of runs that are not named there.
+
+    Raises:
+        InputError: a run that the study does not have, has with other overrides, or has once.
+    """
+    met = set()
+    for one in results:
+        run = f"{file}: seed {one.seed} of {one.variant}"
+        if one.variant not in study.variants or one.seed not in study.seeds_of(one.variant):
+            raise InputError(f"{run} is not in the study; remove the line or name the run there")
+        if one.overrides != list(study.overrides_of(one.variant)):
+            raise InputError(f"{run} was made with other overrides: {' '.join(one.overrides)}")
+        if (one.variant, one.seed) in met:
+            raise InputError(f"{run} is there twice; remove one of the lines")
+        met.add((one.variant, one.seed))

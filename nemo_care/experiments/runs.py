@@ -1,0 +1,91 @@
+"""The runs of a study: what they are given, and that they are not mixed with others."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_care.errors import InputError
+from nemo_care.experiments.config import Study
+from nemo_care.experiments.training_runs import TrainingRun
+from nemo_care.files.json_lines import read_object, replace_file
+from nemo_care.recipe.compose import compose_recipe
+
+_MADE_WITH = "study.json"
+
+
+def study_runs(study: Study, out: Path, config_dir: str | None) -> dict[str, list[TrainingRun]]:
+    """All runs by variant, one per seed.
+
+    Every variant's recipe is composed and checked here: a mistyped override is told before the
+    first run, not after hours.
+
+    Raises:
+        InputError: a variant whose recipe can't be used.
+    """
+    where = ["--config-path", config_dir] if config_dir else []
+    runs: dict[str, list[TrainingRun]] = {}
+    for name in study.variants:
+        overrides = study.overrides_of(name)
+        arguments = [*where, "--config-name", study.recipe, *overrides]
+        try:
+            recipe = compose_recipe(arguments, with_nemo=False)
+        except InputError as error:
+            raise InputError(f"variant {name}: {error}") from error
+        steps = recipe.trainer.max_steps if recipe else None
+        runs[name] = [
+            TrainingRun(
+                study.recipe,
+                overrides,
+                seed,
+                out.absolute() / "runs" / f"{name}-seed{seed}",
+                steps,
+            )
+            for seed in study.seeds_of(name)
+        ]
+    return runs
+
+
+def check_unchanged(runs: Mapping[str, Sequence[TrainingRun]]) -> None:
+    """Refuse runs that were made with other arguments: they would be taken for equal ones.
+
+    Raises:
+        InputError: such a run, with its variant.
+    """
+    for name, made in runs.items():
+        for run in made:
+            file, now = run.folder / _MADE_WITH, _made_with(run)
+            if file.exists():
+                before = read_object(
+                    file,
+                    remedy=f"remove {run.folder}: the run is then made again",
+                    required={"recipe": str, "overrides": list[str], "seed": int},
+                )
+            elif (run.folder / "recipe.yaml").exists():
+                raise InputError(f"variant {name}: {run.folder} is no run of this study; remove it")
+            else:
+                continue
+            if before != now:
+                raise InputError(
+                    f"variant {name} has changed since {run.folder} was made: with "
+                    f'"{_words(before)}" then, with "{_words(now)}" now; remove its runs, call '
+                    "the variant something else or give another --out"
+                )
+
+
+def claim(runs: Sequence[TrainingRun]) -> None:
+    """Write beside each run what it is made with."""
+    for run in runs:
+        file = run.folder / _MADE_WITH
+        if not file.exists():
+            run.folder.mkdir(parents=True, exist_ok=True)
+            replace_file(file, json.dumps(_made_with(run), indent=2) + "\n")
+
+
+def _made_with(run: TrainingRun) -> dict[str, Any]:
+    """What makes a run what it is; its folder may move."""
+    return {"recipe": run.recipe, "overrides": list(run.overrides), "seed": run.seed}
+
+
+def _words(made_with: Mapping[str, Any]) -> str:
+    return " ".join([str(made_with.get("recipe")), *map(str, made_with.get("overrides", []))])

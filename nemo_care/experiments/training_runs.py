@@ -1,0 +1,151 @@
+"""Train several runs from the command line: what `compare` and `study` have in common."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nemo_care.errors import InputError
+from nemo_care.experiments.processes import Failure, Job, last_lines, run_jobs
+from nemo_care.process.screen import one_line, printable
+from nemo_care.runs.reader import last_step, read_summary
+
+_OWN_KEYS = {
+    "trainer.seed": "--seeds",
+    "exp_manager.explicit_log_dir": "--out",
+    "exp_manager.exp_dir": "--out",
+}
+# What Hydra reads as a plain value; anything else has to stand in quotes.
+_PLAIN = re.compile(r"[\w/\-+.@:%]+")
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One run: a recipe with overrides and a seed, in a directory of its own."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    """Hydra's, without seed and run directory."""
+    seed: int
+    folder: Path
+    """Absolute: a run may change its working directory before it reads the path."""
+    steps: int | None = None
+    """What it is asked for; None: what its recipe says, so that any end is the end."""
+
+    @property
+    def name(self) -> str:
+        """What the screen and the log call it."""
+        return self.folder.name
+
+    def is_done(self) -> bool:
+        """Whether it got to the end that it is asked for."""
+        summary = read_summary(self.folder)
+        return summary is not None and self.steps in (None, summary.get("steps"))
+
+    def arguments(self) -> list[str]:
+        """What `nemo-care train` is given."""
+        return [
+            "--config-name",
+            self.recipe,
+            f"trainer.seed={self.seed}",
+            f"exp_manager.explicit_log_dir={quoted(str(self.folder))}",
+            *self.overrides,
+        ]
+
+
+def key_of(override: str) -> str:
+    """The recipe key that an override is about."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def quoted(text: str) -> str:
+    """A value as Hydra's override grammar reads it back."""
+    if _PLAIN.fullmatch(text):
+        return text
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
+
+
+def refuse_own_keys(overrides: Sequence[str], command: str, remedies: dict[str, str]) -> None:
+    """Refuse overrides of what the command sets for each run.
+
+    `remedies` has another remedy where the command's option is not the one of `compare`.
+
+    Raises:
+        InputError: an override of the seed or the run directory.
+    """
+    for override in overrides:
+        key = key_of(override)
+        if key in _OWN_KEYS:
+            remedy = (_OWN_KEYS | remedies)[key]
+            raise InputError(f"{override}: {command} sets {key} for each run; use {remedy}")
+
+
+def training_command(given: Sequence[str] | None, config_dir: str | None) -> list[str]:
+    """The start of each run's command line; `given` stands in for `python -m nemo_care.train`."""
+    command = list(given or (sys.executable, "-m", "nemo_care.train"))
+    return [*command, "--config-path", str(Path(config_dir).absolute())] if config_dir else command
+
+
+def _wrong(run: TrainingRun) -> str | None:
+    """What is wrong with a run whose command said that all went well."""
+    summary = read_summary(run.folder)
+    if summary is None:
+        return "the command ended without writing summary.json"
+    if run.steps not in (None, summary.get("steps")):
+        return f"ended with {summary.get('steps')} steps where {run.steps} were asked for"
+    return None
+
+
+def train_runs(
+    runs: Sequence[TrainingRun],
+    command: Sequence[str],
+    logs: Path,
+    jobs: int,
+    ended: Callable[[TrainingRun], object] = lambda run: None,
+) -> list[Failure]:
+    """Train the runs that are not done, at most `jobs` at once; a failing one stops no other.
+
+    The same command in the same directory goes on after the newest checkpoint there. `command` is
+    what `training_command` gives; each run's output goes to `logs`. `ended` is called with each run
+    that got to its end now.
+
+    Returns the runs that failed.
+    """
+    waiting = [run for run in runs if not run.is_done()]
+    by_name = {run.name: run for run in waiting}
+    queue = [
+        Job(run.name, [*command, *run.arguments()], logs / f"{run.name}.log") for run in waiting
+    ]
+    failures: list[Failure] = []
+    with tqdm(
+        total=len(runs),
+        initial=len(runs) - len(waiting),
+        desc="runs",
+        unit="run",
+        disable=None,  # in a log file only the lines below
+    ) as bar:
+
+        def tick(names: list[str]) -> None:
+            steps = (f"{name} step {last_step(by_name[name].folder)}" for name in names)
+            bar.set_postfix_str(one_line(", ".join(steps)))
+
+        def done(job: Job, failure: Failure | None) -> None:
+            run = by_name[job.name]
+            wrong = None if failure else _wrong(run)
+            if wrong:
+                failure = Failure(job.name, 0, job.log, [*last_lines(job.log), wrong])
+            if failure:
+                failures.append(failure)
+                lines = "".join(f"\n    {line}" for line in failure.last_lines)
+                said = f"failed (exit status {failure.status}), log {failure.log}{lines}"
+            else:
+                said = f"done, {last_step(run.folder)} steps"
+                ended(run)
+            tqdm.write(printable(f"{job.name}: {said}"), file=sys.stderr)
+            bar.update()
+
+        run_jobs(queue, jobs, tick=tick, done=done)
+    return failures

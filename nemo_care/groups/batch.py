@@ -1,0 +1,159 @@
+"""Groups laid out as one micro-batch, whichever way: what scoring and update see of a layout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nemo_care.data.prompts import Prompt
+from nemo_care.groups.group import Group
+from nemo_care.megatron.cpu import compute_device
+from nemo_care.models.decoding_cache import DecodingCache
+from nemo_care.models.qwen2_5_vl import ModelInputs, Qwen25VL
+from nemo_care.models.segments import PackedSegments
+
+
+@dataclass(frozen=True)
+class AnswerPairs:
+    """Every answer of a group behind every reasoning of the same group.
+
+    T tokens over all pairs: `token_ids` [T], `places` [T] (as in `GroupBatch`), and `pair` [T], the
+    number of the pair: the groups' G x G matrices (row: answer, column: reasoning) laid end to end.
+    """
+
+    token_ids: torch.Tensor
+    places: torch.Tensor
+    pair: torch.Tensor
+
+
+@dataclass
+class GroupBatch:
+    """The N completions of some groups, of C tokens at most, and the model's inputs for them.
+
+    `token_ids` [N, C] are the completions' tokens, `mask` bool [N, C] is True where there is one,
+    `answer_mask` bool [N, C] at those of the answer. `places` [N, C] says where each token is
+    predicted: as s * B + b in the hidden states [S, B, H] that the model makes of `inputs`.
+    """
+
+    groups: Sequence[Group]
+    inputs: ModelInputs
+    token_ids: torch.Tensor
+    mask: torch.Tensor
+    answer_mask: torch.Tensor
+    places: torch.Tensor
+    pairs: AnswerPairs | None = None
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Group],
+        inputs: ModelInputs,
+        places: Sequence[torch.Tensor],
+        pairs: AnswerPairs | None = None,
+    ) -> "GroupBatch":
+        """The batch of these groups; `places` are one vector [C_i] per completion."""
+        completions = [completion for group in groups for completion in group.completions]
+        width = max(completion.length for completion in completions)
+        mask = [torch.ones(completion.length, dtype=torch.bool) for completion in completions]
+        answers = [torch.zeros(completion.length, dtype=torch.bool) for completion in completions]
+        for row, completion in zip(answers, completions, strict=True):
+            if completion.answer_span is not None:
+                row[slice(*completion.answer_span)] = True
+        device = compute_device()
+        return cls(
+            groups=groups,
+            inputs=inputs,
+            token_ids=_pad_rows([c.token_ids for c in completions], width).to(device),
+            mask=_pad_rows(mask, width).to(device),
+            answer_mask=_pad_rows(answers, width).to(device),
+            places=_pad_rows(places, width).to(device),
+            pairs=pairs,
+        )
+
+    def asked_of_reference(self, *, all_tokens: bool) -> torch.Tensor:
+        """Tokens that the reference scores, bool [N, C]: the answers', or with a KL term all."""
+        return self.mask if all_tokens else self.answer_mask
+
+    def log_probs(self, model: Qwen25VL, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the tokens in `where` (bool [N, C]), float32 [N, C], zero elsewhere.
+
+        `hidden` is the model's output for `inputs`; differentiable. The output layer runs where
+        it is asked for only.
+        """
+        values = model.token_log_probs(hidden, self.places[where], self.token_ids[where])
+        return torch.zeros(where.shape, device=values.device).masked_scatter(where, values)
+
+    def pair_likelihoods(self, model: Qwen25VL, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """Likelihood of each answer under each reasoning: one float32 [G, G] per group.
+
+        Row i, column j: exp(mean log-probability of the tokens of answer i behind reasoning j); NaN
+        where either completion has no answer, or their opening tags can't be cut at one place.
+
+        Raises:
+            ValueError: the batch was made without pairs.
+        """
+        if self.pairs is None:
+            raise ValueError("this batch was laid out without answer pairs")
+        log_probs = model.token_log_probs(hidden, self.pairs.places, self.pairs.token_ids)
+        squares = [group.size**2 for group in self.groups]
+        total, count = torch.zeros(2, sum(squares), device=log_probs.device)
+        total.index_add_(0, self.pairs.pair, log_probs)
+        count.index_add_(0, self.pairs.pair, torch.ones_like(log_probs))
+        # 0 / 0 is the NaN of a pair that does not exist.
+        means = torch.exp(total / count).split(squares)
+        return [part.view(group.size, -1) for part, group in zip(means, self.groups, strict=True)]
+
+    def rollout_log_probs(self) -> torch.Tensor:
+        """Log-probability of each token as the generator saw it, float32 [N, C], zero-padded."""
+        return self.padded([[c.log_probs for c in group.completions] for group in self.groups])
+
+    def advantages(self) -> torch.Tensor:
+        """Advantage of each completion, float32 [N]."""
+        return torch.cat([group.advantage for group in self.groups]).to(self.mask.device)
+
+    def padded(self, per_group: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+        """Per-completion vectors [C_i] of each group as one float32 [N, C], zero-padded."""
+        vectors = [vector for vectors in per_group for vector in vectors]
+        return _pad_rows(vectors, self.mask.shape[1]).to(self.mask.device)
+
+    def unpadded(self, values: torch.Tensor) -> list[list[torch.Tensor]]:
+        """The inverse of `padded`: [N, C] as per-completion vectors of each group, on the CPU."""
+        values = values.detach().float().cpu()
+        rows = iter(values)
+        return [
+            [next(rows)[: completion.length].clone() for completion in group.completions]
+            for group in self.groups
+        ]
+
+
+def _pad_rows(rows: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """Vectors [C_i] as one tensor [N, width] of their type, zero-padded."""
+    out = torch.zeros(len(rows), width, dtype=rows[0].dtype)
+    for number, row in enumerate(rows):
+        out[number, : len(row)] = row
+    return out
+
+
+def model_inputs(
+    prompts: Sequence[Prompt],
+    token_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    is_vision: torch.Tensor,
+    packed: PackedSegments | DecodingCache | None = None,
+) -> ModelInputs:
+    """What the model takes of rows laid out on the CPU, on the compute device.
+
+    `prompts` in the order in which their images and videos appear in the rows; the rest as in
+    `ModelInputs`.
+    """
+    device = compute_device()
+    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+    grids = [p.grid_thw for p in prompts if p.grid_thw is not None]
+    return ModelInputs(
+        token_ids=token_ids.to(device),
+        position_ids=position_ids.to(device),
+        pixel_values=torch.cat(pixels).to(device) if pixels else None,
+        grid_thw=torch.cat(grids).to(device) if grids else None,
+        is_vision=is_vision.to(device) if pixels else None,
+        packed=packed,
+    )

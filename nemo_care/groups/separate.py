@@ -1,0 +1,35 @@
+"""The simple layout: one sequence [prompt | completion] per completion.
+
+Each of the G sequences of a group holds the whole prompt. What `packed.py` computes is held
+against this layout; `algorithm.shared_prompt=false` trains with it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from nemo_care.groups.batch import GroupBatch, model_inputs
+from nemo_care.groups.group import Group
+
+
+def separate_sequences(groups: Sequence[Group], pad_id: int, multiple: int) -> GroupBatch:
+    """The groups' completions as B = N right-padded rows, S a multiple of `multiple` tokens."""
+    rows = [(group.prompt, completion) for group in groups for completion in group.completions]
+    count = len(rows)
+    longest = max(prompt.length + completion.length for prompt, completion in rows)
+    width = -(-longest // multiple) * multiple
+    ids = torch.full((count, width), pad_id)
+    positions = torch.zeros(3, count, width, dtype=torch.long)
+    is_vision = torch.zeros(count, width, dtype=torch.bool)
+    places = []
+    for row, (prompt, completion) in enumerate(rows):
+        start, stop = prompt.length, prompt.length + completion.length
+        ids[row, :start] = prompt.token_ids
+        ids[row, start:stop] = completion.token_ids
+        is_vision[row, :start] = prompt.is_vision
+        positions[:, row, :start] = prompt.position_ids
+        positions[:, row, start:stop] = prompt.continued_positions(completion.length)
+        # The token at s is predicted at s - 1. Padding behind it is hidden by the causal mask.
+        places.append(torch.arange(start - 1, stop - 1) * count + row)
+    inputs = model_inputs([prompt for prompt, _ in rows], ids, positions, is_vision)
+    return GroupBatch.of(groups, inputs, places)

@@ -1,0 +1,197 @@
+"""Megatron's data-parallel wrapper, distributed optimizer and learning-rate schedule."""
+
+import math
+import types
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+from nemo_care.recipe.model import OptimizerConfig
+
+
+def wrap_data_parallel(
+    model: MegatronModule, *, overlap_grad_reduce: bool = False
+) -> DistributedDataParallel:
+    """Megatron's DDP with gradients summed in float32 and sharded for the optimizer.
+
+    With `overlap_grad_reduce` the replicas' gradients are summed while the last micro-batch's
+    backward still runs.
+    """
+    model.config.finalize_model_grads_func = finalize_model_grads
+    wrapped = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap_grad_reduce,
+            grad_reduce_in_fp32=True,
+            # See GradientWatch: all ranks decide together what a NaN means.
+            check_for_nan_in_grad=False,
+        ),
+        model,
+    )
+    if overlap_grad_reduce:
+        # The schedules keep the micro-batches before the last from summing.
+        model.config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> MegatronOptimizer:
+    """AdamW whose state and master weights are sharded over the data-parallel ranks.
+
+    Its `step` changes nothing, and says so, where the norm of the gradient is not finite: squares
+    may overflow where the gradient itself does not. The norm is the same on all ranks.
+    """
+    dtype = model.config.params_dtype
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            # The groups' rates go before the schedule's own.
+            min_lr=min(config.min_lr, config.lr),
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        [model],
+    )
+    for part in optimizer_parts(optimizer):
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
+            _repair_torch_adamw(part)
+        if getattr(part, "optimizer", None) is not None:
+            _keep_settings_when_loading(part)
+    _step_with_finite_norm_only(optimizer)
+    return optimizer
+
+
+def _step_with_finite_norm_only(optimizer: MegatronOptimizer) -> None:
+    """Leave a step out whose norm is not finite: clipping by it would make the gradient 0 or NaN,
+    and AdamW would step with that."""
+    get_grad_norm, step = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    norm = 0.0
+
+    def noted_grad_norm() -> float:
+        nonlocal norm
+        norm = get_grad_norm()
+        return norm
+
+    def step_if_finite() -> bool:
+        return math.isfinite(norm) and step()
+
+    optimizer.get_grad_norm = noted_grad_norm
+    optimizer.step_with_ready_grads = step_if_finite
+
+
+def build_scheduler(
+    config: OptimizerConfig, optimizer: MegatronOptimizer, max_steps: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up, then cosine to `min_lr` or constant.
+
+    Call `step(1)` before the optimizer's step, so that step k (from 1) uses the rate of k.
+    """
+    decay_steps = max(config.decay_steps or max_steps, config.warmup_steps + 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=min(config.min_lr, config.lr),
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+        # After a resume the recipe's values hold; only the number of steps is restored.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def _repair_torch_adamw(optimizer: DistributedOptimizer) -> None:
+    """Make megatron-core 0.16.1 restore torch's AdamW correctly (it is used without TE and apex).
+
+    Three faults: loading expects state that only a first step creates; it knows no `step` among
+    a parameter's state; and it gives all parameters one shared `step` tensor, which then advances
+    once per parameter and step, so that a resumed run silently trains with a wrong bias correction.
+    """
+    set_states = optimizer._set_main_param_and_optimizer_states
+    load_state_dict = optimizer.load_state_dict
+
+    def set_states_with_step(self: Any, model_param: torch.Tensor, tensors: dict) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        parameter = self.optimizer.param_groups[group]["params"][order]
+        tensors.setdefault("step", self.optimizer.state[parameter]["step"])
+        set_states(model_param, tensors)
+
+    def load_with_own_steps(self: Any, state_dict: dict) -> None:
+        load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    optimizer._set_main_param_and_optimizer_states = types.MethodType(
+        set_states_with_step, optimizer
+    )
+    optimizer.load_state_dict = types.MethodType(load_with_own_steps, optimizer)
+
+
+def _keep_settings_when_loading(optimizer: MegatronOptimizer) -> None:
+    """Load the state and its count of steps, and leave the groups' settings as the recipe has them.
+
+    The groups of a checkpoint also hold learning rates, betas, eps and weight decay, which Megatron
+    would take over, whatever the schedule is told.
+    """
+    load_state_dict = optimizer.load_state_dict
+
+    def load_without_settings(self: Any, state_dict: dict) -> None:
+        kept = [
+            {name: value for name, value in group.items() if name not in ("params", "step")}
+            for group in self.param_groups
+        ]
+        load_state_dict(state_dict)
+        for group, settings in zip(self.param_groups, kept, strict=True):
+            group.update(settings)
+
+    optimizer.load_state_dict = types.MethodType(load_without_settings, optimizer)
+
+
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that Megatron has chained; the one itself where it has chained none."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def initialise_adamw_state(optimizer: MegatronOptimizer) -> None:
+    """Create AdamW's state as its first step would, where it has none yet.
+
+    Saving expects one of any AdamW, and loading of torch's (see `_repair_torch_adamw`).
+    """
+    for part in optimizer_parts(optimizer):
+        inner = getattr(part, "optimizer", None)
+        if inner is None:
+            continue
+        if not isinstance(inner, torch.optim.AdamW):
+            # A fused one, of TransformerEngine or apex, counts its steps for all parameters.
+            part.init_state_fn(inner, part.config)
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter].update(
+                        step=torch.tensor(0.0),
+                        exp_avg=torch.zeros_like(parameter),
+                        exp_avg_sq=torch.zeros_like(parameter),
+                    )

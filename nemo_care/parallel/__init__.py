@@ -1,1 +1,0 @@
-"""Process groups, CPU compatibility, starting ranks, checkpoints."""

@@ -1,0 +1,1 @@
+"""Ranks of a run: process groups, starting them, signals, memory."""

@@ -1,0 +1,329 @@
+"""Start the process groups of one rank and move small Python objects between ranks.
+
+Tensors travel over Megatron's groups (NCCL on GPUs, gloo on CPUs). Python objects (prompts,
+metrics) travel over gloo groups of our own, so that they never occupy a GPU.
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+from nemo_care.errors import InputError, RunFailed
+from nemo_care.megatron.cpu import enable_cpu_megatron
+from nemo_care.ranks.open_files import allow_open_files
+from nemo_care.ranks.slurm import rendezvous_address
+from nemo_care.recipe.schema import Recipe
+
+T = TypeVar("T")
+
+
+def _from_source(make: Callable[[], T], source: int, group: dist.ProcessGroup | None) -> T:
+    """Call `make` on rank `source`; its result, or its exception, reaches the whole group."""
+    result: list[T | Exception | None] = [None]
+    if dist.get_rank() == source:
+        try:
+            result[0] = make()
+        except Exception as error:
+            result[0] = _sendable(error)
+    dist.broadcast_object_list(result, src=source, group=group, device=torch.device("cpu"))
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]  # type: ignore[return-value]
+
+
+def _sendable(error: Exception) -> Exception:
+    """The exception, or another with its text where it can't be pickled, as those of users may."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        told = RuntimeError(f"{type(error).__name__}: {error}")
+        told.__cause__ = error
+        return told
+    return error
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ways the model and the batch are cut."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Layout":
+        """The parallel layout of a recipe."""
+        model = recipe.model
+        return cls(
+            tensor=model.tensor_model_parallel_size,
+            pipeline=model.pipeline_model_parallel_size,
+            sequence_parallel=model.sequence_parallel,
+        )
+
+    def data(self, world_size: int) -> int:
+        """Number of data-parallel replicas in a world of `world_size` ranks.
+
+        Raises:
+            InputError: the world is not a multiple of tensor x pipeline.
+        """
+        model = self.tensor * self.pipeline
+        if world_size % model:
+            raise InputError(
+                f"world size {world_size} is not a multiple of "
+                f"model.tensor_model_parallel_size * model.pipeline_model_parallel_size = {model}: "
+                "change trainer.devices, trainer.num_nodes or the layout"
+            )
+        return world_size // model
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """Where this process stands among the ranks, as its launcher told it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def read(cls) -> "RankEnvironment | None":
+        """From torchrun's or srun's environment; None for a process started by hand."""
+        env = os.environ
+        if "RANK" in env and "WORLD_SIZE" in env:
+            rank = int(env["RANK"])
+            return cls(rank, int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", rank)))
+        # A batch script has SLURM_PROCID and SLURM_NTASKS too; only srun's tasks have a step.
+        if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+            return cls(
+                int(env["SLURM_PROCID"]),
+                int(env["SLURM_STEP_NUM_TASKS"]),
+                int(env.get("SLURM_LOCALID", "0")),
+            )
+        return None
+
+
+def _set_rendezvous_address() -> None:
+    """Fill MASTER_ADDR and MASTER_PORT from Slurm's environment where no launcher has set them."""
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return
+    address, port = rendezvous_address()
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+
+
+class Ranks:
+    """The process groups of this rank, and the object collectives over them."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        environment: RankEnvironment | None = None,
+        *,
+        cpu_threads: int = 1,
+    ) -> None:
+        """Initialise torch.distributed (if nobody has) and Megatron's groups.
+
+        `cpu_threads` is what this rank computes with where there is no GPU.
+
+        Raises:
+            InputError: the world does not fit the layout, or this process may not have enough files
+                open.
+        """
+        env = environment or RankEnvironment(0, 1, 0)
+        layout.data(env.world_size)
+        allow_open_files(env.world_size)
+        self.layout = layout
+        self._start(env, cpu_threads)
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.data_size = parallel_state.get_data_parallel_world_size()
+        self.is_first_stage = parallel_state.is_pipeline_first_stage()
+        self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        # One rank of each replica, among those that compute the loss.
+        self.is_loss_leader = (
+            self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+        self._make_object_groups()
+
+    def _start(self, env: RankEnvironment, cpu_threads: int) -> None:
+        """Start torch.distributed and Megatron's groups."""
+        enable_cpu_megatron()
+        if not dist.is_initialized():
+            self._init_distributed(env, cpu_threads)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.layout.tensor,
+            pipeline_model_parallel_size=self.layout.pipeline,
+        )
+        initialize_rng_tracker(inference_rng_tracker=True)
+
+    def _make_object_groups(self) -> None:
+        """Make the gloo groups that Python objects travel over."""
+        replicas: list[list[int]] = [[] for _ in range(self.world_size)]
+        model_ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+        dist.all_gather_object(replicas, sorted(model_ranks))
+        unique = sorted({tuple(members) for members in replicas})
+        self.model_ranks = tuple(sorted(model_ranks))
+        self.model_leader = min(model_ranks)
+        self.is_model_leader = self.rank == self.model_leader
+        self._model_group, _ = dist.new_subgroups_by_enumeration(
+            [list(members) for members in unique], backend="gloo"
+        )
+        self._leader_group = dist.new_group([members[0] for members in unique], backend="gloo")
+
+    @staticmethod
+    def _init_distributed(env: RankEnvironment, cpu_threads: int) -> None:
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            # With one visible GPU per task, every task's GPU is number 0.
+            visible = torch.cuda.device_count()
+            if visible > 1 and env.local_rank >= visible:
+                raise InputError(
+                    f"rank {env.rank} is number {env.local_rank} on its machine, which has "
+                    f"{visible} GPUs: set trainer.devices to the GPUs of one machine"
+                )
+            torch.cuda.set_device(env.local_rank % visible)
+        else:
+            torch.set_num_threads(cpu_threads)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        if env.world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            return
+        _set_rendezvous_address()
+        dist.init_process_group(backend, rank=env.rank, world_size=env.world_size)
+
+    def from_leader(self, make: Callable[[], T]) -> T:
+        """Call `make` on the leader of this model replica and give its result to all its ranks.
+
+        An exception of `make` is raised on every rank of the replica, so that none waits forever.
+        """
+        return _from_source(make, self.model_leader, self._model_group)
+
+    def gather_in_replica(self, value: T) -> list[T]:
+        """One value per rank of this model replica, in their order, on each of them."""
+        values: list[T | None] = [None] * dist.get_world_size(self._model_group)
+        dist.all_gather_object(values, value, group=self._model_group)
+        return values  # type: ignore[return-value]
+
+    def gather_from_replicas(self, value: T) -> list[T]:
+        """One value per model replica, in data-parallel order, on every rank."""
+
+        def gather() -> list[T]:
+            values: list[T | None] = [None] * self.data_size
+            dist.all_gather_object(values, value, group=self._leader_group)
+            return values  # type: ignore[return-value]
+
+        return self.from_leader(gather)
+
+    def move_between_replicas(
+        self, moves: Sequence[tuple[int, int]], values: Sequence[T]
+    ) -> list[T]:
+        """Objects from one model replica to another, each rank to its counterpart there.
+
+        `moves` are (from, to) and equal on all ranks; `values` are what this replica gives, in the
+        order of its moves. Returns what it gets, in that order. All ranks call it.
+        """
+        group = parallel_state.get_data_parallel_group_gloo()
+        given = iter(values)
+        received: list[T] = []
+        # One after the other, in an order that all agree on: no two wait for each other.
+        for source, target in moves:
+            if self.data_rank == source:
+                dist.send_object_list([next(given)], group_dst=target, group=group)
+            elif self.data_rank == target:
+                box: list[Any] = [None]
+                dist.recv_object_list(box, group_src=source, group=group)
+                received.append(box[0])
+        return received
+
+    @staticmethod
+    def gather_on_rank_zero(value: T) -> list[T]:
+        """One value per rank, in their order, on rank 0; an empty list on the others."""
+        is_first = dist.get_rank() == 0
+        values: list[T | None] = [None] * dist.get_world_size() if is_first else []
+        dist.gather_object(value, values if is_first else None, dst=0)
+        return values  # type: ignore[return-value]
+
+    @staticmethod
+    def together(do: Callable[[], T]) -> T:
+        """What `do` gives this rank; all ranks call it.
+
+        Where it fails on any of them with InputError or RunFailed, the error of the lowest such
+        rank is raised on all: none goes on alone, to wait for the others forever.
+        """
+        result: T | None = None
+        error: InputError | RunFailed | None = None
+        try:
+            result = do()
+        except (InputError, RunFailed) as failure:
+            error = failure
+        told = Ranks.first_told(None if error is None else _sendable(error))
+        if told is not None:
+            raise told[1]
+        return result  # type: ignore[return-value]
+
+    @staticmethod
+    def first_told(problem: T | None) -> tuple[int, T] | None:
+        """The lowest rank that has a problem, and the problem; on all ranks. None: no rank has."""
+        problems: list[T | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        return next(((rank, told) for rank, told in enumerate(problems) if told is not None), None)
+
+    def first_rank_with(self, ok: torch.Tensor) -> list[int | None]:
+        """For each of `ok` (bool [N], on the compute device) the lowest rank where it is False.
+
+        None where it is True on all ranks; the same on all ranks, by one small collective.
+        """
+        # 1 is what a rank says that has nothing to say, so that a fake world's ranks agree too.
+        codes = torch.where(ok, 1, self.rank - self.world_size)
+        dist.all_reduce(codes, op=dist.ReduceOp.MIN)
+        return [None if code > 0 else code + self.world_size for code in codes.tolist()]
+
+    @staticmethod
+    def from_rank_zero(make: Callable[[], T]) -> T:
+        """Call `make` on rank 0 and give its result to every rank; its exception too."""
+        return _from_source(make, 0, None)
+
+    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give the last pipeline stage's `tensor` to all stages (in place; same shape on all)."""
+        if self.layout.pipeline > 1:
+            dist.broadcast(
+                tensor,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        return tensor
+
+    def sum_over_model(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of `value` over the ranks of this model replica (in place)."""
+        dist.all_reduce(value, group=parallel_state.get_model_parallel_group())
+        return value
+
+    @staticmethod
+    def sum_over_data(value: torch.Tensor) -> torch.Tensor:
+        """Sum of `value` over the model replicas (in place)."""
+        dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+        return value
+
+    @staticmethod
+    def max_over_data(value: torch.Tensor) -> torch.Tensor:
+        """Maximum of `value` over the model replicas (in place)."""
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+        return value
+
+    @staticmethod
+    def barrier() -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    @staticmethod
+    def close() -> None:
+        """Leave all process groups."""
+        if dist.is_initialized():
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()

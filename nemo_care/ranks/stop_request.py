@@ -1,0 +1,80 @@
+"""Being asked to stop: a signal from Slurm or a user, or the end of the time that a run may take.
+
+Requests only leave a note. The ranks compare their notes between two steps, so that all of them
+stop after the same one, whichever was asked.
+"""
+
+import signal
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+from nemo_care.errors import RunStopped
+from nemo_care.process import ending
+from nemo_care.process.ending import (
+    STARTER_GONE,
+    STOPPED,
+    cause_of,
+    end_at_once,
+    is_speaker,
+    status_of,
+)
+from nemo_care.process.screen import say
+
+# A rank whose starter has died ends after this time if its step does not, as torchrun's ranks do
+# after a SIGTERM.
+_ORPHAN_SECONDS = 30.0
+
+_TIME_IS_UP = -1  # no number of a request
+# Those further on count where several have come.
+_REQUESTS = (None, _TIME_IS_UP, STARTER_GONE, *ending.ASKING)
+
+
+class StopRequest:
+    """Notes the requests that reach this process."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        """`seconds` from now the run stops by itself; None: never."""
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._noted = 0  # a place in _REQUESTS
+
+    def catch_signals(self) -> None:
+        """Note requests from now on, where this process watches for them, instead of ending."""
+        ending.on_request(self.note)
+
+    def note(self, number: int) -> None:
+        """Ask for a stop: a signal's number, or STARTER_GONE; called by any thread."""
+        self._noted = max(self._noted, _REQUESTS.index(number))
+        if number == STARTER_GONE:
+            # A step that is stuck, in a collective without the others, would be an orphan for ever.
+            timer = threading.Timer(_ORPHAN_SECONDS, end_at_once, (number,))
+            timer.daemon = True
+            timer.start()
+        if number == signal.SIGINT and is_speaker():
+            say(
+                "nemo-care: stopping after the running step, with a checkpoint; another Ctrl-C "
+                "ends the run at once",
+                file=sys.stderr,
+            )
+
+    def agreed(self) -> int | None:
+        """What asks for a stop now, on all ranks alike, or None; collective over all ranks."""
+        noted = self._noted
+        if not noted and self._deadline is not None and time.monotonic() > self._deadline:
+            noted = _REQUESTS.index(_TIME_IS_UP)
+        note = torch.tensor(noted)
+        dist.all_reduce(note, op=dist.ReduceOp.MAX)
+        return _REQUESTS[int(note)]
+
+
+def stopped(step: int, request: int) -> RunStopped:
+    """The end of a run after a step because of a request that the ranks agreed on."""
+    is_time = request == _TIME_IS_UP
+    cause = "trainer.max_time_per_run is over" if is_time else cause_of(request)
+    return RunStopped(
+        f"stopped after step {step}, because {cause}; the same command goes on from there",
+        STOPPED if is_time else status_of(request),
+    )

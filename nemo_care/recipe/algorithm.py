@@ -1,0 +1,87 @@
+"""The keys under `algorithm` of the recipe."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ConsistencyConfig:
+    """The consistency bonus."""
+
+    kind: str = "group"
+    """Who gets it: group (the paper: those of a group's accurate completions whose answer is
+    likely, compared with the others'), accurate (all of the accurate), dense (every completion
+    with an answer, bonus_coefficient * answer likelihood each) or counterfactual (not in the paper:
+    every completion with an answer, by how much likelier its answer is behind its own reasoning
+    than behind the others'; may be negative)."""
+    counterfactual_share: float = 1.0
+    """Of kind=counterfactual: its share of the bonus; the rest is the paper's."""
+    bonus_coefficient: float = 0.5
+    """Size of the bonus relative to the accuracy; 0: no bonus (the GRPO baseline)."""
+    margin: float = 0.01
+    """How far below the mean answer likelihood a completion may lie and still get the bonus."""
+    likelihood_clip: float = 0.95
+    """Upper bound of the answer likelihood."""
+    accuracy_threshold: float = 0.1
+    """A completion counts as accurate above this (and at or above its group's mean)."""
+
+
+@dataclass
+class ReferenceConfig:
+    """The slowly moving reference model."""
+
+    ema_decay: float = 0.995
+    """Share of the old reference that an update keeps."""
+    ema_update_every: int = 10
+    """Optimizer steps between updates; 0: the reference stays frozen."""
+    ema_start_step: int = 0
+    """Optimizer steps until which the reference stays what it was at the start."""
+    ema_max_selection_rate: float = 1.0
+    """The reference waits while the bonus tells accurate completions apart in a larger share of the
+    groups than this (care/selection_rate); 1: it never waits, as in the paper. A step in which no
+    group has two accurate answers, or without a bonus, does not wait either. For kind=group: a
+    dense or counterfactual bonus hardly ever gives two completions the same, and so always waits.
+    """
+    offload: bool = False
+    """Keep the reference in CPU memory and on the GPU only while it scores."""
+    max_logprob_difference: float = 0.01
+    """In the first step, where reference and policy are the same model, the mean difference
+    between a token's log-probability in the scoring pass and in the update; above it the run stops,
+    because one of the passes must be wrong."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """GRPO-CARE, and GRPO as its special case."""
+
+    group_size: int = 8
+    """G, completions per prompt."""
+    prompts_per_step: int = 4
+    """B, prompts per optimizer step over all ranks; a multiple of the data-parallel size."""
+    groups_per_micro_batch: int = 1
+    """Groups computed together; more is faster for tiny models and takes more memory."""
+    shared_prompt: bool = True
+    """Compute each prompt once for its group; false: once for each completion (the slow, simple
+    way, for comparison)."""
+    updates_per_rollout: int = 1
+    """Optimizer steps on the same rollouts; above 1 the clipped surrogate applies."""
+    clip_low: float = 0.2
+    """The ratio is clipped below 1 - clip_low (several updates per rollout)."""
+    clip_high: float = 0.2
+    """The ratio is clipped above 1 + clip_high (several updates per rollout)."""
+    advantage: str = "grpo"
+    """How a completion's reward becomes its advantage: grpo (the paper: the reward's distance from
+    the group's mean in standard deviations of the group)."""
+    loss: str = "grpo"
+    """The policy loss: grpo (the paper: clipped ratios, averaged over the tokens of each completion
+    and then over all completions)."""
+    kl_coefficient: float = 0.0
+    """Weight of the k3 penalty against the reference; GRPO-CARE has none."""
+    min_reasoning_words: int = 0
+    """Words that the format reward asks for between the think tags; 0: the paper's reward."""
+    rewards: list[str] = field(default_factory=lambda: ["accuracy", "format"])
+    """Whose weighted sum is the base reward: accuracy, format, and functions of your own by import
+    path, package.module.function (see docs/rewards.md)."""
+    reward_weights: list[float] | None = None
+    """A number for each of the rewards; 0: recorded but not counted; null: 1 each."""
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)

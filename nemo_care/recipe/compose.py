@@ -1,0 +1,239 @@
+"""From a recipe's name and overrides to a checked `Recipe`.
+
+Composition is NeMo's: `hydra_runner` with the `recipes/` folder as search path, overrides as
+`key=value`, and the user's own folder with `--config-path`. NeMo takes seconds to import, so a
+command that needs nothing else of it composes with Hydra alone, to the same recipe.
+"""
+
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import fields
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_care.errors import InputError
+from nemo_care.files.json_lines import read_text
+from nemo_care.recipe.arguments import is_opening, openings, read_arguments
+from nemo_care.recipe.explain import all_keys, explain, names_in
+from nemo_care.recipe.schema import Recipe, check_recipe
+
+_RESTORE = "correct it, or restore it from the recipe.yaml of a checkpoint"
+SCHEMA_NAME = "nemo_care_schema"
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def recipes_folder() -> Path:
+    """Where the recipes lie: beside the package in a checkout, inside it when installed."""
+    checkout = _PACKAGE.parent / "recipes"
+    return checkout if checkout.is_dir() else _PACKAGE / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package, without the base that they inherit."""
+    return names_in([recipes_folder()])
+
+
+def _register() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name=SCHEMA_NAME, node=Recipe)
+    for group, content in openings():
+        store.store(group=group, name="yes", node=content, package="_global_")
+    OmegaConf.register_new_resolver("package_path", _package_path, replace=True)
+    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("epoch_steps", _epoch_steps, replace=True)
+
+
+def _package_path(name: str) -> str:
+    """The path of a file that comes with the package, such as the miniature's checkpoint."""
+    return str(_PACKAGE / name)
+
+
+def _run_name() -> str:
+    """The recipe's name and the groups that the command line chose, such as an ablation.
+
+    The layout is left out: a run goes on in its directory with any layout.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    choices = {
+        name: file
+        for name, file in hydra.runtime.choices.items()
+        if name != "layout" and not is_opening(name)
+    }
+    given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
+    chosen = [str(choices[name]) for name in given if name in choices]
+    return "_".join([Path(str(hydra.job.config_name)).stem, *chosen])
+
+
+def _epoch_steps(samples: int, prompts_per_step: int) -> int:
+    """Steps until each of so many samples has been a prompt."""
+    return -(-samples // max(prompts_per_step, 1))  # check_recipe refuses less than 1
+
+
+@contextmanager
+def _command_line(arguments: Sequence[str]) -> Iterator[None]:
+    """hydra_runner reads sys.argv and, asked to, raises instead of exiting."""
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def to_recipe(config: DictConfig) -> Recipe:
+    """Check a composed configuration against the schema.
+
+    Raises:
+        InputError: an unknown key, a wrong type, a missing value or one out of range.
+    """
+    try:
+        # Plain values only: Hydra's `+key=value` may have opened a node of the schema, and a merge
+        # would take the opened node over.
+        plain = OmegaConf.create(OmegaConf.to_container(config))
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), plain)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise InputError(f"{missing[0]} has no value: give it in the recipe or as an override")
+        OmegaConf.resolve(merged)
+        recipe = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise InputError(explain(error, [], [recipes_folder()])) from error
+    assert isinstance(recipe, Recipe)
+    check_recipe(recipe)
+    return recipe
+
+
+def _runner(with_nemo: bool) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Hydra's decorator for the function that gets the composed configuration."""
+    folder = str(recipes_folder())
+    if with_nemo:
+        from nemo.core.config import hydra_runner
+
+        return hydra_runner(config_path=folder)
+    import hydra
+
+    # The resolvers that NeMo offers to recipes; its own replace them.
+    OmegaConf.register_new_resolver("multiply", operator.mul, replace=True)
+    OmegaConf.register_new_resolver("sum", operator.add, replace=True)
+    return hydra.main(version_base=None, config_path=folder)
+
+
+def compose_recipe(arguments: Sequence[str], *, with_nemo: bool = True) -> Recipe | None:
+    """Compose and check the recipe that a command line names.
+
+    Args:
+        arguments: as after `nemo-care train`: `--config-name NAME`, `--config-path DIR`,
+            `key=value`, and Hydra's own flags.
+        with_nemo: compose with NeMo's `hydra_runner`, or with Hydra alone.
+
+    Returns:
+        The recipe, or None where Hydra only printed something (`--cfg job`).
+
+    Raises:
+        InputError: no such recipe, an unknown key, a value of the wrong type or out of range.
+    """
+    from hydra.errors import HydraException
+
+    _register()
+    read = read_arguments(arguments, recipes_folder())
+    composed: list[DictConfig] = []
+
+    @_runner(with_nemo)
+    def capture(config: DictConfig) -> None:
+        # Here, because names of runs are made of what Hydra knows while this function runs.
+        OmegaConf.resolve(config)
+        composed.append(config)
+
+    noise = StringIO()
+    try:
+        # Hydra repeats on stderr what its exception says.
+        with _command_line(read.for_hydra), redirect_stderr(noise):
+            capture()
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(explain(error, arguments, read.folders)) from error
+    except SystemExit as error:
+        if error.code not in (0, None):
+            lines = noise.getvalue().strip().splitlines() or ["the command line is not understood"]
+            raise InputError(lines[-1]) from error
+        return None
+    return to_recipe(composed[0]) if composed else None
+
+
+def load_recipe_file(file: Path) -> DictConfig:
+    """What a run's recipe.yaml says, unchecked.
+
+    Raises:
+        InputError: the file can't be read, or is not YAML with keys.
+    """
+    text = read_text(file, remedy=_RESTORE)
+    try:
+        config = OmegaConf.load(StringIO(text))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputError(f"{file}:{line}: not valid YAML ({error.problem}); {_RESTORE}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{file}: not a recipe ({cause}); {_RESTORE}") from error
+    if not isinstance(config, DictConfig):
+        raise InputError(f"{file}: not a recipe; {_RESTORE}")
+    return config
+
+
+def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A resolved recipe from a run directory, with `overrides` (key=value).
+
+    Raises:
+        InputError: the file is missing or is not a recipe, or an override does not fit.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; give a run directory with its recipe.yaml")
+    config = load_recipe_file(file)
+    # Every part is there when a run writes it; what is missing would get the schema's defaults.
+    cut = [part.name for part in fields(Recipe) if part.name not in config]
+    if cut:
+        raise InputError(f"{file}: cut short, {cut[0]} is missing; {_RESTORE}")
+    try:
+        recipe = to_recipe(config)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    if not overrides:
+        return recipe
+    for override in overrides:
+        if "=" not in override:
+            raise InputError(f"{override}: an override is key=value")
+    try:
+        config.merge_with_dotlist(list(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(explain(error, list(overrides), [recipes_folder()])) from error
+    return to_recipe(config)
+
+
+def recipe_changes(old: Recipe, new: Recipe) -> dict[str, list[Any]]:
+    """The old and the new value, as JSON has them, of each key in which two recipes differ."""
+    before, after = (OmegaConf.structured(recipe) for recipe in (old, new))
+    changes = {}
+    for key in all_keys(after):
+        values = [OmegaConf.select(config, key) for config in (before, after)]
+        if values[0] != values[1] and not isinstance(values[1], DictConfig):
+            changes[key] = [
+                OmegaConf.to_container(value) if isinstance(value, Container) else value
+                for value in values
+            ]
+    return changes

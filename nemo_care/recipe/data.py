@@ -1,0 +1,162 @@
+"""The keys under `data` of the recipe's schema, and their checks (see config.py)."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+from nemo_care.errors import InputError
+from nemo_care.recipe.templates import template_problem
+
+MISSING = "???"  # OmegaConf's mark for a key that a recipe has to give.
+DATA_KINDS = ("jsonl", "miniature", "seed_bench_r1", "video_r1")
+
+
+@dataclass
+class VideoConfig:
+    """How videos become patches."""
+
+    fps: float = 2.0
+    """Frames per second of video, within the next two bounds."""
+    min_frames: int = 4
+    """Frames of a short video at least, as far as it has so many; always an even number."""
+    max_frames: int = 16
+    """Frames of a long video at most, evenly spread."""
+    min_pixels: int = 3136
+    """Smallest number of pixels of a frame (4 * 28 * 28)."""
+    max_pixels: int = 100352
+    """Largest number of pixels of a frame (128 * 28 * 28)."""
+
+
+@dataclass
+class ImageConfig:
+    """Bounds of an image's size."""
+
+    min_pixels: int = 3136
+    """Smallest number of pixels of an image (4 * 28 * 28)."""
+    max_pixels: int = 401408
+    """Largest number of pixels of an image (512 * 28 * 28)."""
+
+
+@dataclass
+class SourceConfig:
+    """One data set of a mixture."""
+
+    kind: str = "jsonl"
+    """As in data.train.kind."""
+    root: str = MISSING
+    """Directory that the paths in the annotations are relative to."""
+    annotations: str = "train.jsonl"
+    """File relative to root."""
+    weight: float = 1.0
+    """Share of an epoch's prompts, relative to the other sources; above 0."""
+
+
+@dataclass
+class TrainDataConfig:
+    """Training prompts: one data set, or a mixture."""
+
+    kind: str = "jsonl"
+    """jsonl: one JSON object a line; miniature: the same, written by us where missing;
+    seed_bench_r1: as published; video_r1: as published, and general video benchmarks."""
+    root: str | None = None
+    """Directory that the paths in the annotations are relative to; needed without sources."""
+    annotations: str = "train.jsonl"
+    """File relative to root."""
+    sources: list[SourceConfig] | None = None
+    """Data sets to mix, each with kind, root, annotations and weight, in place of the three keys
+    above. An epoch has as many prompts as all sources have samples together, and each source's
+    share of them is weight / sum of weights, whole prompts by largest remainder. A source gives all
+    of its samples once before any of them again, and goes on in the next epoch where it stopped."""
+    shuffle: bool = True
+    """Draw an order for each epoch; false: the files' order, sources spread evenly."""
+
+
+@dataclass
+class ValidationDataConfig:
+    """Validation prompts, by level."""
+
+    kind: str = "jsonl"
+    """As in data.train.kind."""
+    root: str | None = None
+    """Directory that the paths in the annotations are relative to; needed with annotations."""
+    annotations: dict[str, str] | None = None
+    """Level name -> file relative to root; null: no validation."""
+    samples_per_level: int | None = None
+    """Use only so many; null: all."""
+    max_frames: int | None = None
+    """In place of data.video.max_frames; null: as in training."""
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from and what they look like."""
+
+    train: TrainDataConfig = field(default_factory=TrainDataConfig)
+    validation: ValidationDataConfig = field(default_factory=ValidationDataConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    prompt_template: str | None = None
+    """Text of a prompt with {question}, {options} and {answer_hint}; null: our own wording."""
+    max_prompt_tokens: int = 16384
+    """A longer prompt is skipped and listed."""
+    max_skipped_fraction: float = 0.05
+    """The run stops when more of a data set than this can't be used: bad lines of its annotations,
+    media that can't be read, prompts that are too long."""
+    workers: int = 2
+    """Processes of each model replica that decode the next step's media during this one; 0: decode
+    between the steps, without the two bounds below."""
+    prefetch_steps: int = 1
+    """Steps whose media are decoded ahead, and kept in memory."""
+    seconds_per_sample: float = 60.0
+    """A prompt whose media take longer to decode is skipped and listed."""
+    worker_memory_gib: float = 8.0
+    """Memory that one decoding process may use; a prompt that needs more is skipped and listed."""
+
+
+def for_validation(data: DataConfig) -> DataConfig:
+    """The same keys, with data.validation.max_frames in the place of data.video.max_frames."""
+    max_frames = data.validation.max_frames
+    if max_frames is None:
+        return data
+    return replace(data, video=replace(data.video, max_frames=max_frames))
+
+
+def check_data(data: DataConfig) -> None:
+    """Check the keys under `data` against each other; their ranges are in config.py.
+
+    Raises:
+        InputError: names the key, its value and what it may be.
+    """
+    _check_template(data.prompt_template)
+    most = {"data.video": data.video.max_frames, "data.validation": data.validation.max_frames}
+    for block, max_frames in most.items():
+        if max_frames is not None and data.video.min_frames > max_frames:
+            raise InputError(f"data.video.min_frames is larger than {block}.max_frames")
+    for name, size in (("video", data.video), ("image", data.image)):
+        if size.min_pixels > size.max_pixels:
+            raise InputError(f"data.{name}.min_pixels is larger than data.{name}.max_pixels")
+    if data.validation.annotations and data.validation.root is None:
+        raise InputError(
+            "data.validation.root has no value: give the directory of "
+            "data.validation.annotations, or set those to null"
+        )
+    if data.train.sources is None:
+        return
+    if not data.train.sources:
+        raise InputError("data.train.sources is empty: name a source, or set it to null")
+    for number, source in enumerate(data.train.sources):
+        key = f"data.train.sources[{number}]"
+        if source.kind not in DATA_KINDS:
+            raise InputError(f"{key}.kind={source.kind}: choose {' or '.join(DATA_KINDS)}")
+        if not (source.weight > 0 and math.isfinite(source.weight)):
+            raise InputError(f"{key}.weight={source.weight}: must be a number above 0")
+
+
+def _check_template(template: str | None) -> None:
+    if template is None:
+        return
+    problem = template_problem(template, ("question", "options", "answer_hint"), ("question",))
+    if problem:
+        raise InputError(
+            f"data.prompt_template: {problem}; use {{question}}, {{options}} and {{answer_hint}}, "
+            "the first at least, and double every brace that is text: {{ and }}"
+        )

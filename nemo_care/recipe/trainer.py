@@ -1,0 +1,73 @@
+"""The keys under `trainer`, `checkpoint` and `exp_manager` of the recipe."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_care.recipe.data import MISSING
+
+
+@dataclass
+class TrainerConfig:
+    """How long, on how many ranks, from which seed."""
+
+    max_steps: int = MISSING  # type: ignore[assignment]
+    """Steps of the whole run, each one rollout and algorithm.updates_per_rollout updates."""
+    devices: int = 1
+    """Ranks on one machine: GPUs, or processes where there is no GPU."""
+    num_nodes: int = 1
+    """Machines. More than one needs torchrun or srun to start the ranks."""
+    cpu_threads: int = 1
+    """Threads of each rank on a machine without GPUs; more only help models larger than tiny."""
+    seed: int = 1234
+    """Seed of data order and sampling."""
+    resume: str = "auto"
+    """auto: go on from the run directory's newest checkpoint; never: refuse if there is one."""
+    validation_interval: int = 0
+    """Validate every so many steps; 0: only before the first and after the last step."""
+    max_time_per_run: str | None = None
+    """days:hours:minutes:seconds after which the run saves and exits with status 75, to be started
+    again; null: no limit."""
+    max_bad_steps: int = 3
+    """Steps in a row that may be left out because a log-probability, the loss or the gradient is
+    NaN or infinite; one more stops the run. 0: the first stops it."""
+    show_completion_every: int = 20
+    """Print one sampled completion every so many steps; 0: never."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is saved and when."""
+
+    save_interval: int = 50
+    """Steps between checkpoints; the last step is always saved."""
+    asynchronous: bool = True
+    """Training goes on while a copy of its state, in CPU memory, is written; false: it waits."""
+    keep_last: int = 2
+    """Newest checkpoints to keep; 0: all."""
+    keep_every: int = 0
+    """Keep besides each checkpoint whose step is a multiple of this; 0: none."""
+    export: bool = True
+    """Write a Hugging Face directory at the end of the run."""
+
+
+@dataclass
+class ExpManagerConfig:
+    """NeMo's experiment manager: run directory and loggers."""
+
+    explicit_log_dir: str | None = None
+    """The run directory; null: exp_dir/name."""
+    exp_dir: str | None = "runs"
+    """Folder of run directories; null: nemo_experiments."""
+    name: str | None = "default"
+    """Name of the run directory there. Recipes that inherit base are called like their file, with
+    the groups behind it that the command line chose (not the layout)."""
+    create_tensorboard_logger: bool = True
+    """Write TensorBoard files into the run directory."""
+    create_wandb_logger: bool = False
+    """Log to Weights & Biases, which needs its package."""
+    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of that logger, such as project and name."""
+    create_mlflow_logger: bool = False
+    """Log to MLflow, which needs its package."""
+    mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of that logger, such as experiment_name and tracking_uri."""

@@ -1,0 +1,48 @@
+"""What a run was made with: commit, versions and machine, one line for each start."""
+
+import os
+import platform
+import socket
+import subprocess
+import time
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+# Of the environment, these alone: others may hold keys.
+_JOB = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST")
+
+
+def origin() -> dict[str, Any]:
+    """When, where and with which commit and packages this process runs."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "job": {name: os.environ[name] for name in _JOB if name in os.environ},
+        "commit": commit(),
+        "python": platform.python_version(),
+        "packages": _packages(),
+    }
+
+
+def _packages() -> dict[str, str]:
+    """Name and version of all installed packages."""
+    # Each `metadata` reads a file: asking for name and version would read it twice.
+    found = (each.metadata for each in distributions())
+    return dict(sorted((each["Name"], each["Version"]) for each in found))
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "-dirty" where files differ from it; None where nobody knows."""
+    given = os.environ.get("NEMO_CARE_COMMIT")  # slurm/ asks outside of the container
+    if given:
+        return given
+    command = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

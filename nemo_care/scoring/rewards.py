@@ -1,0 +1,63 @@
+"""Base rewards of groups: the rewards that the recipe names, applied."""
+
+from collections.abc import Sequence
+
+import torch
+
+from nemo_care.groups.group import Group
+from nemo_care.objective.rewards import base_reward
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.algorithm import AlgorithmConfig
+from nemo_care.scoring.reward_functions import (
+    Reward,
+    load_rewards,
+    reward_name,
+    reward_value,
+    reward_weights,
+)
+
+
+class BaseRewards:
+    """Accuracy, format and the user's rewards of each completion (algorithm step 2)."""
+
+    def __init__(self, config: AlgorithmConfig, ranks: Ranks) -> None:
+        """Rewards are computed on the leader of each replica, so that its ranks agree.
+
+        Raises:
+            InputError: see `load_rewards`.
+        """
+        self.names = [reward_name(entry) for entry in config.rewards]
+        self.weights = reward_weights(config)
+        self.ranks = ranks
+        self.functions: dict[str, Reward] = {}
+        # Only there: importing a user's reward may load a model, which the other ranks never need.
+        ranks.from_leader(lambda: self.functions.update(load_rewards(config)))
+
+    def __call__(self, groups: Sequence[Group]) -> None:
+        """Set `rewards` and `base_reward` of each group.
+
+        Raises:
+            RuntimeError: a user's reward raised something; names reward and prompt.
+            ValueError: a reward is not one finite number; names reward and prompt.
+        """
+        tables = self.ranks.from_leader(lambda: [self._score(group) for group in groups])
+        for group, table in zip(groups, tables, strict=True):
+            values = torch.tensor(table, dtype=torch.float32)
+            group.rewards = dict(zip(self.names, values, strict=True))
+            group.base_reward = base_reward(values, self.weights)
+            # Here, where every rank sees it: later only the last pipeline stage would stop.
+            if not group.base_reward.isfinite().all():
+                raise ValueError(
+                    f"the weighted sum of the rewards of prompt {group.prompt.sample.sample_id} is "
+                    "no finite number: lower algorithm.reward_weights"
+                )
+
+    def _score(self, group: Group) -> list[list[float]]:
+        """Each reward of each completion, K lists of G."""
+        return [
+            [
+                reward_value(name, function, completion.text, group.prompt.sample)
+                for completion in group.completions
+            ]
+            for name, function in self.functions.items()
+        ]

@@ -1,0 +1,123 @@
+"""The scoring pass: completions under a model, without gradients.
+
+A group's vision tower and prompt run once, the output layer only where a token is asked for, and
+what a caller makes of the log-probabilities is made on the last pipeline stage, micro-batch by
+micro-batch. One small broadcast then tells the other stages.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from nemo_care.groups.batch import GroupBatch
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.groups.group import Group
+from nemo_care.megatron.cpu import compute_device
+from nemo_care.models.pipeline import forward_only
+from nemo_care.models.precision import computing
+from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.objective.consistency import answer_likelihood
+from nemo_care.ranks.process_groups import Ranks
+
+Table = torch.Tensor
+"""What is made of one group: float32 [K, G], a column per completion."""
+
+
+class Scorer:
+    """Teacher-forced scoring of groups under one model; all ranks of the replica take part."""
+
+    def __init__(
+        self, model: Qwen25VL, ranks: Ranks, layout: BatchLayout, *, fp8: bool = False
+    ) -> None:
+        """`layout` says how groups become micro-batches; several fill the pipeline.
+
+        `fp8`: score in 8 bits if the model's configuration has them.
+        """
+        self.fp8 = fp8
+        self.model = model
+        self.ranks = ranks
+        self.layout = layout
+
+    def answer_likelihoods(self, groups: Sequence[Group]) -> list[torch.Tensor]:
+        """Likelihood of each completion's answer, not clipped, float32 [G] per group.
+
+        NaN without an answer.
+        """
+
+        def likelihood(batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
+            likelihoods = answer_likelihood(log_probs, batch.answer_mask)
+            return list(likelihoods[None].split([group.size for group in batch.groups], dim=1))
+
+        return [table[0] for table in self.score(groups, likelihood, rows=1)]
+
+    def pair_likelihoods(self, groups: Sequence[Group]) -> list[torch.Tensor]:
+        """Likelihood of each answer behind each reasoning of its group, float32 [G, G] per group.
+
+        Row i, column j: exp of the mean log-probability of the tokens of answer i behind the
+        reasoning of completion j; NaN where either has no answer.
+
+        Raises:
+            ValueError: the layout does not share the prompt.
+        """
+        return self._tables(
+            self.layout.batches(groups, answer_pairs=True),
+            lambda hidden, batch: batch.pair_likelihoods(self.model, hidden),
+            [(group.size, group.size) for group in groups],
+        )
+
+    def score(
+        self,
+        groups: Sequence[Group],
+        table_of: Callable[[GroupBatch, torch.Tensor], list[Table]],
+        *,
+        rows: int,
+        all_tokens: bool = False,
+        answer_pairs: bool = False,
+    ) -> list[Table]:
+        """One table per group, on the CPU, equal on all ranks of the model replica.
+
+        Args:
+            groups: to be scored.
+            table_of: called on the last stage with a micro-batch and the log-probabilities float32
+                [N, C] of its completions' answer tokens (zero elsewhere); gives a table [rows, G]
+                per group.
+            rows: K of those tables.
+            all_tokens: log-probabilities of all completion tokens, not only the answers'.
+            answer_pairs: score every answer behind every reasoning too (see `pair_likelihoods`);
+                each table then has G more rows, which hold them.
+
+        Raises:
+            ValueError: answer pairs in a layout that does not share the prompt.
+        """
+
+        def result(hidden: torch.Tensor, batch: GroupBatch) -> list[Table]:
+            asked = batch.asked_of_reference(all_tokens=all_tokens)
+            tables = table_of(batch, batch.log_probs(self.model, hidden, asked))
+            if not answer_pairs:
+                return tables
+            pairs = batch.pair_likelihoods(self.model, hidden)
+            return [torch.cat(parts) for parts in zip(tables, pairs, strict=True)]
+
+        shapes = [(rows + answer_pairs * group.size, group.size) for group in groups]
+        batches = self.layout.batches(groups, answer_pairs=answer_pairs)
+        return self._tables(batches, result, shapes)
+
+    def _tables(
+        self,
+        batches: Sequence[GroupBatch],
+        result: Callable[[torch.Tensor, GroupBatch], list[Table]],
+        shapes: Sequence[tuple[int, int]],
+    ) -> list[Table]:
+        """Run the pass. `shapes` of the groups' tables tell the other stages what to expect."""
+        with computing(self.model.config, fp8=self.fp8):
+            results = forward_only(
+                self.model, batches, inputs_of=lambda batch: batch.inputs, result_of=result
+            )
+        counts = [height * width for height, width in shapes]
+        flat = (
+            torch.cat([table.reshape(-1) for tables in results for table in tables])
+            if self.ranks.is_last_stage
+            else torch.zeros(sum(counts), device=compute_device())
+        )
+        parts = self.ranks.broadcast_from_last_stage(flat).cpu().split(counts)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,0 +1,142 @@
+"""Put a trainer together from a recipe: the one place that knows every part."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import Qwen2_5_VLConfig
+
+from nemo_care.data.annotations import Annotations
+from nemo_care.data.decoding import DecodingWorkers
+from nemo_care.data.fingerprints import fingerprints
+from nemo_care.data.loader import PromptLoader
+from nemo_care.data.mixing import TrainingData
+from nemo_care.data.prompts import PromptBuilder
+from nemo_care.data.stream import PromptStream
+from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.evaluation.build import build_evaluator
+from nemo_care.evaluation.validation import Validator
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.precision import check_transformer_engine
+from nemo_care.models.qwen2_5_vl import Qwen25VL, transformer_config
+from nemo_care.models.weights import load_hf_weights
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.ranks.stop_request import StopRequest
+from nemo_care.recipe.data import for_validation
+from nemo_care.recipe.schema import Recipe, needs_reference
+from nemo_care.rollouts.build import build_generator
+from nemo_care.runs.files import RunFiles
+from nemo_care.scoring.reference import Reference
+from nemo_care.scoring.rewards import BaseRewards
+from nemo_care.scoring.scorer import Scorer
+from nemo_care.training.loggers import MetricLogger
+from nemo_care.training.policy import Policy
+from nemo_care.training.trainer import GRPOCareTrainer
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_model(
+    recipe: Recipe, ranks: Ranks, hf: Qwen2_5_VLConfig | None = None, *, fp8: bool = True
+) -> Qwen25VL:
+    """This rank's part of the recipe's model (or of `hf`), its weights still to be loaded.
+
+    Without `fp8` it computes in bf16 even where the recipe's update does not.
+
+    Raises:
+        InputError: kernels that this machine has not got.
+    """
+    check_transformer_engine(recipe.model)
+    hf = hf or read_hf_config(recipe.model.hf_path)
+    config = transformer_config(
+        hf,
+        ranks.layout,
+        _DTYPES[recipe.model.precision.dtype],
+        recompute_granularity=recipe.model.recompute_granularity,
+        fp8=recipe.model.precision.fp8 if fp8 else None,
+    )
+    return Qwen25VL(hf, config, recipe.model.backend)
+
+
+def load_model(recipe: Recipe, ranks: Ranks, *, fp8: bool = True) -> Qwen25VL:
+    """This rank's part of the recipe's checkpoint (see `build_model`)."""
+    model = build_model(recipe, ranks, fp8=fp8)
+    load_hf_weights(model, recipe.model.hf_path)
+    return model
+
+
+def build_trainer(
+    recipe: Recipe,
+    ranks: Ranks,
+    files: RunFiles,
+    loggers: Sequence[MetricLogger],
+    *,
+    training: TrainingData,
+    levels: Mapping[str, Annotations],
+    workers: DecodingWorkers,
+    stop: StopRequest | None = None,
+) -> GRPOCareTrainer:
+    """The trainer with everything it needs; collective over all ranks.
+
+    `training` are the training samples, `levels` the validation samples by level; `workers` decode
+    both; `stop` is asked after each step whether to go on.
+    """
+    algorithm, fp8 = recipe.algorithm, recipe.model.precision.fp8
+    model = load_model(recipe, ranks)
+    tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
+    prompts = PromptBuilder(recipe.data, model.hf, tokenizer)
+    validation_prompts = PromptBuilder(for_validation(recipe.data), model.hf, tokenizer)
+    layout = BatchLayout.of_recipe(recipe, ranks.layout, tokenizer.pad_id)
+    reference = None
+    if needs_reference(algorithm):
+        twin = load_model(recipe, ranks, fp8=fp8.scoring)
+        reference = Reference(twin, algorithm, ranks, layout)
+    policy = Policy(model, recipe, ranks, layout)
+    generator = build_generator(
+        recipe,
+        ranks,
+        model,
+        tokenizer,
+        groups_per_batch=recipe.rollout.groups_per_batch,
+        shared_prompt=algorithm.shared_prompt,
+        folder=files.folder,
+        version=lambda: policy.optimizer_steps,
+        from_checkpoint=True,
+    )
+    evaluator = build_evaluator(
+        recipe,
+        ranks,
+        Scorer(model, ranks, layout, fp8=fp8.scoring),
+        PromptLoader(validation_prompts, workers),
+        likelihoods=reference.answer_likelihoods if reference is not None else None,
+        folder=files.folder,
+        # vLLM's engines are there for both; in the training shards, batches differ in size.
+        generator=generator if recipe.rollout.backend == "vllm" else None,
+    )
+    return GRPOCareTrainer(
+        recipe,
+        ranks,
+        prompts=PromptStream(
+            training,
+            PromptLoader(prompts, workers),
+            ranks,
+            prompts_per_step=algorithm.prompts_per_step,
+            seed=recipe.trainer.seed,
+            shuffle=recipe.data.train.shuffle,
+            max_skipped_fraction=recipe.data.max_skipped_fraction,
+            prefetch_steps=recipe.data.prefetch_steps,
+        ),
+        generator=generator,
+        rewards=BaseRewards(algorithm, ranks),
+        reference=reference,
+        policy=policy,
+        validator=Validator(
+            {level: annotations.samples for level, annotations in levels.items()}, evaluator
+        ),
+        files=files,
+        tokenizer=tokenizer,
+        loggers=loggers,
+        bad_lines=[item for read in (*training.sources, *levels.values()) for item in read.bad],
+        annotations=ranks.from_rank_zero(lambda: fingerprints(recipe.data)),
+        stop=stop,
+    )

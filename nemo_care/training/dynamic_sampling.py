@@ -1,0 +1,149 @@
+"""Dynamic sampling: a step samples on until enough groups have a signal.
+
+Q. Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv 2503.14476,
+section 3.2. A group whose rewards are all equal has advantages of 0 and teaches nothing; the more
+often the policy is right (or wrong) throughout, the smaller a batch really is.
+
+DAPO asks the accuracy. Here the advantage itself is asked, behind the scoring pass: completions
+that are all right may still be told apart by their consistency bonus. What is kept follows from the
+order of the training stream alone, so every parallel layout trains on the same groups.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+
+from nemo_care.groups.group import Group
+from nemo_care.megatron.cpu import compute_device
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.schema import Recipe
+from nemo_care.training.finite import reference_is_finite, rollout_is_finite
+
+
+@dataclass
+class Sampled:
+    """What a step has sampled.
+
+    `groups` are all that this replica sampled; `trained`, as many on each replica, are those that
+    it trains on, of which another replica may have sampled some. Both are in the stream's order.
+    `metrics` are equal on all ranks.
+    """
+
+    groups: list[Group]
+    trained: list[Group]
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+class _Worth(IntEnum):
+    """What a group is to the update; what comes first is taken first."""
+
+    # Never set aside: the update has to see it, to leave the step out and say so.
+    NOT_FINITE = 0
+    SIGNAL = 1
+    NO_SIGNAL = 2
+
+
+class _Candidate(NamedTuple):
+    """A group of any replica; smaller ones are taken first."""
+
+    worth: _Worth
+    prompt_index: int
+    replica: int
+
+
+class DynamicSampling:
+    """Rounds of sampling, until `algorithm.prompts_per_step` groups have a signal."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+        """Without rollout.dynamic_sampling a step has one round, and all of it is trained on."""
+        self.config = recipe.rollout.dynamic_sampling
+        self.wanted = recipe.algorithm.prompts_per_step
+        self.all_tokens = recipe.algorithm.kl_coefficient > 0
+        self.ranks = ranks
+
+    def __call__(self, sample: Callable[[], list[Group]]) -> Sampled:
+        """Call `sample` for a round's groups, with their advantages, until there are enough.
+
+        Collective over all ranks, which go through the same number of rounds.
+        """
+        if not self.config.enabled:
+            groups = sample()
+            return Sampled(groups, groups)
+        mine: dict[int, Group] = {}
+        known: list[_Candidate] = []
+        chosen: list[_Candidate] = []
+        rounds = 0
+        while rounds < self.config.max_rounds:
+            rounds += 1
+            new = sample()
+            mine |= {group.prompt.index: group for group in new}
+            known += self._candidates(new)
+            chosen = sorted(known)[: self.wanted]
+            _mark(mine.values(), chosen)
+            # A step that is left out needs no further groups.
+            if chosen[0].worth is _Worth.NOT_FINITE or chosen[-1].worth is _Worth.SIGNAL:
+                break
+        return Sampled(
+            list(mine.values()),
+            self._dealt(chosen, mine),
+            {
+                "rollout/rounds": rounds,
+                "rollout/groups_sampled": len(known),
+                "rollout/groups_set_aside": len(known) - len(chosen),
+            },
+        )
+
+    def _candidates(self, groups: Sequence[Group]) -> list[_Candidate]:
+        """This round's groups of all replicas."""
+        # The reference's log-probabilities are known on the last stage only.
+        worth = torch.tensor([self._worth(group) for group in groups], device=compute_device())
+        self.ranks.broadcast_from_last_stage(worth)
+        indices = [group.prompt.index for group in groups]
+        everyone = self.ranks.gather_from_replicas(list(zip(worth.tolist(), indices, strict=True)))
+        return [
+            _Candidate(_Worth(worth), index, replica)
+            for replica, items in enumerate(everyone)
+            for worth, index in items
+        ]
+
+    def _worth(self, group: Group) -> int:
+        scored = reference_is_finite([group], all_tokens=self.all_tokens)
+        if not (rollout_is_finite([group]) and scored):
+            return _Worth.NOT_FINITE
+        return _Worth.SIGNAL if bool((group.advantage != 0).any()) else _Worth.NO_SIGNAL
+
+    def _dealt(self, chosen: Sequence[_Candidate], mine: Mapping[int, Group]) -> list[Group]:
+        """This replica's share of the chosen groups; what a replica has too many goes to others.
+
+        Only the groups' number is the same everywhere: which replica has sampled them is chance.
+        """
+        share = self.wanted // self.ranks.data_size
+        kept: list[list[int]] = [[] for _ in range(self.ranks.data_size)]
+        spare: list[tuple[int, int]] = []
+        for _, index, replica in sorted(chosen, key=lambda candidate: candidate.prompt_index):
+            if len(kept[replica]) < share:
+                kept[replica].append(index)
+            else:
+                spare.append((index, replica))
+        lacking = [to for to, indices in enumerate(kept) for _ in range(share - len(indices))]
+        moves = [(source, to) for (_, source), to in zip(spare, lacking, strict=True)]
+        given = [mine[index] for index, source in spare if source == self.ranks.data_rank]
+        received = self.ranks.move_between_replicas(moves, given)
+        own = [mine[index] for index in kept[self.ranks.data_rank]]
+        return sorted([*own, *received], key=lambda group: group.prompt.index)
+
+
+def _mark(groups: Iterable[Group], chosen: Sequence[_Candidate]) -> None:
+    """Say of each group so far whether it would be trained on.
+
+    What is not among the first now never will be, and is only recorded: its media would fill the
+    memory for nothing while the rounds go on.
+    """
+    indices = {candidate.prompt_index for candidate in chosen}
+    for group in groups:
+        group.used = group.prompt.index in indices
+        if not group.used:
+            group.prompt = replace(group.prompt, pixel_values=None, grid_thw=None)

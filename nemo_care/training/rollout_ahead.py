@@ -1,0 +1,167 @@
+"""The groups of each round of sampling; with rollout.asynchronous the engines are a round ahead.
+
+While the trainer rewards, scores and updates on a round's groups, the engines then sample the next
+round's prompts, with the weights from before that update: one step off. M. Noukhovitch et al.,
+"Asynchronous RLHF: Faster and More Efficient Off-Policy RL for Language Models", arXiv 2410.18252.
+
+The order is: collect what is in flight, bring the engines' weights up to date, submit the next
+prompts, and only then hand the collected groups out. Weights change while no completion is being
+sampled, so each completion, and all that an engine caches for it, comes from one set of weights.
+Prompts come in the order of the training stream, as without the switch.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_care.data.prompts import Prompt
+from nemo_care.data.samples import Skipped
+from nemo_care.data.stream import PromptStream, TooManySkipped
+from nemo_care.groups.group import Group
+from nemo_care.recipe.schema import Recipe
+from nemo_care.rollouts.generator import BackgroundGenerator, Generator, Sampling
+from nemo_care.training.console import Console
+
+# Tells training's random numbers from those of validation.
+_SEED_DOMAIN = 0
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass
+class _Round:
+    """Prompts that were drawn and are being sampled.
+
+    `position` is the stream's from before they were drawn, `version` that of the weights, `begun`
+    what the generator gave for them. `groups` are there when they were collected early. `too_many`
+    is why there are no prompts.
+    """
+
+    position: int
+    version: int
+    skipped: Sequence[Skipped] = ()
+    begun: Any = None
+    groups: list[Group] | None = None
+    too_many: TooManySkipped | None = None
+
+
+class Rollouts:
+    """Draws the prompts of one round after another and has them sampled (algorithm step 1)."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompts: PromptStream,
+        generator: Generator,
+        console: Console,
+        *,
+        version: Callable[[], int],
+    ) -> None:
+        """Nothing is drawn yet. `version` is how many optimizer steps there have been."""
+        self.asynchronous = recipe.rollout.asynchronous
+        self.corrected = recipe.rollout.importance_sampling.enabled
+        self.prompts = prompts
+        self.generator = generator
+        self.console = console
+        self.version = version
+        self.sampling = Sampling(
+            group_size=recipe.algorithm.group_size,
+            temperature=recipe.rollout.temperature,
+            top_p=recipe.rollout.top_p,
+            max_tokens=recipe.rollout.max_completion_tokens,
+            seed=(recipe.trainer.seed, _SEED_DOMAIN),
+        )
+        # Optimizer steps that lie between the weights that sampled the oldest of this step's rounds
+        # and those that its update starts from.
+        self.staleness = 0
+        self._ahead: _Round | None = None
+        self._told = False
+
+    def begin_step(self) -> None:
+        """The rounds from here on are another step's."""
+        self.staleness = 0
+
+    def next(self, phase: Phase, *, last: bool) -> tuple[list[Group], list[Skipped]]:
+        """The next prompts' groups, and the samples that were skipped on the way to them.
+
+        Collective over all ranks. `phase` times what this rank waits for; `last`: no step comes
+        behind this one, so nothing is begun ahead of it.
+
+        Raises:
+            TooManySkipped: more of a data set than data.max_skipped_fraction can't be used. It is
+                raised when its round comes, however early it was found: what lies before is
+                trained, recorded and saved.
+            RunFailed: the generator has failed, on all ranks.
+        """
+        if not self.asynchronous:
+            with phase("data"):
+                prompts, skipped = self.prompts.next_step()
+            with phase("rollout"):
+                return self.generate(prompts), skipped
+        current = self._ahead or self._begin(phase)
+        self._ahead = None
+        with phase("rollout"):
+            groups = self._collected(current)
+        self.staleness = max(self.staleness, self.version() - current.version)
+        if not last:
+            self._tell_once()
+            self._ahead = self._begin(phase)
+        return groups, list(current.skipped)
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """G completions of each prompt, sampled now."""
+        groups = self.generator.generate(prompts, self.sampling)
+        self.generator.rest()
+        return groups
+
+    def settle(self) -> None:
+        """Wait for what is being sampled ahead and keep it, so that others can use the engines.
+
+        These take no newer weights before, and a validation needs them. Collective over all ranks.
+        """
+        if self._ahead is not None and self._ahead.too_many is None:
+            self._ahead.groups = self._collected(self._ahead)
+
+    @property
+    def position(self) -> int:
+        """The stream's position behind what was handed out: what a checkpoint has to keep.
+
+        What is in flight is sampled anew by a resumed run, with the checkpoint's weights.
+        """
+        return self.prompts.position if self._ahead is None else self._ahead.position
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """Of the step so far."""
+        return {"rollout/staleness": self.staleness} if self.asynchronous else {}
+
+    def _begin(self, phase: Phase) -> _Round:
+        """Draw prompts and let the engines begin, with the weights as they are now."""
+        begun = _Round(self.prompts.position, self.version())
+        try:
+            with phase("data"):
+                prompts, begun.skipped = self.prompts.next_step()
+        except TooManySkipped as error:
+            begun.too_many = error
+            return begun
+        with phase("rollout"):
+            begun.begun = self._background.submit(prompts, self.sampling)
+        return begun
+
+    def _collected(self, begun: _Round) -> list[Group]:
+        if begun.too_many is not None:
+            raise begun.too_many
+        if begun.groups is None:
+            begun.groups = self._background.collect(begun.begun)
+        return begun.groups
+
+    @property
+    def _background(self) -> BackgroundGenerator:
+        assert isinstance(self.generator, BackgroundGenerator), "check_asynchronous"
+        return self.generator
+
+    def _tell_once(self) -> None:
+        if not self._told and not self.corrected:
+            self.console.uncorrected_rollouts()
+        self._told = True

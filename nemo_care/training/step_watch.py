@@ -1,0 +1,300 @@
+"""What the trainer does about numbers: bad steps are stored, counted and told, too many stop it."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.errors import RunFailed
+from nemo_care.groups.files import StoredGroup, write_groups
+from nemo_care.groups.group import Completion, Group
+from nemo_care.objective.bonuses import BONUSES
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.schema import Recipe
+from nemo_care.runs.files import RunFiles
+from nemo_care.training.console import Console
+from nemo_care.training.finite import (
+    NAMES,
+    BadSteps,
+    NotFinite,
+    asked_of_reference,
+)
+from nemo_care.training.records import Row
+
+Metrics = Mapping[str, float | None]
+
+# A difference that stays too large, or a bonus that stays idle, is told again after so many steps.
+_TELL_AGAIN = 50
+# The bonus is idle when over so many steps it told completions apart in at most this share of the
+# groups that gave it a choice.
+_IDLE_STEPS = 20
+_IDLE_RATE = 0.05
+# Nothing is learnt when over so many steps the rewards of every group were all equal.
+_SILENT_STEPS = 10
+# Share of the answers that may go without a likelihood in the first step that has answers.
+_MAX_UNSCORED = 0.05
+# Of the completion that such an error shows: those at its end, where the answer is.
+_SHOWN_TOKENS = 60
+# Of each rank. Backward hands a NaN on towards the input: the last ones are nearest to its origin.
+_PARAMETERS = 50
+
+
+class StepWatch:
+    """Looks at each step's numbers after its update."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        ranks: Ranks,
+        files: RunFiles,
+        console: Console,
+        tokenizer: ChatTokenizer,
+    ) -> None:
+        """Nothing has been bad yet."""
+        self.recipe = recipe
+        self.ranks = ranks
+        self.files = files
+        self.console = console
+        self.tokenizer = tokenizer
+        self._answers_seen = False
+        self._silent_steps = 0
+        self.bad_steps = BadSteps()
+        self._differences = 0
+        self._selection_rates: deque[float] = deque(maxlen=_IDLE_STEPS)
+        self._idle_steps = 0
+
+    def after_update(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        not_finite: NotFinite | None,
+        *,
+        optimizer_steps: int,
+    ) -> dict[str, float | None]:
+        """Count the step, store its inputs where it was left out; two metrics. Collective.
+
+        `optimizer_steps` is how many there had been before this step.
+        """
+        self.bad_steps.note(step, bad=not_finite is not None)
+        if not_finite is not None:
+            self._store(step, groups, not_finite, optimizer_steps)
+        return {
+            "train/bad_step": int(not_finite is not None),
+            "train/bad_steps": self.bad_steps.total,
+        }
+
+    def _store(
+        self, step: int, groups: Sequence[Group], bad: NotFinite, optimizer_steps: int
+    ) -> None:
+        """Write the groups of all replicas, and what was not finite where."""
+        stored: list[StoredGroup] = []
+        if self.ranks.is_loss_leader:
+            stored = [
+                self._marked(group, own) for group, own in zip(groups, bad.log_probs, strict=True)
+            ]
+        rank = {
+            "rank": self.ranks.rank,
+            "replica": self.ranks.data_rank,
+            "parameters": list(bad.parameters[-_PARAMETERS:]),
+            "parameters_not_finite": len(bad.parameters),
+        }
+        everyone = self.ranks.gather_on_rank_zero((rank, stored))
+        # Where rank 0 can't write, all ranks have to stop.
+        self.ranks.from_rank_zero(lambda: self._write(step, everyone, bad, optimizer_steps))
+
+    def _write(
+        self,
+        step: int,
+        everyone: Sequence[tuple[dict[str, Any], list[StoredGroup]]],
+        bad: NotFinite,
+        optimizer_steps: int,
+    ) -> None:
+        """On rank 0: into the run directory and on the console."""
+        replicas = [of_rank["replica"] for of_rank, _ in everyone]
+        not_finite: list[dict[str, Any]] = [
+            {
+                "what": kind,
+                "first_rank": first,
+                "replica": None if first is None else replicas[first],
+            }
+            for kind, first in bad.first.items()
+        ]
+        about = {
+            "step": step,
+            "update": bad.update,
+            "optimizer_steps": optimizer_steps + bad.update,
+            "not_finite": not_finite,
+            "gradients": [
+                of_rank for of_rank, _ in everyone if of_rank["parameters_not_finite"] > 0
+            ],
+        }
+        parts = [group for _, of_rank in everyone for group in of_rank]
+        file = self.files.bad_step(step)
+        with self.files.writing(f"the inputs of step {step}, which was left out,"):
+            write_groups(file, sorted(parts, key=lambda group: group.prompt_index), about)
+        self.console.bad_step(step, why(not_finite), len(self.bad_steps.in_a_row), file)
+
+    def _marked(self, group: Group, log_probs: Sequence[torch.Tensor]) -> StoredGroup:
+        """The group, with what is not finite of each completion."""
+        stored = StoredGroup.of(group, log_probs)
+        all_tokens = self.recipe.algorithm.kl_coefficient > 0
+        for number, (completion, record) in enumerate(
+            zip(group.completions, stored.record["completions"], strict=True)
+        ):
+            vectors = {"rollout": completion.log_probs, "policy": log_probs[number]}
+            if group.reference_log_probs is not None:
+                scored = group.reference_log_probs[number]
+                vectors["reference"] = asked_of_reference(completion, scored, all_tokens=all_tokens)
+            record["not_finite"] = [
+                name for name, values in vectors.items() if not bool(values.isfinite().all())
+            ]
+        return stored
+
+    def stop_if_too_many(self) -> None:
+        """Called when the step is recorded.
+
+        Raises:
+            RunFailed: more than trainer.max_bad_steps in a row were left out.
+        """
+        row, allowed = self.bad_steps.in_a_row, self.recipe.trainer.max_bad_steps
+        if len(row) <= allowed:
+            return
+        steps = f"steps {row[0]} to {row[-1]}" if len(row) > 1 else f"step {row[0]}"
+        raise RunFailed(
+            f"{steps} had to be left out because of numbers that are not finite, more in a row "
+            f"than trainer.max_bad_steps={allowed}. Their inputs, and what was not finite where, "
+            f"are in {self.files.bad_steps}. The weights are those from before these steps. "
+            f"Look at one with: nemo-care replay {self.files.folder} --step {row[-1]}. The same "
+            "command as before goes on from the newest checkpoint; to get past these steps, try a "
+            "lower optimizer.lr or optimizer.clip_grad, model.precision.dtype=fp32, or an older "
+            "checkpoint (remove newer ones)"
+        )
+
+    @property
+    def in_bad_steps(self) -> bool:
+        """Whether the last step was left out: its weights may be at fault."""
+        return bool(self.bad_steps.in_a_row)
+
+    def check_differences(
+        self, step: int, metrics: Metrics, *, untouched: bool, stale: bool = False
+    ) -> None:
+        """Compare rollout, scoring and update on the same tokens, all before this step's update.
+
+        `untouched`: no update has ever been made, so all three ran the same weights. `stale`: the
+        rollout ran those from before another update, which makes a difference of its own.
+
+        Raises:
+            RunFailed: they differ by more than the bounds while the policy is untouched.
+        """
+        if untouched:
+            self._check_first_step(metrics)
+            return
+        if stale:
+            return
+        bound = self.recipe.rollout.max_logprob_difference
+        difference = metrics["rollout/logprob_difference"]
+        if difference is not None and difference > bound:
+            if self._differences % _TELL_AGAIN == 0:
+                self.console.difference(step, difference, bound, again=_TELL_AGAIN)
+            self._differences += 1
+
+    def check_selection(self, step: int, rate: float | None) -> None:
+        """Say when the bonus no longer tells accurate completions apart.
+
+        `rate`: the share of groups in which it did, None where no group gave it a choice.
+        """
+        if rate is None or not BONUSES[self.recipe.algorithm.consistency.kind].selects:
+            return
+        self._selection_rates.append(rate)
+        mean = sum(self._selection_rates) / len(self._selection_rates)
+        if len(self._selection_rates) < _IDLE_STEPS or mean > _IDLE_RATE:
+            self._idle_steps = 0
+            return
+        if self._idle_steps % _TELL_AGAIN == 0:
+            self.console.idle_bonus(step, mean, _IDLE_STEPS, again=_TELL_AGAIN)
+        self._idle_steps += 1
+
+    def check_answers(self, groups: Sequence[Group]) -> None:
+        """Check in the first step with answers that they can get a likelihood; collective.
+
+        Where nothing uses likelihoods, nothing is checked.
+
+        Raises:
+            RunFailed: the tokens of more than 5% of the answers, over all replicas, were not found.
+        """
+        algorithm, judge = self.recipe.algorithm, self.recipe.evaluation.judge
+        is_wanted = algorithm.consistency.bonus_coefficient > 0 or judge == "likelihood"
+        if self._answers_seen or not is_wanted:
+            return
+        answered = [c for group in groups for c in group.completions if c.has_answer]
+        unscored = [completion for completion in answered if completion.is_unscored]
+        example = self._shown(unscored[0]) if unscored else None
+        everyone = self.ranks.gather_from_replicas((len(answered), len(unscored), example))
+        total = sum(answers for answers, _, _ in everyone)
+        missing = sum(count for _, count, _ in everyone)
+        self._answers_seen = total > 0
+        if missing > _MAX_UNSCORED * total:
+            first = next(shown for _, _, shown in everyone if shown is not None)
+            raise RunFailed(
+                f"{missing} of {total} well-formed answers of the first step that has any got no "
+                "likelihood, because none of their tokens was found: with this tokenizer no such "
+                f"completion could get a bonus. One of them is {first}. Use the tokenizer files "
+                "that were published with the checkpoint of model.hf_path. If these are the ones, "
+                "report it: their decoder does not give back the text token by token"
+            )
+
+    def _shown(self, completion: Completion) -> str:
+        """A completion with its last tokens."""
+        tokens = self.tokenizer.base.convert_ids_to_tokens(completion.token_ids.tolist())
+        more = "... " if len(tokens) > _SHOWN_TOKENS else ""
+        return f"{completion.text!r}, its tokens: {more}{tokens[-_SHOWN_TOKENS:]}"
+
+    def check_signal(self, step: int, rows: Sequence[Row]) -> None:
+        """Say when the rewards of every group of the last steps were all equal.
+
+        `rows` are the step's completions of all replicas; rank 0 has them.
+        """
+        if any(row["advantage"] != 0 for row in rows):
+            self._silent_steps = 0
+            return
+        self._silent_steps += 1
+        if self._silent_steps % _TELL_AGAIN == _SILENT_STEPS:
+            self.console.no_signal(step, rows, self._silent_steps, again=_TELL_AGAIN)
+
+    def _check_first_step(self, metrics: Metrics) -> None:
+        bounds = [
+            (
+                "rollout and training",
+                metrics["rollout/logprob_difference"],
+                "rollout.max_logprob_difference",
+                self.recipe.rollout.max_logprob_difference,
+            ),
+            # The reference starts as the policy. No value: no completion has an answer.
+            (
+                "the scoring pass and training",
+                metrics["care/logprob_difference"] or 0.0,
+                "algorithm.reference.max_logprob_difference",
+                self.recipe.algorithm.reference.max_logprob_difference,
+            ),
+        ]
+        for passes, difference, key, bound in bounds:
+            if not (difference is not None and difference <= bound):
+                raise RunFailed(
+                    f"log-probabilities of {passes} differ by {difference:.4f} on average in the "
+                    f"first step, more than {key}={bound}: weights or positions are wrong on one "
+                    "side"
+                )
+
+
+def why(not_finite: Sequence[Mapping[str, Any]]) -> str:
+    """One phrase for what was not finite, and where first."""
+    parts = []
+    for item in not_finite:
+        name = NAMES.get(item["what"], item["what"])
+        if item["first_rank"] is None:
+            parts.append(f"the norm of {name} (on all ranks)")
+        else:
+            parts.append(f"{name} (first on rank {item['first_rank']}, replica {item['replica']})")
+    return ", ".join(parts)

@@ -1,0 +1,404 @@
+"""The GRPO-CARE trainer. `fit` is the algorithm; everything else is called from it."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_care.checkpoints.store import sharding_metadata
+from nemo_care.data.fingerprints import Fingerprints, changes
+from nemo_care.data.samples import Skipped
+from nemo_care.data.stream import PromptStream, TooManySkipped
+from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.evaluation.results import Results
+from nemo_care.evaluation.validation import Validator
+from nemo_care.groups.group import Group
+from nemo_care.models.hf_config import architecture
+from nemo_care.models.weights import export_hf
+from nemo_care.ranks.memory import memory_metrics
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.ranks.stop_request import StopRequest, stopped
+from nemo_care.recipe.schema import Recipe
+from nemo_care.rollouts.generator import Generator
+from nemo_care.runs.files import RunFiles
+from nemo_care.scoring.credit import Credit, selection_rate
+from nemo_care.scoring.reference import Reference
+from nemo_care.scoring.rewards import BaseRewards
+from nemo_care.training.checkpointing import Checkpointing
+from nemo_care.training.console import Console
+from nemo_care.training.dynamic_sampling import DynamicSampling
+from nemo_care.training.finite import finite_or_none
+from nemo_care.training.loggers import Loggers, MetricLogger
+from nemo_care.training.policy import Policy
+from nemo_care.training.records import Row, completion_rows, rollout_metrics
+from nemo_care.training.rollout_ahead import Rollouts
+from nemo_care.training.step_watch import StepWatch
+
+Metrics = dict[str, float | None]
+
+
+class GRPOCareTrainer:
+    """Trains a policy with GRPO-CARE, or with GRPO where the recipe has no bonus."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        ranks: Ranks,
+        *,
+        prompts: PromptStream,
+        generator: Generator,
+        rewards: BaseRewards,
+        reference: Reference | None,
+        policy: Policy,
+        validator: Validator,
+        files: RunFiles,
+        tokenizer: ChatTokenizer,
+        loggers: Sequence[MetricLogger],
+        bad_lines: Sequence[Skipped] = (),
+        annotations: Fingerprints | None = None,
+        stop: StopRequest | None = None,
+    ) -> None:
+        """`reference` is None where neither a bonus nor a KL term needs one; `bad_lines` are the
+        lines of the annotations that gave no sample; `annotations` is what their files hold; `stop`
+        is asked after each step."""
+        self.recipe = recipe
+        self.ranks = ranks
+        self.rewards = rewards
+        self.reference = reference
+        self.credit = Credit(recipe.algorithm)
+        self.policy = policy
+        self.validator = validator
+        self.files = files
+        self.bad_lines = bad_lines
+        self.annotations = annotations or {}
+        self.stop = stop or StopRequest()
+        self.console = Console(recipe, active=ranks.rank == 0)
+        self.loggers = Loggers(loggers, self.console.warn)
+        self.checkpoints = Checkpointing(recipe, ranks, files, self.console)
+        self.watch = StepWatch(recipe, ranks, files, self.console, tokenizer)
+        self.rollouts = Rollouts(
+            recipe, prompts, generator, self.console, version=lambda: policy.optimizer_steps
+        )
+        self.sampling = DynamicSampling(recipe, ranks)
+        self.step = 0
+        # Of the step that runs, over all its rounds of sampling.
+        self.selection_rate: float | None = None
+        self.timing: dict[str, float] = {}
+        self.skipped: list[Skipped] = []
+
+    @property
+    def prompts(self) -> PromptStream:
+        """The training prompts."""
+        return self.rollouts.prompts
+
+    @property
+    def generator(self) -> Generator:
+        """What samples the completions."""
+        return self.rollouts.generator
+
+    # ------------------------------------------------------------------ the algorithm
+
+    def fit(self) -> dict[str, Any]:
+        """Train until `trainer.max_steps`; goes on where the run directory's checkpoint ends.
+
+        Returns:
+            The run's summary (rank 0; empty on the others).
+
+        Raises:
+            RunStopped: it was asked to stop, and has saved a checkpoint.
+        """
+        started = time.perf_counter()
+        self.resume()
+        if self._validation_is_missing():
+            self.run_validation()
+        with self.console.steps(self.step), self.checkpoints.completed_in_failure():
+            while self.step < self.recipe.trainer.max_steps:
+                self.step += 1
+                metrics, groups, skipped = self.run_training_step()
+                self.log(metrics, groups, skipped)
+                self.watch.stop_if_too_many()
+                self.save_if_due()
+                self.stop_if_asked()
+                if self._validation_is_due():
+                    self.run_validation()
+        return self.finish(time.perf_counter() - started)
+
+    def run_training_step(self) -> tuple[Metrics, list[Group], list[Skipped]]:
+        """One step of GRPO-CARE (arXiv 2506.16141); its metrics, and all it sampled and skipped."""
+        self.timing, self.skipped = {}, []
+        self.rollouts.begin_step()
+        with self._phase("step"):
+            # One round of sampling, or with rollout.dynamic_sampling several.
+            sampled = self.sampling(self.sample_groups)
+            self.watch.check_answers(sampled.groups)
+            self.selection_rate = selection_rate(
+                sampled.groups, self.recipe.algorithm.consistency, self.ranks
+            )
+            with self._phase("update"):
+                before = self.policy.optimizer_steps
+                metrics = self.policy.update(sampled.trained, after_step=self.track_policy)
+        metrics = self._look_at_numbers(metrics, sampled.trained, before)
+        return {**metrics, **sampled.metrics, **self.rollouts.metrics}, sampled.groups, self.skipped
+
+    def sample_groups(self) -> list[Group]:
+        """The next prompts' groups, all but the update (algorithm steps 1 to 6)."""
+        groups = self._next_rollouts()
+        with self._phase("reward"):
+            self.rewards(groups)
+        with self._phase("scoring"):
+            if self.reference is not None:
+                self.reference.score_answers(groups)
+            self.credit(groups)
+        return groups
+
+    def _look_at_numbers(
+        self, metrics: Metrics, groups: list[Group], optimizer_steps: int
+    ) -> Metrics:
+        """The metrics, with those of bad steps; `optimizer_steps` as before this step."""
+        bad = self.policy.not_finite
+        counts = self.watch.after_update(self.step, groups, bad, optimizer_steps=optimizer_steps)
+        # Weights that make bad steps may be bad themselves: older ones are not removed then.
+        self.checkpoints.keep_all = self.watch.in_bad_steps
+        # In a bad step too, once its first update was made: rollout and scoring lie before that.
+        if bad is None or bad.update > 0:
+            untouched, stale = optimizer_steps == 0, self.rollouts.staleness > 0
+            self.watch.check_differences(self.step, metrics, untouched=untouched, stale=stale)
+        self.watch.check_selection(self.step, self.selection_rate)
+        return {**metrics, **counts, "care/selection_rate": self.selection_rate}
+
+    def _next_rollouts(self) -> list[Group]:
+        """G completions of each of the next prompts, sampled from the policy (algorithm step 1)."""
+        last = self.step == self.recipe.trainer.max_steps
+        try:
+            groups, skipped = self.rollouts.next(self._phase, last=last)
+        except TooManySkipped as error:
+            # The run ends here, on all ranks, and what this step left out is to be mended.
+            self.checkpoints.wait()
+            self.skipped.extend(error.skipped)
+            if self.ranks.rank == 0:
+                self.files.append_skipped(self.step, [asdict(item) for item in self.skipped])
+            raise
+        self.skipped.extend(skipped)
+        return groups
+
+    def track_policy(self) -> None:
+        """Let the reference follow the policy, after an optimizer step (algorithm step 8)."""
+        if self.reference is not None:
+            self.reference.track(
+                self.policy.model, self.policy.optimizer_steps, self.selection_rate
+            )
+
+    # ------------------------------------------------------------------ validation
+
+    def run_validation(self) -> None:
+        """Validate on all levels and record the result."""
+        if not self.validator.levels:
+            return
+        self.rollouts.settle()
+        levels, left_out = self.validator.run(between_batches=self.stop_if_asked)
+        self.ranks.from_rank_zero(lambda: self._record_validation(levels, left_out))
+
+    def _record_validation(
+        self, levels: dict[str, Results], left_out: dict[str, list[Skipped]]
+    ) -> None:
+        """On rank 0: into the run directory, to the loggers, on the console."""
+        skipped = [
+            {"level": level, **asdict(item)} for level, items in left_out.items() for item in items
+        ]
+        with self.files.writing(f"the validation of step {self.step}"):
+            self.files.list_skipped_once(self.step, skipped)
+            self.files.append_validation(self.step, levels)
+        metrics = {
+            f"validation/{level}/{name}": float(value)
+            for level, results in levels.items()
+            for name, value in results.items()
+            if isinstance(value, int | float)
+        }
+        self.loggers.log(metrics, self.step)
+        self.console.validation(self.step, levels)
+
+    def _validation_is_missing(self) -> bool:
+        """Before the first step, or when a kill came between a checkpoint and its validation."""
+        recorded = self.ranks.from_rank_zero(lambda: self.step in self.files.validations())
+        return (self.step == 0 or self._validation_is_due()) and not recorded
+
+    def _validation_is_due(self) -> bool:
+        interval = self.recipe.trainer.validation_interval
+        last = self.step == self.recipe.trainer.max_steps
+        return last or bool(interval and self.step % interval == 0)
+
+    # ------------------------------------------------------------------ metrics
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.console.phase(name)
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - started
+
+    def log(self, metrics: Metrics, groups: list[Group], skipped: list[Skipped]) -> None:
+        """Write the step's metrics and completions; collective, because rank 0 needs them all.
+
+        A step is saved behind its record, so `timing/checkpoint` is what saving has held up the run
+        since the record before: mostly the save of the step before.
+        """
+        mine = (
+            completion_rows(groups, self.recipe.evaluation.judge),
+            self.prompts.worker_memory_gib,
+            sum(group.prompt.videos_by_pyav for group in groups),
+        )
+        made, peaks, by_pyav = zip(*self.ranks.gather_from_replicas(mine), strict=True)
+        rows = sorted(
+            (row for rows in made for row in rows),
+            key=lambda row: (row["prompt_index"], row["completion_index"]),
+        )
+        distance = None
+        if self.reference is not None:
+            with self._phase("ema_distance"):
+                distance = self.reference.distance(self.policy.model)
+        metrics = {
+            "care/ema_distance": distance,
+            **metrics,
+            "data/worker_memory_gib": max(filter(None, peaks), default=None),
+            "data/videos_by_pyav": sum(by_pyav),
+            **memory_metrics(),
+        }
+        # Where rank 0 can't write, all ranks have to stop.
+        self.ranks.from_rank_zero(lambda: self._record(metrics, rows, skipped))
+
+    def _record(self, metrics: Metrics, rows: list[Row], skipped: list[Skipped]) -> None:
+        """On rank 0: into the run directory, to the loggers, on the console."""
+        record: dict[str, Any] = {
+            **rollout_metrics(rows, self.recipe.algorithm.consistency.likelihood_clip),
+            **metrics,
+            "data/skipped": len(skipped),
+            **{f"timing/{name}": seconds for name, seconds in self.timing.items()},
+            "timing/checkpoint": self.checkpoints.take_seconds(),
+        }
+        record = {name: finite_or_none(value) for name, value in record.items()}
+        self.files.append_step(self.step, record, rows, [asdict(item) for item in skipped])
+        known = {name: float(value) for name, value in record.items() if value is not None}
+        self.loggers.log(known, self.step)
+        self.console.step(self.step, record, rows, skipped)
+        self.watch.check_signal(self.step, rows)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
+        """Everything that a resumed run needs, as Megatron sharded state."""
+        metadata = sharding_metadata()
+        state = {
+            "policy": self.policy.sharded_state_dict(metadata, is_loading),
+            "trainer": {
+                "step": self.step,
+                "stream_position": self.rollouts.position,
+                "bad_steps": self.watch.bad_steps.state_dict(),
+                "architecture": architecture(self.policy.model.hf),
+                "annotations": self.annotations,
+            },
+        }
+        if self.reference is not None:
+            state["reference"] = self.reference.sharded_state_dict(metadata)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a loaded `state_dict`."""
+        self.policy.load_state_dict(state["policy"])
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+        self.step = state["trainer"]["step"]
+        self.prompts.position = state["trainer"]["stream_position"]
+        self.watch.bad_steps.load_state_dict(state["trainer"].get("bad_steps", {}))
+
+    def save_if_due(self) -> None:
+        """Save at the interval and after the last step.
+
+        Not in bad steps: the next good one saves instead.
+        """
+        if self.checkpoints.is_due(self.step, in_bad_steps=self.watch.in_bad_steps):
+            self.save()
+
+    def stop_if_asked(self) -> None:
+        """Save and leave; called after each step and each batch of a validation, by all ranks.
+
+        A save that goes on behind the steps is completed here.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written.
+            RunStopped: a signal asked for it, or trainer.max_time_per_run is over.
+        """
+        self.checkpoints.complete_if_written()
+        request = self.stop.agreed()
+        if request is None:
+            return
+        if self.checkpoints.saved_step != self.step:
+            self.save()
+        self.checkpoints.wait()
+        raise stopped(self.step, request)
+
+    def save(self) -> None:
+        """Save this step; all ranks call it."""
+        self.console.phase("checkpoint")
+        self.checkpoints.save(self.step, self.state_dict)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint of the run directory, if there is one.
+
+        Raises:
+            InputError: see `Checkpointing.resume`.
+        """
+        found = self.checkpoints.resume(lambda: self.state_dict(is_loading=True))
+        if found is not None:
+            state, path = found
+            self.load_state_dict(state)
+            self.console.resumed(self.step, path)
+            for change in changes(state["trainer"].get("annotations", {}), self.annotations):
+                self.console.warn(change)
+        self.ranks.from_rank_zero(self._rewind_records)
+        self.prompts.count_again(
+            Skipped(**record)
+            for record in self.ranks.from_rank_zero(self.files.skipped_in_training)
+        )
+
+    def _rewind_records(self) -> None:
+        """On rank 0: drop the records of steps that come again."""
+        with self.files.writing(f"the records up to step {self.step}"):
+            start = self.files.go_on(self.step)
+            self.files.list_skipped_once(self.step, [asdict(item) for item in self.bad_lines])
+        self.console.start(start)
+        self.console.bad_lines(self.bad_lines)
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Complete the last checkpoint, export the trained model and write the summary."""
+        self.checkpoints.wait()
+        self.validator.evaluator.close()
+        self.generator.close()
+        export = self.files.export if self.recipe.checkpoint.export else None
+        if export is not None:
+            self._export(export)
+        if self.ranks.rank != 0:
+            return {}
+        validations = self.files.validations()
+        summary = {
+            "steps": self.step,
+            "wall_seconds": seconds,
+            "checkpoint_seconds": self.checkpoints.total_seconds,
+            "export": str(export) if export is not None else None,
+            "skipped": self.files.skipped_count(),
+            "bad_steps": self.watch.bad_steps.total,
+            "start": validations.get(0),
+            "end": validations.get(self.step),
+        }
+        with self.files.writing("the summary"):
+            self.files.write_summary(summary)
+        return summary
+
+    def _export(self, target: Path) -> None:
+        """Write the policy's weights as a Hugging Face directory, over one of an earlier end."""
+        export_hf(self.policy.model, self.recipe.model.hf_path, target, replace=True)
