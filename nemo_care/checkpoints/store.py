@@ -284,7 +284,7 @@ def _misfit(path: Path, state: dict[str, Any]) -> str | None:
             "(algorithm.consistency.bonus_coefficient or algorithm.kl_coefficient above 0): set "
             "both to 0, or begin another run (exp_manager.name) from this one's exported model"
         )
-    different = [
+    different: list[tuple[str, Any, Any]] = [
         (tensor.key, stored.get(tensor.key), tuple(tensor.global_shape))
         for tensor in tensors
         if stored.get(tensor.key) != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch
