@@ -1,4 +1,4 @@
-"""500 steps with a kill every 20: nothing adds up, neither lost steps nor memory.
+"""500 steps, and every 20 a rank or the starter is killed: no steps and no memory are lost for good.
 
 Long (a quarter of an hour on two cores):
 
@@ -7,14 +7,19 @@ Long (a quarter of an hour on two cores):
 
 import random
 import signal
+import subprocess
+import sys
 import time
 from statistics import mean
 
+import psutil
 import pytest
 from fault_runs import Run, assert_equal_runs
 
 STEPS = 500
 EVERY = 20
+# One kill in so many is of `nemo-care train`, which has started the ranks.
+STARTERS = 4
 HOURS = 2 * 3600.0
 SETTINGS = (
     f"trainer.max_steps={STEPS}",
@@ -24,6 +29,29 @@ SETTINGS = (
     "data.validation.annotations=null",
     "exp_manager.create_tensorboard_logger=false",
 )
+
+
+def kill_rank(run: Run, step: int, chance: random.Random) -> None:
+    """Start ranks, and kill one of them at any moment after a step."""
+    start = run.start("DP 2")
+    run.wait_for_step(step)
+    time.sleep(chance.random())
+    start.signal(signal.SIGKILL, rank=chance.randrange(2))
+    start.wait()
+    assert not start.left_over()
+
+
+def kill_starter(run: Run, step: int, chance: random.Random) -> None:
+    """Start the whole command, and kill what has started the ranks: they save and end."""
+    command = [sys.executable, *run.command("DP 2")]
+    starter = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run.wait_for_step(step)
+    time.sleep(chance.random())
+    everyone = psutil.Process(starter.pid).children(recursive=True)
+    starter.kill()
+    starter.wait()
+    assert not psutil.wait_procs(everyone, timeout=60)[1]
+    assert run.checkpoints()[-1] == run.steps()[-1]
 
 
 @pytest.mark.slow
@@ -40,19 +68,16 @@ def test_run_that_is_killed_again_and_again_equals_an_undisturbed_one(
         assert late < 1.01 * middle, name
         report(f"{name}, steps 51 to 100", f"{early:.3f} GiB", f"last 50: {late:.3f} GiB")
     killed = Run(rank_server, tmp_path / "killed", world, SETTINGS, HOURS)
-    chance, lost, kills = random.Random(0), 0, 0
-    for step in range(EVERY, STEPS, EVERY):
-        start = killed.start("DP 2")
-        # Any moment of the step.
-        killed.wait_for_step(step)
-        time.sleep(chance.random())
-        start.signal(signal.SIGKILL, rank=chance.randrange(2))
-        start.wait()
-        assert not start.left_over()
+    chance, lost = random.Random(0), 0
+    kills = range(EVERY, STEPS, EVERY)
+    for number, step in enumerate(kills, start=1):
+        if number % STARTERS == 0:
+            kill_starter(killed, step, chance)
+        else:
+            kill_rank(killed, step, chance)
         lost += killed.steps()[-1] - killed.checkpoints()[-1]
-        kills += 1
     killed.finish("DP 2")
     assert_equal_runs(killed, whole)
     assert [record["step"] for record in killed.records()] == [*range(1, STEPS + 1)]
-    fault = f"{kills} kills in {STEPS} steps"
+    fault = f"{len(kills)} kills in {STEPS} steps, {len(kills) // STARTERS} of them of the starter"
     report(fault, "equals the undisturbed run", f"{lost} steps were made twice")
