@@ -1,4 +1,4 @@
-"""500 steps, and every 20 a rank or the starter is killed: no steps and no memory are lost for good.
+"""500 steps with a kill every 20, of ranks and starters: no loss of steps or memory adds up.
 
 Long (a quarter of an hour on two cores):
 
