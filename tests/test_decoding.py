@@ -208,6 +208,7 @@ import time
 from pathlib import Path
 from test_decoding import misbehave, request
 from nemo_care.data.decoding import DecodingWorkers
+from nemo_care.process import ending
 from nemo_care.ranks.stop_request import StopRequest
 
 def slowly(request):
@@ -215,8 +216,8 @@ def slowly(request):
     return misbehave(request)
 
 if __name__ == "__main__":
+    ending.watch_run()
     StopRequest().catch_signals()
-    signal.signal(signal.SIGINT, lambda *_: None)
     workers = DecodingWorkers(2, seconds=60, memory_gib=2, load=slowly)
     pids = {workers.submit(request(Path("fine"))).result().seconds_per_grid[0] for _ in range(4)}
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

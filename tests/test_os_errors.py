@@ -108,7 +108,7 @@ def test_a_run_directory_that_can_not_be_made(run, world, tmp_path, command):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert f"nemo-care: {tmp_path}/file/run" in done.stderr
-    assert "Not a directory; choose another place" in done.stderr
+    assert "Not a directory; choose another " in done.stderr
 
 
 def test_output_that_finds_no_room_or_no_reader(tmp_path):

@@ -34,7 +34,8 @@ def naming(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        # One without a number is not of the operating system.
+        if error.filename is None and error.errno is not None:
             error.filename = str(file)
         raise
     except Exception as error:

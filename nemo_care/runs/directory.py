@@ -70,7 +70,7 @@ def hold_run_directory(folder: Path, command: str) -> Iterator[None]:
             if not (folder / MARKER).exists():
                 _mark(folder, has_saved=False)
         except OSError as error:
-            raise InputError(f"{folder} can't be written to: {error}; {_REMEDY}") from error
+            raise InputError(f"{folder} can't be written to: {error.strerror}; {_REMEDY}") from error
         yield
 
 
