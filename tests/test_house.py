@@ -1,6 +1,7 @@
 """The house's rules: imports go down from folder to folder, files stay small."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def test_imports_never_go_back_up(file):
             names = [alias.name for alias in node.names if alias.name.startswith("nemo_care.")]
         for name in names:
             assert place_of(name) >= place_of(module), f"{module} imports {name}, which is above it"
+
+
+def test_git_ignores_no_file_of_the_package():
+    """Wheels, linters and `git add` leave out what .gitignore names."""
+    if not (PACKAGE.parent / ".git").exists():
+        pytest.skip("no checkout")
+    command = ["git", "check-ignore", "--no-index", *map(str, FILES)]
+    found = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, ""), found.stderr
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

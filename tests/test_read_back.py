@@ -188,6 +188,15 @@ def test_a_broken_recipe_of_a_run_does_not_keep_it_from_going_on(run):
     assert _changes(find_checkpoint(run), recipe) == {"trainer.max_steps": [3, 9]}
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("trainer: {")])
+def test_a_damaged_recipe_of_a_checkpoint_is_left_to_the_resume(run, damage):
+    """Which verifies the whole checkpoint, sets it aside and takes the one before it."""
+    recipe = read_recipe(run / "recipe.yaml")
+    recipe.trainer.max_steps = 9
+    damage(find_checkpoint(run) / "recipe.yaml")
+    _check_folder(recipe, run)
+
+
 def test_a_run_is_exported_with_the_recipe_of_its_checkpoint(
     run, ranks, monkeypatch, tmp_path, capfd
 ):

@@ -106,11 +106,17 @@ def test_without_locks_a_process_of_this_machine_is_noticed_and_others_warned_of
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with run_lock(tmp_path, "train"):
         assert f"warning: the file system of {tmp_path} has no locks" in capsys.readouterr().err
-        with (
-            pytest.raises(InputError, match=rf"train on .*\(process {os.getpid()},"),
-            run_lock(tmp_path, "train"),
-        ):
-            pass
+    holder = {"command": "train", "host": socket.gethostname(), "pid": os.getppid(), "since": ""}
+    (tmp_path / LOCK).write_text(json.dumps(holder))
+    with (
+        pytest.raises(InputError, match=rf"train on .*\(process {os.getppid()},"),
+        run_lock(tmp_path, "train"),
+    ):
+        pass
+    # Left by this process's own number, in a container that was started again.
+    (tmp_path / LOCK).write_text(json.dumps({**holder, "pid": os.getpid()}))
+    with run_lock(tmp_path, "train"):
+        pass
     # Left by a process that is gone.
     gone = subprocess.Popen(["true"])
     gone.wait()

@@ -1,6 +1,6 @@
 """Checkpoints that any layout can load: `megatron.core.dist_checkpointing`, one folder a step.
 
-A checkpoint is written under a temporary name (`checkpoint_writer.py`) and renamed when it is
+A checkpoint is written under a temporary name (`writer.py`) and renamed when it is
 complete; before one goes, it is renamed again. So a folder named `step_...` is whole, and its
 manifest tells whether it still is what was written.
 

@@ -1,8 +1,8 @@
 """How a command becomes ranks: a recipe is composed, checked, and run by every rank.
 
     nemo-care COMMAND --config-name RECIPE [key=value ...]
-    python -m nemo_care.COMMAND ...                  the same
-    torchrun --nproc-per-node 8 -m nemo_care.COMMAND ...
+    python -m nemo_care COMMAND ...                  the same
+    torchrun --nproc-per-node 8 -m nemo_care COMMAND ...
 
 Started by hand with more than one device, the process starts the ranks itself. Started by
 torchrun, or by srun with a task per rank, it is one of them. Started by srun with a task per
@@ -35,7 +35,7 @@ _RESOLVED = "NEMO_CARE_RESOLVED_RECIPE"
 class Command:
     """What ranks are started for.
 
-    `name` is that of the subcommand and of its module. `check` refuses (with an InputError) what
+    `name` is that of the subcommand. `check` refuses (with an InputError) what
     can't work, before any rank starts; `run` does the work of one rank. `compose` makes the recipe
     of the command line; ranks that this command starts get that recipe, and `rank_arguments` as
     theirs.

@@ -17,6 +17,8 @@ from nemo_care.process.screen import console
 from nemo_care.recipe.compose import read_recipe, recipe_changes
 from nemo_care.recipe.schema import Recipe, recipe_yaml, seconds_of
 
+Changes = dict[str, list[Any]]
+
 if TYPE_CHECKING:
     from nemo_care.ranks.process_groups import Ranks
 
@@ -54,14 +56,15 @@ def _check_folder(recipe: Recipe, folder: Path) -> None:
     check_run_directory(folder)
     refuse_lost_checkpoints(folder)
     checkpoints = list_checkpoints(RunFiles.checkpoints_of(folder))
-    if checkpoints:
-        _refuse_fixed(recipe, checkpoints[-1])
-        _refuse_finished(recipe, folder, checkpoints[-1])
+    changes = _changes(checkpoints[-1], recipe) if checkpoints else None
+    if changes is not None:
+        _refuse_fixed(changes, checkpoints[-1])
+        _refuse_finished(recipe, changes, folder, checkpoints[-1])
 
 
-def _refuse_fixed(recipe: Recipe, checkpoint: Path) -> None:
+def _refuse_fixed(changes: Changes, checkpoint: Path) -> None:
     """Refuse a change that needs state which the checkpoint has not got."""
-    if _changes(checkpoint, recipe).get("model.freeze_vision") == [True, False]:
+    if changes.get("model.freeze_vision") == [True, False]:
         raise InputError(
             f"model.freeze_vision=false, but {checkpoint} was trained with true and holds no "
             "optimizer state of the vision tower: leave it, or begin a new run (model.hf_path) "
@@ -69,7 +72,7 @@ def _refuse_fixed(recipe: Recipe, checkpoint: Path) -> None:
         )
 
 
-def _refuse_finished(recipe: Recipe, folder: Path, newest: Path) -> None:
+def _refuse_finished(recipe: Recipe, changes: Changes, folder: Path, newest: Path) -> None:
     from nemo_care.checkpoints.store import step_of
 
     steps = step_of(newest)
@@ -80,19 +83,25 @@ def _refuse_finished(recipe: Recipe, folder: Path, newest: Path) -> None:
         f"trainer.max_steps above {steps} goes on with it, another exp_manager.explicit_log_dir "
         "or exp_manager.name begins a new one"
     )
-    changes = _changes(newest, recipe)
-    changes.pop("trainer.max_steps", None)
-    if changes:
-        shown = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
+    others = {key: pair for key, pair in changes.items() if key != "trainer.max_steps"}
+    if others:
+        shown = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in others.items())
         raise InputError(
             f"{is_done}, so nothing would be done with another recipe ({shown}): {ways}"
         )
     raise AlreadyDone(f"{is_done}: {ways}")
 
 
-def _changes(checkpoint: Path, recipe: Recipe) -> dict[str, list[Any]]:
-    """The keys that differ from those of the steps until a checkpoint, without where it is."""
-    changes = recipe_changes(read_recipe(checkpoint / "recipe.yaml"), recipe)
+def _changes(checkpoint: Path, recipe: Recipe) -> Changes | None:
+    """The keys that differ from those of the steps until a checkpoint, without where it is.
+
+    None where its recipe can't be used: resuming verifies the checkpoint, and says what is wrong.
+    """
+    try:
+        before = read_recipe(checkpoint / "recipe.yaml")
+    except InputError:
+        return None
+    changes = recipe_changes(before, recipe)
     return {key: pair for key, pair in changes.items() if not key.startswith("exp_manager.")}
 
 
@@ -129,7 +138,7 @@ def _train_in(recipe: Recipe, ranks: "Ranks", held: ExitStack) -> None:
     files.start = Start(
         origin() if ranks.rank == 0 else {},
         recipe_yaml(recipe),
-        lambda step: _changes(checkpoint_path(files.checkpoints, step), recipe),
+        lambda step: _changes(checkpoint_path(files.checkpoints, step), recipe) or {},
     )
     limit = recipe.trainer.max_time_per_run
     stop = StopRequest(None if limit is None else seconds_of(limit))

@@ -1,4 +1,4 @@
-"""The keys under `data` of the recipe's schema, and their checks (see config.py)."""
+"""The keys under `data` of the recipe's schema, and their checks (see schema.py)."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -121,7 +121,7 @@ def for_validation(data: DataConfig) -> DataConfig:
 
 
 def check_data(data: DataConfig) -> None:
-    """Check the keys under `data` against each other; their ranges are in config.py.
+    """Check the keys under `data` against each other; their ranges are in schema.py.
 
     Raises:
         InputError: names the key, its value and what it may be.

@@ -1,4 +1,4 @@
-"""The keys under `evaluation` of the recipe's schema, and their checks (see config.py)."""
+"""The keys under `evaluation` of the recipe's schema, and their checks (see schema.py)."""
 
 import re
 from dataclasses import dataclass, field
@@ -74,7 +74,7 @@ class EvaluationConfig:
 
 
 def check_evaluation(evaluation: EvaluationConfig) -> None:
-    """Check the keys under `evaluation` against each other; their ranges are in config.py.
+    """Check the keys under `evaluation` against each other; their ranges are in schema.py.
 
     Raises:
         InputError: names the key and what it may be.

@@ -1,4 +1,4 @@
-"""The keys under `model` and `optimizer` of the recipe, and their checks (see config.py)."""
+"""The keys under `model` and `optimizer` of the recipe, and their checks (see schema.py)."""
 
 from dataclasses import dataclass, field
 
@@ -108,7 +108,7 @@ class OptimizerConfig:
 
 
 def check_model(model: ModelConfig) -> None:
-    """Check the keys under `model` against each other; their ranges are in config.py.
+    """Check the keys under `model` against each other; their ranges are in schema.py.
 
     Raises:
         InputError: names the key, its value and what it may be.

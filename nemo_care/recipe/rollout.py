@@ -1,4 +1,4 @@
-"""The keys under `rollout` of the recipe's schema, their ranges and checks (see config.py)."""
+"""The keys under `rollout` of the recipe's schema, their ranges and checks (see schema.py)."""
 
 from dataclasses import dataclass, field
 

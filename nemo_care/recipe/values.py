@@ -1,6 +1,6 @@
 """What holds for every value of a recipe, whatever its key: numbers are finite, texts not empty.
 
-Ranges and choices of single keys are in config.py.
+Ranges and choices of single keys are in schema.py.
 """
 
 import math

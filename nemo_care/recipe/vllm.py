@@ -45,7 +45,7 @@ class VLLMConfig:
 
 
 def check_vllm(vllm: VLLMConfig) -> None:
-    """Check the keys under `rollout.vllm` against each other; their ranges are in config.py.
+    """Check the keys under `rollout.vllm` against each other; their ranges are in schema.py.
 
     Raises:
         InputError: names the key, its value and what it may be.

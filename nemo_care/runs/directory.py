@@ -8,6 +8,7 @@ from pathlib import Path
 from nemo_care import __version__
 from nemo_care.errors import InputError
 from nemo_care.files.json_lines import complete_lines, replace_file
+from nemo_care.process.os_errors import is_unusable_place, naming
 from nemo_care.runs.lock import LOCK, run_lock
 
 MARKER = "nemo_care_run.json"
@@ -65,12 +66,18 @@ def hold_run_directory(folder: Path, command: str) -> Iterator[None]:
     check_run_directory(folder)
     with ExitStack() as held:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(run_lock(folder, command))
-            if not (folder / MARKER).exists():
-                _mark(folder, has_saved=False)
+            with naming(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(run_lock(folder, command))
+                if not (folder / MARKER).exists():
+                    _mark(folder, has_saved=False)
         except OSError as error:
-            raise InputError(f"{folder} can't be written to: {error.strerror}; {_REMEDY}") from error
+            # A full disk, say, is no reason to choose another folder.
+            if not is_unusable_place(error):
+                raise
+            raise InputError(
+                f"{folder} can't be written to: {error.strerror}; {_REMEDY}"
+            ) from error
         yield
 
 

@@ -1,7 +1,7 @@
 """The files of a run directory; written by rank 0 only.
 
-nemo_care_run.json          marks the folder as a run's (see run_directory.py)
-run.lock                    while a command works there (see run_lock.py)
+nemo_care_run.json          marks the folder as a run's (see directory.py)
+run.lock                    while a command works there (see lock.py)
 recipe.yaml                 the resolved recipe of the last step, or of the first start
 starts.jsonl                one JSON object per start: commit, versions, machine; after which step
                             it went on, which keys differ from the recipe of that checkpoint
@@ -221,7 +221,7 @@ class RunFiles:
             append_lines(self._metrics, [{"step": step, **metrics}])
 
     def mark_saved(self) -> None:
-        """Note that the run has completed a checkpoint (see run_directory.py).
+        """Note that the run has completed a checkpoint (see directory.py).
 
         Raises:
             RunFailed: the disk is full, or can't be written to.

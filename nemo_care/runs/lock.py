@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,10 @@ def run_lock(folder: Path, command: str, *, name: str = LOCK) -> Iterator[None]:
         yield
     finally:
         # Removed while it is held: whoever has opened it meanwhile sees that it is another file.
-        file.unlink(missing_ok=True)
+        # What ended the run counts, and not that its disk takes no removal either; the next holder
+        # takes a file that is left.
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
         _held.discard(descriptor)
         os.close(descriptor)
 
@@ -121,6 +124,9 @@ def _holder(descriptor: int) -> dict[str, Any]:
 def _runs_here(holder: dict[str, Any]) -> bool:
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    # A restarted container has the same name, and gives out the same numbers again.
+    if pid == os.getpid():
         return False
     try:
         os.kill(pid, 0)

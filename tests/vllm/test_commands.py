@@ -21,7 +21,7 @@ COMMON = [
 def run(command, folder, tmp_path, *keys):
     arguments = [*COMMON, f"exp_manager.explicit_log_dir={tmp_path / folder}", *keys]
     done = subprocess.run(
-        [sys.executable, "-m", f"nemo_care.{command}", *arguments],
+        [sys.executable, "-m", "nemo_care", command, *arguments],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -1,0 +1,1 @@
+"""A run directory: its files, its lock, reading them back, what it was made with."""
