@@ -117,6 +117,7 @@ def test_what_comes_before_the_first_key_frame_is_not_there(tmp_path, codec, suf
         ("a.ts", "mpeg2video", {"bf": "2", "g": "12", "qmax": "2"}),
         ("a.avi", "libx264", {"bf": "2"}),
         ("a.avi", "mpeg4", {"bf": "2", "qmax": "2"}),
+        ("a.wmv", "libx264", {"bf": "2"}),
         ("a.h264", "libx264", {"bf": "2"}),
         ("a.webm", "libsvtav1", {"preset": "12"}),
         ("a.mp4", "libx264", {"g": "10"}),

@@ -26,8 +26,8 @@ from nemo_care.data.media_errors import library_reason
 # decord seeks by time, and in containers without an index of key frames (MPEG-TS, MPEG-PS) it
 # returns frames of another place than the one that was requested.
 _DECORD_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-# AVI has no presentation times; ffmpeg guesses them.
-_UNTIMED_CONTAINERS = ("avi",)
+# AVI has no presentation times, and ASF none that count: ffmpeg guesses them.
+_UNTIMED_CONTAINERS = ("avi", "asf")
 _NOT_MOVING = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 
