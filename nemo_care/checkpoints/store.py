@@ -259,9 +259,9 @@ def load_checkpoint(
     Ranks.from_rank_zero(lambda: check_pickles(path))
     state = make_state()
     # Each rank has its part of the model: all have to stop where one of them finds a difference.
-    told = Ranks.first_told(_misfit(path, state))
-    if told is not None:
-        raise InputError(told[1])
+    misfit = Ranks.first_told(_misfit(path, state))
+    if misfit is not None:
+        raise InputError(misfit[1])
     return load(state, path)
 
 

@@ -76,7 +76,7 @@ class Prompt:
 class Draft:
     """A prompt whose videos and images have not been read: `token_ids` holds one token for each.
 
-    `request` asks for them. `problem` says why the text can't become a prompt, whatever they hold.
+    `request` names them. `problem` says why the text can't become a prompt, whatever they hold.
     """
 
     index: int

@@ -153,7 +153,7 @@ def _keep_settings_when_loading(optimizer: MegatronOptimizer) -> None:
     """Load the state and its count of steps, and leave the groups' settings as the recipe has them.
 
     The groups of a checkpoint also hold learning rates, betas, eps and weight decay, which Megatron
-    would take over, whatever the schedule is told.
+    would take over, whatever the schedule's arguments are.
     """
     load_state_dict = optimizer.load_state_dict
 

@@ -61,7 +61,7 @@ class StopRequest:
             )
 
     def agreed(self) -> int | None:
-        """What asks for a stop now, on all ranks alike, or None; collective over all ranks."""
+        """The request to stop that all ranks agree on now, or None; collective over all ranks."""
         noted = self._noted
         if not noted and self._deadline is not None and time.monotonic() > self._deadline:
             noted = _REQUESTS.index(_TIME_IS_UP)

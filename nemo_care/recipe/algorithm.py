@@ -77,7 +77,7 @@ class AlgorithmConfig:
     kl_coefficient: float = 0.0
     """Weight of the k3 penalty against the reference; GRPO-CARE has none."""
     min_reasoning_words: int = 0
-    """Words that the format reward asks for between the think tags; 0: the paper's reward."""
+    """Words that the format reward requires between the think tags; 0: the paper's reward."""
     rewards: list[str] = field(default_factory=lambda: ["accuracy", "format"])
     """Whose weighted sum is the base reward: accuracy, format, and functions of your own by import
     path, package.module.function (see docs/rewards.md)."""

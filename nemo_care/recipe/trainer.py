@@ -23,7 +23,7 @@ class TrainerConfig:
     resume: str = "auto"
     """auto: go on from the run directory's newest checkpoint; never: refuse if there is one."""
     validation_interval: int = 0
-    """Validate every so many steps; 0: only before the first and after the last step."""
+    """Steps between validations; 0: only before the first and after the last step."""
     max_time_per_run: str | None = None
     """days:hours:minutes:seconds after which the run saves and exits with status 75, to be started
     again; null: no limit."""
@@ -31,7 +31,7 @@ class TrainerConfig:
     """Steps in a row that may be left out because a log-probability, the loss or the gradient is
     NaN or infinite; one more stops the run. 0: the first stops it."""
     show_completion_every: int = 20
-    """Print one sampled completion every so many steps; 0: never."""
+    """Steps between printed sampled completions; 0: none are printed."""
 
 
 @dataclass

@@ -31,7 +31,7 @@ _TELL_AGAIN = 50
 # groups that gave it a choice.
 _IDLE_STEPS = 20
 _IDLE_RATE = 0.05
-# Nothing is learnt when over so many steps the rewards of every group were all equal.
+# Nothing is learnt when the rewards of every group were all equal over this number of steps.
 _SILENT_STEPS = 10
 # Share of the answers that may go without a likelihood in the first step that has answers.
 _MAX_UNSCORED = 0.05

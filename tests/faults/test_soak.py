@@ -18,7 +18,7 @@ from fault_runs import Run, assert_equal_runs
 
 STEPS = 500
 EVERY = 20
-# One kill in so many is of `nemo-care train`, which has started the ranks.
+# Every fourth kill is of `nemo-care train`, which has started the ranks.
 STARTERS = 4
 HOURS = 2 * 3600.0
 # Where windows of a hundred steps begin, in which memory is compared.
