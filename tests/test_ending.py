@@ -243,12 +243,21 @@ def work():
         print("tidied", flush=True)
 
 ending.watch(2)
-ending.leave(guarded(work))
+{more}
+status = guarded(work)
+time.sleep({left})
+ending.leave(status)
+"""
+LATE = """
+act = ending._Watch._act
+ending._Watch._act = lambda self, number: (time.sleep(0.3), act(self, number))
 """
 
 
-def test_ctrl_c_tidies_a_command_up_and_waits_for_no_thread(program):
-    started = program(UNWINDS)
+@pytest.mark.parametrize(("more", "left"), [("", 0), (LATE, 1)], ids=["at_once", "late"])
+def test_ctrl_c_tidies_a_command_up_and_waits_for_no_thread(program, more, left):
+    """Also where the thread that watches hears of the signal after the main thread has."""
+    started = program(UNWINDS.format(more=more, left=left))
     started.line()
     started.kill(signal.SIGINT)
     assert started.line() == "tidied"

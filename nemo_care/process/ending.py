@@ -164,13 +164,24 @@ def unwinding() -> Iterator[None]:
         yield
         return
     before = _watch.action
-    _watch.action = lambda number: None
+
+    def leave_to_python(number: int) -> None:
+        if number != signal.SIGINT:
+            before(number)
+
+    _watch.action = leave_to_python
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupted = False
     try:
         yield
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
         signal.signal(signal.SIGINT, _heard)
-        _watch.action = before
+        # The watching thread may hear of the Ctrl-C that has just been followed only later.
+        if not interrupted:
+            _watch.action = before
 
 
 def end_at_once(number: int) -> NoReturn:
