@@ -20,6 +20,7 @@ absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 if TYPE_CHECKING:
     from forked_ranks import RankServer
     from made_endpoint import Endpoint
+    from on_ranks import OnRanks
 
     from nemo_care.evaluation.llm_judge import LLMJudge
 
@@ -58,6 +59,14 @@ def rank_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["RankServe
     server = RankServer(tmp_path_factory.mktemp("ranks"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def on_ranks(rank_server: "RankServer", tmp_path_factory: pytest.TempPathFactory) -> "OnRanks":
+    """Runs a function of a test on ranks: see on_ranks.py."""
+    from on_ranks import OnRanks
+
+    return OnRanks(rank_server, tmp_path_factory.mktemp("jobs"))
 
 
 @pytest.fixture(scope="session")

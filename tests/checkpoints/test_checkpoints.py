@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from small_runs import small_recipe, small_trainer
@@ -26,6 +27,7 @@ from nemo_care.checkpoints import writer as checkpoint_writer
 from nemo_care.checkpoints.manifest import NAME, read_manifest, read_record
 from nemo_care.checkpoints.pickles import load
 from nemo_care.checkpoints.store import (
+    check_writable,
     discard,
     list_checkpoints,
     load_checkpoint,
@@ -35,9 +37,8 @@ from nemo_care.checkpoints.store import (
 )
 from nemo_care.checkpoints.writer import PendingCheckpoint, _StateWriter
 from nemo_care.errors import CheckpointError, DamagedCheckpoint, InputError
+from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.compose import read_recipe
-
-PROGRAM = Path(__file__).parents[1] / "helpers/checkpoint_program.py"
 
 
 def lines(file: Path) -> list[dict]:
@@ -323,9 +324,75 @@ def test_only_the_parts_that_are_asked_for_are_read(ranks, run):
 # ---------------------------------------------------------------------- errors
 
 
-def test_a_full_disk_of_one_rank_reaches_both_and_harms_no_older_checkpoint(rank_server, tmp_path):
-    rank_server.run(2, [str(PROGRAM), str(tmp_path)])
-    first, second = (json.loads((tmp_path / f"rank-{n}.json").read_text()) for n in (0, 1))
+def halves_of(value: float) -> dict:
+    """Half of a vector on each rank."""
+    half = torch.full((1000,), value + dist.get_rank())
+    sharded = ShardedTensor.from_rank_offsets(
+        "policy.vector", half, (0, dist.get_rank(), dist.get_world_size())
+    )
+    return {"policy": {"vector": sharded}, "trainer": {"step": value}}
+
+
+def save_halves(folder: Path, step: int) -> None:
+    pending = PendingCheckpoint(folder, step, halves_of(step), recipe="")
+    while not pending.is_written():
+        pass
+    pending.finish(keep_last=2, keep_every=0)
+
+
+def loaded_halves(path: Path) -> list[float]:
+    """The values of both halves."""
+    half = load_checkpoint(path, lambda: halves_of(0.0))["policy"]["vector"]
+    halves = [torch.zeros(1000) for _ in range(dist.get_world_size())]
+    dist.all_gather(halves, half)
+    return sorted(set(torch.cat(halves).tolist()))
+
+
+def save_on_a_full_disk(ranks, folder: Path) -> dict:
+    """Two ranks save, and the disk of the second is full; before, each has a folder of its own."""
+    checkpoints = folder / "checkpoints"
+    met: dict = {}
+    check_writable(checkpoints)
+    try:
+        check_writable(folder / f"of_rank_{ranks.rank}")
+    except InputError as error:
+        met["apart"] = str(error).partition(": ")[2]
+    save_halves(checkpoints, 1)
+
+    write = _StateWriter.write
+
+    def full(writer):
+        write(writer)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(writer.folder))
+
+    if ranks.rank == 1:
+        _StateWriter.write = full
+    try:
+        save_halves(checkpoints, 2)
+    except CheckpointError as error:
+        met["full"] = str(error)
+    _StateWriter.write = write
+    met["left"] = sorted(path.name for path in checkpoints.iterdir())
+    ranks.barrier()
+    met["first"] = loaded_halves(checkpoints / "step_000001")
+    # Now there is room again.
+    save_halves(checkpoints, 2)
+    met["second"] = loaded_halves(checkpoints / "step_000002")
+    if ranks.rank == 0:
+        file = checkpoints / "step_000002" / "__1_0.distcp"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    ranks.barrier()
+    try:
+        loaded_halves(checkpoints / "step_000002")
+    except DamagedCheckpoint as error:
+        met["damaged"] = str(error)
+    return met
+
+
+def test_a_full_disk_of_one_rank_reaches_both_and_harms_no_older_checkpoint(on_ranks, tmp_path):
+    first, second = on_ranks(Layout(), save_on_a_full_disk, tmp_path, replicas=2)
     assert first == second
     assert "step 2 could not be written" in first["full"]
     assert "No space left on device" in first["full"]

@@ -524,7 +524,7 @@ def test_a_run_without_a_reference_can_not_judge(evaluate, trained, tmp_path, mo
         ("data.validation.root=null", ["data.validation.root", "set those to null"]),
         ("+data.validation.annotations.skipped=x", ["'skipped'", "can't name a file"]),
         ("evaluation.checkpoint=/no/such", ["evaluation.checkpoint", "/no/such", "no such folder"]),
-        ("evaluation.checkpoint=tests", ["evaluation.checkpoint", "no checkpoint there"]),
+        ("evaluation.checkpoint=docs", ["evaluation.checkpoint", "no checkpoint there"]),
         ("evaluation.judge=llm", ["evaluation.llm.base_url"]),
         ("trainer.num_nodes=2", ["trainer.num_nodes=2", "torchrun"]),
     ],

@@ -17,7 +17,7 @@ import torch
 from bad_numbers import everything, inject, unchanged
 from golden import _disk_name, golden_step, hf_model
 from gpu_passes import Job, assert_same, needs_transformer_engine, passes_of
-from layout_program import gather_weights, record_gradients
+from layouts import gather_weights, record_gradients
 from small_runs import small_trainer
 
 from nemo_care.checkpoints.writer import _StateWriter

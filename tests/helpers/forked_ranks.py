@@ -5,9 +5,11 @@ They are processes of their own and meet as those of torchrun do.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,18 @@ PATIENCE = 300.0  # seconds; what takes longer on a busy machine hangs
 class RankServer:
     """The process that forks the ranks."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` holds the ranks' output."""
+    def __init__(self, folder: Path, *first: str) -> None:
+        """`folder` holds the ranks' output; of the modules `first` it calls `install` at first."""
         self._folder = folder
         self._started = 0
         # What has computed with several threads can't be forked.
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        paths = [*sys.path, str(Path(__file__).parent), str(Path(__file__).parents[1] / "faults")]
+        paths = [*sys.path, str(Path(__file__).parents[1] / "faults")]
         environment["PYTHONPATH"] = os.pathsep.join(str(Path(p).resolve()) for p in paths if p)
         self._errors = folder / "server.err"
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
+                [sys.executable, str(Path(__file__).with_name("rank_server.py")), *first],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -78,12 +80,6 @@ class RankServer:
         ]
         return ForkedRanks(self, pids, logs)
 
-    def run(self, count: int, arguments: Sequence[str]) -> None:
-        """Start `python ARGUMENTS` as `count` ranks, which have to end well."""
-        ranks = self.start(count, arguments)
-        statuses = ranks.wait()
-        assert set(statuses) == {0}, f"exit statuses {statuses}\n{ranks.output()}"
-
     def wait(self, pid: int, seconds: float) -> int | None:
         """A rank's exit status; None when it still runs after that time."""
         return self._ask({"wait": pid, "seconds": seconds})
@@ -107,9 +103,29 @@ class ForkedRanks:
         statuses = [self._server.wait(pid, patience) for pid in self.pids]
         for pid, status in zip(self.pids, statuses, strict=True):
             if status is None:
-                os.kill(pid, 9)
+                os.kill(pid, signal.SIGKILL)
         assert None not in statuses, f"a rank hangs\n{self.output()}"
         return statuses  # type: ignore[return-value]
+
+    def succeed(self) -> None:
+        """Wait until all have ended well; a failure, or that time is up, ends them all.
+
+        Raises:
+            AssertionError: with exit statuses and output.
+        """
+        until = time.monotonic() + PATIENCE
+        statuses: list[int | None] = [None] * len(self.pids)
+        while None in statuses and time.monotonic() < until:
+            for rank, pid in enumerate(self.pids):
+                if statuses[rank] is None:
+                    statuses[rank] = self._server.wait(pid, 0.05)
+            if any(statuses):
+                # The others get the time to say what they saw of it.
+                until = min(until, time.monotonic() + 5)
+        for pid, status in zip(self.pids, statuses, strict=True):
+            if status is None:
+                os.kill(pid, signal.SIGKILL)
+        assert set(statuses) == {0}, f"exit statuses (None: hangs) {statuses}\n{self.output()}"
 
     def output(self) -> str:
         """What the ranks printed."""

@@ -1,15 +1,17 @@
 """Starts ranks within a second: a process that has imported everything forks them.
 
-    python rank_server.py
+    python rank_server.py [MODULE ...]
 
-reads one JSON object a line, {"arguments": as behind python, "environment": {...}, "log": file,
-"fault": null or what injections.py takes}, forks a rank, and answers its process id;
-{"wait": pid, "seconds": s} is answered with the exit status (of a signal: its negative number), or
-null when the process still runs after that time. The server ends, and kills what is left, with its
-input. `forked_ranks.py` is its client.
+It calls `install` of the modules before it imports anything else. Then it reads one JSON object a
+line. {"arguments": as after python, "environment": {...}, "log": file, "fault": null or what
+injections.py takes} forks a rank, and is answered with its process id; {"wait": pid, "seconds": s}
+is answered with the exit status (of a signal: its negative number), or null when the process still
+runs after that time. The server ends, and kills what is left, with its input. `forked_ranks.py` is
+its client.
 """
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -66,6 +68,8 @@ def _be_rank(job: dict) -> None:
 
 
 def main() -> None:
+    for name in sys.argv[1:]:
+        importlib.import_module(name).install()
     _import_everything()
     # Megatron collects garbage whenever it saves: what is imported need not be looked at.
     gc.freeze()

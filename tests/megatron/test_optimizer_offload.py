@@ -3,8 +3,6 @@
 Here both places are the same memory; the state moves from one piece of it to another and back.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from bad_numbers import inject
@@ -12,8 +10,7 @@ from small_runs import small_recipe, small_trainer
 from test_training import lines, weights, without_timing
 
 from nemo_care.megatron import host_memory
-
-PROGRAM = Path(__file__).parents[1] / "helpers/optimizer_offload_program.py"
+from nemo_care.ranks.process_groups import Layout
 
 
 @pytest.fixture
@@ -200,11 +197,33 @@ def test_a_step_that_fails_leaves_the_state_in_cpu_memory(recipe, ranks, tmp_pat
     assert kinds_in(given_out, trainer) == movable(recipe)
 
 
-def test_two_replicas_train_load_and_resume_alike(rank_server, checkpoint, world, tmp_path):
-    torch.save({"checkpoint": checkpoint, "world": world}, tmp_path / "job.pt")
-    rank_server.run(2, [str(PROGRAM), str(tmp_path)])
-    for rank in range(2):
-        found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False)
+def saved_and_resumed(ranks, job) -> dict:
+    """This rank's states of runs with the state in CPU memory and without, and of their heirs."""
+    folder, recipe = job
+    states = {}
+
+    def keep(name: str, trainer) -> None:
+        states[name] = {key: tensor.detach().clone() for key, tensor in state_of(trainer).items()}
+
+    for offload in (False, True):
+        recipe.optimizer.offload = offload
+        recipe.trainer.max_steps = 2
+        trainer = small_trainer(recipe, ranks, folder / str(offload))
+        trainer.fit()
+        keep(f"run {offload}", trainer)
+        # What this run saved, another one takes with the state in the other place.
+        recipe.optimizer.offload = not offload
+        recipe.trainer.max_steps = 3
+        resumed = small_trainer(recipe, ranks, folder / str(offload))
+        resumed.resume()
+        keep(f"loaded {offload}", resumed)
+        resumed.fit()
+        keep(f"resumed {offload}", resumed)
+    return states
+
+
+def test_two_replicas_train_load_and_resume_alike(on_ranks, recipe, tmp_path):
+    for found in on_ranks(Layout(), saved_and_resumed, (tmp_path, recipe), replicas=2):
         assert any(name.startswith("exp_avg_sq") for name in found["run True"])
         for name in ("run True", "loaded False", "loaded True"):
             assert_equal_states(found[name], found["run False"])

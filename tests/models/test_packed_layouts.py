@@ -1,19 +1,28 @@
 """Packed groups equal separate sequences in every parallel layout: values and gradients.
 
-`packed_program.py` computes both in the same ranks, with each way of recomputing activations. The
-prompts are a video, two videos, a video with an image, and text; completions differ in length.
+Both are computed in the same ranks, with each way of recomputing activations. The prompts are a
+video, two videos, a video with an image, and text; completions differ in length.
 """
 
-from pathlib import Path
+import dataclasses
 
 import pytest
 import torch
-from layout_program import LAYOUTS
+import torch.distributed as dist
+from layouts import LAYOUTS, gather_gradients, gather_vocabulary, reduce_whole_gradients
 from made_groups import make_groups, make_prompts
+from small_runs import small_recipe
+
+from nemo_care.groups.batching import BatchLayout
+from nemo_care.megatron.optimizer import wrap_data_parallel
+from nemo_care.models.pipeline import forward_backward, forward_only
+from nemo_care.objective.consistency import answer_likelihood
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.scoring.scorer import Scorer
+from nemo_care.training.build import load_model
 
 pytestmark = pytest.mark.numeric
 
-PROGRAM = Path(__file__).parents[1] / "helpers/packed_program.py"
 NAMES = ["tp1", "tp2", "tp2_sequence_parallel", "pp2"]
 RECOMPUTE = ["none", "selective", "full"]
 VALUES = ["logits", "log_probs", "likelihood"]
@@ -22,24 +31,102 @@ VALUES = ["logits", "log_probs", "likelihood"]
 RELATIVE_ERROR = 3e-6
 
 
+def causal(batch):
+    """The same packed sequence without its segments."""
+    return dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, packed=None))
+
+
+def from_last_stage(value, ranks: Ranks):
+    """The last pipeline stage's value, on every rank."""
+    everyone = [None] * ranks.world_size
+    dist.all_gather_object(everyone, value if ranks.is_last_stage else None)
+    return next(value for value in everyone if value is not None)
+
+
+def compute(wrapped, batches, ranks: Ranks) -> dict:
+    """Values and gradients of one layout of the groups."""
+    model = wrapped.module
+
+    def values(hidden, batch):
+        log_probs = batch.log_probs(model, hidden, batch.mask)
+        logits = model.logits(hidden).transpose(0, 1).flatten(0, 1)[batch.places[batch.mask]]
+        likelihood = answer_likelihood(log_probs, batch.answer_mask)
+        return log_probs, likelihood, logits
+
+    def loss(hidden, batch):
+        log_probs = batch.log_probs(model, hidden, batch.mask)
+        # Factors of both signs, another for every token.
+        factors = torch.sin(torch.arange(log_probs.numel()).view_as(log_probs).float())
+        return (log_probs * factors).sum(), None
+
+    passes = forward_only(model, batches, lambda batch: batch.inputs, values)
+    vocabulary = [gather_vocabulary(part, ranks) for part in _last_of(passes, len(batches))]
+    wrapped.train()
+    wrapped.zero_grad_buffer()
+    forward_backward(wrapped, batches, lambda batch: batch.inputs, loss)
+    return {
+        "log_probs": from_last_stage([part for part, _, _ in passes], ranks),
+        "likelihood": from_last_stage([part for _, part, _ in passes], ranks),
+        "logits": vocabulary,
+        "gradients": gather_gradients(model),
+    }
+
+
+def _last_of(passes: list, count: int) -> list:
+    return [logits for _, _, logits in passes] or [None] * count
+
+
+def computed(ranks: Ranks, job: tuple) -> dict:
+    """For each way of recomputation, and for packed groups and separate sequences: logits that
+    predict the completions, log-probabilities, answer likelihoods and gradients; then packed groups
+    under a plain causal mask, the negative control."""
+    checkpoint, world, groups = job
+    recipe = small_recipe(checkpoint, world)
+    packed, separate = (
+        # Two groups in a batch.
+        BatchLayout.of(ranks.layout, 2, pad_id=0, shared_prompt=shared)
+        for shared in (True, False)
+    )
+    results: dict = {}
+    for recompute in ("none", "selective", "full"):
+        recipe.model.recompute_granularity = recompute
+        wrapped = wrap_data_parallel(load_model(recipe, ranks))
+        reduce_whole_gradients(wrapped.config)
+        results[recompute] = {
+            "packed": compute(wrapped, packed.batches(groups), ranks),
+            "separate": compute(wrapped, separate.batches(groups), ranks),
+        }
+    control = [causal(batch) for batch in packed.batches(groups)]
+    results["control"] = compute(wrapped, control, ranks)
+    results["pairs"] = Scorer(wrapped.module, ranks, packed).pair_likelihoods(groups)
+    for group in groups:
+        group.completions = [
+            dataclasses.replace(completion, answer_span=None) for completion in group.completions
+        ]
+    scorer = Scorer(wrapped.module, ranks, packed)
+    results["unanswered"] = scorer.answer_likelihoods(groups)
+    return results
+
+
 @pytest.fixture(scope="module")
-def folder(rank_server, checkpoint, world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packed")
-    groups = make_groups(make_prompts(checkpoint, world, folder), checkpoint)
+def job(checkpoint, world, tmp_path_factory):
+    prompts = make_prompts(checkpoint, world, tmp_path_factory.mktemp("packed"))
+    groups = make_groups(prompts, checkpoint)
     assert len({c.length for group in groups for c in group.completions}) > 2
-    torch.save({"checkpoint": checkpoint, "world": world, "groups": groups}, folder / "job.pt")
-    # One process first: the others are compared with it.
-    rank_server.run(1, [str(PROGRAM), str(folder), "tp1"])
-    return folder
+    return checkpoint, world, groups
+
+
+@pytest.fixture(scope="module")
+def base(on_ranks, job):
+    """Of one process: the others are compared with it."""
+    layout, _ = LAYOUTS["tp1"]
+    return on_ranks(layout, computed, job)[0]
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def results(rank_server, request, folder):
-    size = LAYOUTS[request.param]
-    if request.param != "tp1":
-        count = size.tensor * size.pipeline
-        rank_server.run(count, [str(PROGRAM), str(folder), request.param])
-    return torch.load(folder / f"packed-{request.param}.pt", weights_only=False)
+def results(on_ranks, request, job, base):
+    layout, replicas = LAYOUTS[request.param]
+    return base if request.param == "tp1" else on_ranks(layout, computed, job, replicas=replicas)[0]
 
 
 def largest_difference(ours, wanted) -> float:
@@ -85,8 +172,7 @@ def test_groups_without_any_answer_are_scored_too(results):
     assert all(bool(likelihood.isnan().all()) for likelihood in results["unanswered"])
 
 
-def test_values_and_gradients_do_not_depend_on_the_layout(results, folder):
-    base = torch.load(folder / "packed-tp1.pt", weights_only=False)
+def test_values_and_gradients_do_not_depend_on_the_layout(results, base):
     for what in VALUES:
         ours, wanted = results["full"]["packed"][what], base["none"]["packed"][what]
         assert largest_difference(ours, wanted) <= value_bound(base["none"])

@@ -9,52 +9,182 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import RankServer
+from layouts import LAYOUTS, gather_weights, generate, record_gradients, share_of
 from made_groups import make_groups, make_prompts
+from made_transformer_engine import PRODUCTS
+from on_ranks import OnRanks
 from safetensors.torch import load_file
+from small_runs import small_recipe, small_trainer
 
-from nemo_care.ranks.launch import start_ranks
+from nemo_care.checkpoints.store import sharding_metadata
+from nemo_care.models.weights import _mapping, export_hf
+from nemo_care.ranks.process_groups import Ranks
 
 pytestmark = pytest.mark.skipif(
     find_spec("transformer_engine") is not None, reason="TransformerEngine is installed"
 )
-PROGRAM = Path(__file__).parents[1] / "helpers/te_program.py"
-RANKS = {"one": 1, "tp2": 2, "tp2_sequence_parallel": 2}
+BACKENDS = ("local", "transformer_engine")
 LAYERS = 4
 LINEAR_PER_LAYER = 4
 
 
+def made_recipe(job, backend: str):
+    # In fp32, which recipes refuse with this backend: kernels on a GPU take bf16 only.
+    recipe = small_recipe(job["checkpoint"], job["world"])
+    recipe.model.backend = backend
+    return recipe
+
+
+def marks(model) -> dict[str, tuple]:
+    """How Megatron is told that a parameter is cut."""
+    names = ("tensor_model_parallel", "partition_dim", "sequence_parallel", "allreduce")
+    defaults = (False, -1, False, True)
+    return {
+        " ".join(_mapping(model, name).hf_names): tuple(
+            getattr(parameter, mark, default) for mark, default in zip(names, defaults, strict=True)
+        )
+        for name, parameter in model.named_parameters()
+    }
+
+
+def step(trainer, job, ranks: Ranks) -> dict:
+    """Sampling, scoring, an update and the moving average."""
+    result = {"marks": marks(trainer.policy.model)}
+    result["sampled"] = generate(trainer, job["prompts"], 1.0, ranks)
+    groups = share_of(job["groups"], ranks)
+    trainer.reference.score_answers(groups)
+    trainer.credit(groups)
+    gradients = record_gradients(trainer.policy)
+    result["metrics"] = trainer.policy.update(groups)
+    trainer.reference.track(trainer.policy.model, 1)
+    return result | {
+        "likelihoods": [group.answer_likelihood for group in groups],
+        "gradients": gradients,
+        "weights": gather_weights(trainer.policy.model),
+        "average": gather_weights(trainer.reference.average.model),
+        "distance": trainer.reference.distance(trainer.policy.model),
+    }
+
+
+def products_of(passes) -> dict[str, list]:
+    """What each pass multiplied."""
+    found = {}
+    for name, run in passes.items():
+        PRODUCTS.clear()
+        run()
+        found[name] = list(PRODUCTS)
+    return found
+
+
+def in_eight_bits(job, ranks: Ranks, folder: Path, **keys) -> dict[str, list]:
+    recipe = made_recipe(job, "transformer_engine")
+    recipe.model.recompute_granularity = keys.pop("recompute_granularity", "none")
+    recipe.model.precision.fp8.enabled = True
+    for key, value in keys.items():
+        setattr(recipe.model.precision.fp8, key, value)
+    trainer = small_trainer(recipe, ranks, folder)
+    groups = share_of(job["groups"], ranks)
+
+    def score() -> None:
+        trainer.reference.score_answers(groups)
+        trainer.credit(groups)
+
+    found = products_of(
+        {
+            "rollout": lambda: generate(trainer, job["prompts"], 1.0, ranks),
+            "scoring": score,
+            "update": lambda: trainer.policy.update(groups),
+        }
+    )
+    state = trainer.policy.model.sharded_state_dict("", metadata=sharding_metadata())
+    found["states"] = [key for key in state if key.endswith("_extra_state")]
+    return found
+
+
+def resumed(job, ranks: Ranks, folder: Path, first: str, then: str) -> dict:
+    """Two steps with one backend, two more with another: weights and average."""
+    run = folder / f"{first}-{then}"
+    for backend, steps in ((first, 2), (then, 4)):
+        recipe = made_recipe(job, backend)
+        recipe.trainer.max_steps = steps
+        trainer = small_trainer(recipe, ranks, run)
+        trainer.fit()
+    return gather_weights(trainer.policy.model) | {
+        f"average.{name}": tensor
+        for name, tensor in gather_weights(trainer.reference.average.model).items()
+    }
+
+
+def computed(ranks: Ranks, job: dict) -> dict:
+    """What both kinds of layers compute in one layout; one process also tries formats."""
+    folder, name = job["folder"], job["name"]
+    result: dict = {}
+    for backend in BACKENDS:
+        trainer = small_trainer(made_recipe(job, backend), ranks, folder / f"{name}-{backend}")
+        export_hf(trainer.policy.model, job["checkpoint"], folder / f"{name}-{backend}-export")
+        result[backend] = step(trainer, job, ranks)
+    result["fp8"] = in_eight_bits(job, ranks, folder / f"{name}-fp8")
+    if name != "tp1":
+        return result
+    variants = {
+        "ends": {"bf16_first_layers": 1, "bf16_last_layers": 2},
+        "everywhere": {"scoring": True, "rollout": True},
+        "delayed": {"recipe": "delayed"},
+        "recomputed": {"recompute_granularity": "full"},
+        "mxfp8": {"recipe": "mxfp8"},
+    }
+    for variant, keys in variants.items():
+        result[f"fp8_{variant}"] = in_eight_bits(job, ranks, folder / f"fp8-{variant}", **keys)
+    result["resumed"] = {
+        (first, then): resumed(job, ranks, folder, first, then)
+        for first in BACKENDS
+        for then in BACKENDS
+    }
+    return result
+
+
 @pytest.fixture(scope="module")
-def folder(checkpoint, world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("te")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("te")
+
+
+@pytest.fixture(scope="module")
+def results(folder, checkpoint, world):
+    """By layout what was computed there: each once, by ranks with the stand-in."""
+    server = RankServer(folder, "made_transformer_engine")
+    on_ranks = OnRanks(server, folder)
     prompts = make_prompts(checkpoint, world, folder)
-    contents = {
+    job = {
+        "folder": folder,
         "checkpoint": checkpoint,
         "world": world,
         "prompts": prompts,
         "groups": make_groups(prompts, checkpoint),
     }
-    torch.save(contents, folder / "job.pt")
-    return folder
+    made: dict[str, dict] = {}
+
+    def get(name: str) -> dict:
+        if name not in made:
+            layout, _ = LAYOUTS[name]
+            made[name] = on_ranks(layout, computed, job | {"name": name})[0]
+        return made[name]
+
+    yield get
+    server.close()
 
 
 @pytest.fixture(
     scope="module",
-    params=["one", pytest.param("tp2", marks=pytest.mark.slow), "tp2_sequence_parallel"],
+    params=["tp1", pytest.param("tp2", marks=pytest.mark.slow), "tp2_sequence_parallel"],
 )
-def both(request, folder):
-    name = request.param
-    file = folder / f"{name}.pt"
-    if not file.exists():
-        assert start_ranks(RANKS[name], [str(PROGRAM), str(folder), name]) == 0
-    return name, torch.load(file, weights_only=False)
+def both(request, results):
+    return request.param, results(request.param)
 
 
 @pytest.fixture(scope="module")
-def one(folder):
-    file = folder / "one.pt"
-    if not file.exists():
-        assert start_ranks(1, [str(PROGRAM), str(folder), "one"]) == 0
-    return torch.load(file, weights_only=False)
+def one(results):
+    return results("tp1")
 
 
 def assert_equal(ours: dict, wanted: dict, absolute: float) -> None:

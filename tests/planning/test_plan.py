@@ -5,10 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from fake_worlds import made_plans
 from made_shapes import LENGTHS, PACKAGED, plan_recipe, write_small_shape
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -24,7 +24,6 @@ from nemo_care.scoring.reference import Reference
 from nemo_care.training.build import build_model
 from nemo_care.training.policy import Policy
 
-PROGRAM = Path(__file__).parents[1] / "helpers/plan_program.py"
 GRANULARITIES = ("none", "selective", "full")
 
 
@@ -34,12 +33,9 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def planned(small, tmp_path_factory):
+def planned(small, on_ranks):
     """What fake worlds say, from a process of their own."""
-    out = tmp_path_factory.mktemp("plan") / "out.json"
-    command = [sys.executable, "-W", "ignore", str(PROGRAM), str(out), str(small)]
-    subprocess.run(command, check=True)
-    return json.loads(out.read_text())
+    return on_ranks(None, made_plans, str(small))[0]
 
 
 @pytest.mark.parametrize("name", PACKAGED)

@@ -1,12 +1,9 @@
 """Plans of recipes whose rollouts vLLM makes: numbers against those of a hand."""
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from fake_engines import engines_planned
 from made_shapes import write_small_shape
 
 from nemo_care.checks.fit import fit_of
@@ -18,7 +15,6 @@ from nemo_care.planning.stage import StageBuild
 from nemo_care.planning.work import Clock, Efficiency, StepTime
 from nemo_care.recipe.schema import Recipe
 
-PROGRAM = Path(__file__).parents[1] / "helpers/plan_engines_program.py"
 SEVEN = read_model_shape("nowhere/Qwen2.5-VL-7B-Instruct").hf
 H100 = read_gpu("h100-80gb")
 # The model keeps some tables from its first pass, whichever that is.
@@ -32,13 +28,10 @@ PARAMETERS = 4 * LAYER + 2 * 1024 * 256 + 256 + VISION
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory):
+def planned(tmp_path_factory, on_ranks):
     """What fake worlds say, from a process of their own."""
-    folder = tmp_path_factory.mktemp("engines")
-    small, out = write_small_shape(folder / "small"), folder / "out.json"
-    command = [sys.executable, "-W", "ignore", str(PROGRAM), str(out), str(small)]
-    subprocess.run(command, check=True, capture_output=True)
-    return json.loads(out.read_text())
+    small = write_small_shape(tmp_path_factory.mktemp("engines") / "small")
+    return on_ranks(None, engines_planned, str(small))[0]
 
 
 def seven_billion(**keys) -> Recipe:

@@ -1,11 +1,10 @@
 """Rollouts with vLLM as far as they need no vLLM: the engine is a double."""
 
 import dataclasses
-import json
+import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -15,17 +14,19 @@ from made_groups import make_prompts
 from safetensors.torch import load_file
 from small_runs import small_recipe, small_trainer
 from transformers import Qwen2_5_VLConfig
-from vllm_double import DoubleEngine, HostThread
+from vllm_double import KEY, DoubleEngine, HostThread
 
 from nemo_care.data.patches import PatchSize, PixelBounds, frames_to_patches
 from nemo_care.data.positions import mrope_positions
 from nemo_care.data.unpatch import patches_to_frames
 from nemo_care.errors import InputError, RunFailed
 from nemo_care.models.hf_config import read_hf_config
+from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import Recipe, check_recipe
 from nemo_care.recipe.vllm import VLLMConfig
 from nemo_care.rollouts.build import check_rollouts
 from nemo_care.rollouts.generator import Sampling
+from nemo_care.rollouts.vllm import host as host_module
 from nemo_care.rollouts.vllm.engine import Engine
 from nemo_care.rollouts.vllm.placement import (
     check_placement,
@@ -34,6 +35,9 @@ from nemo_care.rollouts.vllm.placement import (
     share,
 )
 from nemo_care.rollouts.vllm.requests import RequestBuilder, seed_of, vllm_times
+from nemo_care.rollouts.vllm.shared_memory import SharedMemorySender
+from nemo_care.rollouts.vllm.weight_stream import WeightStream
+from nemo_care.training.build import load_model
 
 SAMPLING = Sampling(group_size=3, temperature=1.0, top_p=0.95, max_tokens=8, seed=(5,))
 GREEDY = dataclasses.replace(SAMPLING, temperature=0.0)
@@ -413,16 +417,68 @@ def test_an_engine_with_another_secret_is_named(trainer, host, monkeypatch):
 # ------------------------------------------------------------------ weights of any layout
 
 
+class Receiver:
+    """Keeps the names of what it is sent; fails at the second piece where it is told to."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.pieces: list[list[str]] = []
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        pass
+
+    def update_weights(self, update_info: dict) -> None:
+        if self.fails and self.pieces:
+            raise RunFailed("the engine has failed")
+        self.pieces.append(update_info["names"])
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        pass
+
+
+def streamed(ranks: Ranks, job: tuple) -> dict:
+    """Differences of a weight stream to the checkpoint's file, and what a sender sends."""
+    checkpoint, world = job
+    model = load_model(small_recipe(checkpoint, world), ranks)
+    stream = WeightStream(model, ranks)
+    on_disk = load_file(checkpoint / "model.safetensors")
+    described = stream.metadata()
+    wrong, names, held = [], [], []
+    for (name, got), wanted in zip(stream, described, strict=True):
+        names.append(name)
+        if not torch.equal(got, on_disk[name]):
+            wrong.append(name)
+        if (name, got.dtype, tuple(got.shape)) != wanted:
+            wrong.append(f"metadata of {name}")
+    receiver = Receiver() if ranks.is_model_leader else None
+    SharedMemorySender(stream, receiver, bucket_bytes=100_000).send_weights()
+    if receiver is not None:
+        held = [name for piece in receiver.pieces for name in piece]
+    # An engine that fails must not leave the other ranks in a collective.
+    failing = Receiver(fails=True) if ranks.is_model_leader else None
+    try:
+        SharedMemorySender(stream, failing, bucket_bytes=100_000).send_weights()
+        error = ""
+    except RunFailed as failure:
+        error = str(failure)
+    told = ranks.gather_in_replica(error)
+    result = {"wrong": wrong, "names": names, "held": held, "told": told}
+    result["missing"] = sorted(on_disk.keys() - set(names))
+    result["pieces"] = len(receiver.pieces) if receiver is not None else None
+    return result
+
+
 @pytest.mark.parametrize(
     ("tensor", "pipeline"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)]
 )
 def test_every_rank_sees_the_whole_model_tensor_by_tensor(
-    rank_server, checkpoint, world, tmp_path, tensor, pipeline
+    on_ranks, checkpoint, world, tensor, pipeline
 ):
-    program = Path(__file__).parents[1] / "helpers/weight_stream_program.py"
-    arguments = [str(program), str(checkpoint), str(world), str(tmp_path)]
-    rank_server.run(tensor * pipeline, [*arguments, str(tensor), str(pipeline)])
-    results = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(tensor * pipeline)]
+    layout = Layout(tensor=tensor, pipeline=pipeline)
+    results = on_ranks(layout, streamed, (checkpoint, world))
     for result in results:
         assert (result["wrong"], result["missing"]) == ([], [])
         assert result["names"] == results[0]["names"]
@@ -431,16 +487,36 @@ def test_every_rank_sees_the_whole_model_tensor_by_tensor(
     assert results[0]["pieces"] > 5
 
 
+def sampled_twice(ranks: Ranks, job: tuple) -> list:
+    """What this rank's groups hold, before and after an update."""
+    checkpoint, world, out, address = job
+    os.environ[host_module.KEY] = KEY
+    recipe = small_recipe(checkpoint, world)
+    recipe.rollout.backend = "vllm"
+    recipe.rollout.vllm.placement = "separate"
+    recipe.rollout.vllm.hosts = [address]
+    recipe.rollout.vllm.timeout_seconds = 60
+    recipe.trainer.devices = ranks.world_size
+    trainer = small_trainer(recipe, ranks, out / "run")
+    prompts, _ = trainer.prompts.next_step()
+    sampling = Sampling(group_size=2, temperature=1.0, top_p=0.95, max_tokens=8, seed=(5,))
+    found = []
+    for _ in range(2):
+        groups = trainer.generator.generate(prompts, sampling)
+        found.append([(g.prompt.index, [c.text for c in g.completions]) for g in groups])
+        trainer.policy.scheduler.step(1)
+    trainer.generator.close()
+    return found
+
+
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_two_ranks_ask_one_engine_which_gets_the_weights_once_for_both(
-    rank_server, checkpoint, world, tmp_path, host, monkeypatch, pipeline
+    on_ranks, checkpoint, world, tmp_path, host, pipeline
 ):
     """As two replicas, and as two stages of one."""
-    program = Path(__file__).parents[1] / "helpers/vllm_program.py"
-    arguments = [str(program), str(checkpoint), str(world), str(tmp_path), host.address]
-    rank_server.run(2, [*arguments, str(pipeline)])
+    job = (checkpoint, world, tmp_path, host.address)
+    ranks = on_ranks(Layout(pipeline=pipeline), sampled_twice, job, replicas=2 // pipeline)
     assert host.end() == 0
-    ranks = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2)]
     indices = [[index for index, _ in found[0]] for found in ranks]
     if pipeline == 1:
         assert sorted(indices[0] + indices[1]) == [0, 1, 2, 3]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_numbers import broken, everything, inject, inject_at, unchanged
-from numbers_program import STEPS
+from layouts import LAYOUTS
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.checkpoints.writer import _StateWriter
@@ -17,7 +17,7 @@ from nemo_care.errors import RunFailed, RunStopped
 from nemo_care.groups.files import read_groups
 from nemo_care.training import step_watch
 
-PROGRAM = Path(__file__).parents[1] / "helpers/numbers_program.py"
+STEPS = [None, "gradient", None, "rollout", "reference", None, "loss", None]
 
 
 def lines(file: Path) -> list[dict]:
@@ -315,13 +315,35 @@ def test_a_model_without_numbers_is_not_evaluated(recipe, ranks, tmp_path):
         trainer.run_validation()
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2", pytest.param("tp2", marks=pytest.mark.slow)])
-def test_one_rank_s_bad_numbers_are_left_out_on_all(
-    rank_server, layout, checkpoint, world, tmp_path
-):
-    arguments = [str(PROGRAM), str(tmp_path), str(checkpoint), str(world), layout]
-    rank_server.run(2, arguments)
-    everyone = json.loads((tmp_path / f"{layout}.json").read_text())
+def steps_with_bad_numbers(ranks, job) -> list[dict]:
+    """What this rank decided of each step; the second one's numbers are bad."""
+    folder, recipe = job
+    recipe.trainer.max_steps = len(STEPS)
+    trainer = small_trainer(recipe, ranks, folder)
+    decided = []
+    for kind in STEPS:
+        trainer.step += 1
+        before = everything(trainer)
+        undo = inject(trainer, kind) if kind and ranks.rank == 1 else lambda: None
+        metrics, groups, skipped = trainer.run_training_step()
+        undo()
+        trainer.log(metrics, groups, skipped)
+        bad = trainer.policy.not_finite
+        decided.append(
+            {
+                "kind": kind,
+                "first": dict(bad.first) if bad else None,
+                "bad_step": metrics["train/bad_step"],
+                "unchanged": unchanged(before, everything(trainer)),
+            }
+        )
+    return decided
+
+
+@pytest.mark.parametrize("name", ["dp2", "pp2", pytest.param("tp2", marks=pytest.mark.slow)])
+def test_one_rank_s_bad_numbers_are_left_out_on_all(on_ranks, name, recipe, tmp_path):
+    layout, replicas = LAYOUTS[name]
+    everyone = on_ranks(layout, steps_with_bad_numbers, (tmp_path, recipe), replicas=replicas)
     assert len(everyone) == 2
     for decided in zip(*everyone, strict=True):
         first = decided[0]["first"]
@@ -330,9 +352,9 @@ def test_one_rank_s_bad_numbers_are_left_out_on_all(
             assert one["bad_step"] == one["unchanged"] == (one["kind"] is not None)
         if decided[0]["kind"] is not None:
             assert decided[0]["kind"] in first
-    if layout == "dp2":
+    if name == "dp2":
         assert everyone[0][STEPS.index("gradient")]["first"] == {"gradient": 1}
-    about, groups = read_groups(tmp_path / layout / "bad_steps" / "step_000002.json")
+    about, groups = read_groups(tmp_path / "bad_steps" / "step_000002.json")
     assert [item["what"] for item in about["not_finite"]] == ["gradient"]
     assert [of_rank["rank"] for of_rank in about["gradients"]] == [1]
     assert len(groups) == 4

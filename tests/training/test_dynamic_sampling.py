@@ -5,16 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from bad_numbers import everything, inject, unchanged
-from dynamic_program import LAYOUTS
 from made_rewards import SIGNALS
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.stream import TooManySkipped
 from nemo_care.groups.files import read_groups
+from nemo_care.ranks.process_groups import Layout, Ranks
 
-PROGRAM = Path(__file__).parents[1] / "helpers/dynamic_program.py"
 # Places in the stream of the groups with a signal; with shuffle=false sample 13 is at place 13.
 WITH_SIGNAL = [place for place in range(48) if str(place)[-1] in SIGNALS]
 
@@ -233,36 +231,64 @@ def test_switched_off_it_leaves_no_trace(recipe, ranks, tmp_path):
     assert all("used" not in row for row in rollouts(tmp_path, 1))
 
 
+def two_steps(ranks: Ranks, job: tuple) -> dict:
+    """What each replica trained on."""
+    folder, checkpoint, world = job
+    recipe = small_recipe(checkpoint, world)
+    recipe.trainer.max_steps = 2
+    recipe.data.train.shuffle = False
+    # The KL term needs the reference's log-probabilities of the groups that move.
+    recipe.algorithm.kl_coefficient = 0.04
+    recipe.algorithm.consistency.bonus_coefficient = 0.0
+    recipe.algorithm.rewards = ["made_rewards.told_apart"]
+    recipe.rollout.dynamic_sampling.enabled = True
+    trainer = small_trainer(recipe, ranks, folder)
+    trained: list[list[int]] = []
+    update = trainer.policy.update
+
+    def observed(groups, **keywords):
+        assert all(group.used and group.prompt.pixel_values is not None for group in groups)
+        trained.append([group.prompt.index for group in groups])
+        return update(groups, **keywords)
+
+    trainer.policy.update = observed
+    trainer.fit()
+    return {"trained": ranks.gather_from_replicas(trained), "position": trainer.prompts.position}
+
+
 @pytest.fixture(scope="module")
-def one_process(rank_server, checkpoint, world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dynamic")
-    torch.save({"checkpoint": checkpoint, "world": world}, folder / "job.pt")
-    rank_server.run(1, [str(PROGRAM), str(folder), "one"])
-    return folder
+def one_process(on_ranks, checkpoint, world, tmp_path_factory):
+    """The run of one process and what it found."""
+    run = tmp_path_factory.mktemp("dynamic")
+    return run, on_ranks(Layout(), two_steps, (run, checkpoint, world))[0]
 
 
 @pytest.mark.parametrize(
-    ("layout", "count"),
-    [("dp2", 2), ("pp2", 2), pytest.param("dp2_pp2", 4, marks=pytest.mark.slow)],
+    ("layout", "replicas"),
+    [
+        (Layout(), 2),
+        (Layout(pipeline=2), 1),
+        pytest.param(Layout(pipeline=2), 2, marks=pytest.mark.slow),
+    ],
 )
-def test_every_layout_trains_on_the_same_groups(rank_server, one_process, layout, count):
+def test_every_layout_trains_on_the_same_groups(
+    on_ranks, one_process, layout, replicas, checkpoint, world, tmp_path
+):
     """Also where one replica has sampled more of them than its share."""
-    rank_server.run(count, [str(PROGRAM), str(one_process), layout])
-    found, base = (
-        torch.load(one_process / f"{name}.pt", weights_only=False) for name in (layout, "one")
-    )
+    run, base = one_process
+    job = (tmp_path, checkpoint, world)
+    found = on_ranks(layout, two_steps, job, replicas=replicas)[0]
     assert found["position"] == base["position"] == 28
-    replicas = count // LAYOUTS[layout].pipeline
     assert all(len(indices) == 4 // replicas for of in found["trained"] for indices in of)
     for step, wanted in enumerate(base["trained"][0]):
         mine = [index for of_replica in found["trained"] for index in of_replica[step]]
         assert sorted(mine) == wanted
-        first, second = (rollouts(one_process / name, step + 1) for name in (layout, "one"))
+        first, second = (rollouts(folder, step + 1) for folder in (tmp_path, run))
         for ours, theirs in zip(first, second, strict=True):
             for key in ("prompt_index", "completion", "used"):
                 assert ours[key] == theirs[key]
     for ours, theirs in zip(
-        *(lines(one_process / name / "metrics.jsonl") for name in (layout, "one")), strict=True
+        *(lines(folder / "metrics.jsonl") for folder in (tmp_path, run)), strict=True
     ):
         assert ours["train/kl"] == pytest.approx(theirs["train/kl"], abs=1e-5, rel=5e-3)
         for key in ("train/loss", "train/grad_norm", "reward/total", "rollout/groups_set_aside"):

@@ -5,27 +5,110 @@ The oracle is plain Hugging Face and torch (golden.py). Each layout really start
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from golden import golden_step, hf_model
-from layout_program import LAYOUTS
+from golden import golden_step, hf_model, vision_inputs
+from layouts import LAYOUTS, gather_vocabulary, gather_weights, generate, record_gradients, share_of
 from made_groups import make_groups, make_prompts
 from safetensors.torch import load_file
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.models.pipeline import forward_only
 from nemo_care.models.qwen2_5_vl import ModelInputs
+from nemo_care.models.weights import export_hf
+from nemo_care.ranks.process_groups import Ranks
 
 pytestmark = pytest.mark.numeric
 
-PROGRAM = Path(__file__).parents[1] / "helpers/layout_program.py"
+
+def computed(ranks: Ranks, job: dict) -> dict:
+    """What one layout computes; its files go to NAME-... in the job's folder."""
+    folder, name = job["folder"], job["name"]
+    recipe = small_recipe(job["checkpoint"], job["world"])
+    trainer = small_trainer(recipe, ranks, folder / name)
+    model = trainer.policy.model
+    result: dict = {}
+
+    logits = forward_only(
+        model.eval(),
+        [job["inputs"]],
+        inputs_of=lambda inputs: inputs,
+        result_of=lambda hidden, inputs: model.logits(hidden),
+    )
+    result["logits"] = gather_vocabulary(logits[0] if logits else None, ranks)
+    result["greedy"] = generate(trainer, job["prompts"], 0.0, ranks)
+    result["sampled"] = generate(trainer, job["prompts"], 1.0, ranks)
+    export_hf(model, job["checkpoint"], folder / f"{name}-export")
+
+    # One step on given completions.
+    groups = share_of(job["groups"], ranks)
+    trainer.reference.score_answers(groups)
+    trainer.credit(groups)
+    gradients = record_gradients(trainer.policy)
+    metrics = trainer.policy.update(groups)
+    trainer.reference.track(model, 1)
+    rows = [
+        (g.answer_likelihood.tolist(), g.consistency_bonus.tolist(), g.advantage.tolist())
+        for g in groups
+    ]
+    rows = [row for part in ranks.gather_from_replicas(rows) for row in part]
+    result["golden"] = {
+        "rows": rows,
+        "loss": metrics["train/loss"],
+        "grad_norm": metrics["train/grad_norm"],
+        "gradients": gradients,
+        "weights": gather_weights(model),
+        "average": gather_weights(trainer.reference.average.model),
+    }
+
+    # Another step with a KL term, now that reference and policy differ.
+    recipe.algorithm.kl_coefficient = 0.04
+    trainer.reference.all_tokens = True
+    trainer.reference.score_answers(groups)
+    trainer.credit(groups)
+    result["with_kl"] = trainer.policy.update(groups)
+    recipe.algorithm.kl_coefficient = 0.0
+
+    # And one whose sampler was another model than the trainer.
+    for group in groups:
+        for number, completion in enumerate(group.completions):
+            chances = torch.arange(completion.length) % 7 + number
+            completion.log_probs = -0.4 * chances.float()
+    recipe.rollout.importance_sampling.enabled = True
+    result["weighted"] = trainer.policy.update(groups)
+    recipe.rollout.importance_sampling.enabled = False
+
+    # A trainer's own first step, from prompts to EMA.
+    trainer = small_trainer(recipe, ranks, folder / f"{name}-step")
+    trainer.step = 1
+    metrics, groups, skipped = trainer.run_training_step()
+    trainer.log(metrics, groups, skipped)
+    result["files"] = str(folder / f"{name}-step")
+
+    # A run that one process began, resumed in this layout.
+    begun, resumed = folder / "begun", folder / f"{name}-resumed"
+    if not begun.exists():
+        recipe.trainer.max_steps = 2
+        small_trainer(recipe, ranks, begun).fit()
+        recipe.trainer.max_steps = 4
+    if ranks.rank == 0:
+        shutil.copytree(begun, resumed)
+    ranks.barrier()
+    small_trainer(recipe, ranks, resumed).fit()
+    return result
 
 
 @pytest.fixture(scope="module")
-def job(rank_server, checkpoint, world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("layouts")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def job(checkpoint, world, folder):
     prompts = make_prompts(checkpoint, world, folder)
     # Two rows of equal length for the comparison of logits.
     video = prompts[0]
@@ -38,34 +121,36 @@ def job(rank_server, checkpoint, world, tmp_path_factory):
         grid_thw=torch.cat([video.grid_thw] * 2),
         is_vision=torch.stack([video.is_vision] * 2),
     )
-    contents = {
+    return {
+        "folder": folder,
         "checkpoint": checkpoint,
         "world": world,
         "prompts": prompts,
         "groups": make_groups(prompts, checkpoint),
         "inputs": inputs,
     }
-    torch.save(contents, folder / "job.pt")
-    # One process first: the other layouts are compared with it, and resume the run it begins.
-    rank_server.run(1, [str(PROGRAM), str(folder), "tp1"])
-    return folder, contents
+
+
+@pytest.fixture(scope="module")
+def base(on_ranks, job):
+    """What one process computes: the other layouts are compared with it, and resume its run."""
+    layout, _ = LAYOUTS["tp1"]
+    return on_ranks(layout, computed, job | {"name": "tp1"})[0]
 
 
 @pytest.fixture(scope="module")
 def golden(job, checkpoint, world):
-    _, contents = job
-    return golden_step(checkpoint, contents["groups"], small_recipe(checkpoint, world))
+    return golden_step(checkpoint, job["groups"], small_recipe(checkpoint, world))
 
 
 @pytest.fixture(scope="module", params=list(LAYOUTS))
-def layout(rank_server, request, job):
+def layout(on_ranks, request, job, base):
     """Name and results of one layout."""
-    folder, _ = job
-    if request.param != "tp1":
-        size = LAYOUTS[request.param]
-        count = max(2, size.tensor * size.pipeline)
-        rank_server.run(count, [str(PROGRAM), str(folder), request.param])
-    return request.param, torch.load(folder / f"{request.param}.pt", weights_only=False), folder
+    if request.param == "tp1":
+        return request.param, base
+    layout, replicas = LAYOUTS[request.param]
+    job = job | {"name": request.param}
+    return request.param, on_ranks(layout, computed, job, replicas=replicas)[0]
 
 
 def assert_close(ours: dict, wanted: dict, *, absolute: float, what: str) -> None:
@@ -76,8 +161,8 @@ def assert_close(ours: dict, wanted: dict, *, absolute: float, what: str) -> Non
 
 
 def test_logits_equal_hugging_face(layout, job, checkpoint):
-    _, result, _ = layout
-    inputs = job[1]["inputs"]
+    _, result = layout
+    inputs = job["inputs"]
     with torch.no_grad():
         wanted = hf_model(checkpoint)(
             input_ids=inputs.token_ids,
@@ -91,12 +176,10 @@ def test_logits_equal_hugging_face(layout, job, checkpoint):
 
 def test_greedy_tokens_equal_hugging_face_given_the_same_positions(layout, job, checkpoint):
     """Step by step without a cache: `generate` would compute positions of its own."""
-    _, result, _ = layout
+    _, result = layout
     model = hf_model(checkpoint)
     eos = load_tokenizer(checkpoint, model.config).eos_ids
-    from golden import vision_inputs
-
-    for prompt, completions in zip(job[1]["prompts"], result["greedy"], strict=True):
+    for prompt, completions in zip(job["prompts"], result["greedy"], strict=True):
         ids, wanted = prompt.token_ids, []
         while len(wanted) < 16 and not (wanted and wanted[-1] in eos):
             positions = torch.cat(
@@ -113,16 +196,15 @@ def test_greedy_tokens_equal_hugging_face_given_the_same_positions(layout, job, 
         assert completions == [wanted, wanted]
 
 
-def test_sampled_tokens_are_the_same_in_every_layout(layout, job):
-    name, result, folder = layout
-    base = torch.load(folder / "tp1.pt", weights_only=False)["sampled"]
-    assert result["sampled"] == base, name
+def test_sampled_tokens_are_the_same_in_every_layout(layout, base):
+    name, result = layout
+    assert result["sampled"] == base["sampled"], name
     # Two completions of a prompt are samples of their own.
-    assert any(first != second for first, second in base)
+    assert any(first != second for first, second in base["sampled"])
 
 
-def test_export_is_bit_equal_to_the_original(layout, checkpoint):
-    name, _, folder = layout
+def test_export_is_bit_equal_to_the_original(layout, folder, checkpoint):
+    name, _ = layout
     wanted = load_file(checkpoint / "model.safetensors")
     ours: dict = {}
     for file in (folder / f"{name}-export").glob("*.safetensors"):
@@ -131,15 +213,15 @@ def test_export_is_bit_equal_to_the_original(layout, checkpoint):
     assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
 
 
-def test_exported_directory_loads_in_transformers(layout, checkpoint):
-    name, _, folder = layout
+def test_exported_directory_loads_in_transformers(layout, folder, checkpoint):
+    name, _ = layout
     ours = hf_model(folder / f"{name}-export").state_dict()
     wanted = hf_model(checkpoint).state_dict()
     assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
 
 
 def test_whole_step_equals_plain_torch(layout, golden):
-    _, result, _ = layout
+    _, result = layout
     ours = result["golden"]
     for row, p, bonus, advantage in zip(
         ours["rows"], golden.answer_likelihood, golden.bonus, golden.advantage, strict=True
@@ -177,23 +259,21 @@ def test_golden_step_exercises_every_mechanism(golden):
     )
 
 
-def test_step_with_a_kl_term_is_the_same_in_every_layout(layout):
-    _, result, folder = layout
-    base = torch.load(folder / "tp1.pt", weights_only=False)["with_kl"]
-    assert base["train/kl"] > 1e-5
+def test_step_with_a_kl_term_is_the_same_in_every_layout(layout, base):
+    ours, wanted = layout[1]["with_kl"], base["with_kl"]
+    assert wanted["train/kl"] > 1e-5
     for key in ("train/kl", "train/loss", "train/grad_norm", "care/logprob_difference"):
         # An AdamW step of lr * sign(gradient) lies before it: rounding differs a little more.
-        assert result["with_kl"][key] == pytest.approx(base[key], abs=1e-5, rel=5e-3), key
+        assert ours[key] == pytest.approx(wanted[key], abs=1e-5, rel=5e-3), key
 
 
-def test_step_with_importance_weights_is_the_same_in_every_layout(layout):
-    _, result, folder = layout
-    base = torch.load(folder / "tp1.pt", weights_only=False)["weighted"]
-    assert 0.05 < base["rollout/importance_truncated"] < 0.95
+def test_step_with_importance_weights_is_the_same_in_every_layout(layout, base):
+    ours, wanted = layout[1]["weighted"], base["weighted"]
+    assert 0.05 < wanted["rollout/importance_truncated"] < 0.95
     keys = [f"rollout/importance_{name}" for name in ("mean", "max", "truncated")]
     for key in ("train/loss", "train/grad_norm", *keys):
         # Two AdamW steps lie before it.
-        assert result["weighted"][key] == pytest.approx(base[key], abs=1e-5, rel=5e-3), key
+        assert ours[key] == pytest.approx(wanted[key], abs=1e-5, rel=5e-3), key
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -213,8 +293,8 @@ def assert_same_metrics(ours: dict, base: dict, tolerance: float) -> None:
             assert ours[key] == pytest.approx(value, abs=tolerance, rel=tolerance), key
 
 
-def test_first_training_step_is_the_same_in_every_layout(layout):
-    _, result, folder = layout
+def test_first_training_step_is_the_same_in_every_layout(layout, folder):
+    _, result = layout
     ours, base = read_metrics(Path(result["files"])), read_metrics(folder / "tp1-step")
     assert len(ours) == 1
     assert_same_metrics(ours[0], base[0], 1e-4)
@@ -226,8 +306,8 @@ def test_first_training_step_is_the_same_in_every_layout(layout):
     assert texts[0] == texts[1]
 
 
-def test_a_run_of_one_process_resumes_in_every_layout(layout):
-    name, _, folder = layout
+def test_a_run_of_one_process_resumes_in_every_layout(layout, folder):
+    name, _ = layout
     ours, base = read_metrics(folder / f"{name}-resumed"), read_metrics(folder / "tp1-resumed")
     assert [line["step"] for line in ours] == [1, 2, 3, 4]
     # Two AdamW steps of lr * sign(gradient) lie between; rounding differs a little more.
@@ -235,8 +315,8 @@ def test_a_run_of_one_process_resumes_in_every_layout(layout):
         assert_same_metrics(mine, wanted, 5e-3)
 
 
-def test_what_every_layout_saves_one_process_loads(layout, job, ranks, checkpoint, world):
-    name, _, folder = layout
+def test_what_every_layout_saves_one_process_loads(layout, folder, ranks, checkpoint, world):
+    name, _ = layout
     recipe = small_recipe(checkpoint, world)
     states = []
     for run in (name, "tp1"):

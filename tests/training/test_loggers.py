@@ -2,6 +2,12 @@
 
 import io
 import json
+import os
+import pty
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -103,12 +109,70 @@ def test_loggers_without_their_package_or_project_are_refused_at_once(monkeypatc
             check_loggers(ExpManagerConfig(**{f"create_{name}_logger": True}))
 
 
-def test_wandb_starts_before_the_first_step_or_is_refused_with_the_remedy(rank_server, tmp_path):
-    """The real package: at a terminal without a key, with a key and no server, and offline."""
+def started_with_wandb(folder: Path) -> str:
+    """What the start of a run with W&B says."""
+    config = ExpManagerConfig(
+        explicit_log_dir=str(folder),
+        create_tensorboard_logger=False,
+        create_wandb_logger=True,
+        wandb_logger_kwargs={"project": "p"},
+    )
+    try:
+        _, (logger,) = start_experiment(config)
+    except InputError as error:
+        return str(error)
+    logger.log_metrics({"a": 1.0}, step=1)
+    return "recorded"
+
+
+def start_wandb(folder: Path) -> dict:
+    """What happens at a terminal without a key, with a key and no server, and offline."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ["HOME"] = str(folder)
+    os.environ["NETRC"] = str(folder / "netrc")
+    # A server that nobody has: refused at once, as without a network.
+    os.environ.update(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="3")
+    met: dict[str, object] = {}
+    # A prompt would wait for ever.
+    signal.alarm(120)
+    ours, theirs = pty.openpty()
+    seen: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                seen.append(os.read(ours, 4096))
+            except OSError:
+                return
+
+    threading.Thread(target=read, daemon=True).start()
+    stdin, stderr = sys.stdin, sys.stderr
+    with open(theirs, closefd=False) as sys.stdin, open(theirs, "w", closefd=False) as sys.stderr:
+        assert sys.stdin.isatty()
+        assert sys.stderr.isatty()
+        began = time.monotonic()
+        met["no key"] = started_with_wandb(folder / "no_key")
+        met["seconds without a key"] = time.monotonic() - began
+    sys.stdin, sys.stderr = stdin, stderr
+
+    import wandb
+
+    os.environ["WANDB_API_KEY"] = "0" * 40
+    wandb.teardown()
+    met["no server"] = started_with_wandb(folder / "no_server")
+    wandb.teardown()
+    os.environ["WANDB_MODE"] = "offline"
+    met["offline"] = started_with_wandb(folder / "offline")
+    wandb.finish()
+    met["terminal"] = b"".join(seen).decode(errors="replace")
+    return met
+
+
+def test_wandb_starts_before_the_first_step_or_is_refused_with_the_remedy(on_ranks, tmp_path):
+    """The real package."""
     pytest.importorskip("wandb")
-    program = Path(__file__).parents[1] / "helpers/wandb_program.py"
-    rank_server.run(1, [program, tmp_path])
-    met = json.loads((tmp_path / "met.json").read_text())
+    (met,) = on_ranks(None, start_wandb, tmp_path)
     for case in ("no key", "no server"):
         assert met[case].startswith("exp_manager.create_wandb_logger=true: WandbLogger can't start")
         assert "\n" not in met[case]

@@ -7,16 +7,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 from bad_numbers import inject_at
 from made_background import asynchronous, stand_in_for_vllm
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.stream import TooManySkipped
 from nemo_care.errors import InputError, RunFailed, RunStopped
+from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import check_recipe, check_training
-
-PROGRAM = Path(__file__).parents[1] / "helpers/ahead_program.py"
 
 
 def lines(file: Path) -> list[dict]:
@@ -317,15 +315,48 @@ def test_separate_engines_may_sample_beside_training(recipe):
 # ------------------------------------------------------------------ replicas
 
 
+def disagree(groups: object) -> None:
+    raise RunFailed("rank 1 disagrees")
+
+
+def three_steps(ranks: Ranks, job: tuple) -> dict:
+    """A run of two replicas; in "fails" the engine of rank 1 dies, in "disagrees" its validation
+    finds other log-probabilities than the model's own."""
+    name, folder, checkpoint, world = job
+    recipe = asynchronous(small_recipe(checkpoint, world))
+    recipe.trainer.max_steps = 3
+    recipe.data.train.shuffle = False
+    recipe.checkpoint.save_interval = 1
+    if name == "disagrees":
+        recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stand_in_for_vllm(monkeypatch, ranks)
+        trainer = small_trainer(recipe, ranks, folder)
+    if name == "fails" and ranks.rank == 1:
+        trainer.generator.failing = {6}
+    if name == "disagrees" and ranks.rank == 1:
+        trainer.validator.evaluator.check = disagree
+    end = None
+    try:
+        trainer.fit()
+    except RunFailed as error:
+        end = str(error)
+    return {
+        "events": ranks.gather_from_replicas(trainer.generator.events),
+        "positions": ranks.gather_from_replicas(trainer.rollouts.position),
+        "ends": ranks.gather_from_replicas(end),
+    }
+
+
 @pytest.fixture
-def job(checkpoint, world, tmp_path):
-    torch.save({"checkpoint": checkpoint, "world": world}, tmp_path / "job.pt")
-    return tmp_path
+def replicas(on_ranks, checkpoint, world, tmp_path):
+    return lambda name: on_ranks(
+        Layout(), three_steps, (name, tmp_path, checkpoint, world), replicas=2
+    )[0]
 
 
-def test_replicas_are_ahead_together(rank_server, job):
-    rank_server.run(2, [str(PROGRAM), str(job), "trains"])
-    found = torch.load(job / "trains.pt", weights_only=False)
+def test_replicas_are_ahead_together(replicas, tmp_path):
+    found = replicas("trains")
     for rank, events in enumerate(found["events"]):
         mine = [2 * rank, 2 * rank + 1]
         assert events == [
@@ -337,19 +368,17 @@ def test_replicas_are_ahead_together(rank_server, job):
             ("collect", [place + 8 for place in mine], 1),
         ]
     assert found["positions"] == [12, 12]
-    assert metrics_of(job / "trains", "rollout/staleness") == [0, 1, 1]
+    assert metrics_of(tmp_path, "rollout/staleness") == [0, 1, 1]
 
 
-def test_an_engine_of_one_replica_ends_the_run_on_all_ranks(rank_server, job):
+def test_an_engine_of_one_replica_ends_the_run_on_all_ranks(replicas, tmp_path):
     """While a save is under way, which all ranks have to complete."""
-    rank_server.run(2, [str(PROGRAM), str(job), "fails"])
-    found = torch.load(job / "fails.pt", weights_only=False)
+    found = replicas("fails")
     assert found["ends"] == ["the engine of rank 1 has died"] * 2
-    assert metrics_of(job / "fails", "step") == [1]
-    assert (job / "fails" / "checkpoints" / "step_000001").is_dir()
+    assert metrics_of(tmp_path, "step") == [1]
+    assert (tmp_path / "checkpoints" / "step_000001").is_dir()
 
 
-def test_a_validation_that_one_replica_refuses_ends_on_all_ranks(rank_server, job):
-    rank_server.run(2, [str(PROGRAM), str(job), "disagrees"])
-    found = torch.load(job / "disagrees.pt", weights_only=False)
+def test_a_validation_that_one_replica_refuses_ends_on_all_ranks(replicas, tmp_path):
+    found = replicas("disagrees")
     assert found["ends"] == ["rank 1 disagrees"] * 2

@@ -1,16 +1,32 @@
 """What a run says, or ends with, when its answers get no likelihood or its groups no signal."""
 
+import dataclasses
 import json
-from pathlib import Path
 
 import pytest
-from answers_program import lose_answers
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.errors import RunFailed
+from nemo_care.ranks.process_groups import Layout
 from nemo_care.training import step_watch
 
-PROGRAM = Path(__file__).parents[1] / "helpers/answers_program.py"
+
+def lose_answers(trainer, keep: float = 0.0) -> None:
+    """Let no answer have tokens, but for the first ones: the share `keep` of the completions."""
+    generate = trainer.rollouts.generate
+
+    def losing(prompts):
+        groups = generate(prompts)
+        completions = [c for group in groups for c in group.completions]
+        lost = iter(number >= keep * len(completions) for number in range(len(completions)))
+        for group in groups:
+            group.completions = [
+                dataclasses.replace(c, answer_span=None, answer_cuts=None) if next(lost) else c
+                for c in group.completions
+            ]
+        return groups
+
+    trainer.rollouts.generate = losing
 
 
 @pytest.fixture
@@ -61,11 +77,19 @@ def test_without_a_bonus_no_answer_needs_tokens(recipe, ranks, tmp_path):
     assert lines(tmp_path / "metrics.jsonl")[0]["care/unscored_answer_rate"] > 0.5
 
 
-def test_all_ranks_end_when_the_answers_of_one_replica_have_no_tokens(
-    rank_server, checkpoint, world, tmp_path
-):
-    rank_server.run(2, [str(PROGRAM), str(tmp_path), str(checkpoint), str(world)])
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+def first_step(ranks, job) -> str:
+    """How a run ends of which the second rank finds no tokens of its answers."""
+    folder, recipe = job
+    trainer = small_trainer(recipe, ranks, folder)
+    if ranks.rank == 1:
+        lose_answers(trainer)
+    with pytest.raises(RunFailed) as error:
+        trainer.fit()
+    return str(error.value)
+
+
+def test_all_ranks_end_when_the_answers_of_one_replica_have_no_tokens(on_ranks, recipe, tmp_path):
+    first, second = on_ranks(Layout(), first_step, (tmp_path, recipe), replicas=2)
     assert first == second
     assert "'<answer>', " in first
 

@@ -1,17 +1,11 @@
-"""What the tests of the plan need from fake worlds, which can't live beside a real process group.
+"""What plans say in fake worlds, which can't be beside a real process group.
 
-python tests/helpers/plan_program.py OUT_FILE SHAPE_FOLDER
+A test calls `on_ranks(None, made_plans, folder)`, with the folder of a small model's shape.
 """
 
 import contextlib
 import io
-import json
 import os
-import sys
-from pathlib import Path
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from made_shapes import LENGTHS, PACKAGED, plan_recipe
@@ -30,7 +24,6 @@ from nemo_care.planning.shapes import lengths_of, read_model_shape
 from nemo_care.planning.stage import built_stage
 from nemo_care.planning.tables import plan_report
 from nemo_care.planning.work import Clock, head_flops, layer_flops, packed_tokens, vision_flops
-from nemo_care.process.quiet import quiet_libraries
 
 
 def parameter_counts() -> dict:
@@ -241,10 +234,10 @@ def printed(*arguments: str) -> str:
     return out.getvalue()
 
 
-def main() -> None:
-    out, folder = Path(sys.argv[1]), sys.argv[2]
-    quiet_libraries()
-    result = {
+def made_plans(folder: str) -> dict:
+    """By subject."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return {
         "counts": parameter_counts(),
         "builds": builds(folder),
         "uses": uses(folder),
@@ -259,8 +252,3 @@ def main() -> None:
         "json": printed("--json"),
         "text": report(folder),
     }
-    out.write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

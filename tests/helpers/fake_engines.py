@@ -1,17 +1,9 @@
-"""Plans of recipes whose rollouts vLLM makes, from fake worlds in a process of their own.
-
-python tests/helpers/plan_engines_program.py OUT_FILE SHAPE_FOLDER
-"""
+"""Plans of recipes whose rollouts vLLM makes, from fake worlds in a process of their own."""
 
 import io
-import json
 import os
 import sys
-from pathlib import Path
 from unittest.mock import patch
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-sys.path.insert(0, str(Path(__file__).parent))
 
 from made_shapes import plan_recipe
 from rich.console import Console
@@ -24,7 +16,6 @@ from nemo_care.planning.gpus import read_gpu
 from nemo_care.planning.plan import Plan, Question, make_plan, plan_as_json
 from nemo_care.planning.search import search, search_report
 from nemo_care.planning.tables import plan_report
-from nemo_care.process.quiet import quiet_libraries
 from nemo_care.recipe.schema import Recipe
 
 # By name: the stages of a pipeline and the keys under rollout.vllm; None: the ranks sample.
@@ -136,12 +127,12 @@ def doctors(folder: str) -> dict:
         return {"GPU": planned("9.0", 60.0, 80.0, []), "CPU": planned("", 10.0, 10.0, [])}
 
 
-def main() -> None:
-    out, folder = Path(sys.argv[1]), sys.argv[2]
-    quiet_libraries()
+def engines_planned(folder: str) -> dict:
+    """By subject, with the folder of a small model's shape."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     plans = made_plans(folder)
     (run,) = dry_run(plans["level 1"])
-    result = {
+    return {
         "plans": printed(plans),
         "without reference": without_reference(folder),
         "search": searched(folder),
@@ -150,8 +141,3 @@ def main() -> None:
         "doctor": doctors(folder),
         "imported": "vllm" in sys.modules,
     }
-    out.write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,85 @@
+"""Parallel layouts, and what functions that run on their ranks gather there."""
+
+import torch
+import torch.distributed as dist
+
+from nemo_care.models.weights import iterate_hf_weights
+from nemo_care.ranks.process_groups import Layout, Ranks
+from nemo_care.rollouts.generator import Sampling
+
+# Each with the number of its replicas.
+LAYOUTS = {
+    "tp1": (Layout(), 1),
+    "tp2": (Layout(tensor=2), 1),
+    "tp2_sequence_parallel": (Layout(tensor=2, sequence_parallel=True), 1),
+    "pp2": (Layout(pipeline=2), 1),
+    "dp2": (Layout(), 2),
+    "tp2_pp2_sequence_parallel": (Layout(tensor=2, pipeline=2, sequence_parallel=True), 1),
+}
+
+
+def gather_weights(model) -> dict[str, torch.Tensor]:
+    """Hugging Face's names and tensors from all pipeline stages."""
+    mine = {name: tensor.detach().clone() for name, tensor in iterate_hf_weights(model)}
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {name: tensor for part in everyone for name, tensor in part.items()}
+
+
+def gather_gradients(model) -> dict[str, torch.Tensor]:
+    """The whole gradient, before clipping, under Hugging Face's names."""
+    parameters = list(model.parameters())
+    weights = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.main_grad.clone()
+    gradients = gather_weights(model)
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data = weight
+    return gradients
+
+
+def reduce_whole_gradients(config) -> None:
+    """The distributed optimizer only reduces each rank's part of a gradient unless told so."""
+    finalize = config.finalize_model_grads_func
+    config.finalize_model_grads_func = lambda *args, **kwargs: finalize(
+        *args, **{**kwargs, "force_all_reduce": True}
+    )
+
+
+def record_gradients(policy) -> dict[str, torch.Tensor]:
+    """Fill the returned dictionary at the policy's next optimizer step."""
+    reduce_whole_gradients(policy.wrapped.config)
+    recorded: dict[str, torch.Tensor] = {}
+    step = policy.optimizer.step
+
+    def recording_step():
+        recorded.update(gather_gradients(policy.model))
+        policy.optimizer.step = step
+        return step()
+
+    policy.optimizer.step = recording_step
+    return recorded
+
+
+def share_of(items: list, ranks: Ranks) -> list:
+    """Those of this rank's replica."""
+    size = len(items) // ranks.data_size
+    return items[ranks.data_rank * size : (ranks.data_rank + 1) * size]
+
+
+def generate(trainer, prompts, temperature: float, ranks: Ranks) -> list[list[list[int]]]:
+    """Tokens of two completions of each prompt, from all replicas."""
+    groups = trainer.generator.generate(
+        share_of(prompts, ranks),
+        Sampling(group_size=2, temperature=temperature, top_p=0.95, max_tokens=16, seed=(7,)),
+    )
+    tokens = [[c.token_ids.tolist() for c in group.completions] for group in groups]
+    return [item for part in ranks.gather_from_replicas(tokens) for item in part]
+
+
+def gather_vocabulary(logits, ranks: Ranks):
+    """Logits [B, S, V] of the last stage, its vocabulary slices joined, on rank 0."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, logits)
+    parts = [part for part in everyone if part is not None][: ranks.layout.tensor]
+    return torch.cat(parts, dim=-1)
