@@ -37,7 +37,7 @@ train: $(INSTALLED)
 
 # One thread each: several at a time would wait for each other's.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What takes longer, such as a run under torchrun.
 test-slow: $(INSTALLED)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from records import lines
 from small_runs import small_recipe, small_trainer
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -39,10 +40,6 @@ from nemo_care.checkpoints.writer import PendingCheckpoint, _StateWriter
 from nemo_care.errors import CheckpointError, DamagedCheckpoint, InputError
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.compose import read_recipe
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def made_state(value: float = 1.0, **extra) -> dict:

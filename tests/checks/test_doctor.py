@@ -8,17 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_commands import world_overrides
+from made_machine import made_machine, made_plan
 from packaging.requirements import Requirement
-from test_cli import REPOSITORY, world_overrides
 
 from nemo_care.checks import fit, machine
 from nemo_care.checks.fit import checkpoints_at_a_time, fit_of
-from nemo_care.checks.machine import BROKEN, FOUND, GIB, MISSING, Finding, GpuState, Machine
+from nemo_care.checks.machine import BROKEN, GIB, MISSING, GpuState
 from nemo_care.cli import main
 from nemo_care.commands import doctor as command
 from nemo_care.recipe.compose import compose_recipe
 
 H100 = GpuState(0, "NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, (9, 0))
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -38,25 +41,6 @@ def packages(tmp_path, monkeypatch):
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in ("transformer_engine", "apex", "amp_C", "wandb"):
             del sys.modules[name]
-
-
-def made_machine(*, gpus: tuple[GpuState, ...] = (), memory: int = 64 * GIB, **states: str):
-    """A machine that has everything but what `states` says."""
-    names = ("transformer_engine", "wandb", "mlflow", "openai")
-    findings = [
-        Finding("packages", name, states.get(name, FOUND), "a detail", "enables it; pip install it")
-        for name in names
-    ]
-    return Machine(findings, list(gpus), "13.0", 8, memory)
-
-
-def made_plan(**numbers):
-    """In place of the plan's process."""
-    found = {
-        "peak": 40 * GIB, "phase": "update", "allowance": GIB, "host": 10 * GIB,
-        "checkpoint": GIB, "flops": 1e12, "engine": "", "remedies": [],
-    }  # fmt: skip
-    return lambda recipe, machine, arguments: lambda: found | numbers
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_commands import assert_refused, world_overrides
 
 from nemo_care.cli import main
 
@@ -39,11 +40,6 @@ def train(run, tmp_path, world):
     return train
 
 
-def world_overrides(world: Path) -> list[str]:
-    parts, keys = ("train", "validation"), ("kind=jsonl", f"root={world}")
-    return [f"data.{part}.{key}" for part in parts for key in keys]
-
-
 def small_overrides(world: Path, run: Path) -> list[str]:
     return [
         "trainer.max_steps=1",
@@ -51,16 +47,6 @@ def small_overrides(world: Path, run: Path) -> list[str]:
         f"exp_manager.explicit_log_dir={run}",
         *world_overrides(world),
     ]
-
-
-def assert_refused(result: tuple[int, str], *parts: str) -> None:
-    status, err = result
-    assert status == 2
-    message = [line for line in err.splitlines() if line.startswith("nemo-care: ")]
-    assert len(message) == 1
-    assert "Traceback" not in err
-    for part in parts:
-        assert part in message[0]
 
 
 @pytest.mark.parametrize(
@@ -189,23 +175,18 @@ def test_truncated_weights_are_refused(train, copied_checkpoint):
     assert_refused(train(f"model.hf_path={copied_checkpoint}"), str(file), "download")
 
 
-def test_unreadable_videos_end_with_status_2(world, tmp_path):
+def test_unreadable_videos_end_with_status_2(rank_server, world, tmp_path):
     """In a process of its own: the run only finds out when its ranks have started."""
     root = tmp_path / "broken"
     shutil.copytree(world, root)
     for video in (root / "videos").glob("train*"):
         video.write_bytes(b"no video")
-    done = subprocess.run(
+    done = rank_server.run(
         [
-            *(sys.executable, "-m", "nemo_care.cli", "train", "--config-name", "tiny_cpu"),
+            *("-m", "nemo_care", "train", "--config-name", "tiny_cpu"),
             *small_overrides(root, tmp_path / "run"),
             "data.validation.annotations=null",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=REPOSITORY,
-        check=False,
+        ]
     )
     assert_refused((done.returncode, done.stderr), "not readable", "data.max_skipped_fraction")
 
@@ -278,19 +259,15 @@ def test_torchrun_starts_the_same_entry(world, tmp_path):
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
-def test_training_starts_its_ranks_and_ends_with_a_table_and_a_checkpoint(world, tmp_path):
+def test_training_starts_its_ranks_and_ends_with_a_table_and_a_checkpoint(
+    rank_server, world, tmp_path
+):
     """The command as a person types it, on two ranks, down to the exported checkpoint."""
-    done = subprocess.run(
+    done = rank_server.run(
         [
-            *(sys.executable, "-m", "nemo_care.cli", "train", "--config-name", "tiny_cpu"),
-            "trainer.devices=2",
+            *("-m", "nemo_care", "train", "--config-name", "tiny_cpu", "trainer.devices=2"),
             *small_overrides(world, tmp_path / "run"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=REPOSITORY,
-        check=False,
+        ]
     )
     assert done.returncode == 0, done.stderr
     assert "L1" in done.stdout
@@ -299,7 +276,7 @@ def test_training_starts_its_ranks_and_ends_with_a_table_and_a_checkpoint(world,
     assert list((tmp_path / "run" / "logs").glob("events.out.tfevents*"))
     assert main(["report", str(tmp_path / "run")]) == 0
     again = ["export", str(tmp_path / "run"), str(tmp_path / "again")]
-    subprocess.run([sys.executable, "-m", "nemo_care.cli", *again], check=True, timeout=120)
+    rank_server.run(["-m", "nemo_care", *again]).check_returncode()
     exported = [tmp_path / "run" / "export", tmp_path / "again"]
     first, second = ((folder / "model.safetensors").read_bytes() for folder in exported)
     assert first == second

@@ -1,17 +1,15 @@
 """`nemo-care export` where the checkpoint that a run started from has moved."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from golden import hf_model
+from made_commands import assert_refused
 from made_folders import WEIGHTS, change_json, copied
 from safetensors.torch import load_file
 from small_runs import small_recipe, small_trainer
-from test_cli import assert_refused
 
 from nemo_care.cli import main
 from nemo_care.recipe.schema import recipe_yaml
@@ -50,14 +48,14 @@ def test_a_base_that_has_moved_is_named_with_the_remedy(moved, export):
     assert_refused(export(), str(moved[1].with_name("start")), "--base DIR")
 
 
-def test_the_moved_base_gives_configuration_and_tokenizer(moved, tmp_path):
+def test_the_moved_base_gives_configuration_and_tokenizer(rank_server, moved, tmp_path):
     run, base = moved
     # Weights are no part of what is taken from it.
     light = copied(base, tmp_path / "light")
     (light / WEIGHTS).unlink()
     out = tmp_path / "out"
-    command = ["export", str(run), str(out), "--base", str(light)]
-    subprocess.run([sys.executable, "-m", "nemo_care.cli", *command], check=True, timeout=120)
+    command = ["-m", "nemo_care", "export", run, out, "--base", light]
+    rank_server.run(command).check_returncode()
     ours, original = load_file(out / WEIGHTS), load_file(base / WEIGHTS)
     assert ours.keys() == original.keys()
     assert all(torch.equal(ours[name], original[name]) for name in original)

@@ -89,21 +89,16 @@ def test_a_data_check_whose_report_finds_no_room(run, world, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_run_directory_that_can_not_be_made(run, world, tmp_path, command):
+def test_a_run_directory_that_can_not_be_made(rank_server, world, tmp_path, command):
     """In a process of its own: a rank stays one for the rest of its life."""
     (tmp_path / "file").write_text("")
     keys = [f"data.{part}.root={world}" for part in ("train", "validation")]
-    done = subprocess.run(
+    done = rank_server.run(
         [
-            *(sys.executable, "-m", "nemo_care.cli", command, "--config-name", "tiny_cpu"),
+            *("-m", "nemo_care", command, "--config-name", "tiny_cpu"),
             *("data.train.kind=jsonl", "data.validation.kind=jsonl", *keys),
             f"exp_manager.explicit_log_dir={tmp_path}/file/run",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=REPOSITORY,
-        check=False,
+        ]
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from bad_numbers import inject_at
+from made_runs import make_run
 from safetensors.torch import load_file, save_file
 from small_runs import small_recipe, small_trainer
-from test_reporting import make_run
 
 from nemo_care.cli import main
 from nemo_care.commands.train import _changes, _check_folder

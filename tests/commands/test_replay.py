@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -44,12 +42,12 @@ def run(checkpoint, world, ranks, tmp_path):
     return make
 
 
-def replayed(run, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "nemo_care.cli", "replay", str(run), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def replayed(rank_server):
+    return lambda run, *arguments: rank_server.run(["-m", "nemo_care", "replay", run, *arguments])
 
 
-def test_replay_with_the_weights_of_the_step_finds_them_in_order(run):
+def test_replay_with_the_weights_of_the_step_finds_them_in_order(run, replayed):
     folder = run()
     # As if engines on other machines had sampled, of which a replay needs none.
     file = folder / "recipe.yaml"
@@ -75,7 +73,7 @@ def test_replay_with_the_weights_of_the_step_finds_them_in_order(run):
 
 
 @pytest.mark.slow
-def test_replay_in_two_ranks_names_the_module_and_says_whose_weights_these_are(run):
+def test_replay_in_two_ranks_names_the_module_and_says_whose_weights_these_are(run, replayed):
     folder = run("model.layers.1.post_attention_layernorm.weight")
     result = replayed(folder, "--step", "2", "trainer.devices=2")
     assert result.returncode == 0, result.stderr
@@ -94,7 +92,7 @@ def test_replay_in_two_ranks_names_the_module_and_says_whose_weights_these_are(r
     assert "everything is finite now" not in out
 
 
-def test_replay_refuses_a_step_that_was_not_left_out_and_unknown_keys(run):
+def test_replay_refuses_a_step_that_was_not_left_out_and_unknown_keys(run, replayed):
     folder = run()
     result = replayed(folder, "--step", "1")
     assert result.returncode == 2

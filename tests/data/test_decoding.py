@@ -216,6 +216,8 @@ def slowly(request):
     return misbehave(request)
 
 if __name__ == "__main__":
+    # In a group of its own, or the signals would reach others too.
+    os.setsid()
     ending.watch_run()
     StopRequest().catch_signals()
     workers = DecodingWorkers(2, seconds=60, memory_gib=2, load=slowly)
@@ -230,16 +232,10 @@ if __name__ == "__main__":
 """
 
 
-def test_signals_to_the_process_group_leave_decoding_alone(tmp_path):
+def test_signals_to_the_process_group_leave_decoding_alone(rank_server, tmp_path):
     (tmp_path / "program.py").write_text(_SIGNALLED)
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, str(tmp_path / "program.py")]
-    environment = {**os.environ, "PYTHONPATH": path}
-    # In a group of its own, or the signals would reach this process too.
-    program = subprocess.run(
-        command, capture_output=True, env=environment, start_new_session=True, timeout=200
-    )
-    assert (program.returncode, program.stdout) == (0, b"2\n"), program.stderr.decode()
+    program = rank_server.run([tmp_path / "program.py"])
+    assert (program.returncode, program.stdout) == (0, "2\n"), program.stderr
 
 
 class EndsTheProcessThatReadsIt:

@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 from forked_ranks import RankServer
 from made_data import write_lines, write_seed_bench_r1, write_video_r1
 from made_endpoint import refuses, says
+from records import lines
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.cli import main
@@ -27,10 +26,6 @@ from nemo_care.recipe.schema import recipe_yaml
 from nemo_care.rollouts.megatron import MegatronGenerator
 
 LEVELS = ("L1", "L2", "L3")
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
 def results_of(folder: Path) -> dict:
@@ -200,7 +195,7 @@ def test_video_r1_is_evaluated_for_every_answer_kind(evaluate, tmp_path):
 
 
 def test_killed_evaluation_goes_on_where_it_was_and_equals_an_uninterrupted_one(
-    evaluate, world, tmp_path, generated
+    rank_server, evaluate, world, tmp_path, generated
 ):
     overrides = [
         *("data.validation.annotations.L1=train.jsonl", "evaluation.judge=likelihood"),
@@ -208,17 +203,15 @@ def test_killed_evaluation_goes_on_where_it_was_and_equals_an_uninterrupted_one(
         *("data.validation.samples_per_level=28", "evaluation.samples_per_batch=2"),
     ]
     rows = tmp_path / "killed" / "evaluation" / "L1.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nemo_care.cli", *command(world, tmp_path / "killed", *overrides)],
-        cwd=Path(__file__).parents[2],
+    ranks = rank_server.start(
+        1, ["-m", "nemo_care", *command(world, tmp_path / "killed", *overrides)]
     )
     began = time.monotonic()
     while not (rows.is_file() and rows.read_text().count("\n") >= 6):
-        assert process.poll() is None
         assert time.monotonic() - began < 60
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(ranks.pids[0], signal.SIGKILL)
+    assert ranks.wait() == [-signal.SIGKILL]
     done = [row["index"] for row in lines(rows)]
     assert 6 <= len(done) < 28
     with rows.open("ab") as file:
@@ -572,7 +565,7 @@ def assert_same_evaluation(ours: Path, wanted: Path) -> None:
 def evaluate_on_two_ranks(server: RankServer, world: Path, folder: Path, *overrides: str) -> None:
     """Ranks that find each other as torchrun's do."""
     _, *arguments = command(world, folder, "trainer.devices=2", *overrides)
-    server.run(2, ["-m", "nemo_care", "evaluate", *arguments])
+    server.start(2, ["-m", "nemo_care", "evaluate", *arguments]).succeed()
 
 
 def test_two_replicas_share_the_samples(rank_server, evaluate, world, tmp_path):

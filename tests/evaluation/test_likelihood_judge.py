@@ -6,31 +6,21 @@ import pytest
 import torch
 from golden import hf_model, log_probs
 from made_groups import make_groups, make_prompts
+from made_tokenizers import TOKENIZERS
+from made_verdicts import SimplePrompt, completion_of, verdicts_of
 from small_runs import small_recipe
-from test_answer_span import TOKENIZERS
 
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import ChatTokenizer, load_tokenizer
 from nemo_care.evaluation.likelihood_judge import LikelihoodJudge
-from nemo_care.groups.answer_span import answer_token_span
 from nemo_care.groups.batching import BatchLayout
-from nemo_care.groups.group import Completion, Group
+from nemo_care.groups.group import Group
 from nemo_care.scoring.scorer import Scorer
 from nemo_care.training.build import load_model
 
 pytestmark = pytest.mark.numeric
 
 OPTIONS = {"A": "left", "B": "right", "C": "up", "D": "down"}
-
-
-def completion_of(tokenizer: ChatTokenizer, ids: list[int]) -> Completion:
-    return Completion(
-        token_ids=torch.tensor(ids),
-        log_probs=torch.zeros(len(ids)),
-        text=tokenizer.completion_text(ids),
-        ended=True,
-        answer_span=answer_token_span(tokenizer.base, ids),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +43,6 @@ def groups(checkpoint, world, tmp_path):
     for group in made:
         object.__setattr__(group.prompt.sample, "options", options)
     return [Group(group.prompt, [completion]) for group in made for completion in group.completions]
-
-
-def verdicts_of(judge, groups):
-    return [future.result(timeout=0) for future in judge.judge(groups)]
 
 
 def test_likelihoods_equal_hugging_face_teacher_forcing_of_whole_completions(
@@ -116,13 +102,6 @@ def test_the_letter_alone_is_replaced_in_the_sampled_tokens(name):
         assert made.answer_span == (start, len(made.token_ids))
         wanted = base.decode(ids[:end]).removesuffix("B") + letter
         assert base.decode(made.token_ids.tolist()) == wanted
-
-
-class SimplePrompt:
-    """A prompt of which only the sample is looked at."""
-
-    def __init__(self, sample):
-        self.sample = sample
 
 
 @pytest.mark.parametrize(

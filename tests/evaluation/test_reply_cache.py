@@ -1,13 +1,13 @@
 """A judge's replies outlive it, and nothing that was answered is asked again."""
 
 import os
+import signal
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from made_endpoint import PATIENCE, Endpoint, ask, completion, says, serving
+from forked_ranks import ForkedRanks
+from made_endpoint import PATIENCE, ask, completion, says, serving
 
 from nemo_care.errors import InputError
 from nemo_care.evaluation.llm_judge import LLMJudge
@@ -67,13 +67,22 @@ judge.close()
 """
 
 
-def started(endpoint: Endpoint, cache: Path, concurrency: int, first: int, last: int):
-    arguments = [endpoint.url, str(cache), str(concurrency), str(first), str(last)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=environment)
+@pytest.fixture
+def started(rank_server, endpoint, tmp_path):
+    """Starts a process that has completions judged."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    # The address of the endpoint is this machine's.
+    local = {"NO_PROXY": "127.0.0.1"}
+
+    def start(cache: Path, concurrency: int, first: int, last: int) -> ForkedRanks:
+        numbers = map(str, (concurrency, first, last))
+        return rank_server.start(1, [program, endpoint.url, cache, *numbers], environment=local)
+
+    return start
 
 
-def test_killed_half_way_keeps_what_was_answered(endpoint, judge, tmp_path):
+def test_killed_half_way_keeps_what_was_answered(started, endpoint, judge, tmp_path):
     def answer(request):
         if len(endpoint.requests) > 5:
             endpoint.released.wait(PATIENCE)
@@ -81,21 +90,21 @@ def test_killed_half_way_keeps_what_was_answered(endpoint, judge, tmp_path):
 
     endpoint.answer = answer
     # One at a time: the sixth request says that five replies have been dealt with.
-    process = started(endpoint, tmp_path / "cache.sqlite", 1, 0, 10)
+    process = started(tmp_path / "cache.sqlite", 1, 0, 10)
     assert endpoint.wait_for(lambda: len(endpoint.requests) == 6)
-    process.kill()
-    process.wait()
+    os.kill(process.pids[0], signal.SIGKILL)
+    assert process.wait() == [-signal.SIGKILL]
     endpoint.answer = lambda request: says("CONSISTENT")
     verdicts = ask(judge(), *map(completion, range(10)))
     assert all(verdict.consistent for verdict in verdicts)
     assert len(endpoint.requests) == 6 + 5
 
 
-def test_processes_and_judges_share_a_file_at_the_same_time(endpoint, judge, tmp_path):
+def test_processes_and_judges_share_a_file_at_the_same_time(started, endpoint, judge, tmp_path):
     cache = tmp_path / "folder" / "cache.sqlite"
-    processes = [started(endpoint, cache, 4, *span) for span in ((0, 40), (20, 60))]
+    processes = [started(cache, 4, *span) for span in ((0, 40), (20, 60))]
     verdicts = ask(judge(cache), *map(completion, range(60, 100)))
-    assert [process.wait(PATIENCE) for process in processes] == [0, 0]
+    assert [process.wait(PATIENCE) for process in processes] == [[0], [0]]
     verdicts += ask(judge(cache), *map(completion, range(100)))
     assert all(verdict.consistent for verdict in verdicts)
     asked = len(endpoint.requests)

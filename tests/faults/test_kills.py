@@ -10,9 +10,9 @@ from fault_runs import STEPS, assert_equal_runs
 @pytest.mark.parametrize(
     ("layout", "rank", "phase"),
     [
-        ("PP 2", 0, "rollout"),
+        pytest.param("PP 2", 0, "rollout", marks=pytest.mark.slow),
         pytest.param("DP 2", 1, "rollout", marks=pytest.mark.slow),
-        ("DP 2", 0, "scoring"),
+        pytest.param("DP 2", 0, "scoring", marks=pytest.mark.slow),
         pytest.param("PP 2", 1, "scoring", marks=pytest.mark.slow),
         pytest.param("TP 2", 0, "update", marks=pytest.mark.slow),
         ("DP 2", 1, "update"),
@@ -53,7 +53,7 @@ def test_killed_rank_costs_only_what_was_not_saved(run, undisturbed, report, lay
     [
         (signal.SIGTERM, 0, 75),
         pytest.param(signal.SIGUSR1, 1, 75, marks=pytest.mark.slow),
-        (signal.SIGINT, 1, 130),
+        pytest.param(signal.SIGINT, 1, 130, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, 0, 129, marks=pytest.mark.slow),
     ],
 )

@@ -9,8 +9,6 @@ away from the truth, so twice that is allowed.
 """
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from bad_numbers import everything, inject, unchanged
 from golden import _disk_name, golden_step, hf_model
 from gpu_passes import Job, assert_same, needs_transformer_engine, passes_of
 from layouts import gather_weights, record_gradients
+from records import lines
 from small_runs import small_trainer
 
 from nemo_care.checkpoints.writer import _StateWriter
@@ -234,10 +233,6 @@ def test_training_on_while_a_checkpoint_is_written_does_not_change_it(
     resumed.resume()
     assert resumed.step == 1
     assert unchanged(before, everything(resumed))
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_a_resumed_run_goes_on_like_one_that_was_never_interrupted(job: Job, tmp_path):

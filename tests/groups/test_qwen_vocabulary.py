@@ -7,8 +7,8 @@ import string
 import pytest
 import regex
 import torch
+from made_verdicts import SimplePrompt, completion_of, verdicts_of
 from qwen_vocabulary import NOT_SPECIAL, ROWS, SPECIAL, qwen_tokenizer, ranks
-from test_likelihood_judge import SimplePrompt, completion_of, verdicts_of
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from nemo_care.data.chat import ChatEncoder

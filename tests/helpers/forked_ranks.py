@@ -58,27 +58,50 @@ class RankServer:
         return json.loads(answer)
 
     def start(
-        self, count: int, arguments: Sequence[str], fault: dict[str, Any] | None = None
+        self,
+        count: int,
+        arguments: Sequence[str],
+        fault: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> "ForkedRanks":
         """Start `python ARGUMENTS` as `count` ranks; the one that `fault` names gets it."""
         self._started += 1
         logs = [self._folder / f"{self._started}_rank_{rank}.log" for rank in range(count)]
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         pids = [
-            self._ask(
-                {
-                    "arguments": [str(argument) for argument in arguments],
-                    "environment": {
-                        **meeting,
-                        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)},
-                    },
-                    "log": str(log),
-                    "fault": fault,
-                }
+            self._fork(
+                arguments,
+                **{"out": log, "errors": log, "folder": Path.cwd(), "fault": fault},
+                environment={
+                    **(environment or {}),
+                    **meeting,
+                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)},
+                },
             )
             for rank, log in enumerate(logs)
         ]
         return ForkedRanks(self, pids, logs)
+
+    def run(
+        self, arguments: Sequence[object], folder: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `python ARGUMENTS` in a folder, as a process that is no rank: see subprocess.run."""
+        self._started += 1
+        out, errors = (self._folder / f"{self._started}.{kind}" for kind in ("out", "err"))
+        folder = folder or Path.cwd()
+        pid = self._fork(arguments, out=out, errors=errors, folder=folder, environment={})
+        status = self.wait(pid, PATIENCE)
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+        assert status is not None, f"{arguments} hangs\n{out.read_text()}{errors.read_text()}"
+        return subprocess.CompletedProcess(
+            [*arguments], status, *(file.read_text(errors="replace") for file in (out, errors))
+        )
+
+    def _fork(self, arguments: Sequence[object], **job: Any) -> int:
+        places = {key: str(job[key]) for key in ("out", "errors", "folder")}
+        job = {"fault": None, **job, **places, "arguments": [str(part) for part in arguments]}
+        return self._ask(job)
 
     def wait(self, pid: int, seconds: float) -> int | None:
         """A rank's exit status; None when it still runs after that time."""

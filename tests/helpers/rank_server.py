@@ -3,8 +3,9 @@
     python rank_server.py [MODULE ...]
 
 It calls `install` of the modules before it imports anything else. Then it reads one JSON object a
-line. {"arguments": as after python, "environment": {...}, "log": file, "fault": null or what
-injections.py takes} forks a rank, and is answered with its process id; {"wait": pid, "seconds": s}
+line. {"arguments": as after python, "environment": {...}, "folder": where it works, "out" and
+"errors": files, "fault": null or what injections.py takes} forks a rank, and is answered with its
+process id; {"wait": pid, "seconds": s}
 is answered with the exit status (of a signal: its negative number), or null when the process still
 runs after that time. The server ends, and kills what is left, with its input. `forked_ranks.py` is
 its client.
@@ -48,10 +49,12 @@ def _wait(pid: int, seconds: float) -> int | None:
 
 def _be_rank(job: dict) -> None:
     """What the forked process does."""
-    with open(job["log"], "ab") as log, open(os.devnull) as nothing:
+    with open(job["out"], "ab") as out, open(job["errors"], "ab") as errors:
+        os.dup2(out.fileno(), 1)
+        os.dup2(errors.fileno(), 2)
+    with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    os.chdir(job["folder"])
     os.environ.update(job["environment"])
     if job["fault"]:
         from injections import inject

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.sources import read_levels, read_training
 from nemo_care.ranks.process_groups import Ranks
@@ -51,3 +53,8 @@ def small_trainer(recipe: Recipe, ranks: Ranks, folder: Path) -> GRPOCareTrainer
         levels=read_levels(recipe.data, seed=recipe.trainer.seed),
         workers=DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader),
     )
+
+
+def weights(trainer: GRPOCareTrainer) -> dict[str, torch.Tensor]:
+    """Copies of the policy's parameters."""
+    return {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}

@@ -6,8 +6,8 @@ Here both places are the same memory; the state moves from one piece of it to an
 import pytest
 import torch
 from bad_numbers import inject
-from small_runs import small_recipe, small_trainer
-from test_training import lines, weights, without_timing
+from records import lines, without_timing
+from small_runs import small_recipe, small_trainer, weights
 
 from nemo_care.megatron import host_memory
 from nemo_care.ranks.process_groups import Layout

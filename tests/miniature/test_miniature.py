@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from records import lines
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from nemo_care.errors import InputError
@@ -43,10 +44,6 @@ def _one_thread():
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from golden import hf_model
+from made_commands import assert_refused
 from made_folders import MISSING, change_json, copied, doubled_config, flat_config
 from small_runs import small_recipe
-from test_cli import assert_refused
 
 from nemo_care.cli import main
 from nemo_care.data.prompts import PromptBuilder

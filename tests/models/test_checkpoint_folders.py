@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_commands import assert_refused
 from made_folders import (
     INDEX,
     MISSING,
@@ -17,7 +18,6 @@ from made_folders import (
 )
 from safetensors.torch import load_file, save_file
 from small_runs import small_recipe
-from test_cli import assert_refused
 
 from nemo_care.checks.recipe import check_training_inputs
 from nemo_care.cli import main

@@ -235,7 +235,7 @@ def test_doctor_takes_an_engines_share_of_the_whole_gpu(planned):
 
 
 def test_doctor_names_an_engine_that_can_not_work(monkeypatch, tmp_path):
-    from test_doctor import made_machine, made_plan
+    from made_machine import made_machine, made_plan
 
     recipe = Recipe()
     recipe.trainer.max_steps = 1

@@ -7,9 +7,9 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from made_runs import ATTACK, as_lines, completion, levels, make_run, metric
 from rich.console import Console
 
 from nemo_care.errors import InputError
@@ -21,111 +21,6 @@ from nemo_care.reporting.page import choose_samples
 from nemo_care.reporting.report import duration, write_report
 from nemo_care.reporting.tables import validation_table
 from nemo_care.runs.reader import last_step, read_run
-
-ATTACK = '<script>alert("x")</script> & <img src=http://evil.example/a.png>'
-METRICS = (
-    "reward/accuracy",
-    "reward/format",
-    "reward/total",
-    "care/answer_likelihood",
-    "care/bonus_rate",
-    "care/clipped_rate",
-    "care/missing_answer_rate",
-    "care/ema_distance",
-    "rollout/completion_tokens",
-    "rollout/ended_rate",
-    "rollout/groups_all_right",
-    "rollout/groups_all_wrong",
-    "rollout/groups_without_signal",
-    "rollout/consistency_rate",
-    "rollout/logprob_difference",
-    "train/loss",
-    "train/kl",
-    "train/grad_norm",
-    "train/lr",
-    "timing/rollout",
-    "timing/reward",
-    "timing/scoring",
-    "timing/update",
-)
-
-
-def levels(accuracy, consistency=0.7, probe=None):
-    level = {
-        "accuracy": accuracy,
-        "consistency_rate": consistency,
-        "format_rate": 1.0,
-        "count": 256,
-        "reasoning_words": 5.5,
-    }
-    if probe is not None:
-        level |= {"probe_implied": probe, "probe_true": 0.2}
-    return {"L1": level, "L2": {**level, "consistency_rate": None}, "L3": dict(level)}
-
-
-def lines(records):
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def metric(step):
-    values = {key: abs(math.sin(step * (place + 1))) for place, key in enumerate(METRICS)}
-    return {"step": step, **values, "timing/step": 5.0}
-
-
-def completion(prompt, place, reward, text="<think> it moves up </think> <answer> B </answer>"):
-    return {
-        "prompt_id": f"sample-{prompt}",
-        "prompt_index": prompt,
-        "completion_index": place,
-        "completion": text,
-        "tokens": 9,
-        "ended": place == 0,
-        "has_answer": place == 0,
-        "accuracy": 1.0,
-        "format": 1.0,
-        "answer_likelihood": 0.8 if place == 0 else None,
-        "bonus": 0.5,
-        "reward": reward,
-        "advantage": 0.1,
-    }
-
-
-def make_run(folder: Path, steps=12, finished=True, every=5) -> Path:
-    (folder / "rollouts").mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text(lines(metric(step) for step in range(1, steps + 1)))
-    validated = [0, *range(every, steps + 1, every)]
-    (folder / "validation.jsonl").write_text(
-        lines({"step": s, "levels": levels(0.4 + s / 50, probe=0.7)} for s in validated)
-    )
-    for step in (1, steps):
-        (folder / f"rollouts/step_{step:06d}.jsonl").write_text(
-            lines(
-                [
-                    completion(0, 0, 2.5, ATTACK),
-                    completion(0, 1, 0.0, "cut off \u2028 here"),
-                    completion(1, 0, 1.0),
-                    completion(1, 1, 1.0),
-                ]
-            )
-        )
-    (folder / "skipped.jsonl").write_text(
-        lines([{"index": 3, "sample_id": "<b>bad</b>", "reason": "no such file"}])
-    )
-    (folder / "recipe.yaml").write_text(
-        "model: {hf_path: tiny}\ntrainer: {max_steps: 12, seed: 7}\n"
-        "data: {train: {kind: miniature}}\n"
-    )
-    if finished:
-        summary = {
-            "steps": steps,
-            "wall_seconds": 75.2,
-            "export": None,
-            "skipped": 1,
-            "start": levels(0.4, probe=0.7),
-            "end": levels(0.9, 0.95, probe=0.1),
-        }
-        (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
 
 
 class Resources(HTMLParser):
@@ -202,7 +97,7 @@ def test_names_with_dollars_are_drawn_as_they_are(tmp_path, monkeypatch, name):
 
     folder = make_run(tmp_path / "run")
     file = folder / "validation.jsonl"
-    file.write_text(lines({"step": s, "levels": {name: levels(0.4)["L1"]}} for s in (0, 12)))
+    file.write_text(as_lines({"step": s, "levels": {name: levels(0.4)["L1"]}} for s in (0, 12)))
     drawn = []
     draw = Text.draw
 
@@ -255,7 +150,7 @@ def test_report_of_a_run_with_gaps(tmp_path):
         {"step": 2, "reward/total": 1.0, "train/loss": math.nan, "timing/step": None},
         {"step": 3},
     ]
-    (folder / "metrics.jsonl").write_text(lines(records))
+    (folder / "metrics.jsonl").write_text(as_lines(records))
     text = write_report(folder).read_text()
     assert "Unfinished: 3 of 12 steps so far" in text
     assert {file.stem for file in (folder / "report").glob("*.png")} == {"reward", "training"}
@@ -272,7 +167,7 @@ def test_report_warns_when_the_bonus_no_longer_selects(tmp_path):
     folder = make_run(tmp_path / "run")
     assert "lie at the clip (" not in write_report(folder).read_text()
     (folder / "metrics.jsonl").write_text(
-        lines({**metric(step), "care/clipped_rate": 0.97} for step in range(1, 6))
+        as_lines({**metric(step), "care/clipped_rate": 0.97} for step in range(1, 6))
     )
     assert "In the last 5 steps 97% of the answer likelihoods" in write_report(folder).read_text()
 
@@ -480,10 +375,10 @@ def test_report_shows_rewards_of_the_users_own(tmp_path):
     for name, own in (("plain", {}), ("own", {"reward/mine": -0.5, "reward/total": -0.25})):
         folder = make_run(tmp_path / name)
         (folder / "metrics.jsonl").write_text(
-            lines({**metric(step), **own} for step in range(1, 6))
+            as_lines({**metric(step), **own} for step in range(1, 6))
         )
         rollouts = folder / "rollouts" / "step_000001.jsonl"
-        rollouts.write_text(lines([{**completion(0, 0, -0.25), **own}]))
+        rollouts.write_text(as_lines([{**completion(0, 0, -0.25), **own}]))
         text = write_report(folder).read_text()
         assert ("reward/mine -0.5" in text) == bool(own)
         width[name] = Image.open(folder / "report" / "reward.png").width
@@ -498,7 +393,7 @@ def test_steps_left_out_are_drawn_where_there_are_any(tmp_path):
     for bad in (0, 1):
         folder = make_run(tmp_path / str(bad))
         (folder / "metrics.jsonl").write_text(
-            lines({**metric(step), "train/bad_steps": bad * step} for step in range(1, 6))
+            as_lines({**metric(step), "train/bad_steps": bad * step} for step in range(1, 6))
         )
         write_report(folder)
         width[bad] = Image.open(folder / "report" / "training.png").width
@@ -509,5 +404,5 @@ def test_memory_and_the_time_of_saving_have_a_picture_of_their_own(tmp_path):
     folder = make_run(tmp_path / "run")
     assert "Memory and saving" not in write_report(folder).read_text()
     more = {"memory/process_gib": 0.6, "memory/gpu_gib": None, "timing/checkpoint": 0.2}
-    (folder / "metrics.jsonl").write_text(lines({**metric(s), **more} for s in range(1, 6)))
+    (folder / "metrics.jsonl").write_text(as_lines({**metric(s), **more} for s in range(1, 6)))
     assert "Memory and saving" in write_report(folder).read_text()

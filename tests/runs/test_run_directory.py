@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from records import lines
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.cli import main
@@ -25,10 +26,6 @@ from nemo_care.training.checkpointing import refuse_lost_checkpoints
 def contents(folder: Path) -> dict[str, bytes]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def fit(recipe: Recipe, ranks, folder: Path) -> None:

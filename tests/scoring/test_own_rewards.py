@@ -1,10 +1,7 @@
 """Rewards of the user's own: found by import path, weighted, recorded, and never swallowed."""
 
-import json
 import math
-import os
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -12,6 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from records import lines
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.samples import Sample
@@ -57,10 +55,6 @@ def total(completion, sample):
 
 number = 3
 """
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -350,43 +344,27 @@ def test_weighted_sum_that_is_too_large_stops_the_run(recipe, ranks, tmp_path):
 # ---------------------------------------------------------------------- the command line
 
 
-def command(module: Path, world: Path, run: Path, *overrides: str) -> subprocess.CompletedProcess:
+@pytest.fixture
+def command(rank_server, module, world, tmp_path):
     """The installed command, whose path begins in another folder, started beside the modules."""
-    script = run.parent / "bin" / "nemo-care"
-    script.parent.mkdir(exist_ok=True)
+    script = tmp_path / "bin" / "nemo-care"
+    script.parent.mkdir()
     script.write_text(
         "import sys\nfrom nemo_care.cli import main\nif __name__ == '__main__':\n"
         "    sys.exit(main())\n"
     )
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [
-            *(sys.executable, str(script), "train", "--config-name", "tiny_cpu"),
-            "trainer.max_steps=1",
-            "algorithm.prompts_per_step=4",
-            "data.validation.annotations=null",
-            "checkpoint.export=false",
-            f"exp_manager.explicit_log_dir={run}",
-            *(
-                f"data.{part}.{key}"
-                for part in ("train", "validation")
-                for key in ("kind=jsonl", f"root={world}")
-            ),
-            *overrides,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=module,
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-    )
+    parts, keys = ("train", "validation"), ("kind=jsonl", f"root={world}")
+    arguments = [
+        *(script, "train", "--config-name", "tiny_cpu", "trainer.max_steps=1"),
+        *("algorithm.prompts_per_step=4", "data.validation.annotations=null"),
+        *("checkpoint.export=false", f"exp_manager.explicit_log_dir={tmp_path / 'run'}"),
+        *(f"data.{part}.{key}" for part in parts for key in keys),
+    ]
+    return lambda *overrides: rank_server.run([*arguments, *overrides], module)
 
 
-def test_bad_import_path_ends_with_status_2_and_one_line(module, world, tmp_path):
-    done = command(
-        module, world, tmp_path / "run", "algorithm.rewards=[accuracy,format,own_rewards.missing]"
-    )
+def test_bad_import_path_ends_with_status_2_and_one_line(command, module, tmp_path):
+    done = command("algorithm.rewards=[accuracy,format,own_rewards.missing]")
     assert done.returncode == 2
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("nemo-care: ")]
     assert "Traceback" not in done.stderr
@@ -396,12 +374,9 @@ def test_bad_import_path_ends_with_status_2_and_one_line(module, world, tmp_path
 
 
 @pytest.mark.slow
-def test_ranks_find_rewards_of_the_working_directory_and_agree(module, world, tmp_path):
+def test_ranks_find_rewards_of_the_working_directory_and_agree(command, module, tmp_path):
     """Two ranks of one model: the leader calls the reward, both learn from it."""
     done = command(
-        module,
-        world,
-        tmp_path / "run",
         "trainer.devices=2",
         "model.tensor_model_parallel_size=2",
         "algorithm.rewards=[accuracy,format,own_rewards.counted]",
@@ -418,11 +393,8 @@ def test_ranks_find_rewards_of_the_working_directory_and_agree(module, world, tm
 
 
 @pytest.mark.slow
-def test_reward_that_raises_ends_all_ranks_with_its_traceback(module, world, tmp_path):
+def test_reward_that_raises_ends_all_ranks_with_its_traceback(command, module, tmp_path):
     done = command(
-        module,
-        world,
-        tmp_path / "run",
         "trainer.devices=2",
         "model.pipeline_model_parallel_size=2",
         "algorithm.rewards=[accuracy,own_rewards.fails]",

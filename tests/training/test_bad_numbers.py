@@ -10,6 +10,7 @@ import pytest
 import torch
 from bad_numbers import broken, everything, inject, inject_at, unchanged
 from layouts import LAYOUTS
+from records import lines
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.checkpoints.writer import _StateWriter
@@ -18,10 +19,6 @@ from nemo_care.groups.files import read_groups
 from nemo_care.training import step_watch
 
 STEPS = [None, "gradient", None, "rollout", "reference", None, "loss", None]
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def checkpoints(run: Path) -> list[int]:

@@ -12,6 +12,7 @@ from made_data import (
     write_seed_bench_r1,
     write_video_r1,
 )
+from records import lines
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.prompts import PromptBuilder
@@ -20,10 +21,6 @@ from nemo_care.recipe.data import SourceConfig
 
 FILES = Path(__file__).parents[1] / "files/media"
 TRAINING = "annotations/training_6k.jsonl"
-
-
-def lines(file):
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
 @pytest.fixture

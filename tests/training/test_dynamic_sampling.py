@@ -1,12 +1,12 @@
 """Dynamic sampling: a step samples on until enough groups have a signal."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from bad_numbers import everything, inject, unchanged
 from made_rewards import SIGNALS
+from records import lines, without_timing
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.stream import TooManySkipped
@@ -17,22 +17,12 @@ from nemo_care.ranks.process_groups import Layout, Ranks
 WITH_SIGNAL = [place for place in range(48) if str(place)[-1] in SIGNALS]
 
 
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def rollouts(run: Path, step: int) -> list[dict]:
     return lines(run / "rollouts" / f"step_{step:06d}.jsonl")
 
 
 def places(rows: list[dict], *, used: bool) -> list[int]:
     return sorted({row["prompt_index"] for row in rows if row["used"] is used})
-
-
-def without_timing(records: list[dict]) -> list[dict]:
-    return [
-        {k: v for k, v in r.items() if not k.startswith(("timing/", "memory/"))} for r in records
-    ]
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """Truncated importance sampling: the formula, and the step that applies it."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from made_groups import make_groups, make_prompts
+from records import lines
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.errors import InputError
@@ -15,10 +14,6 @@ from nemo_care.recipe.schema import check_recipe
 
 N, C = 3, 5
 LENGTHS = (5, 1, 3)
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture

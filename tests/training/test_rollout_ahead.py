@@ -1,6 +1,5 @@
 """Asynchronous rollouts: the next step's prompts are sampled while a step is trained."""
 
-import json
 import shutil
 import signal
 from itertools import pairwise
@@ -9,16 +8,13 @@ from pathlib import Path
 import pytest
 from bad_numbers import inject_at
 from made_background import asynchronous, stand_in_for_vllm
+from records import lines
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.stream import TooManySkipped
 from nemo_care.errors import InputError, RunFailed, RunStopped
 from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import check_recipe, check_training
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def metrics_of(run: Path, key: str) -> list:

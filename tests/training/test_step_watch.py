@@ -1,9 +1,9 @@
 """What a run says, or ends with, when its answers get no likelihood or its groups no signal."""
 
 import dataclasses
-import json
 
 import pytest
+from records import lines
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.errors import RunFailed
@@ -34,10 +34,6 @@ def recipe(checkpoint, world):
     recipe = small_recipe(checkpoint, world)
     recipe.trainer.max_steps = 2
     return recipe
-
-
-def lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_answers_without_tokens_end_the_first_step_with_one_of_them(recipe, ranks, tmp_path):

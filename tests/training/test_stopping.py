@@ -1,7 +1,6 @@
 """A run that is asked to stop saves, exits with a status of its own, and goes on when restarted."""
 
 import fcntl
-import json
 import os
 import pty
 import select
@@ -14,15 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+from records import lines
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.errors import InputError, RunStopped
 from nemo_care.ranks.stop_request import StopRequest
 from nemo_care.recipe.schema import seconds_of
-
-
-def lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture

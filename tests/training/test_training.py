@@ -2,11 +2,11 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from small_runs import small_recipe, small_trainer
+from records import lines, without_timing
+from small_runs import small_recipe, small_trainer, weights
 
 from nemo_care.errors import InputError, RunFailed
 
@@ -37,23 +37,9 @@ KEYS = {
 }
 
 
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def weights(trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}
-
-
 @pytest.fixture
 def recipe(checkpoint, world):
     return small_recipe(checkpoint, world)
-
-
-def without_timing(records: list[dict]) -> list[dict]:
-    return [
-        {k: v for k, v in r.items() if not k.startswith(("timing/", "memory/"))} for r in records
-    ]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

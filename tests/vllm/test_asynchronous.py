@@ -1,10 +1,10 @@
 """Asynchronous rollouts with a real engine."""
 
-import json
 import os
 import time
 
 import pytest
+from records import lines
 
 from nemo_care.errors import RunFailed
 
@@ -37,10 +37,6 @@ def make(checkpoint, world, ranks, tmp_path):
     yield make
     for trainer in made:
         trainer.generator.close()
-
-
-def lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_steps_are_trained_while_the_next_one_is_sampled(make, tmp_path):

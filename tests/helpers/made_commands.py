@@ -1,0 +1,18 @@
+"""Command lines of small runs, and how a command refuses what a user can fix."""
+
+from pathlib import Path
+
+
+def world_overrides(world: Path) -> list[str]:
+    parts, keys = ("train", "validation"), ("kind=jsonl", f"root={world}")
+    return [f"data.{part}.{key}" for part in parts for key in keys]
+
+
+def assert_refused(result: tuple[int, str], *parts: str) -> None:
+    status, err = result
+    assert status == 2
+    message = [line for line in err.splitlines() if line.startswith("nemo-care: ")]
+    assert len(message) == 1
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in message[0]
