@@ -3,7 +3,7 @@
 `local` runs everywhere: Megatron's parallel linear layers, torch's norms and attention.
 `transformer_engine` is Megatron's own spec for TransformerEngine (norms fused into the linear
 layers behind them, 8-bit products) with its variable-length kernels for packed groups. It is not
-run on a GPU yet; `tests/test_te_layers.py` holds it against `local`, with a stand-in for
+run on a GPU yet; `tests/models/test_te_layers.py` holds it against `local`, with a stand-in for
 TransformerEngine.
 Both store the same tensors: the norms' weights are called `input_layernorm.weight` and
 `pre_mlp_layernorm.weight`, or `layer_norm_weight` of the linear layer behind them.

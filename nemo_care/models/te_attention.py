@@ -2,7 +2,8 @@
 
 All segments of a packed sequence are the rows of one kernel call, none of them padded. The keys of
 a context are gathered once per segment that sees it. Not run on a GPU yet: the tests in
-`tests/test_te_attention.py` check what the kernel is given, with the kernel written out in torch.
+`tests/models/test_te_attention.py` check what the kernel is given, with the kernel written out in
+torch.
 """
 
 from typing import Any

@@ -1,11 +1,6 @@
 """One trainer whose rollouts come from a real vLLM, for all tests of this folder."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,314 @@
+"""The command line: bad input ends with status 2 and one line that names key or file and remedy."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_care.cli import main
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(capfd, tmp_path):
+    """Run a command line in this process; gives its status and what it wrote to stderr."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        status = main([*map(str, arguments)])
+        return status, capfd.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def train(run, tmp_path, world):
+    def train(*overrides: str) -> tuple[int, str]:
+        return run(
+            "train",
+            "--config-name",
+            "tiny_cpu",
+            f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+            *world_overrides(world),
+            *overrides,
+        )
+
+    return train
+
+
+def world_overrides(world: Path) -> list[str]:
+    parts, keys = ("train", "validation"), ("kind=jsonl", f"root={world}")
+    return [f"data.{part}.{key}" for part in parts for key in keys]
+
+
+def small_overrides(world: Path, run: Path) -> list[str]:
+    return [
+        "trainer.max_steps=1",
+        "algorithm.prompts_per_step=4",
+        f"exp_manager.explicit_log_dir={run}",
+        *world_overrides(world),
+    ]
+
+
+def assert_refused(result: tuple[int, str], *parts: str) -> None:
+    status, err = result
+    assert status == 2
+    message = [line for line in err.splitlines() if line.startswith("nemo-care: ")]
+    assert len(message) == 1
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in message[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("algorithm.group_sise=4", ["algorithm.group_sise", "did you mean algorithm.group_size"]),
+        ("+trainer.foo=1", ["trainer.foo"]),
+        ("algorithm.group_size=many", ["algorithm.group_size", "many"]),
+        ("algorithm.group_size=1", ["algorithm.group_size=1", "at least 2"]),
+        ("rollout.top_p=1.5", ["rollout.top_p=1.5", "between"]),
+        ("algorithm.consistency.kind=sparse", ["kind=sparse", "or dense or counterfactual"]),
+        ("data.validation.max_frames=2", ["data.video.min_frames", "data.validation.max_frames"]),
+        ("trainer.resume=maybe", ["trainer.resume=maybe", "auto or never"]),
+        ("model.hf_path=/no/such/folder", ["model.hf_path=/no/such/folder", "config.json"]),
+        ("model.tensor_model_parallel_size=2", ["set trainer.devices=2"]),
+        ("trainer.devices=3", ["algorithm.prompts_per_step=16", "3"]),
+        ("data.train.annotations=none.jsonl", ["none.jsonl", "data.*.root"]),
+        ("data.prompt_template=hello", ["data.prompt_template", "{question}"]),
+        ("data.train.kind=parquet", ["data.train.kind=parquet", "seed_bench_r1", "video_r1"]),
+        ("data.train.root=null", ["data.train.root", "data.train.sources"]),
+        ("data.train.sources=[]", ["data.train.sources is empty"]),
+        ("data.train.sources=[{kind:jsonl}]", ["data.train.sources[0].root"]),
+        ("data.train.sources=[{root:x,wait:1}]", ["wait"]),
+        ("data.train.sources=[{root:x,weight:0}]", ["data.train.sources[0].weight=0", "above 0"]),
+        ("data.train.sources=[{root:x,weight:nan}]", ["data.train.sources[0].weight=nan"]),
+        ("data.train.sources=[{root:x,kind:csv}]", ["data.train.sources[0].kind=csv", "video_r1"]),
+        ("data.train.sources=[{root:/no/such}]", ["/no/such/train.jsonl"]),
+        ("trainer.num_nodes=2", ["trainer.num_nodes=2", "torchrun"]),
+        ("model.sequence_parallel=true", ["model.sequence_parallel"]),
+    ],
+)
+def test_unusable_recipe_is_refused_in_one_line(train, override, parts):
+    assert_refused(train(override), *parts)
+
+
+def test_layout_that_does_not_divide_the_model_is_refused(train):
+    heads = train("trainer.devices=4", "model.tensor_model_parallel_size=4")
+    assert_refused(heads, "model.tensor_model_parallel_size=4", "2 attention heads", "use 1, 2")
+    layers = train("trainer.devices=3", "model.pipeline_model_parallel_size=3")
+    assert_refused(layers, "model.pipeline_model_parallel_size=3", "4 layers")
+
+
+def test_missing_recipe_name_lists_the_recipes(run):
+    assert_refused(run("train"), "--config-name", "tiny_cpu_grpo")
+
+
+def test_what_users_download_is_named_where_it_is_missing(run, checkpoint, tmp_path):
+    name = ["train", "--config-name", "grpo_care_qwen2_5_vl_7b"]
+    assert_refused(run(*name), "model.hf_path=models/Qwen2.5-VL-7B-Instruct", "config.json")
+    # The layout fits this checkpoint with its two key-value heads.
+    here = [f"model.hf_path={checkpoint}", "model.tensor_model_parallel_size=2"]
+    result = run(*name, *here, f"data.train.root={tmp_path}")
+    assert_refused(result, f"{tmp_path}/annotations/training_6k.jsonl", "data.*.root")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_torn_file_of_the_checkpoint_is_named(train, copied_checkpoint, name):
+    file = copied_checkpoint / name
+    file.write_text(file.read_text()[:-20])
+    result = train(f"model.hf_path={copied_checkpoint}")
+    assert_refused(result, f"{file}:", "not valid JSON", "copy it from the checkpoint again")
+
+
+def test_recipe_of_the_users_own_folder_inherits_ours(run, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [tiny_cpu, _self_]\nalgorithm: {group_size: 1}\n"
+    )
+    result = run("train", "--config-path", tmp_path, "--config-name", "mine")
+    assert_refused(result, "algorithm.group_size=1")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--config-name tiny_cpu trainer.seed=7 --cfg job",
+        "trainer.seed=7 --config-name tiny_cpu --cfg job trainer.max_steps=3",
+        "trainer.seed=7 --cfg=job --config-path OWN --config-name=own +ablation=grpo",
+    ],
+)
+def test_flags_and_overrides_come_in_any_order(capsys, tmp_path, arguments):
+    (tmp_path / "own.yaml").write_text("defaults: [tiny_cpu, _self_]")
+    status = main(["train", *arguments.replace("OWN", str(tmp_path)).split()])
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    assert "\n  seed: 7\n" in shown.out
+
+
+def test_cfg_job_prints_the_resolved_recipe(capsys):
+    assert main(["train", "--config-name", "tiny_cpu_grpo", "--cfg", "job"]) == 0
+    printed = capsys.readouterr().out
+    assert "kl_coefficient: 0.04" in printed
+    assert "bonus_coefficient: 0.0" in printed
+    assert "name: tiny_cpu_grpo" in printed
+
+
+@pytest.fixture
+def copied_checkpoint(checkpoint, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    return folder
+
+
+def test_missing_tokenizer_is_refused(train, copied_checkpoint):
+    for file in copied_checkpoint.glob("token*"):
+        file.unlink()
+    assert_refused(train(f"model.hf_path={copied_checkpoint}"), str(copied_checkpoint), "tokenizer")
+
+
+def test_tokenizer_of_another_model_is_refused(train, copied_checkpoint):
+    file = copied_checkpoint / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    video, pad = "<|video_pad|>", "<|image_pad|>"
+    for entry in content["added_tokens"]:
+        swapped = {video: pad, pad: video}.get(entry["content"])
+        entry["content"] = swapped or entry["content"]
+    vocabulary[video], vocabulary[pad] = vocabulary[pad], vocabulary[video]
+    file.write_text(json.dumps(content))
+    result = train(f"model.hf_path={copied_checkpoint}")
+    assert_refused(result, "tokenizer does not belong to the model")
+
+
+def test_truncated_weights_are_refused(train, copied_checkpoint):
+    file = copied_checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert_refused(train(f"model.hf_path={copied_checkpoint}"), str(file), "download")
+
+
+def test_unreadable_videos_end_with_status_2(world, tmp_path):
+    """In a process of its own: the run only finds out when its ranks have started."""
+    root = tmp_path / "broken"
+    shutil.copytree(world, root)
+    for video in (root / "videos").glob("train*"):
+        video.write_bytes(b"no video")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "nemo_care.cli", "train", "--config-name", "tiny_cpu"),
+            *small_overrides(root, tmp_path / "run"),
+            "data.validation.annotations=null",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=REPOSITORY,
+        check=False,
+    )
+    assert_refused((done.returncode, done.stderr), "not readable", "data.max_skipped_fraction")
+
+
+def test_malformed_annotation_is_named_by_its_line(train, world, tmp_path):
+    root = tmp_path / "malformed"
+    shutil.copytree(world, root)
+    file = root / "train.jsonl"
+    content = file.read_text().splitlines()
+    content[2] = content[2][:20]
+    file.write_text("\n".join(content))
+    overrides = [f"data.train.root={root}", "data.max_skipped_fraction=0"]
+    assert_refused(train(*overrides), "1 of 48", "max_skipped_fraction=0", "train.jsonl:3", "JSON")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("problem_type", "free form"), ("options", {"A": 3}), ("videos", ["../x"])]
+)
+def test_unusable_field_is_named_before_training_starts(train, world, tmp_path, field, value):
+    root = tmp_path / "fields"
+    shutil.copytree(world, root)
+    file = root / "train.jsonl"
+    content = file.read_text().splitlines()
+    content[1] = json.dumps({**json.loads(content[1]), field: value})
+    file.write_text("\n".join(content))
+    overrides = [f"data.train.root={root}", "data.max_skipped_fraction=0"]
+    assert_refused(train(*overrides), "train.jsonl:2")
+
+
+def test_ranks_that_the_recipe_does_not_expect_are_refused(train, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(train(), "2 ranks were started", "trainer.devices=1")
+
+
+def test_export_of_something_else_is_refused(run, tmp_path, monkeypatch):
+    # The command hides the GPUs from its process, which here is the tests'.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    missing = run("export", tmp_path / "none", tmp_path / "out")
+    assert_refused(missing, str(tmp_path / "none"), "no such folder")
+    assert_refused(run("export", tmp_path, tmp_path / "out"), "recipe.yaml")
+
+
+def test_unknown_command_is_refused(run):
+    status, err = run("fly")
+    assert status == 2
+    assert "unknown command fly" in err
+
+
+def test_every_command_has_help():
+    for command in ("train", "evaluate"):
+        assert main([command, "--help"]) == 0
+    for command in ("data", "doctor", "export", "report", "compare", "study", "miniature"):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_entry(world, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    recipe = ["-m", "nemo_care.train", "--config-name", "tiny_cpu", "trainer.devices=2"]
+    layout = ["model.pipeline_model_parallel_size=2"]
+    subprocess.run(
+        [*command, *recipe, *layout, *small_overrides(world, tmp_path / "run")],
+        check=True,
+        timeout=300,
+        cwd=REPOSITORY,
+    )
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_training_starts_its_ranks_and_ends_with_a_table_and_a_checkpoint(world, tmp_path):
+    """The command as a person types it, on two ranks, down to the exported checkpoint."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "nemo_care.cli", "train", "--config-name", "tiny_cpu"),
+            "trainer.devices=2",
+            *small_overrides(world, tmp_path / "run"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=REPOSITORY,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "L1" in done.stdout
+    assert str(tmp_path / "run" / "export") in done.stdout
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
+    assert list((tmp_path / "run" / "logs").glob("events.out.tfevents*"))
+    assert main(["report", str(tmp_path / "run")]) == 0
+    again = ["export", str(tmp_path / "run"), str(tmp_path / "again")]
+    subprocess.run([sys.executable, "-m", "nemo_care.cli", *again], check=True, timeout=120)
+    exported = [tmp_path / "run" / "export", tmp_path / "again"]
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in exported)
+    assert first == second
+
+
+def test_a_refused_start_leaves_the_run_that_is_there_as_it_is(train, tmp_path):
+    (tmp_path / "run/checkpoints/step_000001").mkdir(parents=True)
+    recipe = tmp_path / "run/recipe.yaml"
+    recipe.write_text("that run's")
+    assert_refused(train("trainer.resume=never"), "holds a run already", "trainer.resume=never")
+    assert recipe.read_text() == "that run's"
+    assert sorted(path.name for path in recipe.parent.iterdir()) == ["checkpoints", "recipe.yaml"]

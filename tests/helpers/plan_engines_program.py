@@ -1,0 +1,157 @@
+"""Plans of recipes whose rollouts vLLM makes, from fake worlds in a process of their own.
+
+python tests/helpers/plan_engines_program.py OUT_FILE SHAPE_FOLDER
+"""
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+sys.path.insert(0, str(Path(__file__).parent))
+
+from made_shapes import plan_recipe
+from rich.console import Console
+
+from nemo_care.checks.planned import planned
+from nemo_care.errors import InputError
+from nemo_care.planning.advice import remedies
+from nemo_care.planning.dry_run import dry_run
+from nemo_care.planning.gpus import read_gpu
+from nemo_care.planning.plan import Plan, Question, make_plan, plan_as_json
+from nemo_care.planning.search import search, search_report
+from nemo_care.planning.tables import plan_report
+from nemo_care.process.quiet import quiet_libraries
+from nemo_care.recipe.schema import Recipe
+
+# By name: the stages of a pipeline and the keys under rollout.vllm; None: the ranks sample.
+PLANS: dict = {
+    "megatron": (2, None),
+    "level 2": (2, {"sleep_level": 2, "tensor_parallel_size": 2}),
+    "level 1": (1, {"sleep_level": 1}),
+    "level 0": (1, {"sleep_level": 0}),
+    "separate": (2, {"placement": "separate", "gpus": [2, 3], "tensor_parallel_size": 2}),
+    # Of 3 GiB less the margin training and CUDA leave less than the share.
+    "share too large": (1, {}),
+    "share too small": (1, {"gpu_memory_utilization": 0.001}),
+    "little for GPUs apart": (
+        1,
+        {"gpu_memory_utilization": 0.001, "placement": "separate", "gpus": [0, 1]},
+    ),
+    # Of these CUDA takes all but the margin.
+    "no share": (1, {}),
+}
+SMALLER_GPUS = {"share too large": 2.4, "no share": 1.11}
+
+
+def recipe_of(folder: str, pipeline: int, keys: dict | None) -> Recipe:
+    """A recipe of one replica, with a validation."""
+    recipe = plan_recipe(folder, 1, pipeline)
+    recipe.data.validation.annotations = {"L1": "nowhere.jsonl"}
+    if keys is not None:
+        recipe.rollout.backend = "vllm"
+        recipe.rollout.groups_per_batch = 4
+        for key, value in keys.items():
+            setattr(recipe.rollout.vllm, key, value)
+    return recipe
+
+
+def made_plans(folder: str) -> dict[str, Plan]:
+    """By name."""
+    found = {}
+    for name, (pipeline, keys) in PLANS.items():
+        question = Question(read_gpu("h100-80gb", SMALLER_GPUS.get(name, 8.0)))
+        found[name] = make_plan(recipe_of(folder, pipeline, keys), question, compare=False)
+    return found
+
+
+def printed(plans: dict[str, Plan]) -> dict:
+    """By name: the plan's JSON and its report."""
+    found = {}
+    for name, plan in plans.items():
+        advice = remedies(plan)
+        console = Console(file=io.StringIO(), width=2000)
+        console.print(plan_report(plan, advice))
+        found[name] = plan_as_json(plan, advice) | {"text": console.file.getvalue()}
+    return found
+
+
+def without_reference(folder: str) -> dict:
+    """The plan of a recipe that scores nothing in a step."""
+    recipe = recipe_of(folder, 1, {})
+    recipe.algorithm.consistency.bonus_coefficient = recipe.algorithm.kl_coefficient = 0.0
+    plan = make_plan(recipe, Question(read_gpu("h100-80gb", 8.0)), compare=False)
+    return plan_as_json(plan, [])
+
+
+def searched(folder: str) -> dict:
+    """What searches find, what their plans say, and what is told where nothing fits."""
+    recipe = recipe_of(folder, 1, {"tensor_parallel_size": 2})
+    recipe.trainer.devices, recipe.algorithm.prompts_per_step = 2, 1
+    question = Question(read_gpu("h100-80gb", 8.0), margin=0.0)
+    lines: list[str] = []
+    found = search(recipe, question, 2, 10, lines.append)
+    again = [make_plan(item.recipe, question, compare=False) for item in found]
+    recipe.rollout.vllm.gpu_memory_utilization = 0.01
+    told: list[str] = []
+    nothing = search(recipe, Question(read_gpu("h100-80gb", 0.5)), 2, 10, told.append)
+    hint = search_report(nothing, question, 2, recipe.rollout)
+    return {
+        "found": [
+            (item.peak, plan.worst.peak, item.seconds.total, plan.seconds.total, plan.fits)
+            for item, plan in zip(found, again, strict=True)
+        ],
+        "nothing": len(nothing),
+        "told": told,
+        "hint": str(hint),
+    }
+
+
+def refusals(folder: str, plans: dict[str, Plan]) -> dict:
+    """By case the line with which a plan or a dry run is refused."""
+    question = Question(read_gpu("h100-80gb", 8.0))
+    cases = {
+        "layout": lambda: make_plan(recipe_of(folder, 1, {"tensor_parallel_size": 2}), question),
+        "engine": lambda: dry_run(plans["share too small"]),
+    }
+    lines = {}
+    for name, case in cases.items():
+        try:
+            case()
+        except InputError as error:
+            lines[name] = str(error)
+    return lines
+
+
+def doctors(folder: str) -> dict:
+    """What the doctor's process says of a GPU of which a quarter is in use, and of a CPU."""
+
+    def composed(arguments: list[str], *, with_nemo: bool) -> Recipe:
+        return recipe_of(folder, 1, {})
+
+    with patch("nemo_care.recipe.compose.compose_recipe", composed):
+        return {"GPU": planned("9.0", 60.0, 80.0, []), "CPU": planned("", 10.0, 10.0, [])}
+
+
+def main() -> None:
+    out, folder = Path(sys.argv[1]), sys.argv[2]
+    quiet_libraries()
+    plans = made_plans(folder)
+    (run,) = dry_run(plans["level 1"])
+    result = {
+        "plans": printed(plans),
+        "without reference": without_reference(folder),
+        "search": searched(folder),
+        "refusals": refusals(folder, plans),
+        "dry run": list(run.calls),
+        "doctor": doctors(folder),
+        "imported": "vllm" in sys.modules,
+    }
+    out.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""What the tests of the plan need from fake worlds, which can't live beside a real process group.
+
+python tests/helpers/plan_program.py OUT_FILE SHAPE_FOLDER
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from made_shapes import LENGTHS, PACKAGED, plan_recipe
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from nemo_care.commands import plan as command
+from nemo_care.errors import InputError
+from nemo_care.planning.advice import _without_optimizer, remedies
+from nemo_care.planning.dry_run import dry_run
+from nemo_care.planning.gpus import read_gpu
+from nemo_care.planning.plan import Question, make_plan, plan_as_json
+from nemo_care.planning.search import search
+from nemo_care.planning.shapes import lengths_of, read_model_shape
+from nemo_care.planning.stage import built_stage
+from nemo_care.planning.tables import plan_report
+from nemo_care.planning.work import Clock, head_flops, layer_flops, packed_tokens, vision_flops
+from nemo_care.process.quiet import quiet_libraries
+
+
+def parameter_counts() -> dict:
+    """By model: Hugging Face's count, and by layout the sum over the stages."""
+    counts: dict = {}
+    for name in PACKAGED:
+        shape = read_model_shape(f"nowhere/{name}")
+        with torch.device("meta"):
+            model = Qwen2_5_VLForConditionalGeneration(shape.hf)
+        counts[name] = {"hugging_face": sum(p.numel() for p in model.parameters())}
+        for tensor, pipeline in ((2, 2), (1, 4)):
+            recipe = plan_recipe(f"nowhere/{name}", tensor, pipeline)
+            total = 0
+            for number in range(pipeline):
+                with built_stage(recipe, shape, number, reference=False) as stage:
+                    total += stage.build.unique_parameters
+            counts[name][f"TP {tensor} PP {pipeline}"] = total
+    return counts
+
+
+def builds(folder: str) -> dict:
+    """By number format: what a rank of a world of one holds."""
+    found = {}
+    for dtype in ("fp32", "bf16"):
+        recipe = plan_recipe(folder, 1, 1)
+        recipe.model.precision.dtype = dtype
+        with built_stage(recipe, read_model_shape(folder), 0) as stage:
+            found[dtype] = vars(stage.build)
+    return found
+
+
+def offloaded(folder: str) -> dict:
+    """With the optimizer's state on the GPU and in CPU memory: plans, and what the advice says."""
+    found: dict = {}
+    for offload in (False, True):
+        recipe = plan_recipe(folder, 1, 1)
+        recipe.model.precision.dtype = "bf16"
+        recipe.optimizer.offload = offload
+        question = _question(0.001)
+        plan = make_plan(recipe, question, compare=False)
+        found[str(offload)] = plan_as_json(plan, remedies(plan))
+        if not offload:
+            found["advised"] = _without_optimizer(plan.stages[0])
+    return found
+
+
+EIGHT_BITS = {
+    "bf16": ("none", {}),
+    "tensorwise": ("none", {"enabled": True}),
+    "mxfp8": ("none", {"enabled": True, "recipe": "mxfp8"}),
+    "scoring": ("none", {"enabled": True, "scoring": True}),
+    "ends": ("none", {"enabled": True, "bf16_first_layers": 1, "bf16_last_layers": 2}),
+    "full": ("full", {"enabled": True}),
+}
+
+
+def eight_bits(folder: str) -> dict:
+    """By variant: what both stages of a pipeline hold, and the time of a step's phases."""
+    found = {}
+    for name, (granularity, keys) in EIGHT_BITS.items():
+        recipe = plan_recipe(folder, 1, 2, granularity)
+        recipe.model.backend = "transformer_engine"
+        recipe.model.precision.dtype = "bf16"
+        for key, value in keys.items():
+            setattr(recipe.model.precision.fp8, key, value)
+        shape = read_model_shape(folder)
+        made = []
+        for number in range(2):
+            with built_stage(recipe, shape, number) as stage:
+                made.append(stage.build)
+        question = _question(1.0)
+        lengths = lengths_of(recipe, shape.hf, *LENGTHS)
+        clock = Clock(recipe, shape.hf, lengths, question.gpu, question.efficiency)
+        found[name] = {
+            "builds": [vars(build) for build in made],
+            "seconds": vars(clock.step(made)),
+        }
+    return found
+
+
+def uses(folder: str) -> dict:
+    """By recomputation: what the phases of a world of one need."""
+    found = {}
+    for granularity in ("none", "selective", "full"):
+        recipe = plan_recipe(folder, 1, 1, granularity)
+        shape = read_model_shape(folder)
+        with built_stage(recipe, shape, 0) as stage:
+            found[granularity] = vars(stage.use(lengths_of(recipe, shape.hf, *LENGTHS)))
+    return found
+
+
+def vision_kernels(folder: str) -> dict:
+    """What the vision tower keeps with its windows in one kernel call, and in one call each."""
+    recipe, shape = plan_recipe(folder, 1, 1), read_model_shape(folder)
+    lengths = lengths_of(recipe, shape.hf, *LENGTHS)
+    found = {}
+    for name in ("together", "one_by_one"):
+        with built_stage(recipe, shape, 0) as stage:
+            if name == "one_by_one":
+                stage.model.visual.config._attn_implementation = "sdpa"
+            found[name] = stage.activations(lengths)[1]
+    return found
+
+
+def schedule(folder: str) -> list:
+    """Peaks of the real 1F1B schedule on the first of four stages, and what the plan says."""
+    recipe, shape = plan_recipe(folder, 1, 4), read_model_shape(folder)
+    lengths = lengths_of(recipe, shape.hf, *LENGTHS)
+    with built_stage(recipe, shape, 0) as stage:
+        use = stage.use(lengths)
+        return [
+            (stage.update(lengths, count)[0] + count * use.inputs, use.update_peak(count, count))
+            for count in (1, 2, 3, 4)
+        ]
+
+
+def flops(folder: str) -> dict:
+    """Matrix products of one micro-batch's forward, counted by torch and by the plan."""
+    recipe, shape = plan_recipe(folder, 1, 1), read_model_shape(folder)
+    lengths = lengths_of(recipe, shape.hf, *LENGTHS)
+    size = recipe.algorithm.group_size
+    with built_stage(recipe, shape, 0) as stage, FlopCounterMode(display=False) as counter:
+        batch = stage.layout.batches(stage.groups(lengths, 1))[0]
+        hidden = stage.model(batch.inputs)
+        batch.log_probs(stage.model, hidden, batch.mask)
+    by_operator = counter.get_flop_counts()["Global"]
+    vision = shape.hf.vision_config
+    window = (vision.window_size // vision.patch_size) ** 2
+    whole = len(vision.fullatt_block_indexes)
+    # The counter is asked for matrix products only: attention's is left out on both sides.
+    attention = sum(
+        4 * vision.hidden_size * t * h * w * pairs * blocks
+        for t, h, w in lengths.grids
+        for pairs, blocks in ((min(window, h * w), vision.depth - whole), (h * w, whole))
+    )
+    tokens = packed_tokens(lengths, size, shared=True)
+    rows = size * (lengths.completion - 1) + 1
+    return {
+        "torch": sum(n for op, n in by_operator.items() if "attention" not in str(op)),
+        "plan": layer_flops(shape.hf, tokens)
+        + vision_flops(shape.hf, lengths)
+        - attention
+        + head_flops(shape.hf, rows),
+    }
+
+
+def refusals(folder: str) -> dict:
+    """By case the line with which a plan is refused."""
+    small = Question(read_gpu("h100-80gb"))
+    seven = "nowhere/Qwen2.5-VL-7B-Instruct"
+    cases = {
+        "tensor": lambda: make_plan(plan_recipe(seven, 3, 1), small),
+        "pipeline": lambda: make_plan(plan_recipe(seven, 1, 5), small),
+        "model": lambda: make_plan(plan_recipe("nowhere/Other", 1, 1), small),
+        "memory": lambda: dry_run(make_plan(plan_recipe(folder, 1, 1), _question(0.1))),
+    }
+    lines = {}
+    for name, case in cases.items():
+        try:
+            case()
+        except InputError as error:
+            lines[name] = str(error)
+    return lines
+
+
+def _question(extra_gib: float) -> Question:
+    """A GPU with little more than what CUDA takes."""
+    return Question(read_gpu("h100-80gb", 1.0 + extra_gib), margin=0.0)
+
+
+def searched(folder: str) -> list:
+    """Overrides that a search found, and what the plan of each says."""
+    recipe = plan_recipe(folder, 1, 1, "full")
+    recipe.trainer.devices, recipe.algorithm.prompts_per_step = 2, 1
+    question = _question(1.0485)
+    tried: list[str] = []
+    found = search(recipe, question, 2, 10, tried.append)
+    plans = [make_plan(item.recipe, question, compare=False) for item in found]
+    return [
+        (item.overrides, item.peak, plan.worst.peak, plan.fits)
+        for item, plan in zip(found, plans, strict=True)
+    ] + [tried]
+
+
+def dry_runs(folder: str) -> dict:
+    """By layout: what the stages' ranks did."""
+    found = {}
+    for tensor, pipeline in ((2, 1), (1, 2), (2, 2)):
+        recipe = plan_recipe(folder, tensor, pipeline)
+        plan = make_plan(recipe, Question(read_gpu("h100-80gb")), compare=False)
+        found[f"TP {tensor} PP {pipeline}"] = [vars(run) for run in dry_run(plan)]
+    return found
+
+
+def report(folder: str) -> str:
+    """The tables of a plan that does not fit."""
+    plan = make_plan(plan_recipe(folder, 1, 2), _question(0.001), compare=False)
+    console = Console(file=io.StringIO(), width=160)
+    console.print(plan_report(plan, remedies(plan)))
+    return console.file.getvalue()
+
+
+def printed(*arguments: str) -> str:
+    """What the command prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        command.main(["--config-name", "tiny_cpu", *arguments])
+    return out.getvalue()
+
+
+def main() -> None:
+    out, folder = Path(sys.argv[1]), sys.argv[2]
+    quiet_libraries()
+    result = {
+        "counts": parameter_counts(),
+        "builds": builds(folder),
+        "uses": uses(folder),
+        "eight_bits": eight_bits(folder),
+        "offloaded": offloaded(folder),
+        "vision": vision_kernels(folder),
+        "schedule": schedule(folder),
+        "flops": flops(folder),
+        "refusals": refusals(folder),
+        "search": searched(folder),
+        "dry_runs": dry_runs(folder),
+        "json": printed("--json"),
+        "text": report(folder),
+    }
+    out.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

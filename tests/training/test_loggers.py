@@ -1,0 +1,120 @@
+"""Loggers: none ends a run or costs it a record, and W&B starts before the first step or not."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from small_runs import small_recipe, small_trainer
+
+from nemo_care.errors import InputError
+from nemo_care.recipe.trainer import ExpManagerConfig
+from nemo_care.training.experiment import check_loggers, start_experiment
+from nemo_care.training.loggers import Loggers
+
+
+class Recorder:
+    """A logger that keeps the steps it was given, and fails where it is asked to."""
+
+    def __init__(self, fails=lambda step: False) -> None:
+        self.steps: list[int | None] = []
+        self.fails = fails
+
+    def log_metrics(self, metrics, step=None):
+        metrics["changed by the logger"] = 1.0
+        self.steps.append(step)
+        if self.fails(step):
+            raise ConnectionError("the server\nis gone")
+
+
+def test_a_failing_logger_warns_once_and_the_others_get_every_step():
+    warnings: list[str] = []
+    broken, healthy = Recorder(lambda step: True), Recorder()
+    loggers, metrics = Loggers([broken, healthy], warnings.append), {"a": 1.0}
+    for step in range(1, 21):
+        loggers.log(metrics, step)
+    assert healthy.steps == [*range(1, 21)]
+    assert metrics == {"a": 1.0}
+    # Left out for 1, 2, 4 and 8 calls after each failure.
+    assert broken.steps == [1, 3, 6, 11, 20]
+    (warning,) = warnings
+    assert "Recorder" in warning
+    assert "ConnectionError: the server is gone" in warning
+    assert warning.startswith("step 1: ")
+
+
+def test_a_logger_that_recovers_gets_every_step_again():
+    logger = Recorder(lambda step: step in (2, 4))
+    loggers = Loggers([logger], lambda text: None)
+    for step in range(1, 12):
+        loggers.log({}, step)
+    assert logger.steps == [1, 2, 4, 7, 8, 9, 10, 11]
+
+
+def test_a_run_goes_on_without_its_logger_and_records_each_step_before_it_logs(
+    checkpoint, world, ranks, tmp_path, capsys
+):
+    recipe = small_recipe(checkpoint, world)
+    recipe.trainer.max_steps = 3
+    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    recorded = []
+
+    def looks(step):
+        """Note what is on the disk when a logger is called; never fail."""
+        metrics = (tmp_path / "metrics.jsonl").read_text().splitlines() if step else []
+        recorded.append((step, len(metrics), len([*(tmp_path / "rollouts").iterdir()])))
+        return False
+
+    trainer.loggers = Loggers([Recorder(lambda step: True), Recorder(looks)], trainer.console.warn)
+    summary = trainer.fit()
+    assert summary["steps"] == 3
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert steps == [1, 2, 3]
+    # The validations before the first step and after the last are logged too.
+    assert recorded == [(0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 3), (3, 3, 3)]
+    assert capsys.readouterr().out.count("could not record the metrics") == 1
+
+
+def test_tensorboard_on_a_full_disk_is_one_warning_without_a_traceback(tmp_path, capfd):
+    """A real writer, whose thread meets the end of the disk."""
+    _, (logger,) = start_experiment(ExpManagerConfig(explicit_log_dir=str(tmp_path / "run")))
+    writer = logger.experiment._get_file_writer().event_writer._async_writer
+    writer._writer._writer = io.FileIO("/dev/full", "w")
+    warnings: list[str] = []
+    loggers = Loggers([logger], warnings.append)
+    loggers.log({"a": 1.0, "b": 2.0}, 1)
+    writer._worker.join(timeout=10)
+    loggers.log({"a": 1.0}, 2)
+    loggers.log({"a": 1.0}, 3)
+    loggers.log({"a": 1.0}, 4)
+    (warning,) = warnings
+    assert "TensorBoardLogger" in warning
+    assert "No space left on device" in warning
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_loggers_without_their_package_or_project_are_refused_at_once(monkeypatch):
+    with pytest.raises(InputError, match=r"wandb_logger_kwargs\.project=PROJECT"):
+        check_loggers(ExpManagerConfig(create_wandb_logger=True))
+    monkeypatch.setattr("nemo_care.training.experiment.find_spec", lambda name: None)
+    for name in ("wandb", "mlflow"):
+        with pytest.raises(InputError, match=f"create_{name}_logger=true needs .*pip install"):
+            check_loggers(ExpManagerConfig(**{f"create_{name}_logger": True}))
+
+
+def test_wandb_starts_before_the_first_step_or_is_refused_with_the_remedy(rank_server, tmp_path):
+    """The real package: at a terminal without a key, with a key and no server, and offline."""
+    pytest.importorskip("wandb")
+    program = Path(__file__).parents[1] / "helpers/wandb_program.py"
+    rank_server.run(1, [program, tmp_path])
+    met = json.loads((tmp_path / "met.json").read_text())
+    for case in ("no key", "no server"):
+        assert met[case].startswith("exp_manager.create_wandb_logger=true: WandbLogger can't start")
+        assert "\n" not in met[case]
+        for remedy in ("wandb login", "WANDB_API_KEY", "WANDB_MODE=offline"):
+            assert remedy in met[case]
+    assert met["seconds without a key"] < 30
+    assert met["offline"] == "recorded"
+    assert list(tmp_path.glob("offline/logs/wandb/offline-run-*/run-*.wandb"))
+    assert "Traceback" not in met["terminal"]

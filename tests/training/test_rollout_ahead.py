@@ -1,0 +1,355 @@
+"""Asynchronous rollouts: the next step's prompts are sampled while a step is trained."""
+
+import json
+import shutil
+import signal
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from bad_numbers import inject_at
+from made_background import asynchronous, stand_in_for_vllm
+from small_runs import small_recipe, small_trainer
+
+from nemo_care.data.stream import TooManySkipped
+from nemo_care.errors import InputError, RunFailed, RunStopped
+from nemo_care.recipe.schema import check_recipe, check_training
+
+PROGRAM = Path(__file__).parents[1] / "helpers/ahead_program.py"
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def metrics_of(run: Path, key: str) -> list:
+    return [line[key] for line in lines(run / "metrics.jsonl")]
+
+
+def completions(run: Path, step: int) -> list[tuple]:
+    rows = lines(run / "rollouts" / f"step_{step:06d}.jsonl")
+    return [(row["prompt_index"], row["completion_index"], row["completion"]) for row in rows]
+
+
+def places(run: Path, step: int) -> list[int]:
+    return sorted({place for place, _, _ in completions(run, step)})
+
+
+@pytest.fixture
+def recipe(checkpoint, world, ranks, monkeypatch):
+    stand_in_for_vllm(monkeypatch, ranks)
+    made = asynchronous(small_recipe(checkpoint, world))
+    made.trainer.max_steps = 3
+    made.data.train.shuffle = False
+    # Far enough for other completions, and for a difference that would be told.
+    made.optimizer.lr = 3e-3
+    made.optimizer.clip_grad = 1.0
+    return made
+
+
+def watched(trainer) -> list[tuple]:
+    """The generator's events, with rewards, updates and validations between them."""
+    events = trainer.generator.events
+    rewards, update, validate = trainer.rewards, trainer.policy.update, trainer.validator.run
+
+    def reward(groups):
+        events.append(("reward",))
+        return rewards(groups)
+
+    def updated(groups, **keywords):
+        events.append(("update", [group.prompt.index for group in groups]))
+        return update(groups, **keywords)
+
+    def validated(**keywords):
+        events.append(("validation",))
+        return validate(**keywords)
+
+    trainer.rewards, trainer.policy.update, trainer.validator.run = reward, updated, validated
+    return events
+
+
+FIRST, SECOND, THIRD = [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]
+
+
+def test_engines_begin_the_next_step_before_a_step_is_trained(recipe, ranks, tmp_path):
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    events = watched(trainer)
+    trainer.fit()
+    assert events == [
+        ("submit", FIRST, 0),
+        ("collect", FIRST, 0),
+        ("submit", SECOND, 0),
+        ("reward",),
+        ("update", FIRST),
+        ("collect", SECOND, 0),
+        ("submit", THIRD, 1),
+        ("reward",),
+        ("update", SECOND),
+        ("collect", THIRD, 1),
+        # Nothing is sampled beyond the last step.
+        ("reward",),
+        ("update", THIRD),
+    ]
+    assert trainer.prompts.position == 12
+    assert metrics_of(tmp_path, "rollout/staleness") == [0, 1, 1]
+
+
+def test_staleness_counts_optimizer_steps(recipe, ranks, tmp_path):
+    recipe.algorithm.updates_per_rollout = 2
+    small_trainer(recipe, ranks, tmp_path).fit()
+    assert metrics_of(tmp_path, "rollout/staleness") == [0, 2, 2]
+
+
+def test_prompts_are_those_of_a_run_without_the_switch(recipe, ranks, tmp_path):
+    recipe.data.train.shuffle = True
+    small_trainer(recipe, ranks, tmp_path / "ahead").fit()
+    untouched = small_trainer(recipe, ranks, tmp_path / "untouched")
+    recipe.rollout.asynchronous = False
+    small_trainer(recipe, ranks, tmp_path / "in_turns").fit()
+    for step in (1, 2, 3):
+        assert places(tmp_path / "ahead", step) == places(tmp_path / "in_turns", step)
+    first, second = (completions(tmp_path / "ahead", step) for step in (1, 2))
+    assert first == completions(tmp_path / "in_turns", 1)
+    assert second != completions(tmp_path / "in_turns", 2)
+    # The second step's completions are those of the weights from before the first update.
+    groups = [untouched.rollouts.generate(untouched.prompts.next_step()[0]) for _ in range(2)][1]
+    assert sorted(second) == sorted(
+        (group.prompt.index, number, completion.text)
+        for group in groups
+        for number, completion in enumerate(group.completions)
+    )
+
+
+def test_switched_off_it_leaves_no_trace(recipe, ranks, tmp_path, capsys):
+    recipe.rollout.asynchronous = False
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer.fit()
+    kinds = [event[0] for event in trainer.generator.events]
+    assert kinds == ["submit", "collect"] * 3
+    assert "rollout/staleness" not in lines(tmp_path / "metrics.jsonl")[0]
+    assert "asynchronous" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ older weights
+
+
+def test_only_the_first_step_is_held_against_the_bound(recipe, ranks, tmp_path, capsys):
+    recipe.rollout.max_logprob_difference = 1e-4
+    small_trainer(recipe, ranks, tmp_path).fit()
+    first, *later = metrics_of(tmp_path, "rollout/logprob_difference")
+    assert first < 1e-4
+    assert min(later) > 1e-3
+    told = capsys.readouterr().out
+    assert "log-probabilities of rollout and training" not in told
+    assert told.count("nothing corrects for it; rollout.importance_sampling.enabled=true") == 1
+
+
+def test_the_first_step_still_stops_a_run_that_is_wrong(recipe, ranks, tmp_path):
+    recipe.rollout.max_logprob_difference = 0.0
+    with pytest.raises(RunFailed, match=r"rollout\.max_logprob_difference"):
+        small_trainer(recipe, ranks, tmp_path).fit()
+
+
+def test_importance_weights_see_what_is_older(recipe, ranks, tmp_path, capsys):
+    recipe.rollout.importance_sampling.enabled = True
+    small_trainer(recipe, ranks, tmp_path).fit()
+    largest = metrics_of(tmp_path, "rollout/importance_max")
+    assert largest[0] == pytest.approx(1, abs=1e-3)
+    assert min(largest[1:]) > 1.01
+    assert "nothing corrects" not in capsys.readouterr().out
+
+
+def test_after_a_step_that_was_left_out_nothing_is_older(recipe, ranks, tmp_path):
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    inject_at(trainer, {1: "loss"})
+    trainer.fit()
+    assert metrics_of(tmp_path, "train/bad_step") == [1, 0, 0]
+    assert metrics_of(tmp_path, "rollout/staleness") == [0, 0, 1]
+
+
+# ------------------------------------------------------------------ validation
+
+
+def test_validation_asks_the_newest_weights(recipe, ranks, tmp_path):
+    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
+    recipe.trainer.validation_interval = 1
+    recipe.evaluation.samples_per_batch = 8
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    events = watched(trainer)
+    trainer.fit()
+    # The stand-in takes no new weights while something is in flight, as engines do.
+    asked = [event[2] for before, event in pairwise(events) if before == ("validation",)]
+    assert asked == [0, 1, 2, 3]
+    # What was in flight is collected before, and trained on in its turn.
+    at = events.index(("update", FIRST))
+    assert events[at + 1 : at + 3] == [("collect", SECOND, 0), ("validation",)]
+    assert [event[1] for event in events if event[0] == "update"] == [FIRST, SECOND, THIRD]
+    assert metrics_of(tmp_path, "rollout/staleness") == [0, 1, 1]
+    assert [record["step"] for record in lines(tmp_path / "validation.jsonl")] == [0, 1, 2, 3]
+
+
+# ------------------------------------------------------------------ ends
+
+
+class _StopAfter:
+    """Asks to stop after so many steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def agreed(self):
+        self.steps -= 1
+        return signal.SIGTERM if self.steps == 0 else None
+
+
+def with_broken_videos(recipe, world, root, *broken):
+    shutil.copytree(world, root)
+    for place in broken:
+        (root / lines(root / "train.jsonl")[place]["videos"][0]).write_bytes(b"no video")
+    recipe.data.train.root = str(root)
+
+
+def test_a_stopped_run_samples_anew_what_was_in_flight(recipe, ranks, tmp_path, world):
+    with_broken_videos(recipe, world, tmp_path / "damaged", 5)
+    run = tmp_path / "run"
+    trainer = small_trainer(recipe, ranks, run)
+    trainer.stop = _StopAfter(1)
+    with pytest.raises(RunStopped, match="after step 1"):
+        trainer.fit()
+    # Drawn, but not trained: a broken video among it is told with its step.
+    assert trainer.prompts.position == 9
+    assert trainer.rollouts.position == 4
+    assert lines(run / "skipped.jsonl") == []
+    resumed = small_trainer(recipe, ranks, run)
+    events = watched(resumed)
+    summary = resumed.fit()
+    # With the checkpoint's weights.
+    assert events[0] == ("submit", [4, 6, 7, 8], 1)
+    assert events[3:4] == [("reward",)]
+    assert metrics_of(run, "rollout/staleness") == [0, 0, 1]
+    assert [places(run, step) for step in (1, 2, 3)] == [FIRST, [4, 6, 7, 8], [9, 10, 11, 12]]
+    assert [(item["step"], item["index"]) for item in lines(run / "skipped.jsonl")] == [(2, 5)]
+    assert summary["skipped"] == 1
+
+
+def test_a_killed_run_goes_on_behind_what_its_checkpoint_has_trained(recipe, ranks, tmp_path):
+    recipe.checkpoint.save_interval = 1
+    recipe.checkpoint.keep_last = 3
+    small_trainer(recipe, ranks, tmp_path).fit()
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step_{step:06d}")
+    resumed = small_trainer(recipe, ranks, tmp_path)
+    resumed.fit()
+    assert resumed.generator.events[0] == ("submit", SECOND, 1)
+    assert metrics_of(tmp_path, "rollout/staleness") == [0, 0, 1]
+    assert resumed.rollouts.position == resumed.prompts.position == 12
+
+
+def test_too_many_skipped_ends_the_run_when_their_step_comes(recipe, ranks, tmp_path, world):
+    with_broken_videos(recipe, world, tmp_path / "damaged", 5)
+    recipe.data.max_skipped_fraction = 0.0
+    recipe.checkpoint.save_interval = 1
+    run = tmp_path / "run"
+    trainer = small_trainer(recipe, ranks, run)
+    with pytest.raises(TooManySkipped, match="1 of 48"):
+        trainer.fit()
+    assert trainer.step == 2
+    # The first step is trained, recorded and saved.
+    assert metrics_of(run, "rollout/staleness") == [0]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
+    assert [(item["step"], item["index"]) for item in lines(run / "skipped.jsonl")] == [(2, 5)]
+
+
+def test_an_engine_that_dies_while_it_is_ahead_ends_the_run(recipe, ranks, tmp_path):
+    recipe.checkpoint.save_interval = 1
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer.generator.failing = {6}
+    with pytest.raises(RunFailed, match="has died"):
+        trainer.fit()
+    assert metrics_of(tmp_path, "step") == [1]
+    resumed = small_trainer(recipe, ranks, tmp_path)
+    resumed.fit()
+    assert [places(tmp_path, step) for step in (1, 2, 3)] == [FIRST, SECOND, THIRD]
+
+
+# ------------------------------------------------------------------ dynamic sampling
+
+
+def test_later_rounds_take_what_is_in_flight(recipe, ranks, tmp_path):
+    """The order of the data, and so what is trained on, is that of tests/test_dynamic_sampling."""
+    recipe.trainer.max_steps = 2
+    recipe.algorithm.rewards = ["made_rewards.told_apart"]
+    recipe.algorithm.consistency.bonus_coefficient = 0.0
+    recipe.rollout.dynamic_sampling.enabled = True
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    events = watched(trainer)
+    trainer.fit()
+    assert [e[1] for e in events if e[0] == "update"] == [[3, 6, 7, 13], [16, 17, 23, 26]]
+    sampled = [(e[1][0], e[2]) for e in events if e[0] == "submit"]
+    # The first round of the second step is older; in the last step none is begun ahead.
+    assert sampled == [(0, 0), (4, 0), (8, 0), (12, 0), (16, 0), (20, 1), (24, 1)]
+    assert metrics_of(tmp_path, "rollout/staleness") == [0, 1]
+    assert metrics_of(tmp_path, "rollout/rounds") == [4, 3]
+    assert trainer.prompts.position == 28
+
+
+# ------------------------------------------------------------------ recipes
+
+
+@pytest.mark.parametrize("backend", ["megatron", "vllm"])
+def test_sampling_beside_training_needs_gpus_of_its_own(recipe, backend):
+    recipe.rollout.backend = backend
+    recipe.rollout.vllm.placement = "colocated"
+    recipe.rollout.vllm.gpus = None
+    # An evaluation with this recipe is none of its business.
+    check_recipe(recipe)
+    wanted = rf"rollout\.asynchronous=true.*backend={backend}.*set rollout\.backend=vllm and "
+    with pytest.raises(InputError, match=wanted):
+        check_training(recipe)
+
+
+def test_separate_engines_may_sample_beside_training(recipe):
+    check_recipe(recipe)
+    check_training(recipe)
+
+
+# ------------------------------------------------------------------ replicas
+
+
+@pytest.fixture
+def job(checkpoint, world, tmp_path):
+    torch.save({"checkpoint": checkpoint, "world": world}, tmp_path / "job.pt")
+    return tmp_path
+
+
+def test_replicas_are_ahead_together(rank_server, job):
+    rank_server.run(2, [str(PROGRAM), str(job), "trains"])
+    found = torch.load(job / "trains.pt", weights_only=False)
+    for rank, events in enumerate(found["events"]):
+        mine = [2 * rank, 2 * rank + 1]
+        assert events == [
+            ("submit", mine, 0),
+            ("collect", mine, 0),
+            ("submit", [place + 4 for place in mine], 0),
+            ("collect", [place + 4 for place in mine], 0),
+            ("submit", [place + 8 for place in mine], 1),
+            ("collect", [place + 8 for place in mine], 1),
+        ]
+    assert found["positions"] == [12, 12]
+    assert metrics_of(job / "trains", "rollout/staleness") == [0, 1, 1]
+
+
+def test_an_engine_of_one_replica_ends_the_run_on_all_ranks(rank_server, job):
+    """While a save is under way, which all ranks have to complete."""
+    rank_server.run(2, [str(PROGRAM), str(job), "fails"])
+    found = torch.load(job / "fails.pt", weights_only=False)
+    assert found["ends"] == ["the engine of rank 1 has died"] * 2
+    assert metrics_of(job / "fails", "step") == [1]
+    assert (job / "fails" / "checkpoints" / "step_000001").is_dir()
+
+
+def test_a_validation_that_one_replica_refuses_ends_on_all_ranks(rank_server, job):
+    rank_server.run(2, [str(PROGRAM), str(job), "disagrees"])
+    found = torch.load(job / "disagrees.pt", weights_only=False)
+    assert found["ends"] == ["rank 1 disagrees"] * 2
