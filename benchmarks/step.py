@@ -20,6 +20,7 @@ from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
 from nemo_care.groups.group import Group
+from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
 from nemo_care.planning.work import group_flops, head_flops
 from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import Recipe
@@ -73,7 +74,7 @@ def made_trainer(
         levels={},
         workers=DecodingWorkers.of(recipe.data, leads=False),
     )
-    config = trainer.policy.model.hf
+    config = trainer.policy.model.family.hf
     trainer.rollouts.prompts = GivenPrompts(
         [video_prompt(config, prompt_tokens, index) for index in range(prompts)]
     )
@@ -97,9 +98,9 @@ def timings(trainer: GRPOCareTrainer, repeats: int) -> tuple[dict[str, float], f
 def update_flops(size: Size, shape: tuple[int, int, int], *, shared: bool) -> float:
     """FLOPs of forward and backward of one group (the output layer's logits are made twice)."""
     prompt, completion, group = shape
-    hf, rows = hf_config(size), group * completion
-    forward = group_flops(hf, lengths(prompt, completion), group, shared=shared, rows=rows)
-    return 3 * forward + head_flops(hf, rows)
+    family, rows = Qwen25VLFamily(hf_config(size)), group * completion
+    forward = group_flops(family, lengths(prompt, completion), group, shared=shared, rows=rows)
+    return 3 * forward + head_flops(family.architecture, rows)
 
 
 def main() -> None:

@@ -75,8 +75,8 @@ def our_steps(
         levels={},
         workers=DecodingWorkers.of(recipe.data, leads=False),
     )
-    hf = trainer.policy.model.hf
-    prompt = PromptBuilder(recipe.data, hf, load_tokenizer(checkpoint, hf)).build(0, sample)
+    form = trainer.policy.model.family.prompt
+    prompt = PromptBuilder(recipe.data, form, load_tokenizer(checkpoint, form)).build(0, sample)
     trainer.rollouts.prompts = GivenPrompts([prompt])
     trainer.rewards = made_up_rewards
     records = []

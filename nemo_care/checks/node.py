@@ -176,12 +176,12 @@ def _host_memory(recipe: Recipe) -> list[str]:
 def _inputs(recipe: Recipe) -> list[str]:
     """Checkpoint and data, as this machine sees them."""
     from nemo_care.data.sources import training_sources
-    from nemo_care.models.hf_config import read_hf_config
+    from nemo_care.models.families import read_family
     from nemo_care.models.hf_tensors import check_weights
 
     problems = []
     try:
-        read_hf_config(recipe.model.hf_path)
+        read_family(recipe.model.hf_path)
         check_weights(recipe.model.hf_path)
     except InputError as error:
         problems.append(str(error))

@@ -3,18 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import Qwen2_5_VLConfig
-
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.sources import read_levels, read_training, training_sources
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
 from nemo_care.evaluation.files import check_level_names
 from nemo_care.miniature import ensure_files
-from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.families import read_family
+from nemo_care.models.family import Family
 from nemo_care.models.hf_tensors import check_weights
 from nemo_care.models.precision import check_fp8, check_transformer_engine
-from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.models.transformer_config import check_layout
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.schema import Recipe, check_training, check_world
 from nemo_care.rollouts.build import check_rollouts
@@ -78,10 +77,10 @@ def check_evaluation_inputs(recipe: Recipe) -> None:
             "evaluate on"
         )
     check_level_names(list(recipe.data.validation.annotations))
-    hf = _check_model(recipe)
+    family = _check_model(recipe)
     for source in (evaluated_model(recipe), judging_model(recipe)):
         if source is not None:
-            source.check(hf)
+            source.check(family)
     _check_levels(recipe)
 
 
@@ -89,23 +88,25 @@ def _model_checks(recipe: Recipe) -> list[Callable[[], object]]:
     path = recipe.model.hf_path
 
     def check_prompts() -> None:
-        hf = read_hf_config(path)
-        PromptBuilder(recipe.data, hf, load_tokenizer(path, hf))
+        prompt = read_family(path).prompt
+        PromptBuilder(recipe.data, prompt, load_tokenizer(path, prompt))
 
     return [
-        lambda: check_layout(read_hf_config(path), Layout.of(recipe)),
+        lambda: check_layout(read_family(path).architecture, Layout.of(recipe)),
         lambda: check_world(recipe),
-        lambda: check_fp8(recipe.model.precision.fp8, read_hf_config(path), Layout.of(recipe)),
+        lambda: check_fp8(
+            recipe.model.precision.fp8, read_family(path).architecture, Layout.of(recipe)
+        ),
         lambda: check_transformer_engine(recipe.model),
         lambda: check_rollouts(recipe),
         check_prompts,
     ]
 
 
-def _check_model(recipe: Recipe) -> Qwen2_5_VLConfig:
+def _check_model(recipe: Recipe) -> Family:
     for check in _model_checks(recipe):
         check()
-    return read_hf_config(recipe.model.hf_path)
+    return read_family(recipe.model.hf_path)
 
 
 def _check_training_data(recipe: Recipe, writes: bool) -> None:

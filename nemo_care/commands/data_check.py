@@ -172,13 +172,13 @@ def check_data(
     from nemo_care.data.sources import training_sources
     from nemo_care.data.tokenizer import load_tokenizer
     from nemo_care.miniature import ensure_files
-    from nemo_care.models.hf_config import read_hf_config
+    from nemo_care.models.families import read_family
 
-    hf = read_hf_config(recipe.model.hf_path)
-    tokenizer = load_tokenizer(recipe.model.hf_path, hf)
+    prompt = read_family(recipe.model.hf_path).prompt
+    tokenizer = load_tokenizer(recipe.model.hf_path, prompt)
     builders = {
-        True: PromptBuilder(recipe.data, hf, tokenizer),
-        False: PromptBuilder(for_validation(recipe.data), hf, tokenizer),
+        True: PromptBuilder(recipe.data, prompt, tokenizer),
+        False: PromptBuilder(for_validation(recipe.data), prompt, tokenizer),
     }
     read = []
     for file in data_files(recipe.data):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nemo_care.data.samples import Skipped
     from nemo_care.evaluation.evaluator import Evaluator
     from nemo_care.evaluation.files import EvaluationFiles
-    from nemo_care.models.qwen2_5_vl import Qwen25VL
+    from nemo_care.models.video_language_model import VideoLanguageModel
     from nemo_care.ranks.process_groups import Ranks
     from nemo_care.training.model_source import ModelSource
 
@@ -128,7 +128,7 @@ def _build(
 
     fp8 = recipe.model.precision.fp8
     model = _load(recipe, ranks, source)
-    tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
+    tokenizer = load_tokenizer(recipe.model.hf_path, model.family.prompt)
     layout = BatchLayout.of_recipe(recipe, ranks.layout, tokenizer.pad_id)
     scorer, judging = Scorer(model, ranks, layout, fp8=fp8.scoring), None
     if reference is not None:
@@ -142,14 +142,16 @@ def _build(
         recipe,
         ranks,
         scorer,
-        PromptLoader(PromptBuilder(for_validation(recipe.data), model.hf, tokenizer), workers),
+        PromptLoader(
+            PromptBuilder(for_validation(recipe.data), model.family.prompt, tokenizer), workers
+        ),
         likelihoods=judging.answer_likelihoods if judging is not None else None,
         folder=files.folder.parent,
         from_checkpoint=source.folder.resolve() == Path(recipe.model.hf_path).resolve(),
     )
 
 
-def _load(recipe: Recipe, ranks: "Ranks", source: "ModelSource") -> "Qwen25VL":
+def _load(recipe: Recipe, ranks: "Ranks", source: "ModelSource") -> "VideoLanguageModel":
     from nemo_care.training.build import build_model
 
     model = build_model(recipe, ranks)

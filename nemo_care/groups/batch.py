@@ -9,8 +9,8 @@ from nemo_care.data.prompts import Prompt
 from nemo_care.groups.group import Group
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.decoding_cache import DecodingCache
-from nemo_care.models.qwen2_5_vl import ModelInputs, Qwen25VL
 from nemo_care.models.segments import PackedSegments
+from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ class GroupBatch:
         """Tokens that the reference scores, bool [N, C]: the answers', or with a KL term all."""
         return self.mask if all_tokens else self.answer_mask
 
-    def log_probs(self, model: Qwen25VL, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    def log_probs(
+        self, model: VideoLanguageModel, hidden: torch.Tensor, where: torch.Tensor
+    ) -> torch.Tensor:
         """Log-probabilities of the tokens in `where` (bool [N, C]), float32 [N, C], zero elsewhere.
 
         `hidden` is the model's output for `inputs`; differentiable. The output layer runs where
@@ -83,7 +85,9 @@ class GroupBatch:
         values = model.token_log_probs(hidden, self.places[where], self.token_ids[where])
         return torch.zeros(where.shape, device=values.device).masked_scatter(where, values)
 
-    def pair_likelihoods(self, model: Qwen25VL, hidden: torch.Tensor) -> list[torch.Tensor]:
+    def pair_likelihoods(
+        self, model: VideoLanguageModel, hidden: torch.Tensor
+    ) -> list[torch.Tensor]:
         """Likelihood of each answer under each reasoning: one float32 [G, G] per group.
 
         Row i, column j: exp(mean log-probability of the tokens of answer i behind reasoning j); NaN

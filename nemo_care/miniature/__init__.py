@@ -1,4 +1,4 @@
-"""A tiny world and a tiny Qwen2.5-VL: the whole system as a real run on a laptop."""
+"""A tiny world and a tiny video-language model: the whole system as a real run on a laptop."""
 
 
 def ensure_files(kind: str, root: str) -> None:

@@ -10,13 +10,13 @@ import functools
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids
 
-from nemo_care.data.patches import frames_to_patches
-from nemo_care.data.positions import mrope_positions
+from nemo_care.miniature.checkpoint import TinyModel
 from nemo_care.miniature.vocabulary import IMAGE_PAD, VIDEO_PAD, encode
 from nemo_care.miniature.world import GRID, PIXELS, SECONDS_PER_GRID, VIDEO_TOKENS, Question
+from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
+from nemo_care.models.families.qwen2_5_vl.positions import mrope_positions
 
 _BEFORE_VIDEO = encode("<|im_start|> user <|vision_start|>")
 _VIDEO = slice(len(_BEFORE_VIDEO), len(_BEFORE_VIDEO) + VIDEO_TOKENS)
@@ -36,7 +36,7 @@ def patches(frames: Tensor) -> Tensor:
 
     The frames of all videos are cut as one long video: no temporal patch spans two of them.
     """
-    pixel_values, _ = frames_to_patches(frames.flatten(0, 1), PIXELS)
+    pixel_values, _ = PatchSize().patches(frames.flatten(0, 1), PIXELS)
     return pixel_values.unflatten(0, (len(frames), -1))
 
 
@@ -54,7 +54,7 @@ def prompt_positions(length: int) -> Tensor:
     )
 
 
-def vision_features(model: Qwen2_5_VLForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+def vision_features(model: TinyModel, pixel_values: Tensor) -> Tensor:
     """What `model.model.visual` computes: [N, patches, values] -> [N, VIDEO_TOKENS, H]."""
     tower = model.model.visual
     count = len(pixel_values)
@@ -82,7 +82,7 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def completion_logits(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: TinyModel,
     pixel_values: Tensor,
     token_ids: Tensor,
     completion_tokens: int,

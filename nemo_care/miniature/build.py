@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status: 0 built, 1 gate not passed, 2 unusable OUT."""
     parser = argparse.ArgumentParser(
         prog="nemo-care miniature build",
-        description="Build a tiny Qwen2.5-VL and warm-start it for the GRPO-CARE miniature.",
+        description="Build a tiny video-language model and warm-start it for the miniature.",
         epilog="Takes about ten minutes on one core. Exit status: 0 built; 1 the warm start did "
         "not pass the forced-reasoning gate (try another seed); 2 OUT can't be used.",
     )

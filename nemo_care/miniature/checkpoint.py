@@ -1,13 +1,11 @@
-"""The miniature's model: a complete Qwen2.5-VL of about 280 thousand parameters."""
+"""The miniature's model: complete, of about 280 thousand parameters."""
 
 from pathlib import Path
 
 import torch
-from transformers import (
-    GenerationConfig,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from transformers import GenerationConfig
+from transformers import Qwen2_5_VLConfig as TinyConfig
+from transformers import Qwen2_5_VLForConditionalGeneration as TinyModel
 
 from nemo_care.files.tensors import usual_mode
 from nemo_care.miniature.tokenizer import build_tokenizer
@@ -17,9 +15,9 @@ TEXT_LAYERS = 4
 TEXT_HIDDEN = 64
 
 
-def tiny_config() -> Qwen2_5_VLConfig:
+def tiny_config() -> TinyConfig:
     """The miniature's configuration; two KV heads, so that tensor parallel size 2 works."""
-    return Qwen2_5_VLConfig(
+    return TinyConfig(
         text_config={
             "hidden_size": TEXT_HIDDEN,
             "intermediate_size": 160,
@@ -60,7 +58,7 @@ def tiny_config() -> Qwen2_5_VLConfig:
     )
 
 
-def build_model(seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(seed: int) -> TinyModel:
     """A new float32 model with random weights.
 
     Weights are drawn with a standard deviation of fan_in^-1/2, and those that write into the text
@@ -70,7 +68,7 @@ def build_model(seed: int) -> Qwen2_5_VLForConditionalGeneration:
     # Hugging Face's constructor draws from the global generator: leave it as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(tiny_config()).float()
+        model = TinyModel(tiny_config()).float()
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.dim() >= 2:
@@ -89,7 +87,7 @@ def _standard_deviation(name: str, weight: torch.Tensor) -> float:
     return (fan_in * (2 * TEXT_LAYERS if writes_residual else 1)) ** -0.5
 
 
-def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, directory: str | Path) -> None:
+def save_checkpoint(model: TinyModel, directory: str | Path) -> None:
     """Writes weights, config, generation config and tokenizer as a Hugging Face directory."""
     model.generation_config = GenerationConfig(
         bos_token_id=PAD,
@@ -104,8 +102,8 @@ def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, directory: str | 
     build_tokenizer().save_pretrained(directory)
 
 
-def load_checkpoint(directory: str | Path) -> Qwen2_5_VLForConditionalGeneration:
+def load_checkpoint(directory: str | Path) -> TinyModel:
     """Loads a miniature in float32, in evaluation mode."""
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    return TinyModel.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from nemo_care.miniature.batched import completion_logits, patches, prompt_token_ids
+from nemo_care.miniature.checkpoint import TinyModel
 from nemo_care.miniature.vocabulary import LETTER_IDS, LETTERS, encode
 from nemo_care.miniature.world import Question, draw_level, draw_wrong_directions
 
@@ -65,7 +65,7 @@ class Gate:
 
 @torch.no_grad()
 def letter_probabilities(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: TinyModel,
     pixel_values: Tensor,
     questions: list[Question],
     reasonings: list[str],
@@ -83,9 +83,7 @@ def letter_probabilities(
     return logits.float().softmax(-1)[:, list(LETTER_IDS)]
 
 
-def measure_gate(
-    model: Qwen2_5_VLForConditionalGeneration, *, prompts: int = 512, seed: int = 99
-) -> Gate:
+def measure_gate(model: TinyModel, *, prompts: int = 512, seed: int = 99) -> Gate:
     """Measures the gate on fresh level 1 prompts; the model is put into evaluation mode."""
     model.eval()
     generator = torch.Generator().manual_seed(seed)

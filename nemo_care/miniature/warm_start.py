@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from nemo_care.miniature.batched import completion_logits, patches, prompt_token_ids
+from nemo_care.miniature.checkpoint import TinyModel
 from nemo_care.miniature.gate import measure_gate
 from nemo_care.miniature.vocabulary import (
     DIRECTION_IDS,
@@ -93,7 +93,7 @@ class Batch:
 
 
 def warm_start(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: TinyModel,
     *,
     seed: int,
     scale: float = 1.0,
@@ -115,9 +115,7 @@ def warm_start(
     model.eval()
 
 
-def run_stage(
-    model: Qwen2_5_VLForConditionalGeneration, stage: Stage, generator: torch.Generator
-) -> None:
+def run_stage(model: TinyModel, stage: Stage, generator: torch.Generator) -> None:
     """Trains `model` in place through one stage with a fresh optimizer."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
@@ -163,7 +161,7 @@ def _rate(stage: Stage, step: int, learned_at: int | None) -> float:
 
 
 def _train_step(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: TinyModel,
     stage: Stage,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,

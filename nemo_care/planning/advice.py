@@ -7,7 +7,7 @@ from math import floor
 from typing import Any
 
 from nemo_care.errors import InputError
-from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.models.transformer_config import check_layout
 from nemo_care.planning.engines import EnginePlan, beside, engine_plan
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.plan import GRANULARITIES, Plan, StagePlan
@@ -196,8 +196,8 @@ def _engine_with(plan: Plan, **keys: Any) -> EnginePlan:
     for key, value in keys.items():
         setattr(changed.rollout.vllm, key, value)
     check_vllm(changed.rollout.vllm)
-    check_engines(changed, plan.shape.hf)
-    engine = engine_plan(changed, plan.shape.hf, plan.parameters, plan.question.gpu)
+    check_engines(changed, plan.shape.architecture)
+    engine = engine_plan(changed, plan.shape.architecture, plan.parameters, plan.question.gpu)
     assert engine is not None, "asked where vLLM samples"
     return engine
 
@@ -241,8 +241,8 @@ def _divides(plan: Plan, layout: Layout, times: int) -> bool:
     changed.model.tensor_model_parallel_size = layout.tensor
     changed.model.pipeline_model_parallel_size = layout.pipeline
     try:
-        check_layout(plan.shape.hf, layout)
-        check_engines(changed, plan.shape.hf)
+        check_layout(plan.shape.architecture, layout)
+        check_engines(changed, plan.shape.architecture)
     except InputError:
         return False
     return True

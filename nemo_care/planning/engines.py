@@ -7,8 +7,7 @@ activations and CUDA graphs, which vLLM measures when it starts, are not.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import Qwen2_5_VLConfig
-
+from nemo_care.models.architecture import Architecture
 from nemo_care.planning.counts import prompts_of, replicas_of
 from nemo_care.planning.gpus import GIB, Gpu
 from nemo_care.recipe.schema import Recipe
@@ -107,7 +106,7 @@ def _gib(size: float) -> str:
 
 
 def engine_plan(
-    recipe: Recipe, hf: Qwen2_5_VLConfig, parameters: int, gpu: Gpu
+    recipe: Recipe, model: Architecture, parameters: int, gpu: Gpu
 ) -> EnginePlan | None:
     """What the recipe's engines take; None where the training ranks sample.
 
@@ -115,13 +114,12 @@ def engine_plan(
     """
     if recipe.rollout.backend != "vllm":
         return None
-    vllm, text = recipe.rollout.vllm, hf.text_config
+    vllm = recipe.rollout.vllm
     size, width = vllm.tensor_parallel_size, bytes_of_number(recipe)
     # vLLM cuts everything that is large, vision tower and vocabulary included.
     weights = parameters * width // size
-    head = text.hidden_size // text.num_attention_heads
     # With more ranks than key-value heads, several ranks have the same one.
-    heads = max(text.num_key_value_heads / size, 1)
+    heads = max(model.kv_heads / size, 1)
     taken = int(gpu.memory * vllm.gpu_memory_utilization)
     cache = max(taken - weights, 0)
     if vllm.kv_cache_gib is not None:
@@ -140,9 +138,9 @@ def engine_plan(
         share=taken,
         weights=weights,
         cache=cache,
-        bytes_per_token=int(2 * text.num_hidden_layers * heads * head * width),
+        bytes_per_token=int(2 * model.layers * heads * model.head_dim * width),
         # As `engine_settings` does.
-        sequence_tokens=min(longest, text.max_position_embeddings),
+        sequence_tokens=min(longest, model.max_positions),
         asleep=(_CONTEXT if vllm.sleep_level else taken) if colocated else 0,
         host=weights if colocated and vllm.sleep_level == 1 else 0,
     )

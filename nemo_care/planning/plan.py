@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.models.transformer_config import check_layout
 from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of, replicas_of
 from nemo_care.planning.engines import (
     EnginePlan,
@@ -21,7 +21,6 @@ from nemo_care.planning.shapes import (
     Lengths,
     ModelShape,
     longest_lengths,
-    patch_width,
     read_model_shape,
     typical_lengths,
 )
@@ -175,7 +174,7 @@ def host_memory(
     replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
     leaders = max(ranks // replica, 1)
     prompts = prompts_of(recipe)
-    patches = prompts * longest.patches * patch_width(shape.hf) * 4
+    patches = prompts * longest.patches * shape.family.prompt.patching.values * 4
     parameters = worst.gradients // 4
     # The first replica's ranks put the optimizer's state together in CPU memory: three float32
     # tensors of all their parameters, and one of the three twice more while it arrives. Every rank
@@ -264,24 +263,26 @@ def make_plan(recipe: Recipe, question: Question, *, compare: bool = True) -> Pl
         InputError: a layout that does not fit the model or the world, or an unknown model.
     """
     shape = read_model_shape(recipe.model.hf_path)
-    check_layout(shape.hf, Layout.of(recipe))
+    check_layout(shape.architecture, Layout.of(recipe))
     check_world(recipe)
-    check_planned(recipe, shape.hf, question.gpu)
-    check_engines(recipe, shape.hf)
-    longest = longest_lengths(recipe, shape.hf)
-    typical = typical_lengths(recipe, shape.hf, question.prompt_tokens, question.completion_tokens)
+    check_planned(recipe, shape.architecture, question.gpu)
+    check_engines(recipe, shape.architecture)
+    longest = longest_lengths(recipe, shape.family)
+    typical = typical_lengths(
+        recipe, shape.family, question.prompt_tokens, question.completion_tokens
+    )
     measured = Measurements(recipe, shape, longest)
     allowance = allowance_of(recipe)
     found = [measured.stage(n) for n in range(recipe.model.pipeline_model_parallel_size)]
     builds = [build for build, _ in found]
     parameters = sum(build.unique_parameters for build in builds)
-    engine = engine_plan(recipe, shape.hf, parameters, question.gpu)
+    engine = engine_plan(recipe, shape.architecture, parameters, question.gpu)
     granularities = GRANULARITIES if compare else ()
     stages = [
         _stage_plan(measured, number, build, use, allowance, engine, granularities)
         for number, (build, use) in enumerate(found)
     ]
-    clock = Clock(recipe, shape.hf, typical, question.gpu, question.efficiency)
+    clock = Clock(recipe, shape.family, typical, question.gpu, question.efficiency)
     return Plan(
         recipe=recipe,
         shape=shape,
@@ -292,7 +293,7 @@ def make_plan(recipe: Recipe, question: Question, *, compare: bool = True) -> Pl
         allowance=allowance,
         host=host_memory(recipe, shape, longest, max(builds, key=lambda b: b.gradients), engine),
         checkpoint_bytes=checkpoint_size(recipe, builds),
-        flops=step_flops(recipe, shape.hf, typical),
+        flops=step_flops(recipe, shape.family, typical),
         seconds=clock.step(builds),
         engine=engine,
     )

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from nemo_care.errors import InputError
-from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.models.transformer_config import check_layout
 from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of, replicas_of
 from nemo_care.planning.engines import EnginePlan, beside, engine_plan
 from nemo_care.planning.gpus import GIB, Gpu
@@ -97,14 +97,16 @@ def search(
     """
     shape = read_model_shape(recipe.model.hf_path)
     machines, devices = _machines(recipe, gpus)
-    lengths = longest_lengths(recipe, shape.hf)
-    typical = typical_lengths(recipe, shape.hf, question.prompt_tokens, question.completion_tokens)
+    lengths = longest_lengths(recipe, shape.family)
+    typical = typical_lengths(
+        recipe, shape.family, question.prompt_tokens, question.completion_tokens
+    )
     vision = _VisionBytes(recipe, shape)
     candidates = []
     for layout in _layouts(recipe, shape, machines, devices, question.gpu):
         builds = _builds(layout, shape)
         parameters = sum(build.unique_parameters for build in builds)
-        engine = engine_plan(layout, shape.hf, parameters, question.gpu)
+        engine = engine_plan(layout, shape.architecture, parameters, question.gpu)
         if engine is not None and not engine.fits:
             # The same in every layout.
             tell(engine.problem)
@@ -112,7 +114,7 @@ def search(
         for variant in _variants(layout):
             if _least(variant, builds, vision, engine) > question.budget:
                 continue
-            clock = Clock(variant, shape.hf, typical, question.gpu, question.efficiency)
+            clock = Clock(variant, shape.family, typical, question.gpu, question.efficiency)
             candidates.append(_Candidate(variant, builds, engine, clock.step(builds)))
     found: dict[tuple[int, int], Found] = {}
     # What the stages need on top of what they hold, wherever reference and optimizer are.
@@ -173,9 +175,9 @@ def _layouts(
         changed.model.sequence_parallel = tensor > 1
         try:
             check_recipe(changed)
-            check_layout(shape.hf, Layout.of(changed))
-            check_planned(changed, shape.hf, gpu)
-            check_engines(changed, shape.hf)
+            check_layout(shape.architecture, Layout.of(changed))
+            check_planned(changed, shape.architecture, gpu)
+            check_engines(changed, shape.architecture)
         except InputError:
             continue
         if changed.algorithm.prompts_per_step % replicas_of(changed):
@@ -244,7 +246,7 @@ class _VisionBytes:
             alone.model.sequence_parallel = False
             alone.model.recompute_granularity = granularity
             alone.algorithm.groups_per_micro_batch = 1
-            lengths = longest_lengths(alone, self.shape.hf)
+            lengths = longest_lengths(alone, self.shape.family)
             with built_stage(alone, self.shape, 0, reference=False) as stage:
                 self.found[granularity] = stage.activations(lengths)[1]
         return self.found[granularity] * recipe.algorithm.groups_per_micro_batch

@@ -15,12 +15,12 @@ from nemo_care.groups.batch import GroupBatch
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.group import Group
 from nemo_care.megatron.optimizer import optimizer_parts
-from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.planning.counts import prompts_of
 from nemo_care.planning.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
 from nemo_care.planning.meta_memory import MetaMemory, flash_attention
 from nemo_care.planning.precision import as_built, fp8_copies
-from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt, patch_width
+from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.schema import Recipe, needs_reference
 from nemo_care.rollouts.generator import Sampling
@@ -109,7 +109,7 @@ class Stage:
     shape: ModelShape
     ranks: FakeRanks
     memory: MetaMemory
-    model: Qwen25VL
+    model: VideoLanguageModel
     policy: Policy
     reference: Reference | None
     layout: BatchLayout
@@ -120,7 +120,7 @@ class Stage:
         algorithm = self.recipe.algorithm
         count = micro_batches * algorithm.groups_per_micro_batch
         return [
-            made_group(lengths, self.shape.hf, index, algorithm.group_size)
+            made_group(lengths, self.shape.family, index, algorithm.group_size)
             for index in range(count)
         ]
 
@@ -194,9 +194,9 @@ class Stage:
             shared_prompt=self.recipe.algorithm.shared_prompt,
         )
         copies = 1 if generator.shared_prompt else group_size
-        made = [made_prompt(lengths, self.shape.hf, index) for index in range(prompts)]
+        made = [made_prompt(lengths, self.shape.family, index) for index in range(prompts)]
         repeated = [prompt for prompt in made for _ in range(copies)]
-        rows, hidden = prompts * group_size, self.shape.hf.text_config.hidden_size
+        rows, hidden = prompts * group_size, self.shape.architecture.hidden_size
         with generator.inference(), self.peak() as found:
             decoding = Decoding(
                 self.model, self.ranks, repeated, group_size // copies, sampling, tokenizer
@@ -241,7 +241,7 @@ class Stage:
         rows, tokens = batch.inputs.token_ids.shape
         parallel = self.ranks.layout
         tokens //= parallel.tensor if parallel.sequence_parallel else 1
-        size = (tokens, rows, self.shape.hf.text_config.hidden_size)
+        size = (tokens, rows, self.shape.architecture.hidden_size)
         dtype = self.model.config.params_dtype
         return torch.empty(size, dtype=dtype, device="meta", requires_grad=True)
 
@@ -301,7 +301,7 @@ class Stage:
 
 def _patch_bytes(lengths: Lengths, shape: ModelShape) -> int:
     """The float32 patches of one prompt; `MetaMemory` takes them for host memory."""
-    return lengths.patches * patch_width(shape.hf) * 4
+    return lengths.patches * shape.family.prompt.patching.values * 4
 
 
 def _without_videos(lengths: Lengths) -> Lengths:
@@ -329,9 +329,9 @@ def _attend_windows(
     return out.transpose(1, 2).contiguous().clone(), None
 
 
-def _build_part(recipe: Recipe, ranks: FakeRanks, shape: ModelShape) -> Qwen25VL:
+def _build_part(recipe: Recipe, ranks: FakeRanks, shape: ModelShape) -> VideoLanguageModel:
     with torch.device("meta"):
-        model = build_model(as_built(recipe), ranks, shape.hf)
+        model = build_model(as_built(recipe), ranks, shape.family)
     if ranks.is_first_stage:
         ALL_ATTENTION_FUNCTIONS.register(_WINDOWS_TOGETHER, _attend_windows)
         model.visual.config._attn_implementation = _WINDOWS_TOGETHER

@@ -17,7 +17,7 @@ from nemo_care.megatron.optimizer import (
 )
 from nemo_care.megatron.optimizer_offload import OptimizerState
 from nemo_care.models.pipeline import forward_backward
-from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.objective.importance import ImportanceWeights, importance_weights
 from nemo_care.objective.losses import LOSSES, PolicyLossInputs, policy_loss
 from nemo_care.ranks.process_groups import Ranks
@@ -56,7 +56,9 @@ class Result:
 class Policy:
     """pi_theta of the paper, and its updates."""
 
-    def __init__(self, model: Qwen25VL, recipe: Recipe, ranks: Ranks, layout: BatchLayout) -> None:
+    def __init__(
+        self, model: VideoLanguageModel, recipe: Recipe, ranks: Ranks, layout: BatchLayout
+    ) -> None:
         """`model` holds the weights to start from."""
         self.model = model
         self.algorithm = recipe.algorithm

@@ -17,7 +17,6 @@ from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.results import Results
 from nemo_care.evaluation.validation import Validator
 from nemo_care.groups.group import Group
-from nemo_care.models.hf_config import architecture
 from nemo_care.models.weights import export_hf
 from nemo_care.ranks.memory import memory_metrics
 from nemo_care.ranks.process_groups import Ranks
@@ -299,7 +298,7 @@ class GRPOCareTrainer:
                 "step": self.step,
                 "stream_position": self.rollouts.position,
                 "bad_steps": self.watch.bad_steps.state_dict(),
-                "architecture": architecture(self.policy.model.hf),
+                "architecture": self.policy.model.family.signature(),
                 "annotations": self.annotations,
             },
         }

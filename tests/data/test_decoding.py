@@ -17,8 +17,9 @@ from PIL import Image
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.media import Media, MediaRequest, MediaSettings, load_media
 from nemo_care.data.media_errors import UnreadableMedia
-from nemo_care.data.patches import PatchSize, PixelBounds
+from nemo_care.data.patches import PixelBounds
 from nemo_care.data.video import FrameChoice
+from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 
 SETTINGS = MediaSettings(
     FrameChoice(), PixelBounds(784, 28 * 28 * 4), PixelBounds(784, 28 * 28 * 16), PatchSize()

@@ -133,14 +133,14 @@ def test_rows_come_in_order_while_a_slow_judge_lags_behind(
     recipe = small_recipe(checkpoint, world)
     recipe.evaluation.judge, recipe.evaluation.samples_per_batch = "llm", 2
     model = load_model(recipe, ranks)
-    tokenizer = load_tokenizer(checkpoint, model.hf)
+    tokenizer = load_tokenizer(checkpoint, model.family.prompt)
     layout = BatchLayout.of(ranks.layout, 1, tokenizer.pad_id, shared_prompt=True)
     workers = DecodingWorkers.of(recipe.data, leads=True)
     evaluator = build_evaluator(
         recipe,
         ranks,
         Scorer(model, ranks, layout),
-        PromptLoader(PromptBuilder(recipe.data, model.hf, tokenizer), workers),
+        PromptLoader(PromptBuilder(recipe.data, model.family.prompt, tokenizer), workers),
         likelihoods=None,
         folder=tmp_path,
     )

@@ -15,6 +15,7 @@ from nemo_care.evaluation.likelihood_judge import LikelihoodJudge
 from nemo_care.groups.answer_span import answer_token_span
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.group import Completion, Group
+from nemo_care.models.families import read_family
 from nemo_care.scoring.scorer import Scorer
 from nemo_care.training.build import load_model
 
@@ -35,7 +36,7 @@ def completion_of(tokenizer: ChatTokenizer, ids: list[int]) -> Completion:
 
 @pytest.fixture(scope="module")
 def tokenizer(checkpoint):
-    return load_tokenizer(checkpoint, hf_model(checkpoint).config)
+    return load_tokenizer(checkpoint, read_family(checkpoint).prompt)
 
 
 @pytest.fixture(scope="module")

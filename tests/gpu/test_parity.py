@@ -54,7 +54,7 @@ def hf_logits(model, prompt) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_logits_equal_hugging_face_on_the_same_device(job: Job, dtype):
-    from nemo_care.models.qwen2_5_vl import ModelInputs
+    from nemo_care.models.video_language_model import ModelInputs
 
     prompt = job.prompts[0]
     device = compute_device()

@@ -29,7 +29,7 @@ from nemo_care.planning.search import search
 from nemo_care.planning.shapes import lengths_of, read_model_shape
 from nemo_care.planning.stage import built_stage
 from nemo_care.planning.tables import plan_report
-from nemo_care.planning.work import Clock, head_flops, layer_flops, packed_tokens, vision_flops
+from nemo_care.planning.work import Clock, head_flops, layer_flops, packed_tokens
 from nemo_care.process.quiet import quiet_libraries
 
 
@@ -39,7 +39,7 @@ def parameter_counts() -> dict:
     for name in PACKAGED:
         shape = read_model_shape(f"nowhere/{name}")
         with torch.device("meta"):
-            model = Qwen2_5_VLForConditionalGeneration(shape.hf)
+            model = Qwen2_5_VLForConditionalGeneration(shape.family.hf)
         counts[name] = {"hugging_face": sum(p.numel() for p in model.parameters())}
         for tensor, pipeline in ((2, 2), (1, 4)):
             recipe = plan_recipe(f"nowhere/{name}", tensor, pipeline)
@@ -102,8 +102,8 @@ def eight_bits(folder: str) -> dict:
             with built_stage(recipe, shape, number) as stage:
                 made.append(stage.build)
         question = _question(1.0)
-        lengths = lengths_of(recipe, shape.hf, *LENGTHS)
-        clock = Clock(recipe, shape.hf, lengths, question.gpu, question.efficiency)
+        lengths = lengths_of(recipe, shape.family, *LENGTHS)
+        clock = Clock(recipe, shape.family, lengths, question.gpu, question.efficiency)
         found[name] = {
             "builds": [vars(build) for build in made],
             "seconds": vars(clock.step(made)),
@@ -118,14 +118,14 @@ def uses(folder: str) -> dict:
         recipe = plan_recipe(folder, 1, 1, granularity)
         shape = read_model_shape(folder)
         with built_stage(recipe, shape, 0) as stage:
-            found[granularity] = vars(stage.use(lengths_of(recipe, shape.hf, *LENGTHS)))
+            found[granularity] = vars(stage.use(lengths_of(recipe, shape.family, *LENGTHS)))
     return found
 
 
 def vision_kernels(folder: str) -> dict:
     """What the vision tower keeps with its windows in one kernel call, and in one call each."""
     recipe, shape = plan_recipe(folder, 1, 1), read_model_shape(folder)
-    lengths = lengths_of(recipe, shape.hf, *LENGTHS)
+    lengths = lengths_of(recipe, shape.family, *LENGTHS)
     found = {}
     for name in ("together", "one_by_one"):
         with built_stage(recipe, shape, 0) as stage:
@@ -138,7 +138,7 @@ def vision_kernels(folder: str) -> dict:
 def schedule(folder: str) -> list:
     """Peaks of the real 1F1B schedule on the first of four stages, and what the plan says."""
     recipe, shape = plan_recipe(folder, 1, 4), read_model_shape(folder)
-    lengths = lengths_of(recipe, shape.hf, *LENGTHS)
+    lengths = lengths_of(recipe, shape.family, *LENGTHS)
     with built_stage(recipe, shape, 0) as stage:
         use = stage.use(lengths)
         return [
@@ -150,14 +150,14 @@ def schedule(folder: str) -> list:
 def flops(folder: str) -> dict:
     """Matrix products of one micro-batch's forward, counted by torch and by the plan."""
     recipe, shape = plan_recipe(folder, 1, 1), read_model_shape(folder)
-    lengths = lengths_of(recipe, shape.hf, *LENGTHS)
+    lengths = lengths_of(recipe, shape.family, *LENGTHS)
     size = recipe.algorithm.group_size
     with built_stage(recipe, shape, 0) as stage, FlopCounterMode(display=False) as counter:
         batch = stage.layout.batches(stage.groups(lengths, 1))[0]
         hidden = stage.model(batch.inputs)
         batch.log_probs(stage.model, hidden, batch.mask)
     by_operator = counter.get_flop_counts()["Global"]
-    vision = shape.hf.vision_config
+    vision = shape.family.hf.vision_config
     window = (vision.window_size // vision.patch_size) ** 2
     whole = len(vision.fullatt_block_indexes)
     # The counter is asked for matrix products only: attention's is left out on both sides.
@@ -170,10 +170,10 @@ def flops(folder: str) -> dict:
     rows = size * (lengths.completion - 1) + 1
     return {
         "torch": sum(n for op, n in by_operator.items() if "attention" not in str(op)),
-        "plan": layer_flops(shape.hf, tokens)
-        + vision_flops(shape.hf, lengths)
+        "plan": layer_flops(shape.architecture, tokens)
+        + shape.family.vision_flops(lengths.grids)
         - attention
-        + head_flops(shape.hf, rows),
+        + head_flops(shape.architecture, rows),
     }
 
 

@@ -21,7 +21,7 @@ from small_runs import small_recipe, small_trainer
 
 from nemo_care.groups.group import Completion, Group
 from nemo_care.models.pipeline import forward_only
-from nemo_care.models.qwen2_5_vl import ModelInputs
+from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.models.weights import export_hf
 from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.megatron.optimizer import initialise_adamw_state
-from nemo_care.models.qwen2_5_vl import ModelInputs
+from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.planning.shapes import lengths_of, made_group, read_model_shape
 from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.generator import Sampling
@@ -126,8 +126,8 @@ def test_peak_of_a_real_update_is_what_the_plan_says(planned, small, ranks, gran
     policy = Policy(model, recipe, ranks, layout)
     # Its temporary copies differ between CPU and GPU.
     policy.optimizer.step = lambda: (True, 0.0, None)
-    hf = model.hf
-    group = made_group(lengths_of(recipe, hf, *LENGTHS), hf, 0, recipe.algorithm.group_size)
+    family = model.family
+    group = made_group(lengths_of(recipe, family, *LENGTHS), family, 0, recipe.algorithm.group_size)
     group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
     policy.update([group])
     use = planned["uses"][granularity]
@@ -147,8 +147,8 @@ def allocated_peak(run) -> int:
 
 def real_inputs(recipe, small) -> ModelInputs:
     """A micro-batch with real patches."""
-    hf = read_model_shape(str(small)).hf
-    group = made_group(lengths_of(recipe, hf, *LENGTHS), hf, 0, recipe.algorithm.group_size)
+    family = read_model_shape(str(small)).family
+    group = made_group(lengths_of(recipe, family, *LENGTHS), family, 0, recipe.algorithm.group_size)
     group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
     layout = BatchLayout(1, 0, multiple=16)
     return layout.batches([group])[0].inputs
@@ -161,14 +161,14 @@ def test_recomputation_is_planned_to_keep_less(planned):
 
 def test_cache_bytes_equal_those_of_real_decoding(planned, small, ranks):
     recipe = plan_recipe(small, 1, 1)
-    hf = read_model_shape(str(small)).hf
+    family = read_model_shape(str(small)).family
     model = build_model(recipe, ranks)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
     size = recipe.algorithm.group_size
-    lengths = lengths_of(recipe, hf, *LENGTHS)
-    prompt = made_group(lengths, hf, 0, size).prompt
+    lengths = lengths_of(recipe, family, *LENGTHS)
+    prompt = made_group(lengths, family, 0, size).prompt
     prompt.pixel_values = torch.randn(prompt.pixel_values.shape)
     tokenizer = ChatTokenizer(base=None, eos_ids=frozenset(), pad_id=0)
     sampling = Sampling(size, 1.0, 1.0, LENGTHS[1], ())
@@ -177,7 +177,7 @@ def test_cache_bytes_equal_those_of_real_decoding(planned, small, ranks):
         decoding = Decoding(model, ranks, [prompt], size, sampling, tokenizer)
         decoding.run(torch.rand(size, LENGTHS[1], dtype=torch.float64))
     assert planned["uses"]["none"]["key_value_cache"] == decoding.cache.nbytes
-    text = hf.text_config
+    text = family.hf.text_config
     width = text.hidden_size // text.num_attention_heads
     entries = LENGTHS[0] + size * LENGTHS[1]
     per_token = 2 * 4 * text.num_key_value_heads * width * text.num_hidden_layers

@@ -19,7 +19,7 @@ from nemo_care.planning.work import Clock, Efficiency, StepTime
 from nemo_care.recipe.schema import Recipe
 
 PROGRAM = Path(__file__).parents[1] / "helpers/plan_engines_program.py"
-SEVEN = read_model_shape("nowhere/Qwen2.5-VL-7B-Instruct").hf
+SEVEN = read_model_shape("nowhere/Qwen2.5-VL-7B-Instruct").family
 H100 = read_gpu("h100-80gb")
 # The model keeps some tables from its first pass, whichever that is.
 KEPT = 2**14
@@ -87,7 +87,9 @@ def test_an_engines_weights_and_cached_tokens_are_those_of_its_part_of_the_model
 def test_ranks_beyond_the_key_value_heads_share_them():
     per_token = {}
     for size in (1, 2, 4, 7):
-        engine = engine_plan(seven_billion(tensor_parallel_size=size), SEVEN, 8 * 10**9, H100)
+        engine = engine_plan(
+            seven_billion(tensor_parallel_size=size), SEVEN.architecture, 8 * 10**9, H100
+        )
         per_token[size] = engine.bytes_per_token
         assert engine.weights == 16 * 10**9 // size
     layers_and_width = 2 * 28 * 128 * 2
@@ -96,15 +98,15 @@ def test_ranks_beyond_the_key_value_heads_share_them():
 
 
 def test_a_cache_of_its_own_size_counts_where_it_exceeds_the_share():
-    small = engine_plan(seven_billion(kv_cache_gib=4.0), SEVEN, 8 * 10**9, H100)
+    small = engine_plan(seven_billion(kv_cache_gib=4.0), SEVEN.architecture, 8 * 10**9, H100)
     assert small.cache == 4 * GIB
     assert small.share == int(0.6 * H100.memory)
-    large = engine_plan(seven_billion(kv_cache_gib=60.0), SEVEN, 8 * 10**9, H100)
+    large = engine_plan(seven_billion(kv_cache_gib=60.0), SEVEN.architecture, 8 * 10**9, H100)
     assert large.share == 8 * 10**9 + 60 * GIB
-    too_large = engine_plan(seven_billion(kv_cache_gib=75.0), SEVEN, 8 * 10**9, H100)
+    too_large = engine_plan(seven_billion(kv_cache_gib=75.0), SEVEN.architecture, 8 * 10**9, H100)
     assert "kv_cache_gib=75" in too_large.problem
     # A sequence of 17152 tokens is 0.46 GiB.
-    too_small = engine_plan(seven_billion(kv_cache_gib=0.4), SEVEN, 8 * 10**9, H100)
+    too_small = engine_plan(seven_billion(kv_cache_gib=0.4), SEVEN.architecture, 8 * 10**9, H100)
     assert "0.5 GiB" in too_small.problem
     assert not too_small.fits
 
@@ -324,5 +326,5 @@ def test_prompts_are_dealt_to_engines_as_the_ranks_deal_them(keys, engines, prom
     recipe.algorithm.prompts_per_step = 32
     assert replicas_of(recipe) == 4
     assert most_prompts(recipe) == prompts
-    engine = engine_plan(recipe, SEVEN, 8 * 10**9, H100)
+    engine = engine_plan(recipe, SEVEN.architecture, 8 * 10**9, H100)
     assert engine.engines == engines

@@ -8,7 +8,8 @@ import pytest
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
-from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
+from nemo_care.models.transformer_config import check_layout
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.compose import compose_recipe, recipe_changes, recipe_names
 from nemo_care.recipe.schema import Recipe, check_world
@@ -70,7 +71,8 @@ def test_only_what_a_user_can_run_is_listed():
 @pytest.mark.parametrize(("size", "nodes"), [("3b", 1), ("7b", 1), ("32b", 4), ("72b", 8)])
 def test_layout_divides_the_model_and_fills_nodes_of_eight_gpus(size, nodes):
     recipe = composed(f"grpo_care_qwen2_5_vl_{size}")
-    check_layout(Qwen2_5_VLConfig(text_config=SHAPES[size]), Layout.of(recipe))
+    family = Qwen25VLFamily(Qwen2_5_VLConfig(text_config=SHAPES[size]))
+    check_layout(family.architecture, Layout.of(recipe))
     assert (recipe.trainer.num_nodes, recipe.trainer.devices) == (nodes, GPUS_OF_A_NODE)
     # Tensor parallelism talks in every layer: it stays inside a node.
     assert GPUS_OF_A_NODE % recipe.model.tensor_model_parallel_size == 0

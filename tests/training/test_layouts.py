@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.tokenizer import load_tokenizer
-from nemo_care.models.qwen2_5_vl import ModelInputs
+from nemo_care.models.families import read_family
+from nemo_care.models.video_language_model import ModelInputs
 
 pytestmark = pytest.mark.numeric
 
@@ -93,7 +94,7 @@ def test_greedy_tokens_equal_hugging_face_given_the_same_positions(layout, job, 
     """Step by step without a cache: `generate` would compute positions of its own."""
     _, result, _ = layout
     model = hf_model(checkpoint)
-    eos = load_tokenizer(checkpoint, model.config).eos_ids
+    eos = load_tokenizer(checkpoint, read_family(checkpoint).prompt).eos_ids
     from golden import vision_inputs
 
     for prompt, completions in zip(job[1]["prompts"], result["greedy"], strict=True):

@@ -369,7 +369,7 @@ def test_sampled_vision_tokens_are_ordinary_tokens(recipe, ranks, tmp_path):
 
     trainer = small_trainer(recipe, ranks, tmp_path)
     prompts, _ = trainer.prompts.next_step()
-    video_pad = trainer.policy.model.hf.video_token_id
+    video_pad = trainer.policy.model.family.prompt.placeholders["video"]
     groups = [
         Group(
             prompt,

@@ -1,6 +1,6 @@
 """What a checkpoint's processor files may say.
 
-Frames are resized, normalised and cut here (`data/patches.py`), so what these files say has to be
+Frames are resized, normalised and cut here (`patches.py`), so what these files say has to be
 that. How many pixels and frames are used is the recipe's choice (`data.video`, `data.image`).
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.data.checkpoint_files import read_checkpoint_json
-from nemo_care.data.patches import CLIP_MEAN, CLIP_STD
 from nemo_care.errors import InputError
+from nemo_care.models.families.qwen2_5_vl.patches import CLIP_MEAN, CLIP_STD
 
 _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 # Blocks of processor_config.json that say what the other files say.

@@ -1,17 +1,16 @@
-"""Qwen2.5-VL: Hugging Face's vision tower in front of Megatron's GPTModel.
+"""A vision tower in front of Megatron's GPTModel: what the models of all families share.
 
 The vision tower lives whole on every tensor-parallel rank of the first pipeline stage. The
 language model is cut by Megatron. Both are trained.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
@@ -24,17 +23,12 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from transformers import Qwen2_5_VLConfig
 
-from nemo_care.errors import InputError
 from nemo_care.models.decoding_cache import DecodingCache
+from nemo_care.models.family import Family
 from nemo_care.models.layer_specs import layer_spec
 from nemo_care.models.log_probs import token_log_probs
-from nemo_care.models.precision import check_fp8, fp8_arguments
 from nemo_care.models.segments import PackedSegments
-from nemo_care.models.vision_attention import WINDOW_ATTENTION
-from nemo_care.ranks.process_groups import Layout
-from nemo_care.recipe.model import FP8Config
 
 # Independent of the tensor-parallel size, so that a checkpoint of any layout fits any other.
 _VOCABULARY_MULTIPLE = 128
@@ -46,8 +40,8 @@ _EXTRA_STATE = "_extra_state"
 class ModelInputs:
     """One micro-batch: B rows, right-padded to S tokens.
 
-    `token_ids` [B, S], `position_ids` [3, B, S]. `pixel_values` [patches, 3 * temporal_patch *
-    patch * patch] and `grid_thw` [items, 3] hold the images and videos of all rows in order of
+    `token_ids` [B, S], `position_ids` [3, B, S]. `pixel_values` [patches, values of
+    a patch] and `grid_thw` [items, 3] hold the images and videos of all rows in order of
     appearance, `is_vision` bool [B, S] says which tokens their features replace; all None where
     there are none. A vision token that the model itself has sampled is an ordinary token and not
     marked. `packed` says what a token sees where the one row (B = 1) holds several segments, or
@@ -67,112 +61,6 @@ def padded_vocabulary(size: int) -> int:
     return -(-size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
 
-def check_layout(hf: Qwen2_5_VLConfig, layout: Layout) -> None:
-    """Refuse a layout that does not divide the model.
-
-    Raises:
-        InputError: names the key and the values that fit.
-    """
-    text = hf.text_config
-    heads, groups, layers = (
-        text.num_attention_heads,
-        text.num_key_value_heads,
-        text.num_hidden_layers,
-    )
-
-    def fits(size: int) -> bool:
-        return not (
-            heads % size
-            or groups % size
-            or text.intermediate_size % size
-            or text.hidden_size % size
-        )
-
-    if not fits(layout.tensor):
-        good = [str(size) for size in range(1, groups + 1) if fits(size)]
-        raise InputError(
-            f"model.tensor_model_parallel_size={layout.tensor} does not divide the model's "
-            f"{heads} attention heads and {groups} key-value heads: use {', '.join(good)}"
-        )
-    if layers % layout.pipeline:
-        good = [str(size) for size in range(1, layers + 1) if layers % size == 0]
-        raise InputError(
-            f"model.pipeline_model_parallel_size={layout.pipeline} does not divide the model's "
-            f"{layers} layers: use {', '.join(good)}"
-        )
-
-
-def _gradients_can_be_fused() -> bool:
-    """Whether linear layers can add their gradients to the float32 sums in the product itself.
-
-    TransformerEngine's layers could without this extension of apex, but Megatron's own output layer
-    asks for it.
-    """
-    return torch.cuda.is_available() and find_spec("fused_weight_gradient_mlp_cuda") is not None
-
-
-def transformer_config(
-    hf: Qwen2_5_VLConfig,
-    layout: Layout,
-    dtype: torch.dtype,
-    recompute_granularity: str = "none",
-    fp8: FP8Config | None = None,
-) -> TransformerConfig:
-    """Megatron's configuration of the language model.
-
-    `recompute_granularity`: none, selective (the inside of attention) or full (whole layers).
-    `fp8`: how the layers compute in 8 bits; None: they don't.
-
-    Raises:
-        InputError: the model or the layout does not fit 8-bit products.
-    """
-    if fp8 is not None:
-        check_fp8(fp8, hf, layout)
-    text = hf.text_config
-    recompute: dict[str, Any] = {}
-    if recompute_granularity != "none":
-        recompute["recompute_granularity"] = recompute_granularity
-    if recompute_granularity == "full":
-        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        ffn_hidden_size=text.intermediate_size,
-        num_attention_heads=text.num_attention_heads,
-        num_query_groups=text.num_key_value_heads,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        normalization="RMSNorm",
-        layernorm_epsilon=text.rms_norm_eps,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
-        # Micro-batches differ in length; this makes the stages tell each other the shapes, and
-        # Megatron asks for the all-to-all dispatcher with it, experts or not.
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
-        mrope_section=list(text.rope_parameters["mrope_section"]),
-        use_cpu_initialization=not torch.cuda.is_available(),
-        # All weights come from a checkpoint.
-        perform_initialization=False,
-        gradient_accumulation_fusion=_gradients_can_be_fused(),
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        **recompute,
-        **fp8_arguments(fp8, recompute_granularity),
-    )
-
-
 class _LanguageModel(GPTModel):
     """GPTModel that stops before its output layer, which runs on chosen positions only."""
 
@@ -181,59 +69,68 @@ class _LanguageModel(GPTModel):
 
 
 def _without_extra_states(module: torch.nn.Module, incompatible: Any) -> None:
-    """Loading does not miss the states that `Qwen25VL.sharded_state_dict` leaves out."""
+    """Loading does not miss the states that `VideoLanguageModel.sharded_state_dict` leaves out."""
     incompatible.missing_keys[:] = [
         key for key in incompatible.missing_keys if not key.endswith(_EXTRA_STATE)
     ]
 
 
-class Qwen25VL(MegatronModule):
-    """This rank's part of the model: its pipeline stage, cut by tensor parallelism."""
+class VideoLanguageModel(MegatronModule, ABC):
+    """This rank's part of the model: its pipeline stage, cut by tensor parallelism.
+
+    A family's class adds the vision tower (`_attach_vision_tower`) on the first stage.
+    """
+
+    visual: Any
 
     def __init__(
-        self, hf: Qwen2_5_VLConfig, config: TransformerConfig, backend: str = "auto"
+        self,
+        family: Family,
+        config: TransformerConfig,
+        backend: str = "auto",
+        **language_model: Any,
     ) -> None:
-        """Build without meaningful weights: `weights.load_hf_weights` fills them."""
+        """Build without meaningful weights: `weights.load_hf_weights` fills them.
+
+        `language_model` are arguments of Megatron's GPTModel that say how this family turns
+        positions into rotations.
+        """
         super().__init__(config)
         # The pipeline schedules ask the outermost module for its kind and its place.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = parallel_state.is_pipeline_first_stage()
         self.post_process = parallel_state.is_pipeline_last_stage()
-        self.share_embeddings_and_output_weights = bool(hf.tie_word_embeddings)
-        self.hf = hf
-        self.vocab_size = hf.text_config.vocab_size
+        self.share_embeddings_and_output_weights = family.architecture.tied
+        self.family = family
+        self.vocab_size = family.architecture.vocab_size
         self.language_model = _LanguageModel(
             config,
             layer_spec(config, backend),
             vocab_size=padded_vocabulary(self.vocab_size),
-            max_sequence_length=hf.text_config.max_position_embeddings,
+            max_sequence_length=family.architecture.max_positions,
             pre_process=self.pre_process,
             post_process=self.post_process,
             parallel_output=True,
             share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type="mrope",
-            rotary_base=hf.text_config.rope_parameters["rope_theta"],
             # The vision tokens are put in before the sequence is scattered.
             scatter_embedding_sequence_parallel=False,
+            **language_model,
         )
         self._mark_tensor_parallel()
         self.register_load_state_dict_post_hook(_without_extra_states)
-        if self.pre_process:
-            from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-                Qwen2_5_VisionTransformerPretrainedModel,
-            )
 
-            self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(
-                hf.vision_config, attn_implementation="sdpa", dtype=config.params_dtype
-            ).to(torch.cuda.current_device())
-            self.visual.config._attn_implementation = WINDOW_ATTENTION
-            if config.recompute_granularity == "full":
-                self.visual.gradient_checkpointing_enable({"use_reentrant": False})
-            if torch.cuda.is_available():
-                # The copies on the tensor-parallel ranks see equal inputs, but CUDA's backward
-                # kernels are not deterministic: averaging keeps the copies equal.
-                for parameter in self.visual.parameters():
-                    parameter.average_gradients_across_tp_domain = True
+    def _attach_vision_tower(self, tower: torch.nn.Module) -> None:
+        """Make the tower part of the model, under the name `visual`."""
+        self.visual = tower
+        if torch.cuda.is_available():
+            # The copies on the tensor-parallel ranks see equal inputs, but CUDA's backward
+            # kernels are not deterministic: averaging keeps the copies equal.
+            for parameter in tower.parameters():
+                parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def vision_features(self, inputs: ModelInputs) -> torch.Tensor:
+        """The vision tower's features [N, H] for all vision tokens of the micro-batch, in order."""
 
     def _mark_tensor_parallel(self) -> None:
         """Mark the parameters that tensor parallelism cuts, as their initialisation would have.
@@ -277,9 +174,7 @@ class Qwen25VL(MegatronModule):
         embeddings = self.language_model.embedding(input_ids=inputs.token_ids, position_ids=None)
         if inputs.pixel_values is None:
             return embeddings
-        features = self.visual(
-            inputs.pixel_values.to(self.visual.dtype), grid_thw=inputs.grid_thw
-        ).pooler_output
+        features = self.vision_features(inputs)
         assert inputs.is_vision is not None
         marked = int(inputs.is_vision.sum())
         if marked != features.shape[0]:

@@ -1,15 +1,20 @@
 """The configuration of a checkpoint, read without Megatron: some commands need nothing else."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.data.checkpoint_files import first_line, read_checkpoint_json
+from nemo_care.data.checkpoint_files import first_line
 from nemo_care.errors import InputError
-from nemo_care.models.config_checks import MODEL_TYPE, check_stated, check_values
-from nemo_care.models.processor_files import check_processor_files
+from nemo_care.models.families.qwen2_5_vl.config_checks import (
+    MODEL_TYPE,
+    check_stated,
+    check_values,
+)
+from nemo_care.models.families.qwen2_5_vl.processor_files import check_processor_files
 
 # What changes a result, and so has to be equal for the weights of one model to fit another.
 _TEXT = (
@@ -24,36 +29,27 @@ _VISION = (
 )
 
 
-def read_hf_config(path: str | Path, *, key: str = "model.hf_path") -> Qwen2_5_VLConfig:
-    """The configuration of a Hugging Face Qwen2.5-VL checkpoint directory.
+def read_config(folder: Path, raw: Mapping[str, Any], *, key: str) -> Qwen2_5_VLConfig:
+    """transformers' configuration of a directory whose config.json is `raw`.
 
     `key` is the recipe's key that names it.
 
     Raises:
-        InputError: the directory is missing, holds another kind of model, or its files say
-            something that is not computed here (see `config_checks` and `processor_files`).
+        InputError: its files say something that is not computed here (see `config_checks` and
+            `processor_files`).
     """
-    folder = Path(path)
-    file = folder / "config.json"
-    if not file.is_file():
-        raise InputError(
-            f"{key}={path}: no config.json there; give the directory of a Hugging Face "
-            "Qwen2.5-VL checkpoint"
-        )
 
     def refuse(what: str) -> NoReturn:
-        raise InputError(f"{key}={path}: in config.json {what}")
+        raise InputError(f"{key}={folder}: in config.json {what}")
 
-    raw = read_checkpoint_json(file)
-    kind = raw.get("model_type")
-    if kind != MODEL_TYPE:
-        raise InputError(f"{key}={path}: holds a {kind} model; only {MODEL_TYPE} is supported")
     check_stated(raw, refuse)
     try:
-        config = Qwen2_5_VLConfig.from_dict(copy.deepcopy(raw))
+        config = Qwen2_5_VLConfig.from_dict(copy.deepcopy(dict(raw)))
     # transformers checks types with exceptions of several libraries and stumbles over others.
     except Exception as error:
-        raise InputError(f"{file}: transformers can't use it ({_reason(error)})") from error
+        raise InputError(
+            f"{folder / 'config.json'}: transformers can't use it ({_reason(error)})"
+        ) from error
     check_values(raw, config, refuse)
     check_processor_files(folder, config, key=key)
     return config
@@ -65,13 +61,11 @@ def _reason(error: Exception) -> str:
     return " ".join(lines[:2]) if len(lines) > 1 else first_line(error)
 
 
-def architecture(hf: Qwen2_5_VLConfig) -> dict[str, Any]:
-    """What two configurations must have in common for the weights of one to fit the other.
-
-    By the names of config.json; plain values, which JSON can hold.
-    """
+def signature(hf: Qwen2_5_VLConfig) -> dict[str, Any]:
+    """As `Family.signature`."""
     rope = hf.text_config.rope_parameters
     return {
+        "model_type": MODEL_TYPE,
         "tie_word_embeddings": bool(hf.tie_word_embeddings),
         **{f"text_config.{name}": getattr(hf.text_config, name) for name in _TEXT},
         **{f"text_config.rope_parameters.{name}": rope[name] for name in _ROPE},
