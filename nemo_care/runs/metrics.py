@@ -221,7 +221,7 @@ REFERENCE_DIFFERENCE = _metric(
 
 LOSS = _metric(
     "train/loss", MEAN, Over.LOSS_TERMS, "the loss, the KL term included",
-    "near 0 by construction of the advantages: it says little",
+    "near 0 with one update per rollout: advantages have the mean 0",
     Panel(_TRAINING, "Loss", "loss", from_zero=False),
 )  # fmt: skip
 KL = _metric(
@@ -275,7 +275,7 @@ PROCESS_MEMORY = _metric(
     "does not grow from step to step", _MEMORY, "process",
 )  # fmt: skip
 GPU_MEMORY = _metric(
-    "memory/gpu_gib", MAX, Over.RANKS, "peak GiB of the rank's GPU in the step",
+    "memory/gpu_gib", MAX, Over.RANKS, "peak GiB of the rank's GPU since the record before",
     "below the GPU's memory, as the plan says", _MEMORY, "GPU",
 )  # fmt: skip
 
