@@ -81,9 +81,10 @@ bench: $(INSTALLED) .venv-trl/.installed
 report: $(INSTALLED)
 	$(BIN)/nemo-care report runs/tiny_cpu
 
-# The page of all recipe keys, which a test compares with the schema.
+# The pages of all recipe keys and metrics, which tests compare with their declarations.
 docs: $(INSTALLED)
 	$(BIN)/python -m nemo_care.recipe.docs > docs/recipe.md
+	$(BIN)/python -m nemo_care.runs.metrics_page > docs/metrics.md
 
 # What the big recipes need, counted without a GPU: docs/plans.md.
 plans: $(INSTALLED)
@@ -153,7 +154,7 @@ help:
 	@echo "make test-numeric  comparisons of numbers, with the instructions of older CPUs: 3 minutes"
 	@echo "make test-vllm rollouts with a real vLLM, in .venv-vllm: minutes"
 	@echo "make dry-runs  a step of each big recipe without a GPU"
-	@echo "make docs      docs/recipe.md, the page of all recipe keys"
+	@echo "make docs      docs/recipe.md and docs/metrics.md, all recipe keys and metrics"
 	@echo "make audit     known vulnerabilities of the installed packages"
 	@echo "make lint      ruff and mypy; make format mends what can be mended"
 	@echo "make clean     remove the virtual environment and the runs"

@@ -140,6 +140,7 @@ def measured(folder: str, way: Way, args: argparse.Namespace) -> dict[str, Any]:
     from nemo_care.scoring.scorer import Scorer
     from nemo_care.training.build import build_model
     from nemo_care.training.policy import Policy
+    from nemo_care.training.step import Step
 
     recipe, family = recipe_of(folder, way, args), read_model_shape(folder).family
     ranks = Ranks(Layout(), cpu_threads=args.threads)
@@ -169,7 +170,7 @@ def measured(folder: str, way: Way, args: argparse.Namespace) -> dict[str, Any]:
             lambda: scorer.answer_likelihoods([group]),
             forward(args.group * (end - begin)),
         ),
-        "update": (lambda: policy.update([group]), 3 * forward(rows)),
+        "update": (lambda: policy.update(Step(0, trained=[group])), 3 * forward(rows)),
     }
     result: dict[str, Any] = {}
     for name, (run, flops) in passes.items():

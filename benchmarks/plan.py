@@ -83,6 +83,7 @@ def measured(folder: str, granularity: str) -> tuple[int, int]:
     from nemo_care.ranks.process_groups import Layout, Ranks
     from nemo_care.training.build import build_model
     from nemo_care.training.policy import Policy
+    from nemo_care.training.step import Step
 
     recipe, ranks = recipe_of(folder, granularity), Ranks(Layout())
     family = read_model_shape(folder).family
@@ -95,9 +96,9 @@ def measured(folder: str, granularity: str) -> tuple[int, int]:
     group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
     policy.optimizer.step = lambda: (True, 0.0, None)
     # Megatron's buffers of the first update stay.
-    policy.update([group])
-    resident = peak_memory(lambda: policy.update([group]))[0]
-    return allocated_peak(lambda: policy.update([group])), resident
+    policy.update(Step(0, trained=[group]))
+    resident = peak_memory(lambda: policy.update(Step(0, trained=[group])))[0]
+    return allocated_peak(lambda: policy.update(Step(0, trained=[group]))), resident
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import Recipe
 from nemo_care.runs.files import RunFiles
 from nemo_care.training.build import build_trainer
+from nemo_care.training.step import Step
 from nemo_care.training.trainer import GRPOCareTrainer
 
 PHASES = ("rollout", "reward", "scoring", "update", "step")
@@ -87,11 +88,11 @@ def timings(trainer: GRPOCareTrainer, repeats: int) -> tuple[dict[str, float], f
     best: dict[str, float] = {}
     for _ in range(repeats):
         trainer.step += 1
-        _, groups, _ = trainer.run_training_step()
-        for phase in PHASES:
-            seconds = trainer.timing[phase]
-            best[phase] = min(best.get(phase, seconds), seconds)
-    lengths = [c.length for group in groups for c in group.completions]
+        step = Step(trainer.step)
+        trainer.run_training_step(step)
+        for phase, seconds in step.timing.items():
+            best[phase.short] = min(best.get(phase.short, seconds), seconds)
+    lengths = [c.length for group in step.groups for c in group.completions]
     return best, sum(lengths) / len(lengths)
 
 

@@ -32,6 +32,7 @@ from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import Recipe
 from nemo_care.runs.files import RunFiles
 from nemo_care.training.build import build_trainer
+from nemo_care.training.step import Step
 
 # A picture fills about this share of the prompt; the rest is words.
 _PICTURE_SHARE = 0.9
@@ -82,8 +83,10 @@ def our_steps(
     records = []
     for _ in range(steps):
         trainer.step += 1
-        _, (group,), _ = trainer.run_training_step()
-        timing = trainer.timing
+        step = Step(trainer.step)
+        trainer.run_training_step(step)
+        (group,) = step.groups
+        timing = {phase.short: seconds for phase, seconds in step.timing.items()}
         records.append(
             {
                 "rollout": timing["rollout"],

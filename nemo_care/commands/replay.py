@@ -209,6 +209,8 @@ def _look_at(policy: "Policy", group: "Group", count: "torch.Tensor") -> GroupRe
 
     `count` is the loss's count of the whole step.
     """
+    from nemo_care.runs.metrics import LOSS
+
     seen = GroupReplay()
     look = policy.gradients.look
 
@@ -225,7 +227,7 @@ def _look_at(policy: "Policy", group: "Group", count: "torch.Tensor") -> GroupRe
         policy.gradients.look = look  # type: ignore[method-assign]
     seen.module = modules[0] if modules else None
     for result in results:
-        seen.loss = float(result.totals["loss"])
+        seen.loss = float(result.values[LOSS])
         rows = result.log_probs.isfinite().all(dim=1).tolist()
         seen.bad_completions = [number for number, finite in enumerate(rows) if not finite]
     return seen

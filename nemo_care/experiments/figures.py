@@ -13,6 +13,7 @@ from nemo_care.experiments.findings import Findings, Place
 from nemo_care.experiments.results import CURVES
 from nemo_care.reporting.figures import COLOURS, OTHER, Curve, finish, new_sheet, save
 from nemo_care.reporting.tables import level_number
+from nemo_care.runs.metrics import ACCURACY, ANSWER_LIKELIHOOD, CONSISTENCY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,9 +29,9 @@ _TITLES = {
     "probe_implied": "Probe implied",
 }
 _PANELS = {
-    "rollout/consistency_rate": ("Sampled completions: consistency", "share"),
-    "reward/accuracy": ("Sampled completions: accuracy", "share"),
-    "care/answer_likelihood": ("Answer likelihood under the reference", "probability"),
+    CONSISTENCY: ("Sampled completions: consistency", "share"),
+    ACCURACY: ("Sampled completions: accuracy", "share"),
+    ANSWER_LIKELIHOOD: ("Answer likelihood under the reference", "probability"),
 }
 
 

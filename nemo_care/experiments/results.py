@@ -11,11 +11,12 @@ from nemo_care.errors import InputError
 from nemo_care.experiments.config import Study
 from nemo_care.experiments.training_runs import TrainingRun
 from nemo_care.files.json_lines import Kinds, complete_lines, replace_lines
+from nemo_care.runs.metrics import ACCURACY, ANSWER_LIKELIHOOD, CONSISTENCY, STEP_TIME
 from nemo_care.runs.reader import Levels, RunRecord, number, read_run
 
 RESULTS = "results.jsonl"
 # What is drawn over the steps.
-CURVES = ("rollout/consistency_rate", "reward/accuracy", "care/answer_likelihood")
+CURVES = (CONSISTENCY, ACCURACY, ANSWER_LIKELIHOOD)
 # Enough for a line three inches long.
 _POINTS = 50
 _DIGITS = 5
@@ -59,7 +60,7 @@ def read_result(variant: str, run: TrainingRun) -> Result:
     """What a finished run left in its directory."""
     record = read_run(run.folder)
     summary = record.summary or {}
-    times = [value for value in record.series("timing/step") if not math.isnan(value)]
+    times = [value for value in record.series(STEP_TIME) if not math.isnan(value)]
     wall = number(summary.get("wall_seconds"))
     return Result(
         variant=variant,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_care.data.prompts import Prompt
-from nemo_care.groups.group import Group
+from nemo_care.groups.group import Group, known
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.segments import PackedSegments
@@ -113,7 +113,7 @@ class GroupBatch:
 
     def advantages(self) -> torch.Tensor:
         """Advantage of each completion, float32 [N]."""
-        return torch.cat([group.advantage for group in self.groups]).to(self.mask.device)
+        return torch.cat([known(group.advantage) for group in self.groups]).to(self.mask.device)
 
     def padded(self, per_group: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Per-completion vectors [C_i] of each group as one float32 [N, C], zero-padded."""

@@ -29,6 +29,7 @@ from nemo_care.scoring.reference import Reference
 from nemo_care.scoring.scorer import Scorer
 from nemo_care.training.build import build_model
 from nemo_care.training.policy import Policy
+from nemo_care.training.step import Step
 
 _WINDOWS_TOGETHER = "nemo_care_flash_attention"
 
@@ -158,7 +159,7 @@ class Stage:
             patch.object(self.policy, "step_optimizer", step),
             self.peak() as found,
         ):
-            self.policy.update(groups)
+            self.policy.update(Step(0, trained=groups))
             if self.reference is not None:
                 self.reference.average.update(self.model)
                 self.reference.distance(self.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +19,9 @@ from nemo_care.reporting.figures import (
     new_sheet,
     save,
 )
-from nemo_care.reporting.panels import SHEETS, Panel, Sheet
 from nemo_care.reporting.tables import level_names
+from nemo_care.runs import metrics as m
+from nemo_care.runs.metric import Metric, Panel, Sheet
 from nemo_care.runs.reader import RunRecord, number
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ _MARKS = ("o", "s", "^", "D")
 _MARKED_STEPS = 30
 SMOOTHED_STEPS = 60
 
-
-_PHASES = ("rollout", "reward", "scoring", "update")
 _VALIDATION = {
     "accuracy": "Accuracy",
     "consistency_rate": "Consistency",
@@ -72,41 +71,32 @@ def _line(
     axes.plot(steps, values, color=colour, linewidth=1.6, marker=mark, markersize=3.5, label=label)
 
 
-def _panels(run: RunRecord, sheet: Sheet) -> list[Panel]:
-    """The sheet's panels; the user's own rewards, which only the run names, go with the rewards."""
-    if sheet.name != "reward":
-        return sheet.panels
-    named = {key for panel in sheet.panels for key in panel.lines}
-    own = {
-        key: key.removeprefix("reward/")
-        for record in run.metrics
-        for key in record
-        if key.startswith("reward/") and key not in named
-    }
-    return [*sheet.panels, Panel("Own rewards", own, "mean reward")]
-
-
-def _has_something(run: RunRecord, panel: Panel) -> bool:
-    values = [value for key in panel.lines for value in run.series(key)]
+def _has_something(run: RunRecord, panel: Panel, lines: Iterable[Metric]) -> bool:
+    values = [value for metric in lines for value in run.series(metric)]
     if panel.needs_more_than_zero:
         return any(value > 0 for value in values)
     return _known(values)
 
 
 def _metric_sheet(run: RunRecord, sheet: Sheet, folder: Path) -> Curve | None:
-    panels = [p for p in _panels(run, sheet) if _has_something(run, p)]
+    recorded = dict.fromkeys(key for record in run.metrics for key in record)
+    panels = {
+        panel: lines
+        for panel, lines in m.panels_of(sheet, recorded).items()
+        if _has_something(run, panel, lines)
+    }
     if run.setting("algorithm.kl_coefficient") == 0:
         # Not computed then: a line at 0 would say that the policy has not moved.
-        panels = [p for p in panels if "train/kl" not in p.lines]
+        panels = {panel: lines for panel, lines in panels.items() if m.KL not in lines}
     if not panels:
         return None
     figure, places = new_sheet(len(panels))
-    for axes, panel in zip(places, panels, strict=True):
+    for axes, (panel, lines) in zip(places, panels.items(), strict=True):
         drawn = 0
-        for colour, (key, label) in zip(cycle(COLOURS), panel.lines.items(), strict=False):
-            values = run.series(key)
+        for colour, metric in zip(cycle(COLOURS), lines, strict=False):
+            values = run.series(metric)
             if _known(values):
-                _line(axes, run.steps(), values, label, colour, smooth=panel.smooth)
+                _line(axes, run.steps(), values, metric.label, colour, smooth=panel.smooth)
                 drawn += 1
         finish(
             axes,
@@ -120,14 +110,14 @@ def _metric_sheet(run: RunRecord, sheet: Sheet, folder: Path) -> Curve | None:
 
 
 def _time_sheet(run: RunRecord, folder: Path) -> Curve | None:
-    named = {phase: run.series(f"timing/{phase}") for phase in _PHASES}
+    named = {phase.short: run.series(phase) for phase in m.PHASES}
     # A stack needs a number everywhere; a phase that a step did not time counts as 0.
     layers = {
         phase: [0.0 if math.isnan(value) else value for value in values]
         for phase, values in named.items()
         if _known(values)
     }
-    whole = run.series("timing/step")
+    whole = run.series(m.STEP_TIME)
     if _known(whole):
         timed = [math.fsum(step) for step in zip(*layers.values(), strict=True)]
         timed = timed or [0.0] * len(whole)
@@ -194,8 +184,8 @@ def _validation_sheet(run: RunRecord, folder: Path) -> Curve | None:
 def draw_curves(run: RunRecord, folder: Path) -> list[Curve]:
     """Draw all curves that the run has values for into `folder`, which is made when missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    curves = [_metric_sheet(run, sheet, folder) for sheet in SHEETS[:2]]
+    curves = [_metric_sheet(run, sheet, folder) for sheet in m.SHEETS[:2]]
     curves.append(_validation_sheet(run, folder))
-    curves.extend(_metric_sheet(run, sheet, folder) for sheet in SHEETS[2:])
+    curves.extend(_metric_sheet(run, sheet, folder) for sheet in m.SHEETS[2:])
     curves.append(_time_sheet(run, folder))
     return [curve for curve in curves if curve is not None]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.files.json_lines import Kinds, Record, complete_lines
+from nemo_care.runs.metrics import OWN_REWARD
 from nemo_care.runs.reader import number
 
 _STYLE = """
@@ -155,7 +156,7 @@ def _sample(row: Record) -> str:
         left = len(text) - _LONGEST_COMPLETION
         text = f"{text[:_LONGEST_COMPLETION]} … ({left} more characters)"
     parts = [f"prompt {row.get('prompt_id', '?')}"]
-    own = {key: key for key in row if key.startswith("reward/")}
+    own = {key: key for key in row if OWN_REWARD.match(key)}
     for key, name in (_PARTS | own).items():
         value = number(row.get(key))
         if not math.isnan(value):

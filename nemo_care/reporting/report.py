@@ -16,6 +16,7 @@ from nemo_care.reporting.tables import (
     shown_columns,
 )
 from nemo_care.runs.files import step_of_file
+from nemo_care.runs.metrics import CLIPPED_RATE, STEP_TIME
 from nemo_care.runs.reader import RunRecord, read_run
 
 _SETTINGS = {
@@ -64,7 +65,7 @@ def _state(run: RunRecord) -> str:
 
 def _facts(run: RunRecord) -> dict[str, Any]:
     summary = run.summary or {}
-    times = [value for value in run.series("timing/step") if not math.isnan(value)]
+    times = [value for value in run.series(STEP_TIME) if not math.isnan(value)]
     wall = summary.get("wall_seconds")
     # The first steps also warm up caches and kernels.
     usual = sorted(times)[len(times) // 2] if times else None
@@ -89,7 +90,7 @@ def _setting(run: RunRecord, key: str) -> Any:
 
 def _warnings(run: RunRecord) -> list[str]:
     warnings = []
-    clipped = _recent_mean(run, "care/clipped_rate")
+    clipped = _recent_mean(run, CLIPPED_RATE)
     if run.setting("algorithm.consistency.bonus_coefficient") != 0 and clipped >= _CLIPPED_WARNING:
         warnings.append(
             f"In the last {min(_RECENT_STEPS, len(run.metrics))} steps {clipped:.0%} of the answer "

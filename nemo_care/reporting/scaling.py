@@ -13,12 +13,12 @@ from nemo_care.errors import InputError
 from nemo_care.process.os_errors import naming
 from nemo_care.reporting import page
 from nemo_care.reporting.figures import COLOURS, OTHER, Curve, finish, new_sheet, save
+from nemo_care.runs import metrics as m
 from nemo_care.runs.reader import RunRecord, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PHASES = ("rollout", "reward", "scoring", "update")
 _EXPLANATION = (
     "Tokens are those of prompts (each counted once for its group) and completions. Times are "
     "medians over the steps after the first, which warms up kernels and caches. Efficiency is the "
@@ -86,10 +86,10 @@ def size_of(run: RunRecord) -> Size:
             raise InputError(f"{run.folder}: metrics.jsonl has no {key}; run it again")
         return value
 
-    step = usual("timing/step")
-    phases = {phase: usual(f"timing/{phase}") for phase in _PHASES}
+    step = usual(m.STEP_TIME)
+    phases = {phase.short: usual(phase) for phase in m.PHASES}
     phases["other"] = max(0.0, step - math.fsum(phases.values()))
-    lengths = usual("rollout/prompt_tokens") + group * usual("rollout/completion_tokens")
+    lengths = usual(m.PROMPT_TOKENS) + group * usual(m.COMPLETION_TOKENS)
     return Size(
         name=run.folder.name,
         nodes=nodes,
@@ -139,7 +139,7 @@ def _draw(sizes: Sequence[Size], folder: Path) -> Curve:
     )
     places = range(len(sizes))
     base = [0.0] * len(sizes)
-    for colour, phase in zip((*COLOURS[: len(_PHASES)], OTHER), sizes[0].phases, strict=True):
+    for colour, phase in zip((*COLOURS[: len(m.PHASES)], OTHER), sizes[0].phases, strict=True):
         seconds = [size.phases[phase] for size in sizes]
         time.bar(places, seconds, bottom=base, width=0.6, color=colour, label=phase)
         base = [a + b for a, b in zip(base, seconds, strict=True)]

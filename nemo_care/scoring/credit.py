@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_care.groups.group import Group
+from nemo_care.groups.group import Group, known
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.objective.advantages import ADVANTAGES
 from nemo_care.objective.bonuses import BONUSES, BonusInputs
@@ -32,17 +32,18 @@ class Credit:
         With a bonus coefficient of 0 (the GRPO baseline) no answer likelihood is needed.
         """
         for group in groups:
-            group.consistency_bonus = self._bonus(group)
-            group.reward = group.base_reward + group.consistency_bonus
+            base_reward = known(group.base_reward)
+            group.consistency_bonus = self._bonus(group, base_reward)
+            group.reward = base_reward + group.consistency_bonus
             group.advantage = self.advantage(group.reward[None])[0]
 
-    def _bonus(self, group: Group) -> torch.Tensor:
+    def _bonus(self, group: Group, base_reward: torch.Tensor) -> torch.Tensor:
         if self.consistency.bonus_coefficient == 0:
-            return torch.zeros_like(group.base_reward)
+            return torch.zeros_like(base_reward)
         pairs = group.pair_likelihood
         inputs = BonusInputs(
             group.accuracy[None],
-            group.answer_likelihood[None],
+            known(group.answer_likelihood)[None],
             None if pairs is None else pairs[None],
         )
         return self.bonus.compute(inputs, self.consistency)[0]
@@ -67,8 +68,8 @@ def selection_rate(
     for group in groups:
         has_choice, chooses = selection(
             group.accuracy[None],
-            group.answer_likelihood[None],
-            group.consistency_bonus[None],
+            known(group.answer_likelihood)[None],
+            known(group.consistency_bonus)[None],
             accuracy_threshold=config.accuracy_threshold,
         )
         counts += torch.cat([has_choice, chooses]).to(counts)

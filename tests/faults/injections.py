@@ -63,6 +63,7 @@ def _in_phase(phase: str, step: int, strike: Callable[[], None]) -> None:
     from nemo_care.checkpoints.manifest import HashedFile
     from nemo_care.models.video_language_model import VideoLanguageModel
     from nemo_care.training.console import Console
+    from nemo_care.training.step import Step
     from nemo_care.training.trainer import GRPOCareTrainer
 
     now: dict[str, Any] = {"phase": None, "step": 0, "calls": 0}
@@ -73,9 +74,9 @@ def _in_phase(phase: str, step: int, strike: Callable[[], None]) -> None:
     )
     close = HashedFile.close
 
-    def note_step(self: GRPOCareTrainer) -> Any:
-        now["step"] = self.step
-        return run_training_step(self)
+    def note_step(self: GRPOCareTrainer, step: Step) -> None:
+        now["step"] = step.number
+        run_training_step(self, step)
 
     def note_phase(self: Console, name: str) -> None:
         now.update(phase=name, calls=0)

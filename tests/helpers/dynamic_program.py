@@ -40,10 +40,11 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
     trained: list[list[int]] = []
     update = trainer.policy.update
 
-    def observed(groups, **keywords):
+    def observed(step, **keywords):
+        groups = step.trained
         assert all(group.used and group.prompt.pixel_values is not None for group in groups)
         trained.append([group.prompt.index for group in groups])
-        return update(groups, **keywords)
+        update(step, **keywords)
 
     trainer.policy.update = observed
     trainer.fit()

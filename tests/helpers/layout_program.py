@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from small_runs import small_recipe, small_trainer
+from small_runs import one_step, small_recipe, small_trainer, updated
 
 from nemo_care.models.pipeline import forward_only
 from nemo_care.models.weights import export_hf, iterate_hf_weights
@@ -113,7 +113,7 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
     trainer.reference.score_answers(groups)
     trainer.credit(groups)
     gradients = record_gradients(trainer.policy)
-    metrics = trainer.policy.update(groups)
+    metrics = updated(trainer.policy, groups)
     trainer.reference.track(model, 1)
     rows = [
         (g.answer_likelihood.tolist(), g.consistency_bonus.tolist(), g.advantage.tolist())
@@ -134,7 +134,7 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
     trainer.reference.all_tokens = True
     trainer.reference.score_answers(groups)
     trainer.credit(groups)
-    result["with_kl"] = trainer.policy.update(groups)
+    result["with_kl"] = updated(trainer.policy, groups)
     recipe.algorithm.kl_coefficient = 0.0
 
     # And one whose sampler was another model than the trainer.
@@ -143,14 +143,12 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
             chances = torch.arange(completion.length) % 7 + number
             completion.log_probs = -0.4 * chances.float()
     recipe.rollout.importance_sampling.enabled = True
-    result["weighted"] = trainer.policy.update(groups)
+    result["weighted"] = updated(trainer.policy, groups)
     recipe.rollout.importance_sampling.enabled = False
 
     # A trainer's own first step, from prompts to EMA.
     trainer = small_trainer(recipe, ranks, folder / f"{name}-step")
-    trainer.step = 1
-    metrics, groups, skipped = trainer.run_training_step()
-    trainer.log(metrics, groups, skipped)
+    trainer.record(one_step(trainer))
     result["files"] = str(folder / f"{name}-step")
 
     # A run that one process began, resumed in this layout.

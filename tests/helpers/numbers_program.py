@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from bad_numbers import everything, inject, unchanged
-from small_runs import small_recipe, small_trainer
+from small_runs import one_step, small_recipe, small_trainer
 
 from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 
@@ -28,19 +28,18 @@ def main() -> None:
     recipe.trainer.max_steps = len(STEPS)
     trainer = small_trainer(recipe, ranks, folder / name)
     decided = []
-    for kind in STEPS:
-        trainer.step += 1
+    for number, kind in enumerate(STEPS, start=1):
         before = everything(trainer)
         undo = inject(trainer, kind) if kind and ranks.rank == 1 else lambda: None
-        metrics, groups, skipped = trainer.run_training_step()
+        step = one_step(trainer, number)
         undo()
-        trainer.log(metrics, groups, skipped)
-        bad = trainer.policy.not_finite
+        trainer.record(step)
+        bad = step.not_finite
         decided.append(
             {
                 "kind": kind,
                 "first": dict(bad.first) if bad else None,
-                "bad_step": metrics["train/bad_step"],
+                "bad_step": step.metrics["train/bad_step"],
                 "unchanged": unchanged(before, everything(trainer)),
             }
         )

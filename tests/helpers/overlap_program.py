@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from layout_program import LAYOUTS, gather_weights, share_of
-from small_runs import small_recipe, small_trainer
+from small_runs import small_recipe, small_trainer, updated
 
 from nemo_care.ranks.process_groups import RankEnvironment, Ranks
 
@@ -32,7 +32,7 @@ def main() -> None:
             groups = share_of(job["groups"], ranks)
             trainer.reference.score_answers(groups)
             trainer.credit(groups)
-            norms.append(trainer.policy.update(groups)["train/grad_norm"])
+            norms.append(updated(trainer.policy, groups)["train/grad_norm"])
             trainer.reference.track(trainer.policy.model, step)
         weights, average = (
             gather_weights(model)

@@ -4,10 +4,13 @@ from pathlib import Path
 
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.sources import read_levels, read_training
+from nemo_care.groups.group import Group
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.schema import Recipe
 from nemo_care.runs.files import RunFiles
 from nemo_care.training.build import build_trainer
+from nemo_care.training.policy import Policy
+from nemo_care.training.step import Step
 from nemo_care.training.trainer import GRPOCareTrainer
 
 
@@ -51,3 +54,18 @@ def small_trainer(recipe: Recipe, ranks: Ranks, folder: Path) -> GRPOCareTrainer
         levels=read_levels(recipe.data, seed=recipe.trainer.seed),
         workers=DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader),
     )
+
+
+def one_step(trainer: GRPOCareTrainer, number: int = 1) -> Step:
+    """A step of the trainer, neither recorded nor saved."""
+    trainer.step = number
+    step = Step(number)
+    trainer.run_training_step(step)
+    return step
+
+
+def updated(policy: Policy, groups: list[Group]) -> dict[str, float | None]:
+    """The metrics of an update on these groups."""
+    step = Step(1, trained=groups)
+    policy.update(step)
+    return step.metrics

@@ -20,7 +20,7 @@ made_transformer_engine.install()
 import torch
 from layout_program import gather_weights, generate, main, record_gradients, share_of
 from made_transformer_engine import PRODUCTS
-from small_runs import small_recipe, small_trainer
+from small_runs import small_recipe, small_trainer, updated
 
 from nemo_care.checkpoints.store import sharding_metadata
 from nemo_care.models.weights import _mapping, export_hf
@@ -61,7 +61,7 @@ def step(trainer, job, ranks: Ranks) -> dict:
     trainer.reference.score_answers(groups)
     trainer.credit(groups)
     gradients = record_gradients(trainer.policy)
-    result["metrics"] = trainer.policy.update(groups)
+    result["metrics"] = updated(trainer.policy, groups)
     trainer.reference.track(trainer.policy.model, 1)
     return result | {
         "likelihoods": [group.answer_likelihood for group in groups],
@@ -99,7 +99,7 @@ def in_eight_bits(job, ranks: Ranks, folder: Path, **keys) -> dict[str, list]:
         {
             "rollout": lambda: generate(trainer, job["prompts"], 1.0, ranks),
             "scoring": score,
-            "update": lambda: trainer.policy.update(groups),
+            "update": lambda: updated(trainer.policy, groups),
         }
     )
     state = trainer.policy.model.sharded_state_dict("", metadata=sharding_metadata())

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from golden import hf_model
 from layout_program import gather_vocabulary
 from safetensors.torch import load_file
-from small_runs import small_recipe, small_trainer
+from small_runs import small_recipe, small_trainer, updated
 
 from nemo_care.groups.group import Completion, Group
 from nemo_care.models.pipeline import forward_only
@@ -61,7 +61,7 @@ def main() -> None:
     )
     logits = gather_vocabulary(logits[0] if logits else None, ranks)
     export_hf(model, checkpoint, out / "export")
-    norms = [trainer.policy.update(given_groups(trainer))["train/grad_norm"] for _ in range(2)]
+    norms = [updated(trainer.policy, given_groups(trainer))["train/grad_norm"] for _ in range(2)]
     export_hf(model, checkpoint, out / "trained")
     shared = model.shared_embedding_or_output_weight().detach().clone()
     copies = [torch.empty_like(shared) for _ in range(ranks.world_size)]

@@ -11,7 +11,7 @@ import torch
 from bad_numbers import everything, unchanged
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import distrib_optimizer
-from small_runs import small_recipe, small_trainer
+from small_runs import one_step, small_recipe, small_trainer
 
 NAMES = ("exp_avg", "exp_avg_sq")
 
@@ -79,9 +79,8 @@ def steps(trainer) -> set[int | None]:
 def test_a_checkpoint_holds_its_state(recipe, ranks, tmp_path, step):
     """Also where no step could be taken yet."""
     trainer = small_trainer(recipe, ranks, tmp_path)
-    trainer.step = step
     if step:
-        trainer.run_training_step()
+        one_step(trainer, step)
         assert steps(trainer) == {1}
     trainer.save()
     trainer.checkpoints.wait()
@@ -90,8 +89,7 @@ def test_a_checkpoint_holds_its_state(recipe, ranks, tmp_path, step):
     assert steps(resumed) == steps(trainer)
     assert unchanged(everything(trainer), everything(resumed))
     for either in (trainer, resumed):
-        either.step = step + 1
-        either.run_training_step()
+        one_step(either, step + 1)
     assert steps(resumed) == {step + 1}
     assert unchanged(everything(trainer), everything(resumed))
 

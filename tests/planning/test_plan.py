@@ -23,6 +23,7 @@ from nemo_care.rollouts.megatron import Decoding, MegatronGenerator
 from nemo_care.scoring.reference import Reference
 from nemo_care.training.build import build_model
 from nemo_care.training.policy import Policy
+from nemo_care.training.step import Step
 
 PROGRAM = Path(__file__).parents[1] / "helpers/plan_program.py"
 GRANULARITIES = ("none", "selective", "full")
@@ -129,9 +130,9 @@ def test_peak_of_a_real_update_is_what_the_plan_says(planned, small, ranks, gran
     family = model.family
     group = made_group(lengths_of(recipe, family, *LENGTHS), family, 0, recipe.algorithm.group_size)
     group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
-    policy.update([group])
+    policy.update(Step(0, trained=[group]))
     use = planned["uses"][granularity]
-    real = allocated_peak(lambda: policy.update([group]))
+    real = allocated_peak(lambda: policy.update(Step(0, trained=[group])))
     assert use["update"] + use["inputs"] == pytest.approx(real, rel=0.02)
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import small_recipe, small_trainer
+from small_runs import one_step, small_recipe, small_trainer
 
 from nemo_care.errors import InputError
 from nemo_care.objective.advantages import ADVANTAGES
@@ -100,10 +100,10 @@ def test_a_bonus_an_advantage_and_a_loss_are_added_without_touching_the_package(
     recipe.algorithm.loss = "token_mean"
     check_recipe(recipe)
     trainer = small_trainer(recipe, ranks, tmp_path)
-    metrics, groups, _ = trainer.run_training_step()
+    step = one_step(trainer)
 
     loss, tokens = 0.0, 0
-    for group in groups:
+    for group in step.groups:
         likelihood = group.answer_likelihood.nan_to_num(0)
         bonus = 0.5 * (likelihood == likelihood.max()).float()
         torch.testing.assert_close(group.consistency_bonus, bonus)
@@ -112,5 +112,5 @@ def test_a_bonus_an_advantage_and_a_loss_are_added_without_touching_the_package(
         for advantage, completion in zip(group.advantage, group.completions, strict=True):
             loss -= float(advantage) * completion.length
             tokens += completion.length
-    assert len({c.length for group in groups for c in group.completions}) > 1
-    assert metrics["train/loss"] == pytest.approx(loss / tokens, abs=1e-6)
+    assert len({c.length for group in step.groups for c in group.completions}) > 1
+    assert step.metrics["train/loss"] == pytest.approx(loss / tokens, abs=1e-6)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import small_recipe, small_trainer
+from small_runs import one_step, small_recipe, small_trainer
 
 from nemo_care.errors import InputError
 from nemo_care.recipe.schema import check_recipe
@@ -50,16 +50,16 @@ def test_selection_rate_of_a_step_is_recorded_and_decides_whether_the_reference_
     trainer = small_trainer(recipe, ranks, tmp_path)
     asked = []
     trainer.reference.track = lambda model, step, rate: asked.append(rate)
-    metrics, groups, _ = trainer.run_training_step()
+    step = one_step(trainer)
     chosen = choices = 0
-    for group in groups:
+    for group in step.groups:
         accurate = (group.accuracy > 0) & ~group.answer_likelihood.isnan()
         if accurate.sum() > 1:
             choices += 1
             chosen += len(set(group.consistency_bonus[accurate].tolist())) > 1
     assert chosen > 0
-    assert metrics["care/selection_rate"] == chosen / choices
-    assert asked == [metrics["care/selection_rate"]]
+    assert step.metrics["care/selection_rate"] == chosen / choices
+    assert asked == [step.metrics["care/selection_rate"]]
 
 
 def test_a_bonus_that_no_longer_selects_is_told_now_and_then(recipe, ranks, tmp_path, capsys):

@@ -57,9 +57,9 @@ def watched(trainer) -> list[tuple]:
         events.append(("reward",))
         return rewards(groups)
 
-    def updated(groups, **keywords):
-        events.append(("update", [group.prompt.index for group in groups]))
-        return update(groups, **keywords)
+    def updated(step, **keywords):
+        events.append(("update", [group.prompt.index for group in step.trained]))
+        update(step, **keywords)
 
     def validated(**keywords):
         events.append(("validation",))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import small_recipe, small_trainer
+from small_runs import small_recipe, small_trainer, updated
 
 from nemo_care.errors import InputError, RunFailed
 
@@ -254,7 +254,7 @@ def test_recomputation_computes_attention_again(recipe, ranks, tmp_path, granula
     layers = trainer.policy.model.language_model.decoder.layers
     for layer in layers:
         layer.self_attention.core_attention.register_forward_hook(lambda *_: calls.append(1))
-    trainer.policy.update(groups)
+    updated(trainer.policy, groups)
     assert len(calls) == times * len(layers) * len(groups)
 
 
