@@ -23,6 +23,7 @@ from nemo_care.recipe.evaluation import JUDGES, UNTAGGED, EvaluationConfig, chec
 from nemo_care.recipe.model import FP8_RECIPES, ModelConfig, OptimizerConfig, check_model
 from nemo_care.recipe.rollout import (
     ROLLOUT_RANGES,
+    TRUNCATED,
     RolloutConfig,
     check_asynchronous,
     check_rollout,
@@ -95,6 +96,7 @@ CHOICES: dict[str, Collection[str]] = {
     "algorithm.advantage": _NamesIn("nemo_care.objective.advantages", "ADVANTAGES"),
     "algorithm.loss": _NamesIn("nemo_care.objective.losses", "LOSSES"),
     "rollout.backend": ROLLOUT_BACKENDS,
+    "rollout.truncated": TRUNCATED,
     "rollout.vllm.placement": PLACEMENTS,
     "optimizer.schedule": ("cosine", "constant"),
     "evaluation.judge": JUDGES,

@@ -31,6 +31,7 @@ _TOTALS = (
     "loss",
     "kl",
     "clipped",
+    "completions",
     "rollout_difference",
     "tokens",
     "reference_difference",
@@ -62,6 +63,8 @@ class Policy:
         self.algorithm = recipe.algorithm
         self.loss = LOSSES[recipe.algorithm.loss]
         self.importance = recipe.rollout.importance_sampling
+        self.masks_truncated = recipe.rollout.truncated == "mask"
+        self.longest = recipe.rollout.max_completion_tokens
         self.ranks = ranks
         self.layout = layout
         if recipe.model.freeze_vision and ranks.is_first_stage:
@@ -197,8 +200,15 @@ class Policy:
         share of the step's loss. Collective over the replicas.
         """
         device = next(self.model.parameters()).device
-        counts = [self.loss.mean.count(batch.mask).float() for batch in batches]
-        return self.ranks.sum_over_data(torch.stack(counts).sum().to(device))
+        masks = [self._loss_mask(batch) for batch in batches]
+        counts = [self.loss.mean.count(mask, self.longest).float() for mask in masks]
+        count = self.ranks.sum_over_data(torch.stack(counts).sum().to(device))
+        # Where all completions of a step are masked, loss and gradient are 0, not 0 / 0.
+        return count.clamp(min=1)
+
+    def _loss_mask(self, batch: GroupBatch) -> torch.Tensor:
+        """Tokens that the loss averages over, bool [N, C]: all, or those of ended completions."""
+        return batch.mask & batch.ended()[:, None] if self.masks_truncated else batch.mask
 
     def forward_backward(
         self,
@@ -222,7 +232,7 @@ class Policy:
                 PolicyLossInputs(
                     log_probs=log_probs,
                     advantages=batch.advantages(),
-                    mask=batch.mask,
+                    mask=self._loss_mask(batch),
                     old_log_probs=old,
                     reference_log_probs=reference if self.algorithm.kl_coefficient else None,
                     token_weights=importance.weights if importance else None,
@@ -239,6 +249,7 @@ class Policy:
                 "loss": loss.loss_sum.detach(),
                 "kl": loss.kl_sum,
                 "clipped": loss.clipped_sum,
+                "completions": loss.completions,
                 "rollout_difference": difference.sum(),
                 "tokens": batch.mask.sum(),
                 "reference_difference": from_reference.sum(),
@@ -292,12 +303,12 @@ class Policy:
         self.ranks.broadcast_from_last_stage(largest)
         total = dict(zip(_TOTALS, self.ranks.sum_over_data(sums).tolist(), strict=True))
         most = dict(zip(_MAXIMA, self.ranks.max_over_data(largest), strict=True))
-        loss_count = float(count)
         tokens, scored = total["tokens"], total["scored_tokens"]
+        completions = max(total["completions"], 1.0)
         metrics = {
-            "train/loss": total["loss"] / loss_count,
-            "train/kl": total["kl"] / loss_count if self.algorithm.kl_coefficient else None,
-            "train/clipped_fraction": total["clipped"] / loss_count,
+            "train/loss": total["loss"] / float(count),
+            "train/kl": total["kl"] / completions if self.algorithm.kl_coefficient else None,
+            "train/clipped_fraction": total["clipped"] / completions,
             "care/logprob_difference": total["reference_difference"] / scored if scored else None,
             "rollout/logprob_difference": total["rollout_difference"] / tokens,
             "rollout/logprob_difference_max": float(most["rollout_difference"]),
