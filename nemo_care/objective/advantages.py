@@ -32,7 +32,7 @@ def centered_advantages(rewards: Tensor) -> Tensor:
 
 
 def leave_one_out_advantages(rewards: Tensor) -> Tensor:
-    """A_i = r_i - mean of the others' rewards within each group (RLOO, arXiv 2402.14740, section 3).
+    """A_i = r_i - mean of the others' rewards within each group (RLOO, arXiv 2402.14740).
 
     The baseline does not depend on completion i itself, so it leaves the gradient unbiased. It
     equals `centered_advantages` times G / (G - 1). Shapes, types and errors as in

@@ -149,10 +149,10 @@ def sequence_ratio(inputs: PolicyLossInputs, clip_low: float, clip_high: float) 
 
 
 def clipped_weight(inputs: PolicyLossInputs, clip_low: float, clip_high: float) -> Surrogate:
-    """-stop_gradient(clip(ratio)) * A_i * logp of each token (CISPO, arXiv 2506.13585, section 3.1).
+    """-stop_gradient(clip(ratio)) * A_i * logp of each token (CISPO, arXiv 2506.13585).
 
-    ratio = exp(logp - logp_old), clipped to [1 - clip_low, 1 + clip_high]. A clipped ratio is still
-    a weight of the token's gradient, so that no token loses its own.
+    ratio = exp(logp - logp_old), clipped to [1 - clip_low, 1 + clip_high] (equations 4 and 5). A
+    clipped ratio is still a weight of the token's gradient, so that no token loses its own.
     """
     ratio = torch.exp(_log_ratio(inputs).detach())
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)

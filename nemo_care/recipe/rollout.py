@@ -57,8 +57,8 @@ class RolloutConfig:
     truncated: str = "keep"
     """What a completion that was cut off is to the update: keep (like any other), mask (it counts
     in its group's mean reward, but neither in the loss nor in the loss's mean) or penalise (a
-    reward from 0 to -1 is added where a completion comes near max_completion_tokens, `reward/length`
-    in metrics.jsonl and rollouts/). See docs/objectives.md."""
+    reward from 0 to -1, `reward/length` in records, is added where a completion comes near
+    max_completion_tokens). See docs/objectives.md."""
     length_penalty_share: float = 0.2
     """Of truncated=penalise: the last share of max_completion_tokens, in which the penalty grows
     from 0 to -1 (DAPO: 4096 of 20480 tokens)."""
