@@ -164,9 +164,9 @@ def test_penalised_completions_lose_reward_and_masked_ones_do_not_train(
     for plain, less, without in zip(kept, penalised, masked, strict=True):
         lengths = torch.tensor([float(c.length) for c in plain.completions])
         penalties = -((lengths - 11.2) / 2.8).clamp(0, 1)
-        torch.testing.assert_close(less.rewards["length"], penalties)
+        torch.testing.assert_close(less.rewards["length_penalty"], penalties)
         torch.testing.assert_close(less.base_reward, plain.base_reward + penalties)
-        assert "length" not in plain.rewards
+        assert "length_penalty" not in plain.rewards
         assert torch.equal(without.base_reward, plain.base_reward)
         for advantage, own, completion in zip(
             plain.advantage, without.advantage, plain.completions, strict=True

@@ -57,7 +57,7 @@ class RolloutConfig:
     truncated: str = "keep"
     """What a completion that was cut off is to the update: keep (like any other), mask (it counts
     in its group's mean reward, but neither in the loss nor in the loss's mean) or penalise (a
-    reward from 0 to -1, `reward/length` in records, is added where a completion comes near
+    reward from 0 to -1, `reward/length_penalty`, is added where a completion comes near
     max_completion_tokens). See docs/objectives.md."""
     length_penalty_share: float = 0.2
     """Of truncated=penalise: the last share of max_completion_tokens, in which the penalty grows

@@ -10,7 +10,7 @@ from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.algorithm import AlgorithmConfig
 from nemo_care.recipe.rollout import RolloutConfig
 from nemo_care.scoring.reward_functions import (
-    LENGTH,
+    LENGTH_PENALTY,
     Reward,
     load_rewards,
     reward_name,
@@ -35,7 +35,7 @@ class BaseRewards:
         self.weights = list(reward_weights(config))
         self.rollout = rollout
         if rollout.truncated == "penalise":
-            self.names.append(LENGTH)
+            self.names.append(LENGTH_PENALTY)
             self.weights.append(1.0)
         self.ranks = ranks
         self.functions: dict[str, Reward] = {}
