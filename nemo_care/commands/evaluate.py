@@ -208,11 +208,12 @@ def _check_skipped(
 
 def _show(files: "EvaluationFiles") -> None:
     """The table of results, and where things lie."""
-    from nemo_care.reporting.tables import evaluation_table
+    from nemo_care.reporting.tables import evaluation_table, measures_table
 
     results: dict[str, Any] = files.results() or {}
     screen = console(soft_wrap=True)
     screen.print(evaluation_table(results))
+    screen.print(measures_table(results))
     skipped = sum(level["skipped"] for level in results.values())
     if skipped:
         screen.print(f"{skipped} samples skipped, see {files.skipped}")

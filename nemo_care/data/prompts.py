@@ -148,6 +148,19 @@ class PromptBuilder:
             videos_by_pyav=media.videos_by_pyav,
         )
 
+    def with_text_of(self, prompt: Prompt, sample: Sample) -> Prompt:
+        """The prompt of a sample with the same videos and images, which are not read again.
+
+        Raises InputError and PromptTooLong as `build`.
+        """
+        media = Media(
+            [] if prompt.grid_thw is None else [(t, h, w) for t, h, w in prompt.grid_thw.tolist()],
+            list(prompt.seconds_per_grid),
+            None if prompt.pixel_values is None else prompt.pixel_values.numpy(),
+            prompt.videos_by_pyav,
+        )
+        return self.finish(self.draft(prompt.index, sample), media)
+
     def _token_ids(self, sample: Sample) -> list[int]:
         """The chat with one token per video and image; videos come before images and text."""
         text = self.template.format(

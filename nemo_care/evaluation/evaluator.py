@@ -14,7 +14,7 @@ from nemo_care.data.loader import Numbered, PromptLoader
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample, Skipped
 from nemo_care.evaluation.judges import Judge, Verdict
-from nemo_care.evaluation.probe import ForcedReasoningProbe
+from nemo_care.evaluation.measures import Measure
 from nemo_care.evaluation.rows import Row, completion_row
 from nemo_care.groups.group import Group
 from nemo_care.ranks.process_groups import Ranks
@@ -52,7 +52,7 @@ class Evaluator:
         loader: PromptLoader,
         generator: Generator,
         judge: Judge,
-        probe: ForcedReasoningProbe | None,
+        measures: Sequence[Measure],
         ranks: Ranks,
         config: EvaluationConfig,
         *,
@@ -61,12 +61,12 @@ class Evaluator:
         seed: int,
         check: Callable[[Sequence[Group]], None] = lambda groups: None,
     ) -> None:
-        """`loader` makes the prompts, on leaders only, one batch ahead; `check` gets the first
-        groups of all and raises where they can't be right."""
+        """`loader` makes the prompts, on leaders only, one batch ahead; `measures` give columns of
+        each row; `check` gets the first groups of all and raises where they can't be right."""
         self.loader = loader
         self.generator = generator
         self.judge = judge
-        self.probe = probe
+        self.measures = measures
         self.ranks = ranks
         self.config = config
         self.min_reasoning_words = min_reasoning_words
@@ -126,7 +126,7 @@ class Evaluator:
             yield self.ranks.from_leader(lambda number=number: load(number))  # type: ignore[misc]
 
     def _ask(self, made: Sequence[Prompt | Skipped]) -> _Asked:
-        """Generate, probe, and ask the judge.
+        """Generate, measure, and ask the judge.
 
         Raises:
             RuntimeError: the model's probabilities are no numbers; its answers would mean nothing.
@@ -150,8 +150,8 @@ class Evaluator:
             )
             for group in groups
         ]
-        if self.probe is not None:
-            rows = [row | probed for row, probed in zip(rows, self.probe(prompts), strict=True)]
+        for measure in self.measures:
+            rows = [row | columns for row, columns in zip(rows, measure(groups), strict=True)]
         return _Asked(
             rows,
             self.judge.judge(groups),

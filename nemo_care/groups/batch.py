@@ -111,6 +111,11 @@ class GroupBatch:
         """Log-probability of each token as the generator saw it, float32 [N, C], zero-padded."""
         return self.padded([[c.log_probs for c in group.completions] for group in self.groups])
 
+    def ended(self) -> torch.Tensor:
+        """Which completions came to their end within the tokens they had, bool [N]."""
+        ended = [completion.ended for group in self.groups for completion in group.completions]
+        return torch.tensor(ended, device=self.mask.device)
+
     def advantages(self) -> torch.Tensor:
         """Advantage of each completion, float32 [N]."""
         return torch.cat([known(group.advantage) for group in self.groups]).to(self.mask.device)

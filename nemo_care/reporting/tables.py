@@ -22,6 +22,19 @@ COLUMNS: Mapping[str, str] = {
     "format_rate": "format",
 }
 
+# Of a level's `intervals`, for the table of measures: key -> heading.
+MEASURES: Mapping[str, str] = {
+    "accuracy": "accuracy",
+    "consistency_rate": "judge",
+    "consistency_rate_rule": "rule",
+    "consistency_rate_likelihood": "likelihood",
+    "implied_rate": "implied answer",
+    "shuffle_rate": "option shuffle",
+    "peer_probe": "peer probe",
+    "probe_implied": "probe implied",
+    "probe_true": "probe true",
+}
+
 _PROBE_NOTE = (
     "Consistency is agreement: the reasoning supports the answer given. Whether the reasoning "
     "causes the answer is what the probe asks: a wrong reasoning is forced on the model, and "
@@ -152,6 +165,33 @@ def evaluation_table(levels: Levels) -> Table:
         add(level, result)
         for task_type, part in result.get("by_task_type", {}).items():
             add(f"  {task_type}", part)
+    return table
+
+
+def measures_table(levels: Levels) -> Table:
+    """Every measure of one model by level: mean, 95% interval, count, agreement with the judge."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="Measures", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("level", "measure"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("mean", "95% interval", "count", "as the judge"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for level, result in levels.items():
+        intervals = result.get("intervals", {})
+        for key in filter(intervals.__contains__, MEASURES):
+            part = intervals[key]
+            if not part["count"]:
+                continue
+            table.add_row(
+                plain(level),
+                MEASURES[key],
+                rate(result.get(key)),
+                f"{rate(part['low'])} to {rate(part['high'])}",
+                str(part["count"]),
+                rate(part.get("agreement")),
+            )
     return table
 
 

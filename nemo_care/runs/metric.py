@@ -31,6 +31,7 @@ class Over(StrEnum):
     GROUPS = "groups sampled"
     CHOICES = "groups with at least two accurate answers"
     LOSS_TERMS = "completions or tokens trained on, as `algorithm.loss` takes its mean"
+    TRAINED = "completions trained on"
     TOKENS = "tokens of the completions trained on"
     REFERENCE_TOKENS = "tokens that the reference scored (with a KL term all, else the answers')"
     ROUNDS = "rounds of sampling of a step"

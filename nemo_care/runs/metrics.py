@@ -225,13 +225,13 @@ LOSS = _metric(
     Panel(_TRAINING, "Loss", "loss", from_zero=False),
 )  # fmt: skip
 KL = _metric(
-    "train/kl", MEAN, Over.LOSS_TERMS,
+    "train/kl", MEAN, Over.TRAINED,
     "the KL term (k3) of the policy to the reference, without its coefficient "
     "(`algorithm.kl_coefficient`)", "grows slowly",
     Panel(_TRAINING, "KL to the reference", "nats per token"), "KL",
 )  # fmt: skip
 CLIPPED_FRACTION = _metric(
-    "train/clipped_fraction", MEAN, Over.LOSS_TERMS,
+    "train/clipped_fraction", MEAN, Over.TRAINED,
     "the clip takes the token's gradient away",
     "below 0.2; 0 with one update per rollout",
 )  # fmt: skip

@@ -20,8 +20,9 @@ from nemo_care.recipe.algorithm import AlgorithmConfig, ConsistencyConfig
 class Credit:
     """Sets `consistency_bonus`, `reward` and `advantage` of groups (algorithm steps 4 to 6)."""
 
-    def __init__(self, algorithm: AlgorithmConfig) -> None:
-        """The recipe's bonus and advantage."""
+    def __init__(self, algorithm: AlgorithmConfig, *, truncated: str = "keep") -> None:
+        """The recipe's bonus and advantage; `truncated` is its rollout.truncated."""
+        self.masks_truncated = truncated == "mask"
         self.consistency = algorithm.consistency
         self.bonus = BONUSES[algorithm.consistency.kind]
         self.advantage = ADVANTAGES[algorithm.advantage]
@@ -29,13 +30,17 @@ class Credit:
     def __call__(self, groups: Sequence[Group]) -> None:
         """Give credit to the completions of groups that have base rewards and likelihoods.
 
-        With a bonus coefficient of 0 (the GRPO baseline) no answer likelihood is needed.
+        With a bonus coefficient of 0 (the GRPO baseline) no answer likelihood is needed. Masked
+        completions take part in their group's baseline, and get an advantage of 0 themselves.
         """
         for group in groups:
             base_reward = known(group.base_reward)
             group.consistency_bonus = self._bonus(group, base_reward)
             group.reward = base_reward + group.consistency_bonus
             group.advantage = self.advantage(group.reward[None])[0]
+            if self.masks_truncated:
+                ended = torch.tensor([completion.ended for completion in group.completions])
+                group.advantage = torch.where(ended, group.advantage, 0.0)
 
     def _bonus(self, group: Group, base_reward: torch.Tensor) -> torch.Tensor:
         if self.consistency.bonus_coefficient == 0:

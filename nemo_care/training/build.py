@@ -127,7 +127,7 @@ def build_trainer(
             prefetch_steps=recipe.data.prefetch_steps,
         ),
         generator=generator,
-        rewards=BaseRewards(algorithm, ranks),
+        rewards=BaseRewards(algorithm, ranks, recipe.rollout),
         reference=reference,
         policy=policy,
         validator=Validator(

@@ -25,6 +25,7 @@ from nemo_care.models.family import Family
 from nemo_care.models.hf_tensors import check_weights
 from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.models.weights import load_hf_weights
+from nemo_care.recipe.evaluation import judged_by
 from nemo_care.recipe.schema import Recipe
 from nemo_care.scoring.reference import PREFIX as REFERENCE
 from nemo_care.training.policy import PREFIX as POLICY
@@ -209,7 +210,7 @@ def judging_model(recipe: Recipe) -> ModelSource | None:
     Raises:
         InputError: evaluation.reference names none.
     """
-    if recipe.evaluation.judge != "likelihood":
+    if not judged_by(recipe.evaluation, "likelihood"):
         return None
     given = recipe.evaluation.reference
     return ModelSource.find(

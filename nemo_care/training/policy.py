@@ -41,6 +41,8 @@ class Policy:
         self.algorithm = recipe.algorithm
         self.loss = LOSSES[recipe.algorithm.loss]
         self.importance = recipe.rollout.importance_sampling
+        self.masks_truncated = recipe.rollout.truncated == "mask"
+        self.longest = recipe.rollout.max_completion_tokens
         self.ranks = ranks
         self.layout = layout
         if recipe.model.freeze_vision and ranks.is_first_stage:
@@ -175,8 +177,15 @@ class Policy:
         share of the step's loss. Collective over the replicas.
         """
         device = next(self.model.parameters()).device
-        counts = [self.loss.mean.count(batch.mask).float() for batch in batches]
-        return self.ranks.sum_over_data(torch.stack(counts).sum().to(device))
+        masks = [self._loss_mask(batch) for batch in batches]
+        counts = [self.loss.mean.count(mask, self.longest).float() for mask in masks]
+        count = self.ranks.sum_over_data(torch.stack(counts).sum().to(device))
+        # Where all completions of a step are masked, loss and gradient are 0, not 0 / 0.
+        return count.clamp(min=1)
+
+    def _loss_mask(self, batch: GroupBatch) -> torch.Tensor:
+        """Tokens that the loss averages over, bool [N, C]: all, or those of ended completions."""
+        return batch.mask & batch.ended()[:, None] if self.masks_truncated else batch.mask
 
     def forward_backward(
         self,
@@ -200,7 +209,7 @@ class Policy:
                 PolicyLossInputs(
                     log_probs=log_probs,
                     advantages=batch.advantages(),
-                    mask=batch.mask,
+                    mask=self._loss_mask(batch),
                     old_log_probs=old,
                     reference_log_probs=reference if self.algorithm.kl_coefficient else None,
                     token_weights=importance.weights if importance else None,

@@ -12,6 +12,7 @@ from nemo_care.groups.files import StoredGroup, write_groups
 from nemo_care.groups.group import Completion, Group
 from nemo_care.objective.bonuses import BONUSES
 from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.evaluation import judged_by
 from nemo_care.recipe.schema import Recipe
 from nemo_care.runs import metrics as m
 from nemo_care.runs.files import RunFiles
@@ -209,8 +210,8 @@ class StepWatch:
         Raises:
             RunFailed: the tokens of more than 5% of the answers, over all replicas, were not found.
         """
-        algorithm, judge = self.recipe.algorithm, self.recipe.evaluation.judge
-        is_wanted = algorithm.consistency.bonus_coefficient > 0 or judge == "likelihood"
+        has_bonus = self.recipe.algorithm.consistency.bonus_coefficient > 0
+        is_wanted = has_bonus or judged_by(self.recipe.evaluation, "likelihood")
         if self._answers_seen or not is_wanted:
             return
         answered = [c for group in groups for c in group.completions if c.has_answer]

@@ -65,7 +65,7 @@ class GRPOCareTrainer:
         self.ranks = ranks
         self.rewards = rewards
         self.reference = reference
-        self.credit = Credit(recipe.algorithm)
+        self.credit = Credit(recipe.algorithm, truncated=recipe.rollout.truncated)
         self.policy = policy
         self.validator = validator
         self.files = files

@@ -64,6 +64,7 @@ class UpdateMetrics:
         from_rollout = torch.where(mask, (rollout - log_probs).abs(), 0.0)
         from_reference = torch.where(asked, (reference - log_probs).abs(), 0.0)
         values: dict[Metric | Over, torch.Tensor] = {
+            Over.TRAINED: loss.completions,
             Over.TOKENS: mask.sum(),
             Over.REFERENCE_TOKENS: asked.sum(),
             m.LOSS: loss.loss_sum.detach(),
@@ -89,7 +90,7 @@ class UpdateMetrics:
         """
         means = [metric for metric in self.measured if metric.reduction is Reduction.MEAN]
         maxima = [metric for metric in self.measured if metric.reduction is Reduction.MAX]
-        summed: list[Metric | Over] = [*means, Over.TOKENS, Over.REFERENCE_TOKENS]
+        summed: list[Metric | Over] = [*means, Over.TRAINED, Over.TOKENS, Over.REFERENCE_TOKENS]
         sums = torch.zeros(len(summed), device=loss_terms.device)
         largest = torch.zeros(len(maxima), device=loss_terms.device)
         if results:

@@ -58,6 +58,19 @@ def test_each_kind_of_bonus_follows_its_keys(keys, bonus):
     torch.testing.assert_close(made.reward, made.base_reward + made.consistency_bonus)
 
 
+def test_masked_completions_count_in_the_baseline_and_get_no_advantage():
+    made = group()
+    ended = (True, False, True, True)
+    made.completions = [SimpleNamespace(ended=value) for value in ended]
+    kept = group()
+    Credit(AlgorithmConfig())([kept])
+    Credit(AlgorithmConfig(), truncated="mask")([made])
+    assert made.advantage[1] == 0 != kept.advantage[1]
+    rest = torch.tensor(ended)
+    assert torch.equal(made.advantage[rest], kept.advantage[rest])
+    assert torch.equal(made.reward, kept.reward)
+
+
 def likeliest_bonus(inputs, keys):
     """A toy bonus: for the likeliest answer of each group."""
     likelihood = inputs.answer_likelihood.nan_to_num(0)
@@ -69,8 +82,8 @@ def centred(rewards):
     return rewards - rewards.mean(dim=-1, keepdim=True)
 
 
-TOKEN_MEAN = Mean(
-    total=lambda values, mask: torch.where(mask, values, 0.0).sum(), count=lambda mask: mask.sum()
+TOY_MEAN = Mean(
+    total=lambda values, mask: (values * mask).sum(), count=lambda mask, longest: mask.sum()
 )
 
 
@@ -79,7 +92,7 @@ def toys(monkeypatch):
     """Kinds that the package does not know."""
     monkeypatch.setitem(BONUSES, "likeliest", Bonus(likeliest_bonus))
     monkeypatch.setitem(ADVANTAGES, "centred", centred)
-    monkeypatch.setitem(LOSSES, "token_mean", Loss(clipped_ratio, TOKEN_MEAN))
+    monkeypatch.setitem(LOSSES, "toy", Loss(clipped_ratio, TOY_MEAN))
 
 
 def test_kinds_that_no_table_has_are_refused(checkpoint, world):
@@ -97,7 +110,7 @@ def test_a_bonus_an_advantage_and_a_loss_are_added_without_touching_the_package(
     recipe = small_recipe(checkpoint, world)
     recipe.algorithm.consistency.kind = "likeliest"
     recipe.algorithm.advantage = "centred"
-    recipe.algorithm.loss = "token_mean"
+    recipe.algorithm.loss = "toy"
     check_recipe(recipe)
     trainer = small_trainer(recipe, ranks, tmp_path)
     step = one_step(trainer)
