@@ -103,7 +103,7 @@ def test_processes_give_what_the_calling_thread_would(files):
 
 def test_what_there_is_no_room_for_is_measured_and_not_decoded(files):
     whole = load_media(request(files / "a.mp4", images=[files / "c.jpg"]))
-    tokens = sum(map(SETTINGS.patch.tokens, whole.grids))
+    tokens = sum(map(SETTINGS.patching.tokens, whole.grids))
     fits = load_media(request(files / "a.mp4", images=[files / "c.jpg"], room=tokens))
     measured = load_media(request(files / "a.mp4", images=[files / "c.jpg"], room=tokens - 1))
     assert equal(fits, whole)

@@ -23,7 +23,7 @@ from made_transformer_engine import PRODUCTS
 from small_runs import small_recipe, small_trainer, updated
 
 from nemo_care.checkpoints.store import sharding_metadata
-from nemo_care.models.weights import _mapping, export_hf
+from nemo_care.models.weights import _source, export_hf
 from nemo_care.ranks.process_groups import Layout, Ranks
 
 LAYOUTS = {
@@ -46,7 +46,7 @@ def marks(model) -> dict[str, tuple]:
     names = ("tensor_model_parallel", "partition_dim", "sequence_parallel", "allreduce")
     defaults = (False, -1, False, True)
     return {
-        " ".join(_mapping(model, name).hf_names): tuple(
+        " ".join(_source(model, name).names): tuple(
             getattr(parameter, mark, default) for mark, default in zip(names, defaults, strict=True)
         )
         for name, parameter in model.named_parameters()
