@@ -1,6 +1,7 @@
 """Credit: the recipe's keys reach the formulas, and new kinds need no change of the package."""
 
 import math
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 from small_runs import one_step, small_recipe, small_trainer
 
 from nemo_care.errors import InputError
+from nemo_care.groups.group import Group
 from nemo_care.objective.advantages import ADVANTAGES
 from nemo_care.objective.bonuses import BONUSES, Bonus
 from nemo_care.objective.losses import LOSSES, Loss, Mean, clipped_ratio
 from nemo_care.recipe.algorithm import AlgorithmConfig, ConsistencyConfig
 from nemo_care.recipe.schema import check_recipe
 from nemo_care.scoring.credit import Credit
+from nemo_care.training.step import Step
 
 
 def group():
@@ -127,3 +130,24 @@ def test_a_bonus_an_advantage_and_a_loss_are_added_without_touching_the_package(
             tokens += completion.length
     assert len({c.length for group in step.groups for c in group.completions}) > 1
     assert step.metrics["train/loss"] == pytest.approx(loss / tokens, abs=1e-6)
+
+
+def test_each_phase_sets_its_fields_of_a_group_and_no_other(checkpoint, world, ranks, tmp_path):
+    trainer = small_trainer(small_recipe(checkpoint, world), ranks, tmp_path)
+    groups = trainer.next_rollouts(Step(1))
+    with pytest.raises(ValueError, match="set by a phase that has not run"):
+        trainer.credit(groups)
+    unset = {field.name for field in fields(Group)} - {"prompt", "completions"}
+    phases = [
+        (trainer.rewards, {"rewards", "base_reward"}),
+        (trainer.reference.score_answers, {"answer_likelihood", "reference_log_probs"}),
+        (trainer.credit, {"consistency_bonus", "reward", "advantage"}),
+    ]
+    for phase, its in phases:
+        assert all(getattr(group, name) is None for group in groups for name in unset)
+        phase(groups)
+        assert all(getattr(group, name) is not None for group in groups for name in its)
+        unset -= its
+    # Without a counterfactual bonus and dynamic sampling.
+    assert unset == {"pair_likelihood", "used"}
+    assert all(getattr(group, name) is None for group in groups for name in unset)
