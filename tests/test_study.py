@@ -251,7 +251,7 @@ def test_unusable_recipe_is_refused_before_the_first_run(made, old, new, named):
 def test_unknown_names_are_refused(made):
     with pytest.raises(InputError, match="--only: no variant is called cure; variants: grpo, care"):
         made.run(only=["cure"])
-    with pytest.raises(InputError, match="no study minr; studies: .*study_miniature"):
+    with pytest.raises(InputError, match=r"no study minr; studies: .*study_miniature"):
         find_study("minr")
     with pytest.raises(InputError, match="--jobs=0"):
         made.run(jobs=0)
