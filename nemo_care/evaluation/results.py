@@ -1,6 +1,6 @@
 """From the rows of a level to its results."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_care.evaluation.rows import Row
@@ -9,28 +9,13 @@ from nemo_care.objective.text import extract_answer
 
 Results = dict[str, Any]
 
-Value = Callable[[Row], float | None]
-"""One completion's share in a measure; None where it has none."""
-
-
-def _implied_agrees(row: Row) -> bool:
-    return row["implied_answer"] is not None and row["implied_answer"] == extract_answer(
-        row["completion"]
-    )
-
-
-_OF_ALL: Mapping[str, Value] = {"accuracy": lambda row: row["accuracy"]}
-
-# Of well-formed completions: whether reasoning and answer agree. By the row's column.
-_AGREEMENTS: Mapping[str, tuple[str, Value]] = {
-    "consistency_rate": ("consistent", lambda row: row["consistent"]),
-    "consistency_rate_rule": ("consistent_rule", lambda row: row["consistent_rule"]),
-    "consistency_rate_likelihood": (
-        "consistent_likelihood",
-        lambda row: row["consistent_likelihood"],
-    ),
-    "implied_rate": ("implied_answer", _implied_agrees),
-    "shuffle_rate": ("shuffle_follows", lambda row: row["shuffle_follows"]),
+# Measures of well-formed completions that say whether reasoning and answer agree, by their column.
+_AGREEMENTS: Mapping[str, str] = {
+    "consistency_rate": "consistent",
+    "consistency_rate_rule": "consistent_rule",
+    "consistency_rate_likelihood": "consistent_likelihood",
+    "implied_rate": "implied_answer",
+    "shuffle_rate": "shuffle_follows",
 }
 
 # Of all prompts that have one.
@@ -86,18 +71,24 @@ def measure_values(rows: Sequence[Row]) -> dict[str, list[float | None]]:
     `probe_true`: the forced-reasoning probe. `peer_probe`: log-probability of an answer behind its
     own reasoning minus that behind another's.
     """
-    values: dict[str, list[float | None]] = {
-        name: [of(row) for row in rows] for name, of in _OF_ALL.items()
-    }
-    for name, (column, agrees) in _AGREEMENTS.items():
+    values: dict[str, list[float | None]] = {"accuracy": [row["accuracy"] for row in rows]}
+    for name, column in _AGREEMENTS.items():
         if name == "consistency_rate" or any(column in row for row in rows):
             values[name] = [
-                agrees(row) if row["format"] == 1 and column in row else None for row in rows
+                _agrees(row, column) if row["format"] == 1 and column in row else None
+                for row in rows
             ]
     for name in _PROBES:
         if any(name in row for row in rows):
             values[name] = [row.get(name) for row in rows]
     return values
+
+
+def _agrees(row: Row, column: str) -> bool | None:
+    if column != "implied_answer":
+        return row[column]
+    # A reasoning that implies no answer does not imply the one given.
+    return row[column] is not None and row[column] == extract_answer(row["completion"])
 
 
 def _interval(values: Sequence[float | None], verdicts: Sequence[float | None] | None) -> Results:
