@@ -10,13 +10,12 @@ import pytest
 from made_shapes import write_small_shape
 
 from nemo_care.checks.fit import fit_of
-from nemo_care.planning.counts import replicas_of
 from nemo_care.planning.engines import engine_plan, most_prompts
 from nemo_care.planning.gpus import GIB, read_gpu
 from nemo_care.planning.shapes import Lengths, read_model_shape
 from nemo_care.planning.stage import StageBuild
 from nemo_care.planning.work import Clock, Efficiency, StepTime
-from nemo_care.recipe.schema import Recipe
+from nemo_care.recipe.schema import Recipe, replicas_of
 
 PROGRAM = Path(__file__).parent / "plan_engines_program.py"
 SEVEN = read_model_shape("nowhere/Qwen2.5-VL-7B-Instruct").hf
@@ -214,7 +213,7 @@ def test_search_finds_what_the_plan_says(planned):
     found = planned["search"]["found"]
     assert len(found) == 2  # the two layouts of which an engine of two GPUs can be made
     for peak, planned_peak, time, planned_time, fits in found:
-        assert peak == planned_peak
+        assert peak == pytest.approx(planned_peak, abs=KEPT)
         assert time == planned_time
         assert fits
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.planning.counts import prompts_of, replicas_of
+from nemo_care.planning.counts import prompts_of
 from nemo_care.planning.gpus import GIB, Gpu
-from nemo_care.recipe.schema import Recipe
+from nemo_care.recipe.schema import Recipe, replicas_of
 from nemo_care.rollouts.vllm.placement import Share, share
 
 # Phases in which engines on GPUs that train are awake.

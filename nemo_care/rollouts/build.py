@@ -11,7 +11,7 @@ from nemo_care.errors import InputError
 from nemo_care.models.hf_config import read_hf_config
 from nemo_care.models.qwen2_5_vl import Qwen25VL
 from nemo_care.ranks.process_groups import Ranks
-from nemo_care.recipe.schema import Recipe
+from nemo_care.recipe.schema import Recipe, replicas_of
 from nemo_care.rollouts.generator import Generator
 from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.rollouts.vllm.fleet import Fleet, hosts_key, sleep_level
@@ -110,7 +110,8 @@ def check_engines(recipe: Recipe, hf: Qwen2_5_VLConfig) -> None:
     check_placement(
         recipe.rollout.vllm,
         devices=recipe.trainer.devices,
-        machines=recipe.trainer.num_nodes,
+        # Too few ranks for one are refused by `check_world`.
+        replicas=max(replicas_of(recipe), 1),
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
     )
