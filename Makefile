@@ -84,6 +84,7 @@ report: $(INSTALLED)
 # The page of all recipe keys, which a test compares with the schema.
 docs: $(INSTALLED)
 	$(BIN)/python -m nemo_care.recipe.docs > docs/recipe.md
+	$(BIN)/python -m nemo_care.process.environment > docs/environment.md
 
 # What the big recipes need, counted without a GPU: docs/plans.md.
 plans: $(INSTALLED)

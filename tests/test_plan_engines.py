@@ -247,7 +247,7 @@ def test_doctor_names_an_engine_that_can_not_work(monkeypatch, tmp_path):
     recipe.trainer.max_steps = 1
     recipe.model.hf_path = recipe.data.train.root = str(tmp_path)
     recipe.exp_manager.explicit_log_dir = str(tmp_path / "run")
-    monkeypatch.setattr("nemo_care.checks.fit._inputs", lambda recipe: iter(()))
+    monkeypatch.setattr("nemo_care.checks.fit.found_by", lambda *given: iter(()))
     fit = fit_of(recipe, made_machine(), [], made_plan(engine="an engine needs more"))
     assert "an engine needs more" in fit.problems
 

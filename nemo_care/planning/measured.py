@@ -25,16 +25,15 @@ _SCORING = (*_MICRO_BATCH, "algorithm.reference.offload")
 _DEPENDS = {
     "build": _WORLD,
     "rollout": (*_LENGTHS, *_WORLD, "rollout.groups_per_batch"),
-    # Of engines beside training; else of what is sampled for one.
-    "validation": _SCORING,
     "scoring": _SCORING,
+    "validation": (*_MICRO_BATCH, "evaluation.samples_per_batch"),
     "passes": (*_MICRO_BATCH, "model.recompute_granularity"),
     "step": (*_WORLD, "algorithm.reference.offload", "optimizer.offload"),
     "output_layer": _MICRO_BATCH,
 }
 _PARTS_OF = {
     "rollout": ("rollout",),
-    "validation": ("validation",),
+    "validation": ("scoring", "validation"),
     "scoring": ("scoring",),
     "update": ("passes", "step"),
 }
@@ -73,8 +72,9 @@ class Measurements:
             peak, left, kept, _ = found["passes"]
             flying = peak + (in_flight(recipe, number) - 1) * kept
             return max(flying, left + found["step"]) + inputs
-        size = found[phase]
-        return size[0] if phase == "rollout" else size
+        if phase == "validation":
+            return self._validation(recipe, found)
+        return found["rollout"][0]
 
     def use(self, recipe: Recipe, number: int) -> StageUse:
         """All that the phases of a stage need, in parts."""
@@ -83,7 +83,7 @@ class Measurements:
         rollout, cache = found["rollout"]
         return StageUse(
             rollout=rollout,
-            validation=found["validation"],
+            validation=self._validation(recipe, found),
             scoring=found["scoring"],
             update=update,
             micro_batch=kept,
@@ -94,12 +94,22 @@ class Measurements:
             output_layer=found["output_layer"],
         )
 
+    def _validation(self, recipe: Recipe, found: dict[str, Any]) -> int:
+        if recipe.rollout.backend == "megatron" or not _engines_see_validation(recipe):
+            return found["validation"]
+        # Engines stay awake while a validation's completions are scored: by the check of its first
+        # batch, the probe and the likelihood judge. Each of them is a pass without gradients, for
+        # which one micro-batch of the step's scoring pass stands.
+        return (found["scoring"] or found["validation"]) + _inputs(recipe, self.shape)
+
     def _parts(self, recipe: Recipe, number: int, *names: str) -> dict[str, Any]:
         keys = {name: self._key(name, recipe, number) for name in names}
         missing = [name for name, key in keys.items() if key not in self._found]
         if missing:
             with built_stage(recipe, self.shape, number) as stage:
                 for name in missing:
+                    # What a pass leaves on a later stage: its input.
+                    stage.model.set_input_tensor(None)
                     self._found[keys[name]] = self._measured(name, stage)
         return {name: self._found[key] for name, key in keys.items()}
 
@@ -109,10 +119,7 @@ class Measurements:
         if name == "build" and recipe.model.precision.fp8.enabled:
             # Layers in bf16 at the model's ends, and recomputation, change the copies.
             place = (number, recipe.model.recompute_granularity)
-        depends = _DEPENDS[name]
-        if name == "validation" and recipe.rollout.backend == "megatron":
-            depends = (*_LENGTHS, "evaluation.samples_per_batch")
-        values = (recipe_key(key)(recipe) for key in (*_LAYOUT, *depends))
+        values = (recipe_key(key)(recipe) for key in (*_LAYOUT, *_DEPENDS[name]))
         return (name, place, *values)
 
     def _measured(self, name: str, stage: Stage) -> Any:
@@ -132,13 +139,9 @@ class Measurements:
                     return 0
                 if ranks_sample:
                     return stage.generate(lengths, recipe.evaluation.samples_per_batch, 1)[0]
-                if recipe.rollout.vllm.placement != "colocated":
+                if stage.reference is not None or not _engines_see_validation(recipe):
                     return 0
-                # Engines stay awake while a validation's completions are scored: by the check of
-                # its first batch, the probe and the likelihood judge. Each of them is a pass
-                # without gradients, for which one micro-batch of the step's scoring pass stands.
-                scoring = stage.score(lengths) or stage.score_by_policy(lengths)
-                return scoring + _inputs(recipe, self.shape)
+                return stage.score_by_policy(lengths)
             case "scoring":
                 return stage.score(lengths)
             case "passes":
@@ -148,6 +151,12 @@ class Measurements:
             case "output_layer":
                 return stage.output_layer(lengths)
         raise KeyError(name)
+
+
+def _engines_see_validation(recipe: Recipe) -> bool:
+    """Whether engines have a part of the training GPUs while a validation is scored."""
+    colocated = recipe.rollout.vllm.placement == "colocated"
+    return colocated and bool(recipe.data.validation.annotations)
 
 
 def _inputs(recipe: Recipe, shape: ModelShape) -> int:
