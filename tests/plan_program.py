@@ -79,8 +79,8 @@ def offloaded(folder: str) -> dict:
 def variants(folder: str) -> dict:
     """By change that may be offered: the recipe planned from what is known of it, and anew."""
     found = {}
-    for pipeline, only in ((2, ""), (1, "rollout.vllm")):
-        recipe = plan_recipe(folder, 1, pipeline)
+    for only in ("", "rollout.vllm"):
+        recipe = plan_recipe(folder, 1, 1)
         recipe.model.precision.dtype = "bf16"
         recipe.trainer.devices, recipe.trainer.num_nodes = 4, 2
         recipe.algorithm.prompts_per_step = 128

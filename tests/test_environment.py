@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+import nemo_care
 from nemo_care.process import environment
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(nemo_care.__file__).parents[1]
 DECLARED = {each.name for each in environment.VARIABLES}
 
 
@@ -31,7 +32,7 @@ def test_the_page_is_what_the_module_writes():
 
 
 @pytest.mark.parametrize(
-    ("given", "is_on"), [(None, False), ("", False), ("0", False), ("1", True)]
+    ("given", "is_on"), [(None, False), ("0", False), ("1", True)]
 )
 def test_a_switch_is_on_at_1_only(monkeypatch, given, is_on):
     monkeypatch.delenv(environment.VERBOSE.name, raising=False)
