@@ -85,6 +85,7 @@ report: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m nemo_care.recipe.docs > docs/recipe.md
 	$(BIN)/python -m nemo_care.runs.metrics_page > docs/metrics.md
+	$(BIN)/python -m nemo_care.process.environment > docs/environment.md
 
 # What the big recipes need, counted without a GPU: docs/plans.md.
 plans: $(INSTALLED)

@@ -47,7 +47,7 @@ def planned(
         gpu = read_gpu(like[0] if like else DEFAULT_GPU, total_gib)
         question = Question(gpu, margin=1 - free_gib / total_gib)
         plan = make_plan(recipe, question, compare=False)
-        advice = [] if plan.fits else remedies(make_plan(recipe, question))
+        advice = remedies(plan)
     except InputError as error:
         return {"error": str(error)}
     return {

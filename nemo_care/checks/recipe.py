@@ -1,24 +1,8 @@
-"""What can be refused before any rank starts: checkpoint, tokenizer, layout, rewards, data."""
+"""What a command refuses before any rank starts."""
 
-from collections.abc import Callable
-from pathlib import Path
-
-from nemo_care.data.prompts import PromptBuilder
-from nemo_care.data.sources import read_levels, read_training, training_sources
-from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.checks.probes import EVALUATE, TRAIN, Situation, found_by
 from nemo_care.errors import InputError
-from nemo_care.evaluation.files import check_level_names
-from nemo_care.miniature import ensure_files
-from nemo_care.models.families import read_family
-from nemo_care.models.family import Family
-from nemo_care.models.hf_tensors import check_weights
-from nemo_care.models.precision import check_fp8, check_transformer_engine
-from nemo_care.models.transformer_config import check_layout
-from nemo_care.ranks.process_groups import Layout
-from nemo_care.recipe.schema import Recipe, check_training, check_world
-from nemo_care.rollouts.build import check_rollouts
-from nemo_care.scoring.reward_functions import load_rewards
-from nemo_care.training.model_source import evaluated_model, judging_model
+from nemo_care.recipe.schema import Recipe
 
 
 def check_world_size(recipe: Recipe, world_size: int) -> None:
@@ -44,24 +28,7 @@ def check_training_inputs(recipe: Recipe) -> None:
             model and ranks, kernels that are not there, rewards that can't be imported or called,
             unusable annotations or prompt template.
     """
-    for check in training_checks(recipe):
-        check()
-
-
-def training_checks(recipe: Recipe, *, writes: bool = True) -> list[Callable[[], object]]:
-    """The parts of `check_training_inputs`, in its order; each raises its own InputError.
-
-    Without `writes` the miniature's files are left to the run that needs them, and not read where
-    they are missing.
-    """
-    return [
-        *_model_checks(recipe),
-        lambda: check_training(recipe),
-        lambda: check_weights(recipe.model.hf_path),
-        lambda: load_rewards(recipe.algorithm),
-        lambda: _check_training_data(recipe, writes),
-        lambda: _check_levels(recipe, writes),
-    ]
+    _refuse(TRAIN, recipe)
 
 
 def check_evaluation_inputs(recipe: Recipe) -> None:
@@ -71,63 +38,9 @@ def check_evaluation_inputs(recipe: Recipe) -> None:
         InputError: no validation data, a missing or foreign model or tokenizer, a layout that does
             not divide the model, unusable annotations or prompt template.
     """
-    if not recipe.data.validation.annotations:
-        raise InputError(
-            "data.validation.annotations has no value: name a file of samples for each level to "
-            "evaluate on"
-        )
-    check_level_names(list(recipe.data.validation.annotations))
-    family = _check_model(recipe)
-    for source in (evaluated_model(recipe), judging_model(recipe)):
-        if source is not None:
-            source.check(family)
-    _check_levels(recipe)
+    _refuse(EVALUATE, recipe)
 
 
-def _model_checks(recipe: Recipe) -> list[Callable[[], object]]:
-    path = recipe.model.hf_path
-
-    def check_prompts() -> None:
-        prompt = read_family(path).prompt
-        PromptBuilder(recipe.data, prompt, load_tokenizer(path, prompt))
-
-    return [
-        lambda: check_layout(read_family(path).architecture, Layout.of(recipe)),
-        lambda: check_world(recipe),
-        lambda: check_fp8(
-            recipe.model.precision.fp8, read_family(path).architecture, Layout.of(recipe)
-        ),
-        lambda: check_transformer_engine(recipe.model),
-        lambda: check_rollouts(recipe),
-        check_prompts,
-    ]
-
-
-def _check_model(recipe: Recipe) -> Family:
-    for check in _model_checks(recipe):
-        check()
-    return read_family(recipe.model.hf_path)
-
-
-def _check_training_data(recipe: Recipe, writes: bool) -> None:
-    # The parts can be asked one by one: without a source there is nothing to read.
-    check_training(recipe)
-    sources = training_sources(recipe.data)
-    there = [_is_there(source.kind, source.root, writes) for source in sources]
-    if all(there):
-        read_training(recipe.data, seed=recipe.trainer.seed)
-
-
-def _check_levels(recipe: Recipe, writes: bool = True) -> None:
-    validation = recipe.data.validation
-    is_named = bool(validation.annotations) and validation.root is not None
-    if not is_named or _is_there(validation.kind, str(validation.root), writes):
-        read_levels(recipe.data, seed=recipe.trainer.seed)
-
-
-def _is_there(kind: str, root: str, writes: bool) -> bool:
-    """Whether a data set can be read now; False only for a miniature that is not written yet."""
-    if writes:
-        ensure_files(kind, root)
-        return True
-    return kind != "miniature" or Path(root).exists()
+def _refuse(face: str, recipe: Recipe) -> None:
+    for problem in found_by(face, Situation(recipe, writes=True)):
+        raise InputError(problem)

@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_care.commands.options import option_parser
 from nemo_care.data.fork_server import start_fork_server
 from nemo_care.errors import InputError
 from nemo_care.process.os_errors import naming
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from nemo_care.checks.data import FileReport
     from nemo_care.data.decoding import Load
 
-_USAGE = "nemo-care data check --config-name RECIPE [options] [key=value ...]"
+_USAGE = "--config-name RECIPE [options] [key=value ...]"
 _DESCRIPTION = """\
 Read all training and validation data of a recipe as a run would, and report what it could not use:
 bad lines of the annotations, files that are missing or can't be decoded, prompts that are too long.
@@ -44,14 +45,7 @@ The checkpoint (model.hf_path) needs its config and tokenizer, but no weights. F
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and what is left for the recipe."""
     cores = len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(
-        prog="nemo-care data check",
-        usage=_USAGE,
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = option_parser("data check", _USAGE, _DESCRIPTION, _EPILOG)
     parser.add_argument(
         "--workers",
         type=int,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_care.errors import AlreadyDone, InputError, RunStopped
+from nemo_care.process.environment import RESOLVED_RECIPE
 from nemo_care.process.quiet import quiet_libraries
 from nemo_care.process.screen import say
 from nemo_care.recipe.compose import compose_recipe, read_recipe, recipe_names
@@ -26,9 +27,6 @@ from nemo_care.recipe.schema import Recipe, recipe_yaml
 if TYPE_CHECKING:
     from nemo_care.ranks.process_groups import RankEnvironment, Ranks
     from nemo_care.ranks.slurm import Node
-
-# Tells a rank that this command started where the resolved recipe lies.
-_RESOLVED = "NEMO_CARE_RESOLVED_RECIPE"
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,9 @@ def _main(command: Command, arguments: list[str]) -> None:
     from nemo_care.ranks.slurm import node_to_start
 
     environment = RankEnvironment.read()
-    if environment is not None and _RESOLVED in os.environ:
-        _run_rank(command, read_recipe(Path(os.environ[_RESOLVED])), environment, checked=True)
+    resolved = RESOLVED_RECIPE.value
+    if environment is not None and resolved is not None:
+        _run_rank(command, read_recipe(Path(resolved)), environment, checked=True)
         return
     recipe = command.compose(arguments)
     if recipe is None:
@@ -141,7 +140,7 @@ def _start_ranks(command: Command, recipe: Recipe, node: "Node | None" = None) -
     with tempfile.TemporaryDirectory(prefix="nemo-care-") as folder:
         file = Path(folder) / "recipe.yaml"
         file.write_text(recipe_yaml(recipe))
-        os.environ[_RESOLVED] = str(file)
+        os.environ[RESOLVED_RECIPE.name] = str(file)
         program = ["-m", "nemo_care", command.name, *command.rank_arguments]
         status = start_ranks(recipe.trainer.devices, program, node)
     if status:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_care.models.architecture import Architecture
-from nemo_care.planning.counts import prompts_of, replicas_of
+from nemo_care.planning.counts import prompts_of
 from nemo_care.planning.gpus import GIB, Gpu
-from nemo_care.recipe.schema import Recipe
+from nemo_care.recipe.schema import Recipe, replicas_of
 from nemo_care.rollouts.vllm.placement import Share, share
 
 # Phases in which engines on GPUs that train are awake.

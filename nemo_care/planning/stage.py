@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -16,7 +15,6 @@ from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.group import Group
 from nemo_care.megatron.optimizer import optimizer_parts
 from nemo_care.models.video_language_model import VideoLanguageModel
-from nemo_care.planning.counts import prompts_of
 from nemo_care.planning.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
 from nemo_care.planning.meta_memory import MetaMemory, flash_attention
 from nemo_care.planning.precision import as_built, fp8_copies
@@ -88,19 +86,6 @@ class StageUse:
     key_value_cache: int
     output_layer: int
 
-    def update_peak(self, in_flight: int, micro_batches: int) -> int:
-        """Peak of the update with so many micro-batches in flight, of so many in the step."""
-        passes = self.passes_peak(in_flight)
-        return max(passes, self.optimizer_step) + micro_batches * self.inputs
-
-    def passes_peak(self, in_flight: int) -> int:
-        """The part of it that forward and backward are."""
-        return self.update + (in_flight - 1) * self.micro_batch
-
-    def scoring_peak(self, micro_batches: int) -> int:
-        """Peak of the scoring pass over a step of so many micro-batches."""
-        return self.scoring + micro_batches * self.inputs if self.scoring else 0
-
 
 @dataclass
 class Stage:
@@ -144,26 +129,35 @@ class Stage:
 
     def update(self, lengths: Lengths, micro_batches: int) -> tuple[int, int]:
         """Peak bytes of forward and backward over so many micro-batches, and of what follows."""
+        peak, left = self.passes(lengths, micro_batches)
+        return peak, left + self.step()
+
+    def passes(self, lengths: Lengths, micro_batches: int) -> tuple[int, int]:
+        """Peak bytes of forward and backward over so many micro-batches, and what they leave."""
         groups = self.groups(lengths, micro_batches)
         before = self.memory.current
-        passes: list[int] = []
+        left: list[int] = []
 
-        def step() -> Any:
-            passes.append(self.memory.peak - before)
-            self.memory.reset_peak()
-            return step_optimizer()
+        def step() -> tuple[bool, float]:
+            left.append(self.memory.current - before)
+            return True, 0.0
 
-        step_optimizer = self.policy.step_optimizer
         with (
             self.exchanging(lengths),
             patch.object(self.policy, "step_optimizer", step),
             self.peak() as found,
         ):
             self.policy.update(Step(0, trained=groups))
+        return found[0], left[0]
+
+    def step(self) -> int:
+        """Peak bytes of what follows: the optimizer's step and the reference's update."""
+        with self.peak() as found:
+            self.policy.step_optimizer()
             if self.reference is not None:
                 self.reference.average.update(self.model)
                 self.reference.distance(self.model)
-        return passes[0], found[0]
+        return found[0]
 
     def score(self, lengths: Lengths) -> int:
         """Bytes that the scoring pass takes at its peak."""
@@ -211,7 +205,7 @@ class Stage:
                 logits = decoding.decode(torch.zeros_like(token, device="cpu"), _positions(rows))
             decoding.choose(logits, torch.zeros(rows))
             cache = decoding.cache.nbytes
-        return found[0] + len(repeated) * _patch_bytes(lengths, self.shape), cache
+        return found[0] + len(repeated) * patch_bytes(lengths, self.shape), cache
 
     def output_layer(self, lengths: Lengths) -> int:
         """Peak bytes of the log-probabilities of one micro-batch alone, forward and backward."""
@@ -246,39 +240,6 @@ class Stage:
         dtype = self.model.config.params_dtype
         return torch.empty(size, dtype=dtype, device="meta", requires_grad=True)
 
-    def use(self, lengths: Lengths) -> StageUse:
-        """All phases at these lengths."""
-        recipe = self.recipe
-        inputs = recipe.algorithm.groups_per_micro_batch * _patch_bytes(lengths, self.shape)
-        rollout = validation = cache = 0
-        validates = bool(recipe.data.validation.annotations)
-        ranks_sample = recipe.rollout.backend == "megatron"
-        if ranks_sample:
-            together = min(recipe.rollout.groups_per_batch, prompts_of(recipe))
-            rollout, cache = self.generate(lengths, together, recipe.algorithm.group_size)
-            if validates:
-                validation, _ = self.generate(lengths, recipe.evaluation.samples_per_batch, 1)
-        scoring = self.score(lengths)
-        if validates and not ranks_sample and recipe.rollout.vllm.placement == "colocated":
-            # Engines stay awake while a validation's completions are scored: by the check of its
-            # first batch, the probe and the likelihood judge. Each of them is a pass without
-            # gradients, for which one micro-batch of the step's scoring pass stands.
-            validation = (scoring or self.score_by_policy(lengths)) + inputs
-        update, step = self.update(lengths, 1)
-        kept, vision = self.activations(lengths)
-        return StageUse(
-            rollout=rollout,
-            validation=validation,
-            scoring=scoring,
-            update=update,
-            micro_batch=kept,
-            optimizer_step=step,
-            inputs=inputs,
-            vision=vision,
-            key_value_cache=cache,
-            output_layer=self.output_layer(lengths),
-        )
-
     @contextmanager
     def _vision_bytes(self) -> Iterator[list[int]]:
         """Collects what the vision tower keeps of its first forward."""
@@ -300,7 +261,7 @@ class Stage:
             handle.remove()
 
 
-def _patch_bytes(lengths: Lengths, shape: ModelShape) -> int:
+def patch_bytes(lengths: Lengths, shape: ModelShape) -> int:
     """The float32 patches of one prompt; `MetaMemory` takes them for host memory."""
     return lengths.patches * shape.family.prompt.patching.values * 4
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nemo_care.models.architecture import Architecture
 from nemo_care.models.family import Family
-from nemo_care.planning.counts import micro_batches_of, prompts_of, replicas_of
+from nemo_care.planning.counts import micro_batches_of, prompts_of
 from nemo_care.planning.engines import (
     EnginePlan,
     bytes_of_number,
@@ -19,7 +19,7 @@ from nemo_care.planning.gpus import Gpu
 from nemo_care.planning.precision import fp8_share
 from nemo_care.planning.shapes import Lengths
 from nemo_care.planning.stage import StageBuild
-from nemo_care.recipe.schema import Recipe, needs_reference
+from nemo_care.recipe.schema import Recipe, needs_reference, replicas_of
 
 _ANSWER_ROWS = 4
 

@@ -256,6 +256,13 @@ def _check_together(recipe: Recipe) -> None:
     check_rollout(recipe.rollout)
 
 
+def replicas_of(recipe: Recipe) -> int:
+    """Model replicas, the data-parallel size, of a recipe that `check_world` accepts."""
+    model, trainer = recipe.model, recipe.trainer
+    size = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    return trainer.devices * trainer.num_nodes // size
+
+
 def check_world(recipe: Recipe) -> None:
     """Check that the ranks make whole replicas of a model that the layout divides.
 
@@ -287,8 +294,7 @@ def check_training(recipe: Recipe) -> None:
     Raises:
         InputError: names the key, its value and what it may be.
     """
-    model, world = recipe.model, recipe.trainer.devices * recipe.trainer.num_nodes
-    replicas = world // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
+    replicas = replicas_of(recipe)
     if recipe.algorithm.prompts_per_step % replicas:
         raise InputError(
             f"algorithm.prompts_per_step={recipe.algorithm.prompts_per_step} is not a multiple of "

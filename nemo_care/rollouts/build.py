@@ -10,7 +10,7 @@ from nemo_care.models.architecture import Architecture
 from nemo_care.models.families import read_family
 from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.ranks.process_groups import Ranks
-from nemo_care.recipe.schema import Recipe
+from nemo_care.recipe.schema import Recipe, replicas_of
 from nemo_care.rollouts.generator import Generator
 from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.rollouts.vllm.fleet import Fleet, hosts_key, sleep_level
@@ -109,7 +109,8 @@ def check_engines(recipe: Recipe, architecture: Architecture) -> None:
     check_placement(
         recipe.rollout.vllm,
         devices=recipe.trainer.devices,
-        machines=recipe.trainer.num_nodes,
+        # Too few ranks for one are refused by `check_world`.
+        replicas=max(replicas_of(recipe), 1),
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
     )

@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from test_cli import REPOSITORY, world_overrides
 
-from nemo_care.checks import fit, machine
+from nemo_care.checks import fit, local, machine
 from nemo_care.checks.fit import checkpoints_at_a_time, fit_of
 from nemo_care.checks.machine import BROKEN, FOUND, GIB, MISSING, Finding, GpuState, Machine
 from nemo_care.cli import main
@@ -226,18 +226,18 @@ def fp8_recipe(recipe_of, name: str = "tensorwise"):
 )
 def test_8_bits_that_the_gpu_has_not_are_refused(recipe_of, name, gpu, cuda, part):
     there = replace(made_machine(gpus=(gpu,)), cuda=cuda)
-    problems = list(fit._kernels(fp8_recipe(recipe_of, name), there))
+    problems = list(local.kernels(fp8_recipe(recipe_of, name), there))
     assert len(problems) == 1
     assert part in problems[0]
 
 
 def test_8_bits_that_the_gpu_has_are_not_refused(recipe_of):
     there = made_machine(gpus=(H100,))
-    assert list(fit._kernels(fp8_recipe(recipe_of, "blockwise"), there)) == []
+    assert list(local.kernels(fp8_recipe(recipe_of, "blockwise"), there)) == []
 
 
 def test_kernels_for_gpus_are_refused_without_one_or_when_broken(recipe_of):
-    problems = list(fit._kernels(fp8_recipe(recipe_of), made_machine(transformer_engine=BROKEN)))
+    problems = list(local.kernels(fp8_recipe(recipe_of), made_machine(transformer_engine=BROKEN)))
     assert len(problems) == 2
     assert "can't be imported (a detail)" in problems[0]
     assert "torch finds none here" in problems[1]
@@ -269,7 +269,7 @@ def test_ranks_without_gpus_share_the_memory_and_need_none_of_cuda_s(recipe_of):
 def test_disk_and_cpu_memory_are_warnings(recipe_of, monkeypatch):
     monkeypatch.setattr(fit, "free_disk", lambda folder: 2 * GIB)
     there = made_machine(gpus=(H100,), memory=GIB)
-    monkeypatch.setattr("nemo_care.checks.node.gpu_error_problems", lambda: [])
+    monkeypatch.setattr("nemo_care.checks.hardware.gpu_error_problems", lambda: [])
     found = fit_of(recipe_of("checkpoint.save_interval=1"), there, [], made_plan())
     assert found.problems == []
     host, disk = found.warnings

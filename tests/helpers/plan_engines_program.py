@@ -25,7 +25,10 @@ from nemo_care.planning.plan import Plan, Question, make_plan, plan_as_json
 from nemo_care.planning.search import search, search_report
 from nemo_care.planning.tables import plan_report
 from nemo_care.process.quiet import quiet_libraries
-from nemo_care.recipe.schema import Recipe
+from nemo_care.recipe.schema import RANGES, Recipe
+
+# The model is so small that the smallest share holds it many times.
+RANGES["rollout.vllm.gpu_memory_utilization"] = (0.001, 1.0)
 
 # By name: the stages of a pipeline and the keys under rollout.vllm; None: the ranks sample.
 PLANS: dict = {

@@ -223,7 +223,7 @@ def test_search_lists_what_the_plan_accepts_and_nothing_else(planned):
     assert found
     for overrides, peak, planned_peak, fits in found:
         assert fits, overrides
-        assert peak == planned_peak, overrides
+        assert peak == pytest.approx(planned_peak, abs=2**13), overrides
     refused = [line for line in tried if line.endswith("does not fit")]
     assert refused
     assert len(tried) == len(refused) + len(found)
@@ -368,9 +368,25 @@ def test_state_in_cpu_memory_is_held_there_and_comes_for_the_step(planned):
     assert times[1] - times[0] == pytest.approx(2 * state / 20e9, rel=1e-3)
 
 
-def test_advice_says_what_the_state_in_cpu_memory_would_leave(planned):
+def test_advice_is_the_plan_of_the_recipe_with_the_change(planned):
     plain, offloaded = (planned["offloaded"][name] for name in ("False", "True"))
-    peaks = offloaded["stages"][0]["peaks"]
-    assert planned["offloaded"]["advised"] == pytest.approx(peaks, abs=1024)
-    assert any(line.startswith("optimizer.offload=true") for line in plain["remedies"])
+    (line,) = [line for line in plain["remedies"] if line.startswith("optimizer.offload=true")]
+    # The state is back for the step: that is the peak with little else to hold.
+    assert f"{offloaded['peak_bytes'] / 2**30:.1f} GiB at the peak" in line
+    assert f"{offloaded['seconds']['step']:.1f} s per step" in line
     assert not any("optimizer.offload" in line for line in offloaded["remedies"])
+
+
+def test_a_variant_of_a_plan_is_what_planning_it_anew_gives(planned):
+    found = planned["variants"]
+    for change, (reused, anew) in found.items():
+        # What a part leaves of a few kilobytes depends on the parts before it.
+        assert reused == pytest.approx(anew, abs=2**13), change
+    assert {part.partition("=")[0] for change in found for part in change.split(" ")} == {
+        "evaluation.samples_per_batch", "rollout.groups_per_batch",
+        "algorithm.groups_per_micro_batch", "rollout.vllm.sleep_level",
+        "rollout.vllm.gpu_memory_utilization", "algorithm.reference.offload", "optimizer.offload",
+        "model.recompute_granularity", "model.tensor_model_parallel_size",
+        "model.sequence_parallel", "model.pipeline_model_parallel_size", "trainer.num_nodes",
+        "data.max_prompt_tokens",
+    }  # fmt: skip

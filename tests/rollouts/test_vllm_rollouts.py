@@ -159,16 +159,16 @@ def test_engines_and_replicas_share_each_other_out(engines, replicas, mine, want
 )
 def test_engines_that_do_not_fit_the_ranks_are_refused(keys, message, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    machines = {"devices": 2, "machines": 4, "tensor": 2, "pipeline": 2}
+    machines = {"devices": 2, "replicas": 2, "tensor": 2, "pipeline": 2}
     if "gpus" in keys:
-        machines = {"devices": 4, "machines": 1, "tensor": 2, "pipeline": 1}
+        machines = {"devices": 4, "replicas": 2, "tensor": 2, "pipeline": 1}
     with pytest.raises(InputError, match=message):
         check_placement(VLLMConfig(**keys), **machines)
 
 
 def test_gpus_that_train_are_those_that_the_ranks_see(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    machines = {"devices": 2, "machines": 1, "tensor": 2, "pipeline": 1}
+    machines = {"devices": 2, "replicas": 1, "tensor": 2, "pipeline": 1}
     check_placement(VLLMConfig(placement="separate", gpus=[6, 7]), **machines)
     with pytest.raises(InputError, match=r"GPU 5 trains \(trainer.devices=2 ranks take 4, 5\)"):
         check_placement(VLLMConfig(placement="separate", gpus=[5, 6]), **machines)
@@ -203,7 +203,7 @@ def test_every_replicas_engines_have_to_stay_on_a_machine():
     """Ranks 0 to 2 do, ranks 3 to 5 are on two."""
     vllm = VLLMConfig(tensor_parallel_size=3)
     with pytest.raises(InputError, match="ranks 3 to 5 would share an engine but are on several"):
-        check_placement(vllm, devices=4, machines=3, tensor=3, pipeline=1)
+        check_placement(vllm, devices=4, replicas=4, tensor=3, pipeline=1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The engines of one replica: started or connected to, each by the rank that owns it."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -8,10 +7,10 @@ from pathlib import Path
 import torch
 
 from nemo_care.errors import InputError
+from nemo_care.process.environment import VLLM_KEY
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.vllm import VLLMConfig
 from nemo_care.rollouts.vllm.engine import Engine, HostProcess
-from nemo_care.rollouts.vllm.host import KEY
 from nemo_care.rollouts.vllm.messages import EngineSettings
 from nemo_care.rollouts.vllm.placement import Share, colocate, share
 
@@ -160,11 +159,11 @@ def hosts_key() -> str:
     Raises:
         InputError: the environment has none.
     """
-    key = os.environ.get(KEY)
+    key = VLLM_KEY.value
     if not key:
         raise InputError(
-            f"rollout.vllm.hosts needs the engines' secret in the environment: set {KEY} as where "
-            "they were started"
+            "rollout.vllm.hosts needs the engines' secret in the environment: set "
+            f"{VLLM_KEY} as where they were started"
         )
     return key
 

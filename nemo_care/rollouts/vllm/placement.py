@@ -75,20 +75,19 @@ def share(engines: int, replicas: Sequence[int], mine: int, key: str) -> Share:
 
 
 def check_placement(
-    vllm: VLLMConfig, *, devices: int, machines: int, tensor: int, pipeline: int
+    vllm: VLLMConfig, *, devices: int, replicas: int, tensor: int, pipeline: int
 ) -> None:
     """Refuse, before any rank starts, what the ranks would refuse.
 
     Args:
         vllm: the recipe's keys.
         devices: ranks of one machine.
-        machines: how many there are.
+        replicas: of the model.
         tensor, pipeline: sizes of the trainer's layout.
 
     Raises:
         InputError: as `colocate` and `share`, or a rank trains on an engine's GPU.
     """
-    replicas = max(devices * machines // (tensor * pipeline), 1)
     if vllm.placement == "colocated":
         # Megatron counts tensor-parallel ranks first, then replicas, then stages.
         stages = range(0, tensor * replicas * pipeline, tensor * replicas)
