@@ -5,8 +5,10 @@ from pathlib import Path
 
 from transformers import Qwen2_5_VLConfig
 
+from nemo_care.data.annotations import Annotations
+from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
-from nemo_care.data.sources import read_levels, read_training, training_sources
+from nemo_care.data.sources import RunData, read_levels, read_training, training_sources
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
 from nemo_care.evaluation.files import check_level_names
@@ -37,16 +39,19 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
         )
 
 
-def check_training_inputs(recipe: Recipe) -> None:
+def check_training_inputs(recipe: Recipe) -> RunData:
     """Refuse what a training run can't work with, and write the miniature's files where missing.
+
+    Returns the samples of the run, which the checks have read.
 
     Raises:
         InputError: a missing or foreign checkpoint or tokenizer, a layout that does not divide
             model and ranks, kernels that are not there, rewards that can't be imported or called,
             unusable annotations or prompt template.
     """
-    for check in training_checks(recipe):
+    for check in _checks_before_data(recipe):
         check()
+    return RunData(_check_training_data(recipe), _check_levels(recipe))
 
 
 def training_checks(recipe: Recipe, *, writes: bool = True) -> list[Callable[[], object]]:
@@ -56,17 +61,16 @@ def training_checks(recipe: Recipe, *, writes: bool = True) -> list[Callable[[],
     they are missing.
     """
     return [
-        *_model_checks(recipe),
-        lambda: check_training(recipe),
-        lambda: check_weights(recipe.model.hf_path),
-        lambda: load_rewards(recipe.algorithm),
+        *_checks_before_data(recipe),
         lambda: _check_training_data(recipe, writes),
         lambda: _check_levels(recipe, writes),
     ]
 
 
-def check_evaluation_inputs(recipe: Recipe) -> None:
+def check_evaluation_inputs(recipe: Recipe) -> RunData:
     """Refuse what an evaluation can't work with, and write the miniature's files where missing.
+
+    Returns the samples of the levels, which the checks have read.
 
     Raises:
         InputError: no validation data, a missing or foreign model or tokenizer, a layout that does
@@ -82,7 +86,16 @@ def check_evaluation_inputs(recipe: Recipe) -> None:
     for source in (evaluated_model(recipe), judging_model(recipe)):
         if source is not None:
             source.check(hf)
-    _check_levels(recipe)
+    return RunData(None, _check_levels(recipe))
+
+
+def _checks_before_data(recipe: Recipe) -> list[Callable[[], object]]:
+    return [
+        *_model_checks(recipe),
+        lambda: check_training(recipe),
+        lambda: check_weights(recipe.model.hf_path),
+        lambda: load_rewards(recipe.algorithm),
+    ]
 
 
 def _model_checks(recipe: Recipe) -> list[Callable[[], object]]:
@@ -108,20 +121,22 @@ def _check_model(recipe: Recipe) -> Qwen2_5_VLConfig:
     return read_hf_config(recipe.model.hf_path)
 
 
-def _check_training_data(recipe: Recipe, writes: bool) -> None:
+def _check_training_data(recipe: Recipe, writes: bool = True) -> TrainingData | None:
+    """The training data; None only for a miniature that is not written yet."""
     # The parts can be asked one by one: without a source there is nothing to read.
     check_training(recipe)
     sources = training_sources(recipe.data)
     there = [_is_there(source.kind, source.root, writes) for source in sources]
-    if all(there):
-        read_training(recipe.data, seed=recipe.trainer.seed)
+    return read_training(recipe.data, seed=recipe.trainer.seed) if all(there) else None
 
 
-def _check_levels(recipe: Recipe, writes: bool = True) -> None:
+def _check_levels(recipe: Recipe, writes: bool = True) -> dict[str, Annotations]:
+    """The levels' samples; none for a miniature that is not written yet."""
     validation = recipe.data.validation
     is_named = bool(validation.annotations) and validation.root is not None
     if not is_named or _is_there(validation.kind, str(validation.root), writes):
-        read_levels(recipe.data, seed=recipe.trainer.seed)
+        return read_levels(recipe.data, seed=recipe.trainer.seed)
+    return {}
 
 
 def _is_there(kind: str, root: str, writes: bool) -> bool:
