@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_care.data.annotations import Annotations
+from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.sources import read_levels, read_training, training_sources
 from nemo_care.data.tokenizer import load_tokenizer
@@ -77,22 +79,28 @@ def data_roots(recipe: Recipe) -> Iterator[str]:
             yield f"data root {root} can't be read"
 
 
-def training_data(recipe: Recipe, writes: bool) -> None:
-    """Annotations of training that a run would refuse."""
+def training_data(recipe: Recipe, writes: bool) -> TrainingData | None:
+    """Annotations of training that a run would refuse.
+
+    Returns the training data; None for a miniature that is not written yet.
+    """
     # The parts can be asked one by one: without a source there is nothing to read.
     check_training(recipe)
     sources = training_sources(recipe.data)
     there = [_is_there(source.kind, source.root, writes) for source in sources]
-    if all(there):
-        read_training(recipe.data, seed=recipe.trainer.seed)
+    return read_training(recipe.data, seed=recipe.trainer.seed) if all(there) else None
 
 
-def validation_data(recipe: Recipe, writes: bool) -> None:
-    """Annotations of validation that a run would refuse."""
+def validation_data(recipe: Recipe, writes: bool) -> dict[str, Annotations]:
+    """Annotations of validation that a run would refuse.
+
+    Returns the samples of the levels; none for a miniature that is not written yet.
+    """
     validation = recipe.data.validation
     is_named = bool(validation.annotations) and validation.root is not None
     if not is_named or _is_there(validation.kind, str(validation.root), writes):
-        read_levels(recipe.data, seed=recipe.trainer.seed)
+        return read_levels(recipe.data, seed=recipe.trainer.seed)
+    return {}
 
 
 def _is_there(kind: str, root: str, writes: bool) -> bool:

@@ -39,7 +39,7 @@ def planned(
         name for name in gpu_names() if ".".join(map(str, read_gpu(name).capability)) == capability
     ]
     try:
-        recipe = compose_recipe(arguments, with_nemo=False)
+        recipe = compose_recipe(arguments)
         assert recipe is not None, "the command has composed it before"
         if not capability:
             # Without GPUs there is nothing that an engine could give back.

@@ -5,28 +5,36 @@ The faces are a command before it starts ranks (`recipe.py`), a batch job on eac
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from nemo_care.checks.machine import Machine
 from nemo_care.errors import InputError
 from nemo_care.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from nemo_care.data.annotations import Annotations
+    from nemo_care.data.mixing import TrainingData
 
 TRAIN, EVALUATE, NODE = "train", "evaluate", "node"
 PERSON, WARNING = "person", "warning"
 """Faces. A person also sees what may go wrong and need not, as a warning."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Situation:
     """What is asked about.
 
     `machine` is what was found here, for a person. With `writes` the miniature's files are written
-    where they are missing; else they are left to the run, and not read.
+    where they are missing; otherwise they are left to the run, and not read. `training` and
+    `levels` are the samples that the probes have read, for a run that goes on with them.
     """
 
     recipe: Recipe
     machine: Machine | None = None
     writes: bool = False
+    training: "TrainingData | None" = None
+    levels: "dict[str, Annotations]" = field(default_factory=dict)
 
     @property
     def examined(self) -> Machine:
@@ -62,6 +70,12 @@ def all_probes() -> tuple[Probe, ...]:
 
         return find
 
+    def read_training(situation: Situation) -> None:
+        situation.training = inputs.training_data(situation.recipe, situation.writes)
+
+    def read_levels(situation: Situation) -> None:
+        situation.levels = inputs.validation_data(situation.recipe, situation.writes)
+
     commands, training = (TRAIN, EVALUATE, PERSON), (TRAIN, PERSON)
     return (
         Probe(
@@ -86,9 +100,9 @@ def all_probes() -> tuple[Probe, ...]:
         Probe("training's keys", training, of_recipe(check_training)),
         Probe("weights", training, lambda s: inputs.check_weights(s.recipe.model.hf_path)),
         Probe("rewards", training, lambda s: load_rewards(s.recipe.algorithm) and None),
-        Probe("training's data", training, lambda s: inputs.training_data(s.recipe, s.writes)),
+        Probe("training's data", training, read_training),
         Probe("evaluated models", (EVALUATE,), of_recipe(inputs.evaluated)),
-        Probe("validation's data", commands, lambda s: inputs.validation_data(s.recipe, s.writes)),
+        Probe("validation's data", commands, read_levels),
         Probe("warnings", (WARNING,), lambda s: local.warnings(s.recipe, s.examined)),
     )
 

@@ -1,6 +1,7 @@
 """What a command refuses before any rank starts."""
 
 from nemo_care.checks.probes import EVALUATE, TRAIN, Situation, found_by
+from nemo_care.data.sources import RunData
 from nemo_care.errors import InputError
 from nemo_care.recipe.schema import Recipe
 
@@ -20,27 +21,33 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
         )
 
 
-def check_training_inputs(recipe: Recipe) -> None:
+def check_training_inputs(recipe: Recipe) -> RunData:
     """Refuse what a training run can't work with, and write the miniature's files where missing.
+
+    Returns the samples of the run, which the checks have read.
 
     Raises:
         InputError: a missing or foreign checkpoint or tokenizer, a layout that does not divide
             model and ranks, kernels that are not there, rewards that can't be imported or called,
             unusable annotations or prompt template.
     """
-    _refuse(TRAIN, recipe)
+    return _refuse(TRAIN, recipe)
 
 
-def check_evaluation_inputs(recipe: Recipe) -> None:
+def check_evaluation_inputs(recipe: Recipe) -> RunData:
     """Refuse what an evaluation can't work with, and write the miniature's files where missing.
+
+    Returns the samples of the levels, which the checks have read.
 
     Raises:
         InputError: no validation data, a missing or foreign model or tokenizer, a layout that does
             not divide the model, unusable annotations or prompt template.
     """
-    _refuse(EVALUATE, recipe)
+    return _refuse(EVALUATE, recipe)
 
 
-def _refuse(face: str, recipe: Recipe) -> None:
-    for problem in found_by(face, Situation(recipe, writes=True)):
+def _refuse(face: str, recipe: Recipe) -> RunData:
+    situation = Situation(recipe, writes=True)
+    for problem in found_by(face, situation):
         raise InputError(problem)
+    return RunData(situation.training, situation.levels)

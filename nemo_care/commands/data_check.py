@@ -92,7 +92,7 @@ def _main(options: argparse.Namespace, rest: list[str]) -> None:
         raise InputError(f"--workers {options.workers}: must be 0 or more")
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit {options.limit}: must be 1 or more")
-    recipe = compose_recipe(rest, with_nemo=False)
+    recipe = compose_recipe(rest)
     if recipe is None:
         return
     with _written_at_the_end(options.out) as partial:

@@ -67,7 +67,7 @@ def _fit(machine: Machine, rest: Sequence[str], plans: bool) -> Fit:
     # A recipe may name rewards that lie here.
     import_from_working_directory()
     try:
-        recipe = compose_recipe(rest, with_nemo=False)
+        recipe = compose_recipe(rest)
         if recipe is None:
             raise InputError("--cfg only prints a recipe: leave it out, or use nemo-care train")
     except InputError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nemo_care.commands.options import option_parser
 from nemo_care.errors import InputError
+from nemo_care.megatron.imports import import_lightly
 from nemo_care.planning.gpus import DEFAULT_GPU, gpu_names, read_gpu
 from nemo_care.process.screen import say
 
@@ -89,6 +90,7 @@ def main(arguments: Sequence[str]) -> None:
     recipe = compose_recipe(rest)
     if recipe is None:
         return
+    import_lightly()
     from nemo_care.planning.advice import remedies
     from nemo_care.planning.plan import Question, make_plan, plan_as_json
     from nemo_care.planning.tables import plan_report, print_report

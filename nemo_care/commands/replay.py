@@ -74,7 +74,7 @@ def replay(arguments: Sequence[str]) -> int:
             purpose="",
             examples=(),
             check=lambda recipe: _check(recipe, run, options.step),
-            run=lambda recipe, ranks: _replay(recipe, ranks, run, options.step),
+            run=lambda recipe, ranks, _: _replay(recipe, ranks, run, options.step),
             compose=lambda _: _recipe(run, options.overrides),
             rank_arguments=[str(run), "--step", str(options.step)],
         ),

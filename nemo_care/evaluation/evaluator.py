@@ -89,7 +89,7 @@ class Evaluator:
         what it would have computed.
         """
         pending: deque[_Asked] = deque()
-        for made in self._prompts(self._shares(samples, frozenset(done))):
+        for made in self._prompts(samples, self._shares(len(samples), frozenset(done))):
             pending.append(self._ask(made))
             while pending and (len(pending) > _PENDING or self._is_judged(pending[0])):
                 yield self._collect(pending.popleft())
@@ -102,24 +102,29 @@ class Evaluator:
         self.judge.close()
         self.generator.close()
 
-    def _shares(self, samples: Sequence[Sample], done: frozenset[int]) -> list[list[Numbered]]:
-        """This replica's part of each batch that is not done everywhere."""
+    def _shares(self, count: int, done: frozenset[int]) -> list[list[int]]:
+        """This replica's part of each batch of `count` samples that is not done everywhere."""
         replicas = self.ranks.data_size
         size = self.config.samples_per_batch * replicas
         shares = []
-        for start in range(0, len(samples), size):
-            batch = range(start, min(start + size, len(samples)))
+        for start in range(0, count, size):
+            batch = range(start, min(start + size, count))
             if not done.issuperset(batch):
                 mine = batch[self.ranks.data_rank :: replicas]
-                shares.append([(index, samples[index]) for index in mine if index not in done])
+                shares.append([index for index in mine if index not in done])
         return shares
 
-    def _prompts(self, shares: Sequence[Sequence[Numbered]]) -> Iterator[list[Prompt | Skipped]]:
+    def _prompts(
+        self, samples: Sequence[Sample], shares: Sequence[Sequence[int]]
+    ) -> Iterator[list[Prompt | Skipped]]:
         """The prompts of one share after another; the next one is decoded in the meantime."""
 
+        def share(number: int) -> list[Numbered]:
+            return [(index, samples[index]) for index in shares[number]]
+
         def load(number: int) -> list[Prompt | Skipped]:
-            made = self.loader.load(shares[number])
-            self.loader.prefetch(shares[number + 1] if number + 1 < len(shares) else ())
+            made = self.loader.load(share(number))
+            self.loader.prefetch(share(number + 1) if number + 1 < len(shares) else ())
             return made
 
         for number in range(len(shares)):

@@ -29,7 +29,7 @@ def study_runs(study: Study, out: Path, config_dir: str | None) -> dict[str, lis
         overrides = study.overrides_of(name)
         arguments = [*where, "--config-name", study.recipe, *overrides]
         try:
-            recipe = compose_recipe(arguments, with_nemo=False)
+            recipe = compose_recipe(arguments)
         except InputError as error:
             raise InputError(f"variant {name}: {error}") from error
         steps = recipe.trainer.max_steps if recipe else None

@@ -17,6 +17,8 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from nemo_care.errors import InputError, RunFailed
 from nemo_care.megatron.cpu import enable_cpu_megatron
+from nemo_care.process.handover import without_collecting
+from nemo_care.ranks.environment import RankEnvironment
 from nemo_care.ranks.open_files import allow_open_files
 from nemo_care.ranks.slurm import rendezvous_address
 from nemo_care.recipe.schema import Recipe
@@ -32,7 +34,8 @@ def _from_source(make: Callable[[], T], source: int, group: dist.ProcessGroup | 
             result[0] = make()
         except Exception as error:
             result[0] = _sendable(error)
-    dist.broadcast_object_list(result, src=source, group=group, device=torch.device("cpu"))
+    if dist.get_world_size(group) > 1:
+        dist.broadcast_object_list(result, src=source, group=group, device=torch.device("cpu"))
     if isinstance(result[0], Exception):
         raise result[0]
     return result[0]  # type: ignore[return-value]
@@ -81,31 +84,6 @@ class Layout:
                 "change trainer.devices, trainer.num_nodes or the layout"
             )
         return world_size // model
-
-
-@dataclass(frozen=True)
-class RankEnvironment:
-    """Where this process stands among the ranks, as its launcher told it."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-    @classmethod
-    def read(cls) -> "RankEnvironment | None":
-        """From torchrun's or srun's environment; None for a process started by hand."""
-        env = os.environ
-        if "RANK" in env and "WORLD_SIZE" in env:
-            rank = int(env["RANK"])
-            return cls(rank, int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", rank)))
-        # A batch script has SLURM_PROCID and SLURM_NTASKS too; only srun's tasks have a step.
-        if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
-            return cls(
-                int(env["SLURM_PROCID"]),
-                int(env["SLURM_STEP_NUM_TASKS"]),
-                int(env.get("SLURM_LOCALID", "0")),
-            )
-        return None
 
 
 def _set_rendezvous_address() -> None:
@@ -288,6 +266,18 @@ class Ranks:
     def from_rank_zero(make: Callable[[], T]) -> T:
         """Call `make` on rank 0 and give its result to every rank; its exception too."""
         return _from_source(make, 0, None)
+
+    def on_leaders(self, value: T | None) -> T | None:
+        """Rank 0's `value` on the leader of each model replica; None on the other ranks."""
+        if not self.is_model_leader:
+            return None
+        values = [value]
+        if self.data_size > 1:
+            with without_collecting():
+                dist.broadcast_object_list(
+                    values, src=0, group=self._leader_group, device=torch.device("cpu")
+                )
+        return values[0]
 
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Give the last pipeline stage's `tensor` to all stages (in place; same shape on all)."""

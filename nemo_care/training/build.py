@@ -57,11 +57,23 @@ def build_model(
     return family.build(config, recipe.model.backend)
 
 
-def load_model(recipe: Recipe, ranks: Ranks, *, fp8: bool = True) -> VideoLanguageModel:
+def load_model(recipe: Recipe, ranks: Ranks) -> VideoLanguageModel:
     """This rank's part of the recipe's checkpoint (see `build_model`)."""
-    model = build_model(recipe, ranks, fp8=fp8)
+    model = build_model(recipe, ranks)
     load_hf_weights(model, recipe.model.hf_path)
     return model
+
+
+@torch.no_grad()
+def build_twin(
+    recipe: Recipe, ranks: Ranks, model: VideoLanguageModel, *, fp8: bool
+) -> VideoLanguageModel:
+    """A model with the weights of `model`, which nobody has to read again (see `build_model`)."""
+    twin = build_model(recipe, ranks, model.family, fp8=fp8)
+    weights = dict(model.named_parameters())
+    for name, parameter in twin.named_parameters():
+        parameter.copy_(weights[name])
+    return twin
 
 
 def build_trainer(
@@ -89,7 +101,7 @@ def build_trainer(
     layout = BatchLayout.of_recipe(recipe, ranks.layout, tokenizer.pad_id)
     reference = None
     if needs_reference(algorithm):
-        twin = load_model(recipe, ranks, fp8=fp8.scoring)
+        twin = build_twin(recipe, ranks, model, fp8=fp8.scoring)
         reference = Reference(twin, algorithm, ranks, layout)
     policy = Policy(model, recipe, ranks, layout)
     generator = build_generator(
@@ -137,6 +149,6 @@ def build_trainer(
         tokenizer=tokenizer,
         loggers=loggers,
         bad_lines=[item for read in (*training.sources, *levels.values()) for item in read.bad],
-        annotations=ranks.from_rank_zero(lambda: fingerprints(recipe.data)),
+        annotations=fingerprints(training, levels),
         stop=stop,
     )

@@ -64,7 +64,7 @@ def recipe_of(world, tmp_path):
     def make(*overrides: str):
         folder = f"exp_manager.explicit_log_dir={tmp_path / 'run'}"
         given = ["--config-name", "tiny_cpu", folder, *world_overrides(world), *overrides]
-        return compose_recipe(given, with_nemo=False)
+        return compose_recipe(given)
 
     return make
 
@@ -290,7 +290,6 @@ def test_files_of_the_miniature_are_left_to_the_run(tmp_path):
             "tiny_cpu",
             *(f"data.{p}.root={tmp_path / 'w'}" for p in ("train", "validation")),
         ],
-        with_nemo=False,
     )
     assert fit_of(recipe, made_machine(), [], None).problems == []
     assert not (tmp_path / "w").exists()

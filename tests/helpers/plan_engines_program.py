@@ -132,7 +132,7 @@ def refusals(folder: str, plans: dict[str, Plan]) -> dict:
 def doctors(folder: str) -> dict:
     """What the doctor's process says of a GPU of which a quarter is in use, and of a CPU."""
 
-    def composed(arguments: list[str], *, with_nemo: bool) -> Recipe:
+    def composed(arguments: list[str]) -> Recipe:
         return recipe_of(folder, 1, {})
 
     with patch("nemo_care.recipe.compose.compose_recipe", composed):

@@ -265,15 +265,23 @@ def test_changed_keys_of_two_recipes_are_named():
     assert recipe_changes(old, new) == {"algorithm.consistency.margin": [0.01, 0.1]}
 
 
-def test_hydra_alone_composes_what_nemo_s_runner_does(tmp_path):
+def test_hydra_alone_composes_what_nemo_s_runner_does(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(
         "defaults: [tiny_cpu, _self_]\ntrainer: {max_steps: '${multiply:2,21}'}\n"
     )
     command = ["--config-path", str(tmp_path), "--config-name", "mine", "rollout.top_p=0.5"]
-    alone = compose_recipe(command, with_nemo=False)
+    alone = compose_recipe(command)
     assert alone is not None
     assert (alone.trainer.max_steps, alone.rollout.top_p) == (42, 0.5)
-    assert alone == compose_recipe(command)
+    from nemo.core.config import hydra_runner
+
+    asked = []
+    monkeypatch.setattr(
+        "hydra.main",
+        lambda version_base, config_path: asked.append("NeMo") or hydra_runner(config_path),
+    )
+    assert compose_recipe(command) == alone
+    assert asked == ["NeMo"]
 
 
 @pytest.mark.parametrize(
