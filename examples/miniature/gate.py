@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from nemo_care.miniature.batched import completion_logits, patches, prompt_token_ids
+from batched import completion_logits, patches, prompt_token_ids
 from nemo_care.miniature.vocabulary import LETTER_IDS, LETTERS, encode
 from nemo_care.miniature.world import Question, draw_level, draw_wrong_directions
 

@@ -22,8 +22,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from nemo_care.miniature.batched import completion_logits, patches, prompt_token_ids
-from nemo_care.miniature.gate import measure_gate
+from batched import completion_logits, patches, prompt_token_ids
+from gate import measure_gate
 from nemo_care.miniature.vocabulary import (
     DIRECTION_IDS,
     DIRECTIONS,
