@@ -155,6 +155,18 @@ def test_results_hold_what_tables_and_figures_need(made):
     assert "care/answer_likelihood" not in curves
 
 
+def test_variant_may_train_a_recipe_of_its_own(made):
+    made.edit("  care:\n", "  care: {recipe: tiny_cpu_grpo}\n")
+    assert made.run(only=["care"]) == []
+    made_with = json.loads((made.out / "runs/care-seed1/study.json").read_text())
+    assert made_with["recipe"] == "tiny_cpu_grpo"
+    assert "| care |  | --config-name tiny_cpu_grpo |" in (made.out / "study.md").read_text()
+    # Nobody takes its runs for those of another recipe.
+    made.edit("tiny_cpu_grpo", "tiny_cpu")
+    with pytest.raises(InputError, match="variant care has changed"):
+        made.run(only=["care"])
+
+
 def test_unfinished_run_is_given_the_same_command_again(made):
     made.run(only=["care"])
     (made.out / "runs/care-seed2/summary.json").unlink()
@@ -436,6 +448,7 @@ def test_unusable_docs_are_refused_before_the_first_run(made, old, new, named):
         ({"overrides": ["a=1"]}, "seed 1 of grpo was made with other overrides: a=1"),
         ({"seed": 2}, "seed 2 of grpo is there twice"),
         ({"mood": "good"}, 'some.jsonl:1: unknown key "mood"'),
+        ({"curves": {"step": [1, 2], "x": [0.5]}}, 'some.jsonl:1: its "curves" differ in length'),
     ],
 )
 def test_results_of_another_study_are_refused(made, trained, change, named):

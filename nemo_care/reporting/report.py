@@ -8,13 +8,7 @@ from typing import Any
 from nemo_care.process.os_errors import naming
 from nemo_care.reporting import page
 from nemo_care.reporting.curves import SMOOTHED_STEPS, draw_curves
-from nemo_care.reporting.tables import (
-    COLUMNS,
-    change,
-    level_names,
-    result_notes,
-    shown_columns,
-)
+from nemo_care.reporting.tables import result_notes, validation_sheet
 from nemo_care.runs.files import step_of_file
 from nemo_care.runs.reader import RunRecord, read_run
 
@@ -103,22 +97,14 @@ def _validation(run: RunRecord) -> str:
     start, end = run.start, run.end
     if not (start or end):
         return page.paragraph("This run has no validation results.", "soft")
-    columns = shown_columns(start, end)
-    counts = {
-        level: (end or start or {}).get(level, {}).get("count") for level in level_names(start, end)
-    }
-    rows = [
-        [level, *(change(start, end, level, key) for key in columns), str(counts[level] or "–")]
-        for level in level_names(start, end)
-    ]
     if start and end:
         done = "" if run.finished else f" (step {run.validations[-1]['step']})"
         caption = f"Before the first step → last validation{done}."
     else:
         caption = "Before the first step." if start else "Last validation."
     notes = [page.paragraph(note, "soft") for note in result_notes(run)]
-    heading = ["level", *(COLUMNS[key] for key in columns), "prompts"]
-    return "\n".join([page.paragraph(caption, "soft"), page.table(heading, rows), *notes])
+    table = validation_sheet(start, end, prompts=True).html()
+    return "\n".join([page.paragraph(caption, "soft"), table, *notes])
 
 
 def _samples(run: RunRecord) -> str:
