@@ -76,13 +76,12 @@ def _report(arguments: list[str]) -> int:
 
     def report() -> None:
         from nemo_care.reporting.report import write_report
-        from nemo_care.reporting.scaling import scaling_rows, write_scaling_report
+        from nemo_care.reporting.scaling import write_scaling_report
 
         if options.scaling:
             out = options.out or options.runs[0].resolve().parent
-            page, sizes = write_scaling_report(options.runs, out)
-            heading, rows = scaling_rows(sizes)
-            for line in (heading, *rows):
+            page, lines = write_scaling_report(options.runs, out)
+            for line in lines:
                 say(" | ".join(line))
             say(page)
             return

@@ -222,7 +222,7 @@ def test_report_is_one_page_without_foreign_resources(tmp_path):
     assert target == folder / "report.html"
     text = target.read_text()
     assert ATTACK not in text
-    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;" in text
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in text
     assert "&lt;b&gt;bad&lt;/b&gt;" in text
     page = Resources()
     page.feed(text)

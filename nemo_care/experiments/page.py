@@ -16,8 +16,8 @@ from nemo_care.experiments.tables import (
 )
 from nemo_care.files.json_lines import replace_file
 from nemo_care.process.screen import console
-from nemo_care.reporting import page
 from nemo_care.reporting.figures import Curve
+from nemo_care.reporting.page import write_page
 from nemo_care.reporting.sheet import NAME_WIDTH, Sheet
 
 _SHEETS = {
@@ -54,8 +54,26 @@ def publish(findings: Findings, out: Path, settings: str) -> Path:
     sheets = {name: make(findings) for name, make in _SHEETS.items()}
     write_json(out / "study.json", findings.as_json())
     replace_file(out / "study.md", _markdown(findings, sheets, figures))
-    replace_file(out / "study.html", _html(findings, sheets, figures, settings))
-    return out / "study.html"
+    study, page = findings.study, out / "study.html"
+    planned = sum(findings.planned(variant) for variant in study.variants)
+    write_page(
+        page,
+        "study.html",
+        title=study.title,
+        kind="nemo-care study",
+        finished=len(findings.results) == planned,
+        state=f"{findings.count()} are done",
+        sheets=sheets,
+        figures=dict.fromkeys(_FIGURES) | figures,
+        notes=findings.notes(),
+        facts={
+            "recipe": study.recipe,
+            "seeds": ", ".join(map(str, study.seeds)),
+            "overrides of all runs": " ".join(study.overrides) or None,
+        },
+        settings=settings,
+    )
+    return page
 
 
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
@@ -80,44 +98,3 @@ def _markdown(findings: Findings, sheets: Mapping[str, Sheet], figures: Mapping[
         if sheet.rows:
             parts += [f"## {sheet.title}", sheet.markdown()]
     return "\n\n".join(parts) + "\n"
-
-
-def _html(
-    findings: Findings,
-    sheets: Mapping[str, Sheet],
-    figures: Mapping[str, Curve],
-    settings: str,
-) -> str:
-    study = findings.study
-
-    def figure(name: str) -> str:
-        curve = figures.get(name)
-        return page.image(curve.file, curve.title, curve.width) if curve else ""
-
-    planned = sum(findings.planned(variant) for variant in study.variants)
-    state = "state good" if len(findings.results) == planned else "state bad"
-    facts = {
-        "recipe": study.recipe,
-        "seeds": ", ".join(map(str, study.seeds)),
-        "overrides of all runs": " ".join(study.overrides) or None,
-    }
-    return page.document(
-        f"{study.title} · nemo-care",
-        [
-            f"<header>\n{page.paragraph('nemo-care study', 'soft')}\n"
-            f"<h1>{page.escape(study.title)}</h1>\n"
-            f"{page.paragraph(f'{findings.count()} are done', state)}\n</header>",
-            page.section(
-                "Results",
-                figure("dots"),
-                sheets["table"].html(),
-                *(page.paragraph(note, "soft") for note in findings.notes()),
-            ),
-            page.section(sheets["contrasts"].title, sheets["contrasts"].html()),
-            page.section("Curves", figure("curves")),
-            page.section("Variants", sheets["variants"].html(), page.facts(facts)),
-            page.section("Every seed", sheets["seeds"].html()),
-            page.section("Time", sheets["time"].html()),
-            page.section("Settings", page.folded("The study", page.preformatted(settings))),
-        ],
-    )

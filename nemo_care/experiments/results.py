@@ -10,11 +10,11 @@ from nemo_care.errors import InputError
 from nemo_care.experiments.config import Study
 from nemo_care.experiments.training_runs import TrainingRun
 from nemo_care.files.json_lines import Kinds, complete_lines, replace_lines
+from nemo_care.reporting.curves import STEP_TIME
 from nemo_care.reporting.tables import known
 from nemo_care.runs.reader import Levels, RunRecord, number, read_run
 
 RESULTS = "results.jsonl"
-STEP_TIME = "timing/step"
 # What is drawn over the steps.
 CURVES = ("rollout/consistency_rate", "reward/accuracy", "care/answer_likelihood")
 # Enough for a line three inches long.

@@ -1,4 +1,4 @@
-"""Tables of texts, drawn for a terminal, as Markdown and as HTML."""
+"""Tables of texts, for the terminal, for Markdown and for a page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nemo_care.process.screen import plain
-from nemo_care.reporting import page
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,26 +63,21 @@ class Sheet:
         """All rows."""
         return [row for group in self.groups for row in group]
 
-    def heading(self) -> list[str]:
-        """All headings."""
-        return [*self.labels, *(long for long, _ in self.columns)]
-
     def lines(self) -> list[list[str]]:
-        """All rows, each cell in one line."""
-        return [[*row.labels, *(cell.line() for cell in row.cells)] for row in self.rows]
+        """The heading and all rows, each cell in one line."""
+        heading = [*self.labels, *(long for long, _ in self.columns)]
+        rows = ([*row.labels, *(cell.line() for cell in row.cells)] for row in self.rows)
+        return [heading, *rows]
 
     def markdown(self) -> str:
         """The table in Markdown."""
         rule = ["---"] * len(self.labels) + ["---:"] * len(self.columns)
+        heading, *lines = self.lines()
         lines = [
             [f"**{cell}**" for cell in line] if row.strong else line
-            for row, line in zip(self.rows, self.lines(), strict=True)
+            for row, line in zip(self.rows, lines, strict=True)
         ]
-        return "\n".join(map(_markdown_row, [self.heading(), rule, *lines]))
-
-    def html(self) -> str:
-        """The table in HTML; nothing where it has no rows."""
-        return page.table(self.heading(), self.lines()) if self.rows else ""
+        return "\n".join(map(_markdown_row, [heading, rule, *lines]))
 
     def pieces(self, width: int) -> Iterator[Sheet]:
         """Tables that fit a terminal of this width one below the other.
