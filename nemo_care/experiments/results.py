@@ -62,7 +62,7 @@ def read_result(variant: str, run: TrainingRun) -> Result:
 
     record = read_run(run.folder)
     summary = record.summary or {}
-    step = pd.Series(record.series(STEP_TIME)).median()
+    step = pd.Series(record.series(STEP_TIME), dtype=float).median()
     wall = number(summary.get("wall_seconds"))
     return Result(
         variant=variant,
@@ -82,12 +82,12 @@ def _thinned(record: RunRecord) -> dict[str, list[float | None]]:
     """Each curve as at most `_POINTS` means of neighbouring steps."""
     import pandas as pd
 
-    frame = pd.DataFrame({"step": record.steps()} | {key: record.series(key) for key in CURVES})
-    width = max(1, math.ceil(len(frame) / _POINTS))
-    parts = frame.groupby(frame.index // width)
-    means = parts[list(CURVES)].mean().round(_DIGITS).dropna(axis="columns", how="all")
+    steps = pd.Series(record.steps(), dtype=int)
+    frame = pd.DataFrame({key: record.series(key) for key in CURVES}, dtype=float)
+    part = steps.index // max(1, math.ceil(len(steps) / _POINTS))
+    means = frame.groupby(part).mean().round(_DIGITS).dropna(axis="columns", how="all")
     curves = {key: [known(value) for value in means[key]] for key in means}
-    return {"step": parts["step"].last().tolist(), **curves}
+    return {"step": steps.groupby(part).last().tolist(), **curves}
 
 
 class ResultsFile:

@@ -123,7 +123,7 @@ def comparison_sheet(findings: Findings) -> Sheet:
         done, seeds = findings.of(recipe), findings.study.seeds_of(recipe)
         labels = [str(seed) if seed in done else f"{seed}: failed" for seed in seeds]
         validated = sum(bool(one.end) for one in done.values())
-        rows = findings.ends(recipe).reindex(seeds)
+        rows = findings.frame({seed: one.end for seed, one in done.items()}).reindex(seeds)
         groups.append(_group(recipe, rows, labels, validated, places))
     columns = [
         (f"{level} {COLUMNS[key]}", f"{one_line(level)}\n{_SHORT[key].split()[0]}")

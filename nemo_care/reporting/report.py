@@ -58,9 +58,9 @@ def _state(run: RunRecord) -> str:
 
 
 def _facts(run: RunRecord) -> dict[str, Any]:
-    summary = run.summary or {}
     import pandas as pd
 
+    summary = run.summary or {}
     wall = summary.get("wall_seconds")
     # The first steps also warm up caches and kernels.
     usual = pd.Series(run.series(STEP_TIME), dtype=float).median()
