@@ -176,7 +176,7 @@ def test_variant_may_train_a_recipe_of_its_own(made):
     made_with = json.loads((made.out / "runs/care-seed1/study.json").read_text())
     assert made_with["recipe"] == "tiny_cpu_grpo"
     assert "| care |  | --config-name tiny_cpu_grpo |" in (made.out / "study.md").read_text()
-    # Nobody takes its runs for those of another recipe.
+    # Its runs are not taken for those of another recipe.
     made.edit("tiny_cpu_grpo", "tiny_cpu")
     with pytest.raises(InputError, match="variant care has changed"):
         made.run(only=["care"])

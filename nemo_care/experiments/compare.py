@@ -123,8 +123,8 @@ def compare(
     command = training_command(train_command, config_dir)
     results, failures = train_variants(runs, every, command, out, jobs)
     failed = {failure.name for failure in failures}
-    names = {(run.recipe, run.seed): run.name for run in every}
-    done = [one for one in results if names[one.variant, one.seed] not in failed]
+    lost = {(run.recipe, run.seed) for run in every if run.name in failed}
+    done = [one for one in results if (one.variant, one.seed) not in lost]
     _publish(Findings(study, done), runs, out)
     return failures
 
