@@ -12,10 +12,10 @@ from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
-from nemo_care.miniature.checkpoint import tiny_config
 from nemo_care.miniature.vocabulary import DIRECTIONS, LETTERS
 from nemo_care.models.families import read_family
 from nemo_care.recipe.schema import Recipe
+from tiny_model import tiny_config
 
 COMPLETIONS = [
     f"<think>the shape moves {direction}</think>\n<answer>{letter}</answer><|im_end|>"

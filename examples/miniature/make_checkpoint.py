@@ -1,9 +1,10 @@
-"""Builds the warm-started miniature: `python -m nemo_care.miniature.build OUT --seed N`."""
+"""Makes the checkpoint of the `tiny_cpu` recipes: `python make_checkpoint.py OUT --seed N`."""
 
 import argparse
 import json
 import secrets
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -11,13 +12,13 @@ from pathlib import Path
 
 import torch
 
+from gate import Gate, GateNotPassed, measure_gate
 from nemo_care.errors import InputError
-from nemo_care.miniature.checkpoint import build_model, save_checkpoint
-from nemo_care.miniature.gate import Gate, GateNotPassed, measure_gate
-from nemo_care.miniature.warm_start import warm_start
+from nemo_care.process import ending
 from nemo_care.process.screen import one_line, say
+from tiny_model import build_model, save_checkpoint
+from warm_start import warm_start
 
-CHECKPOINT = Path(__file__).parent / "checkpoint_warm"
 GATE_FILE = "gate.json"
 
 
@@ -79,9 +80,8 @@ def build(out_dir: str | Path, *, seed: int, scale: float = 1.0, require_gate: b
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status: 0 built, 1 gate not passed, 2 unusable OUT."""
+    """Run the command line; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="nemo-care miniature build",
         description="Build a tiny video-language model and warm-start it for the miniature.",
         epilog="Takes about ten minutes on one core. Exit status: 0 built; 1 the warm start did "
         "not pass the forced-reasoning gate (try another seed); 2 OUT can't be used.",
@@ -107,4 +107,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.watch(signal.SIGINT)
+    ending.leave(main())

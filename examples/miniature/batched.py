@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.vision_utils import get_vision_position_ids
 
-from nemo_care.miniature.checkpoint import TinyModel
 from nemo_care.miniature.vocabulary import IMAGE_PAD, VIDEO_PAD, encode
 from nemo_care.miniature.world import GRID, PIXELS, SECONDS_PER_GRID, VIDEO_TOKENS, Question
 from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 from nemo_care.models.families.qwen2_5_vl.positions import mrope_positions
+from tiny_model import TinyModel
 
 _BEFORE_VIDEO = encode("<|im_start|> user <|vision_start|>")
 _VIDEO = slice(len(_BEFORE_VIDEO), len(_BEFORE_VIDEO) + VIDEO_TOKENS)

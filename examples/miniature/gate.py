@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from nemo_care.miniature.batched import completion_logits, patches, prompt_token_ids
-from nemo_care.miniature.checkpoint import TinyModel
+from batched import completion_logits, patches, prompt_token_ids
 from nemo_care.miniature.vocabulary import LETTER_IDS, LETTERS, encode
 from nemo_care.miniature.world import Question, draw_level, draw_wrong_directions
+from tiny_model import TinyModel
 
 TRUTH_WITHOUT_REASONING = (0.95, 1.0)
 IMPLIED_LETTER = (0.6, 0.8)

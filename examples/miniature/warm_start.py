@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from nemo_care.miniature.batched import completion_logits, patches, prompt_token_ids
-from nemo_care.miniature.checkpoint import TinyModel
-from nemo_care.miniature.gate import measure_gate
+from batched import completion_logits, patches, prompt_token_ids
+from gate import measure_gate
 from nemo_care.miniature.vocabulary import (
     DIRECTION_IDS,
     DIRECTIONS,
@@ -34,6 +33,7 @@ from nemo_care.miniature.vocabulary import (
 )
 from nemo_care.miniature.world import TEMPLATES, Question, ask, draw_scenes
 from nemo_care.process.screen import say
+from tiny_model import TinyModel
 
 BATCH = 96
 REVERSE_QUESTIONS = 0.2
