@@ -1,4 +1,4 @@
-"""A TransformerEngine that is installed and can't be imported stops nothing that does not need it."""
+"""A TransformerEngine that can't be imported stops nothing that does not need it."""
 
 import json
 import os
@@ -23,6 +23,8 @@ except InputError as error:
 finding = machine._transformer_engine()
 print(json.dumps([refused, finding.state, finding.detail]))
 """
+
+
 def test_megatron_is_imported_without_it_and_the_reason_is_kept(tmp_path):
     """As on a machine without NVIDIA's driver; `tests/te` has one without its compiled part."""
     error = "libcuda.so.1: cannot open shared object file"
