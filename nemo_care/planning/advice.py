@@ -172,10 +172,10 @@ def _largest_share(plan: Plan) -> float | None:
         room = plan.question.budget
     else:
         room = plan.question.budget - max(
-            peak - beside(engine, phase)
+            peak - engine.share
             for stage in plan.stages
             for phase, peak in stage.peaks.items()
-            if beside(engine, phase) == engine.share
+            if beside(engine, phase) >= engine.share
         )
     # A share is cut to whole bytes, so less than one byte more is no more.
     share = floor(100 * (room + 1) / memory) / 100
