@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from nemo_care import __version__
+from nemo_care.megatron.te_import import why_unusable
 from nemo_care.runs.origin import commit
 
 GIB = 2**30
@@ -205,17 +206,23 @@ def _built(torch: ModuleType | None, finding: Finding) -> Finding:
 
 
 def _fast_kernels() -> list[Finding]:
-    engine = _imported(
-        "transformer_engine",
-        "transformer_engine.pytorch",
+    return [_transformer_engine(), _apex()]
+
+
+def _transformer_engine() -> Finding:
+    name = "transformer_engine"
+    remedy = (
         "enables model.backend=transformer_engine (fused layers, variable-length attention) and "
-        "8-bit products on GPUs; pip install -e '.[gpu]' on a machine with CUDA",
-    )[1]
-    if engine.state == MISSING:
-        return [engine, _apex()]
-    plain = version_of("transformer_engine")
-    detail = plain if engine.state == FOUND else engine.detail
-    return [Finding(engine.group, engine.name, engine.state, detail, engine.remedy), _apex()]
+        "8-bit products on GPUs; pip install --no-build-isolation -e '.[gpu]' on a machine with "
+        "CUDA"
+    )
+    why = why_unusable()
+    if why is not None:
+        text = f"{version_of(name)} can't be imported: {why}"
+        return Finding("packages", name, BROKEN, text, remedy)
+    if not is_there(name):
+        return Finding("packages", name, MISSING, "not installed", remedy)
+    return Finding("packages", name, FOUND, version_of(name))
 
 
 def _apex() -> Finding:

@@ -15,6 +15,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from nemo_care.errors import InputError
+from nemo_care.megatron.te_import import why_unusable
 from nemo_care.models.architecture import Architecture
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.model import FP8Config, ModelConfig
@@ -132,8 +133,11 @@ def check_transformer_engine(model: ModelConfig) -> None:
     """
     if model.backend != "transformer_engine":
         return
-    if find_spec("transformer_engine") is None:
-        raise missing_transformer_engine("it is not installed")
+    why = why_unusable()
+    if why is None and find_spec("transformer_engine") is None:
+        why = "it is not installed"
+    if why is not None:
+        raise missing_transformer_engine(why)
     fp8 = model.precision.fp8
     if fp8.enabled and torch.cuda.is_available():
         check_gpu(fp8, torch.cuda.get_device_capability(), torch.version.cuda)
@@ -150,11 +154,7 @@ def _scales_can_be_loaded() -> bool:
     from 2.18 do only where they are told to."""
     if os.environ.get(_PICKLED_SCALES) == "1":
         return True
-    try:
-        return find_spec("transformer_engine.pytorch._extra_state") is None
-    except (ImportError, OSError):
-        # What is wrong with it is told where it is used.
-        return True
+    return find_spec("transformer_engine.pytorch._extra_state") is None
 
 
 def missing_transformer_engine(why: object) -> InputError:

@@ -165,7 +165,7 @@ def _largest_share(plan: Plan) -> Plan | None:
             peak
             for stage in planned.stages
             for phase, peak in stage.peaks.items()
-            if beside(engine, phase) == engine.share
+            if beside(engine, phase) >= engine.share
         )
         if engine.fits and max([engine.share, *awake]) <= budget:
             return planned

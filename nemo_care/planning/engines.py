@@ -26,8 +26,9 @@ class EnginePlan:
 
     `share` is all that it takes while it is awake, of which `weights` and `cache` are parts, and
     `asleep` what stays of it while training goes on; `host` is the CPU memory that one GPU's part
-    of a sleeping engine takes. A cached token takes `bytes_per_token`, the longest prompt with the
-    longest completion has `sequence_tokens`.
+    of a sleeping engine takes, `buffer` what the training process sends it the weights through. A
+    cached token takes `bytes_per_token`, the longest prompt with the longest completion has
+    `sequence_tokens`.
     """
 
     placement: str
@@ -43,6 +44,7 @@ class EnginePlan:
     sequence_tokens: int
     asleep: int
     host: int
+    buffer: int
 
     @property
     def cache_tokens(self) -> int:
@@ -143,14 +145,18 @@ def engine_plan(
         sequence_tokens=min(longest, model.max_positions),
         asleep=(_CONTEXT if vllm.sleep_level else taken) if colocated else 0,
         host=weights if colocated and vllm.sleep_level == 1 else 0,
+        # As `ipc_buffer_bytes`: the embedding is the largest tensor.
+        buffer=max(vllm.bucket_mib * 2**20, model.vocab_size * model.hidden_size * width)
+        if colocated
+        else 0,
     )
 
 
 def beside(engine: EnginePlan | None, phase: str) -> int:
-    """Bytes that an engine has of a GPU that trains, in a phase of the training ranks."""
+    """Bytes that an engine, and sending to it, take of a GPU that trains, in one of its phases."""
     if engine is None or engine.placement != "colocated":
         return 0
-    return engine.share if phase in _AWAKE else engine.asleep
+    return engine.share + engine.buffer if phase in _AWAKE else engine.asleep
 
 
 def bytes_of_number(recipe: Recipe) -> int:

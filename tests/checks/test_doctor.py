@@ -16,6 +16,7 @@ from nemo_care.checks.fit import checkpoints_at_a_time, fit_of
 from nemo_care.checks.machine import BROKEN, FOUND, GIB, MISSING, Finding, GpuState, Machine
 from nemo_care.cli import main
 from nemo_care.commands import doctor as command
+from nemo_care.megatron.te_import import why_unusable
 from nemo_care.recipe.compose import compose_recipe
 
 H100 = GpuState(0, "NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, (9, 0))
@@ -33,8 +34,10 @@ def packages(tmp_path, monkeypatch):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(content)
         monkeypatch.syspath_prepend(folder)
+        why_unusable.cache_clear()
 
     yield make
+    why_unusable.cache_clear()
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in ("transformer_engine", "apex", "amp_C", "wandb"):
             del sys.modules[name]

@@ -1,5 +1,6 @@
 """The engines of one replica: started or connected to, each by the rank that owns it."""
 
+import gc
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -81,6 +82,18 @@ class Fleet:
         pool = ThreadPoolExecutor(len(self.own))
         self._begun = [pool.submit(engine.begin) for _, engine in self.own]
         pool.shutdown(wait=False)
+
+    def make_room(self) -> None:
+        """Give GPU memory that training has let go of back to CUDA. Collective over all ranks.
+
+        torch keeps it for itself, and an engine that starts or wakes on this GPU takes its share
+        from what CUDA has left.
+        """
+        if self.vllm.placement == "colocated" and torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+            # An engine takes memory of several ranks' GPUs.
+            self.ranks.barrier()
 
     def close(self) -> None:
         """Leave the engines."""

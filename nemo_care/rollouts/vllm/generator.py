@@ -154,6 +154,8 @@ class VLLMGenerator:
     def _wake(self) -> None:
         """Weights of this version in the engines, and all of their memory. Collective."""
         first = self._sender is None
+        if first or self._asleep:
+            self.fleet.make_room()
         if first:
             self.ranks.together(self.fleet.start)
         if self._asleep:
