@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nemo_care.data.decoding import DecodingWorkers
-from nemo_care.data.sources import read_levels, read_training
+from nemo_care.data.sources import RunData
 from nemo_care.groups.group import Group
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.schema import Recipe
@@ -45,13 +45,17 @@ def small_recipe(checkpoint: Path, world: Path) -> Recipe:
 
 def small_trainer(recipe: Recipe, ranks: Ranks, folder: Path) -> GRPOCareTrainer:
     """A trainer of the recipe without NeMo's loggers."""
+    data = RunData.on_every_rank(
+        ranks, None, lambda: RunData.read(recipe.data, seed=recipe.trainer.seed)
+    )
+    assert data.training is not None
     return build_trainer(
         recipe,
         ranks,
         RunFiles(folder),
         [],
-        training=read_training(recipe.data, seed=recipe.trainer.seed),
-        levels=read_levels(recipe.data, seed=recipe.trainer.seed),
+        training=data.training,
+        levels=data.levels,
         workers=DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader),
     )
 

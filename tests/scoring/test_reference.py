@@ -5,6 +5,7 @@ import torch
 from small_runs import one_step, small_recipe, small_trainer
 
 from nemo_care.errors import InputError
+from nemo_care.models import hf_tensors
 from nemo_care.recipe.schema import check_recipe
 from nemo_care.training import step_watch
 
@@ -88,3 +89,26 @@ def test_the_counterfactual_bonus_needs_shared_prompts(recipe):
     recipe.algorithm.shared_prompt = False
     with pytest.raises(InputError, match=r"needs algorithm\.shared_prompt=true"):
         check_recipe(recipe)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_reference_starts_with_the_policy_s_weights_and_the_checkpoint_is_read_once(
+    recipe, ranks, tmp_path, monkeypatch, offload
+):
+    opened = []
+
+    def noted(file):
+        opened.append(file.name)
+        return open_shard(file)
+
+    open_shard = hf_tensors._opened
+    monkeypatch.setattr(hf_tensors, "_opened", noted)
+    recipe.algorithm.reference.offload = offload
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    assert opened == ["model.safetensors"]
+    policy, average = dict(trainer.policy.model.named_parameters()), trainer.reference.average
+    with average.in_place():
+        for name, parameter in average.model.named_parameters():
+            assert torch.equal(parameter, policy[name])
+            assert torch.equal(average.state[name].to(parameter.device), policy[name].float())
+            assert parameter.data_ptr() != policy[name].data_ptr()
