@@ -31,9 +31,7 @@ def test_the_page_is_what_the_module_writes():
     assert set(re.findall(r"`(NEMO_CARE_\w+)`", page)) == DECLARED
 
 
-@pytest.mark.parametrize(
-    ("given", "is_on"), [(None, False), ("0", False), ("1", True)]
-)
+@pytest.mark.parametrize(("given", "is_on"), [(None, False), ("0", False), ("1", True)])
 def test_a_switch_is_on_at_1_only(monkeypatch, given, is_on):
     monkeypatch.delenv(environment.VERBOSE.name, raising=False)
     if given is not None:

@@ -57,7 +57,10 @@ def all_probes() -> tuple[Probe, ...]:
     from nemo_care.scoring.reward_functions import load_rewards
 
     def of_recipe(check: Callable[[Recipe], object]) -> Callable[[Situation], None]:
-        return lambda situation: check(situation.recipe) and None
+        def find(situation: Situation) -> None:
+            check(situation.recipe)
+
+        return find
 
     commands, training = (TRAIN, EVALUATE, PERSON), (TRAIN, PERSON)
     return (
