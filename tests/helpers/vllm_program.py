@@ -15,16 +15,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_runs import small_recipe, small_trainer
 from vllm_double import KEY as SECRET
 
+from nemo_care.process.environment import VLLM_KEY
 from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 from nemo_care.rollouts.generator import Sampling
-from nemo_care.rollouts.vllm.host import KEY
 
 SAMPLING = Sampling(group_size=2, temperature=1.0, top_p=0.95, max_tokens=8, seed=(5,))
 
 
 def main() -> None:
     checkpoint, world, out = map(Path, sys.argv[1:4])
-    os.environ[KEY] = SECRET
+    os.environ[VLLM_KEY.name] = SECRET
     ranks = Ranks(Layout(pipeline=int(sys.argv[5])), RankEnvironment.read())
     recipe = small_recipe(checkpoint, world)
     recipe.rollout.backend = "vllm"
