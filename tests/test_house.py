@@ -47,13 +47,11 @@ def test_imports_never_go_back_up(file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_a_model_family_is_known_in_its_own_folder_only(file):
-    """All else sees `Family`; the miniature's maker imports the family of its checkpoint."""
+    """All else sees `Family`."""
     inside = file.relative_to(PACKAGE)
     if inside.is_relative_to("models/families"):
         return
     lines = [line for line in file.read_text().splitlines() if "qwen" in line.lower()]
-    if inside.parts[0] == "miniature":
-        lines = [line for line in lines if not line.startswith("from ")]
     assert lines == []
 
 

@@ -49,7 +49,7 @@ def main() -> None:
         count = policy.loss_count(batches)
         found = policy.forward_backward(batches, count, vectors if case["several"] else ())
         results[case["name"]] = {
-            "loss": policy._reduce(found, count)["train/loss"],
+            "loss": policy.metrics.reduce(found, count)["train/loss"],
             "gradients": gather_gradients(policy.model),
         }
     if ranks.rank == 0:

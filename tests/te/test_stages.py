@@ -6,10 +6,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from nemo_care.models.qwen2_5_vl import Qwen25VL, transformer_config
 
 from nemo_care.checkpoints.store import sharding_metadata
-from nemo_care.models.weights import _mapping
+from nemo_care.models.weights import _source
 from nemo_care.planning.fake_world import fake_world
 from nemo_care.planning.shapes import read_model_shape
 from nemo_care.ranks.process_groups import Layout
@@ -33,8 +32,8 @@ MARKS = ("tensor_model_parallel", "partition_dim", "sequence_parallel")
 UNMARKED = (False, -1, False)
 
 
-def shape(size: str):
-    return read_model_shape(f"Qwen2.5-VL-{size}-Instruct").hf
+def family_of(size: str):
+    return read_model_shape(f"Qwen2.5-VL-{size}-Instruct").family
 
 
 @contextmanager
@@ -60,15 +59,15 @@ class Stage:
 
 def built(name: str, backend: str, fp8: FP8Config | None = None) -> Stage:
     size, layout, rank, world = STAGES[name]
-    hf = shape(size)
+    family = family_of(size)
     with fake_world(layout, rank, world):
         with as_on_a_gpu():
-            config = transformer_config(hf, layout, torch.bfloat16, "none", fp8)
+            config = family.transformer_config(layout, torch.bfloat16, "none", fp8)
             assert not config.use_cpu_initialization
-            model = Qwen25VL(hf, config, backend)
+            model = family.build(config, backend)
         parameters = {}
         for parameter_name, parameter in model.named_parameters():
-            mapping = _mapping(model, parameter_name)
+            source = _source(model, parameter_name)
             marks = [
                 getattr(parameter, mark, default)
                 for mark, default in zip(MARKS, UNMARKED, strict=True)
@@ -77,7 +76,7 @@ def built(name: str, backend: str, fp8: FP8Config | None = None) -> Stage:
                 # TransformerEngine marks this one when it fills it, which it does not on `meta`.
                 norm = model.language_model.decoder.final_layernorm
                 marks[-1] = getattr(norm, "sequence_parallel", marks[-1])
-            parameters[mapping.hf_names] = (tuple(parameter.shape), mapping.cut, marks)
+            parameters[source.names] = (tuple(parameter.shape), source.cut, marks)
             assert parameter.dtype == torch.bfloat16
         sharded = {
             entry.key: (
@@ -106,7 +105,7 @@ def test_megatron_makes_transformer_engines_recipe_and_enters_it(recipe):
 
     with fake_world(Layout(), 0, 1):
         fp8 = FP8Config(enabled=True, recipe=recipe)
-        config = transformer_config(shape("3B"), Layout(), torch.bfloat16, "none", fp8)
+        config = family_of("3B").transformer_config(Layout(), torch.bfloat16, "none", fp8)
         made = get_fp8_recipe(config)
         names = [kind.__name__ for kind in type(made).__mro__]
         assert RECIPES[recipe] in names

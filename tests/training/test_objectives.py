@@ -22,7 +22,7 @@ from nemo_care.recipe.schema import check_recipe
 
 pytestmark = pytest.mark.numeric
 
-PROGRAM = Path(__file__).parent / "objectives_program.py"
+PROGRAM = Path(__file__).parents[1] / "helpers/objectives_program.py"
 NAMES = ["tp1", "tp2_sequence_parallel", "pp2", "dp2"]
 CASES = [
     ("grpo", "grpo", "grpo", "keep", 0.2, True),
