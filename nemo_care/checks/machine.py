@@ -42,6 +42,7 @@ OTHERS = {
     "pint": "pint",
     "math-verify": "math_verify",
     "tqdm": "tqdm",
+    "jinja2": "jinja2",
     "rich": "rich",
     "tensorboard": "tensorboard",
     "matplotlib": "matplotlib",

@@ -19,6 +19,7 @@ from nemo_care.evaluation.measures import OptionShuffle, PeerProbe
 from nemo_care.groups.answer_span import answer_token_span
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.group import Completion, Group
+from nemo_care.models.families import read_family
 from nemo_care.objective.consistency import peer_dependence
 from nemo_care.objective.statistics import bootstrap_interval
 from nemo_care.objective.text import extract_answer
@@ -73,8 +74,8 @@ def model(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(checkpoint, model):
-    return load_tokenizer(checkpoint, model.config)
+def tokenizer(checkpoint):
+    return load_tokenizer(checkpoint, read_family(checkpoint).prompt)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,9 @@ def answer_log_prob(model, prompt, completion: Completion) -> float:
 def test_option_shuffle_equals_hugging_face_on_a_prompt_that_was_built_anew(
     checkpoint, world, model, tokenizer, scorer, groups
 ):
-    builder = PromptBuilder(small_recipe(checkpoint, world).data, model.config, tokenizer)
+    builder = PromptBuilder(
+        small_recipe(checkpoint, world).data, read_family(checkpoint).prompt, tokenizer
+    )
     measure = OptionShuffle(LikelihoodJudge(scorer.answer_likelihoods, tokenizer), builder)
     single = [Group(group.prompt, [c]) for group in groups for c in group.completions]
     rows = measure(single)
@@ -137,7 +140,9 @@ def test_option_shuffle_equals_hugging_face_on_a_prompt_that_was_built_anew(
 def test_prompts_that_do_not_show_the_options_are_not_measured(
     checkpoint, world, model, tokenizer, scorer, groups
 ):
-    builder = PromptBuilder(small_recipe(checkpoint, world).data, model.config, tokenizer)
+    builder = PromptBuilder(
+        small_recipe(checkpoint, world).data, read_family(checkpoint).prompt, tokenizer
+    )
     measure = OptionShuffle(LikelihoodJudge(scorer.answer_likelihoods, tokenizer), builder)
     sample = replace(groups[0].prompt.sample, question="which way does the disc move ?")
     hidden = builder.with_text_of(groups[0].prompt, sample)

@@ -12,7 +12,7 @@ import torch
 from golden import _disk_name, hf_model, log_probs
 from layout_program import LAYOUTS
 from made_groups import make_groups, make_prompts
-from small_runs import small_recipe, small_trainer
+from small_runs import one_step, small_recipe, small_trainer
 
 from nemo_care.objective.advantages import ADVANTAGES
 from nemo_care.objective.losses import LOSSES
@@ -142,9 +142,8 @@ def run_step(checkpoint, world, ranks, folder, **rollout):
     for key, value in rollout.items():
         setattr(recipe.rollout, key, value)
     trainer = small_trainer(recipe, ranks, folder)
-    trainer.step = 1
-    metrics, groups, _ = trainer.run_training_step()
-    return metrics, groups
+    step = one_step(trainer)
+    return step.metrics, step.groups
 
 
 def test_penalised_completions_lose_reward_and_masked_ones_do_not_train(
