@@ -8,8 +8,8 @@ for TF32: NVIDIA's containers switch it on, and then a rotary angle, a float32 p
 import os
 
 DEFAULTS = {
-    # Megatron: kernels run in the order of their launch, so that a collective of tensor and sequence
-    # parallelism has begun before the product that hides it.
+    # Megatron: kernels run in the order of their launch, so that a collective of tensor or
+    # sequence parallelism has begun before the product that hides it.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     # A rank whose collective failed or timed out dies with a traceback instead of hanging.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",

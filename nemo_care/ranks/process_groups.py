@@ -24,15 +24,14 @@ from nemo_care.recipe.schema import Recipe
 
 T = TypeVar("T")
 
-# Of a collective, in all groups: a rank may wait for another one's slow file system, and for as long
-# as an engine may take (rollout.vllm.timeout_seconds, half an hour as gloo's own limit is), whose
-# error is to come first.
+# Of a collective, in all groups. A rank may wait for another one's slow file system, or for an
+# engine: that one's limit (rollout.vllm.timeout_seconds, half an hour as gloo's own is) comes first.
 TIMEOUT = timedelta(hours=2)
 
 
 def choose_kernels() -> None:
     """Kernels of GPUs that this process uses, whatever the environment says."""
-    # See nemo_care/ranks/gpu_variables.py; a process that torch was imported into before needs this.
+    # See nemo_care/ranks/gpu_variables.py: torch may have been imported before it was called.
     torch.set_float32_matmul_precision("highest")
     # cuDNN's attention makes a plan for each shape and keeps them all, and our shapes never end.
     torch.backends.cuda.enable_cudnn_sdp(False)
