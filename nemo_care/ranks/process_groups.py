@@ -25,7 +25,7 @@ from nemo_care.recipe.schema import Recipe
 T = TypeVar("T")
 
 # Of a collective, in all groups. A rank may wait for another one's slow file system, or for an
-# engine: that one's limit (rollout.vllm.timeout_seconds, half an hour as gloo's own is) comes first.
+# engine, whose own limit comes first: rollout.vllm.timeout_seconds, half an hour as gloo's own is.
 TIMEOUT = timedelta(hours=2)
 
 
