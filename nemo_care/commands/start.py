@@ -24,6 +24,7 @@ from nemo_care.process.environment import RESOLVED_RECIPE
 from nemo_care.process.handover import hand_over, take_over
 from nemo_care.process.quiet import quiet_libraries
 from nemo_care.process.screen import say
+from nemo_care.ranks.gpu_variables import set_gpu_variables
 from nemo_care.recipe.compose import compose_recipe, read_recipe, recipe_names
 from nemo_care.recipe.schema import Recipe, recipe_yaml
 
@@ -62,6 +63,7 @@ def start(command: Command, arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         say(_help(command))
         return 0
+    set_gpu_variables()
     quiet_libraries()
     import_from_working_directory()
     from nemo_care.ranks.launch import guarded

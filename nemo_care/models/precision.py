@@ -161,8 +161,8 @@ def missing_transformer_engine(why: object) -> InputError:
     """What to tell who asks for TransformerEngine where it can't be imported."""
     return InputError(
         f"model.backend=transformer_engine: TransformerEngine can't be imported ({why}); install "
-        "it with pip install -e '.[gpu]' on a machine with CUDA, or set model.backend=local (and "
-        f"{_KEY}.enabled=false)"
+        "it on a machine with CUDA (pip install --no-build-isolation -e '.[gpu]', docs/gpu.md), or "
+        f"set model.backend=local (and {_KEY}.enabled=false)"
     )
 
 

@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,18 @@ from nemo_care.ranks.slurm import rendezvous_address
 from nemo_care.recipe.schema import Recipe
 
 T = TypeVar("T")
+
+# Of a collective, in all groups. A rank may wait for another one's slow file system, or for an
+# engine, whose own limit comes first: rollout.vllm.timeout_seconds, half an hour as gloo's own is.
+TIMEOUT = timedelta(hours=2)
+
+
+def choose_kernels() -> None:
+    """Kernels of GPUs that this process uses, whatever the environment says."""
+    # See nemo_care/ranks/gpu_variables.py: torch may have been imported before it was called.
+    torch.set_float32_matmul_precision("highest")
+    # cuDNN's attention makes a plan for each shape and keeps them all, and our shapes never end.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _from_source(make: Callable[[], T], source: int, group: dist.ProcessGroup | None) -> T:
@@ -132,11 +145,13 @@ class Ranks:
     def _start(self, env: RankEnvironment, cpu_threads: int) -> None:
         """Start torch.distributed and Megatron's groups."""
         enable_cpu_megatron()
+        choose_kernels()
         if not dist.is_initialized():
             self._init_distributed(env, cpu_threads)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.layout.tensor,
             pipeline_model_parallel_size=self.layout.pipeline,
+            distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
         )
         initialize_rng_tracker(inference_rng_tracker=True)
 
@@ -150,9 +165,11 @@ class Ranks:
         self.model_leader = min(model_ranks)
         self.is_model_leader = self.rank == self.model_leader
         self._model_group, _ = dist.new_subgroups_by_enumeration(
-            [list(members) for members in unique], backend="gloo"
+            [list(members) for members in unique], backend="gloo", timeout=TIMEOUT
         )
-        self._leader_group = dist.new_group([members[0] for members in unique], backend="gloo")
+        self._leader_group = dist.new_group(
+            [members[0] for members in unique], backend="gloo", timeout=TIMEOUT
+        )
 
     @staticmethod
     def _init_distributed(env: RankEnvironment, cpu_threads: int) -> None:
@@ -170,10 +187,11 @@ class Ranks:
             torch.set_num_threads(cpu_threads)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if env.world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
             return
         _set_rendezvous_address()
-        dist.init_process_group(backend, rank=env.rank, world_size=env.world_size)
+        dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=TIMEOUT)
 
     def from_leader(self, make: Callable[[], T]) -> T:
         """Call `make` on the leader of this model replica and give its result to all its ranks.

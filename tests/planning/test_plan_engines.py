@@ -122,8 +122,8 @@ def test_engines_beside_training_take_their_share_awake_and_a_context_asleep(pla
     beside, ranks = planned["plans"]["level 2"], planned["plans"]["megatron"]
     share = int(0.6 * 8 * GIB)
     for ours, before in zip(beside["stages"], ranks["stages"], strict=True):
-        # Two ranks: 2 GiB for CUDA and NCCL.
-        rollout = ours["held"] + 2 * GIB + share
+        # Two ranks: 2 GiB for CUDA and NCCL. The weights travel through a buffer of bucket_mib.
+        rollout = ours["held"] + 2 * GIB + share + GIB // 2
         assert ours["peaks"] == {
             "rollout": rollout,
             "validation": rollout + ours["use"]["scoring"] + ours["use"]["inputs"],
@@ -164,7 +164,7 @@ def test_an_engine_without_room_for_one_sequence_does_not_fit(planned):
     for words in ("gpu_memory_utilization=0.001", "tensor_parallel_size", "352 tokens"):
         assert words in verdict
     (remedy,) = plan["remedies"]
-    assert remedy.startswith("rollout.vllm.gpu_memory_utilization=0.7")
+    assert remedy.startswith("rollout.vllm.gpu_memory_utilization=0.63")
     assert "tensor_parallel_size" in planned["refusals"]["engine"]
 
 
@@ -237,8 +237,8 @@ def test_doctor_takes_an_engines_share_of_the_whole_gpu(planned):
     assert gpu["engine"] == cpu["engine"] == ""
     # Of 80 GiB, although a quarter of them is in use.
     assert 49 * GIB < gpu["peak"] < 50 * GIB
-    # On a CPU engines stay awake: the update has 6 of 10 GiB less.
-    assert cpu["phase"] == "update"
+    # On a CPU engines stay awake: every phase has 6 of 10 GiB less, and sampling half a one more.
+    assert cpu["phase"] == "validation"
     assert 7 * GIB < cpu["peak"] < 8 * GIB
 
 

@@ -17,7 +17,7 @@ def generic_gemm(a, transposed_a, b, transposed_b, out, quantizer, out_dtype, bi
                  comm_type=None, extra_output=None, bulk_overlap=False, alpha=1.0,
                  beta=0.0):  # fmt: skip
     """BLAS's order: columns first, so that A is the weight and the product is B A^T."""
-    assert not (gelu or comm_overlap or quantizer)
+    assert [gelu, comm_overlap, quantizer] == [False, None, None]
     left, right = b.reshape(-1, b.shape[-1]), a.reshape(-1, a.shape[-1])
     left, right = (left.t() if transposed_b else left), (right.t() if transposed_a else right)
     product = left.float() @ right.float() * alpha

@@ -2,11 +2,11 @@
 
     NEMO_CARE_TE=FOLDER PYTHONPATH=tests/te pytest -p te_python_half -m te tests/te
 
-FOLDER holds the wheel `transformer_engine` of PyPI (1 MB; `pip install --no-deps --target FOLDER`). Its
-compiled halves are missing there: the extension `transformer_engine_torch` becomes a module whose
-enumerations are numbered by name and whose kernels raise, unless `te_kernels.py` has written them in
-torch. Everything else is TransformerEngine's own code: constructors, parameters and their marks, states,
-recipes, the optimizer, the choice of attention's backend.
+FOLDER holds the wheel `transformer_engine` of PyPI (1 MB; `pip install --no-deps --target FOLDER`).
+Its compiled halves are missing there: the extension `transformer_engine_torch` becomes a module
+whose enumerations are numbered by name and whose kernels raise, unless `te_kernels.py` has written
+them in torch. All else is TransformerEngine's own code: constructors, parameters and their marks,
+states, recipes, the optimizer, the choice of attention's backend.
 
 A plugin, because Megatron looks for TransformerEngine when it is imported, which the tests' own
 `conftest.py` does.

@@ -1,4 +1,4 @@
-"""Stages of 3B and 72B with TransformerEngine's own Python, on `meta`: names, shapes, marks, states."""
+"""Stages of 3B and 72B on `meta` with TransformerEngine's own Python: names, shapes, marks."""
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def as_on_a_gpu():
 
 @dataclass
 class Stage:
-    """Parameters by Hugging Face's names: shape, cut and marks; the sharded tensors of checkpoints."""
+    """Parameters by Hugging Face's names (shape, cut, marks); sharded tensors of checkpoints."""
 
     parameters: dict
     sharded: dict
@@ -111,9 +111,12 @@ def test_megatron_makes_transformer_engines_recipe_and_enters_it(recipe):
         assert RECIPES[recipe] in names
         # The plugin's GPU is an H100, which does not have this one; `check_gpu` says so before.
         refused = pytest.raises((RuntimeError, AssertionError), match=r"10\.0 or higher")
-        with refused if recipe == "mxfp8" else nullcontext():
-            with as_on_a_gpu(), get_fp8_context(config, 0):
-                assert FP8GlobalStateManager.is_fp8_enabled()
+        with (
+            refused if recipe == "mxfp8" else nullcontext(),
+            as_on_a_gpu(),
+            get_fp8_context(config, 0),
+        ):
+            assert FP8GlobalStateManager.is_fp8_enabled()
         assert not FP8GlobalStateManager.is_fp8_enabled()
 
 

@@ -1,4 +1,4 @@
-"""TransformerEngine's own Python with its kernels in torch: attention, the optimizer, a whole step."""
+"""TransformerEngine's own Python with kernels in torch: attention, the optimizer, a whole step."""
 
 import os
 import subprocess
@@ -49,8 +49,8 @@ def fused(calls):
     return FusedAdam
 
 
-# Keys of a row, of a prompt and of itself, outnumber its queries, and yet the longest rows of queries
-# and of keys are equally long.
+# Keys of a row, of a prompt and of itself, outnumber its queries, and yet the longest rows of
+# queries and of keys are equally long.
 EQUAL_LONGEST = (Segment(0, 12), Segment(12, 16, ((0, 8),)), Segment(16, 22, ((0, 6),)))
 
 
