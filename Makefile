@@ -29,7 +29,7 @@ install_torch = $(if $(CPU_TORCH),$(1)/bin/python -m pip install --quiet --retri
 # The big recipes that differ in their layout.
 SIZES := 3b 7b 32b 72b 32b_fp8 72b_fp8
 
-.PHONY: train test test-slow test-numeric test-vllm dry-runs audit compare study bench report docs plans lint \
+.PHONY: train test test-slow test-numeric test-vllm test-te dry-runs audit compare study bench report docs plans lint \
 	format clean help
 
 train: $(INSTALLED)
@@ -56,6 +56,14 @@ test-numeric: $(INSTALLED)
 test-vllm: .venv-vllm/.installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/vllm
 
+# The Python half of the oldest TransformerEngine that is taken, and of the newest: a wheel of 1 MB
+# each, no compiled part. `make -B .te/newest` fetches a newer one.
+test-te: $(INSTALLED) .te/oldest .te/newest
+	for version in oldest newest; do \
+		NEMO_CARE_TE=.te/$$version PYTHONPATH=tests/te OMP_NUM_THREADS=1 \
+			$(BIN)/python -m pytest -p te_python_half -m te tests/te || exit 1; \
+	done
+
 # A whole step of each big recipe in a fake world: layouts, shapes, collectives, checkpoint.
 dry-runs: $(INSTALLED)
 	printf 'grpo_care_qwen2_5_vl_%s\n' $(SIZES) | OMP_NUM_THREADS=1 xargs -P 2 -I{} \
@@ -81,9 +89,11 @@ bench: $(INSTALLED) .venv-trl/.installed
 report: $(INSTALLED)
 	$(BIN)/nemo-care report runs/tiny_cpu
 
-# The page of all recipe keys, which a test compares with the schema.
+# The pages of all recipe keys and metrics, which tests compare with their declarations.
 docs: $(INSTALLED)
 	$(BIN)/python -m nemo_care.recipe.docs > docs/recipe.md
+	$(BIN)/python -m nemo_care.runs.metrics_page > docs/metrics.md
+	$(BIN)/python -m nemo_care.process.environment > docs/environment.md
 
 # What the big recipes need, counted without a GPU: docs/plans.md.
 plans: $(INSTALLED)
@@ -140,8 +150,15 @@ else
 endif
 	touch $@
 
+.te/oldest: WHEEL := transformer-engine==2.9.0
+.te/newest: WHEEL := transformer-engine<3
+.te/%: $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ "$(WHEEL)"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-trl .venv-vllm runs
+	rm -rf $(VENV) .te .venv-trl .venv-vllm runs
 
 help:
 	@echo "make train     train the tiny model on this machine: 100 steps, minutes"
@@ -152,8 +169,9 @@ help:
 	@echo "make test      the tests; make test-slow the long ones"
 	@echo "make test-numeric  comparisons of numbers, with the instructions of older CPUs: 3 minutes"
 	@echo "make test-vllm rollouts with a real vLLM, in .venv-vllm: minutes"
+	@echo "make test-te   layers and optimizer of TransformerEngine's Python half: half a minute"
 	@echo "make dry-runs  a step of each big recipe without a GPU"
-	@echo "make docs      docs/recipe.md, the page of all recipe keys"
+	@echo "make docs      docs/recipe.md and docs/metrics.md, all recipe keys and metrics"
 	@echo "make audit     known vulnerabilities of the installed packages"
 	@echo "make lint      ruff and mypy; make format mends what can be mended"
 	@echo "make clean     remove the virtual environment and the runs"

@@ -20,6 +20,7 @@ from made import Size, given_group, hf_config, video_prompt, write_checkpoint
 from step import made_trainer
 
 from nemo_care.ranks.process_groups import Layout, Ranks
+from nemo_care.training.step import Step
 from nemo_care.training.trainer import GRPOCareTrainer
 
 
@@ -64,7 +65,7 @@ def main() -> None:
         # AdamW has a state after its first step.
         group = given_group(video_prompt(hf_config(size), 256), 16, 2, size.vocabulary)
         group.advantage = torch.tensor([1.0, -1.0])
-        trainer.policy.update([group])
+        trainer.policy.update(Step(0, trained=[group]))
         parameters = sum(p.numel() for p in trainer.policy.model.parameters())
         alone = statistics.median(seconds_of_a_step() for _ in range(10))
         rows: dict[str, list] = {"asynchronous": [], "synchronous": []}

@@ -84,7 +84,7 @@ def products_per_second() -> float:
 def main() -> None:
     # The processes that decode import this file anew, and need nothing of Megatron.
     from nemo_care.data.stream import PromptStream
-    from nemo_care.models.hf_config import read_hf_config
+    from nemo_care.models.families import read_family
     from nemo_care.ranks.process_groups import Layout, Ranks
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -95,8 +95,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     ranks = Ranks(Layout())
-    hf = read_hf_config(CHECKPOINT)
-    builder = PromptBuilder(Recipe().data, hf, load_tokenizer(CHECKPOINT, hf))
+    form = read_family(CHECKPOINT).prompt
+    builder = PromptBuilder(Recipe().data, form, load_tokenizer(CHECKPOINT, form))
     with tempfile.TemporaryDirectory() as folder:
         samples = write_videos(Path(folder), options.videos)
 

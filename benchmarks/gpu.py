@@ -115,15 +115,15 @@ def recipe_of(folder: str, way: Way, args: argparse.Namespace) -> Any:
 
 def planned(folder: str, way: Way, args: argparse.Namespace) -> dict[str, float]:
     """Bytes at the peak of the update, in a world that does not exist."""
-    from nemo_care.planning.shapes import longest_lengths, patch_width, read_model_shape
+    from nemo_care.planning.shapes import longest_lengths, read_model_shape
     from nemo_care.planning.stage import built_stage
 
     recipe, shape = recipe_of(folder, way, args), read_model_shape(folder)
     with built_stage(recipe, shape, 0, reference=False) as stage:
-        lengths = longest_lengths(recipe, shape.hf)
+        lengths = longest_lengths(recipe, shape.family)
         # With separate sequences every completion brings the video.
         copies = 1 if way.shared else args.group
-        patches = copies * lengths.patches * patch_width(shape.hf) * 4
+        patches = copies * lengths.patches * shape.family.prompt.patching.values * 4
         peak = stage.build.held(offload=True) + max(stage.update(lengths, 1)) + patches
     return {"planned_bytes": peak}
 
@@ -140,8 +140,9 @@ def measured(folder: str, way: Way, args: argparse.Namespace) -> dict[str, Any]:
     from nemo_care.scoring.scorer import Scorer
     from nemo_care.training.build import build_model
     from nemo_care.training.policy import Policy
+    from nemo_care.training.step import Step
 
-    recipe, hf = recipe_of(folder, way, args), read_model_shape(folder).hf
+    recipe, family = recipe_of(folder, way, args), read_model_shape(folder).family
     ranks = Ranks(Layout(), cpu_threads=args.threads)
     torch.manual_seed(0)
     model = build_model(recipe, ranks)
@@ -153,15 +154,15 @@ def measured(folder: str, way: Way, args: argparse.Namespace) -> dict[str, Any]:
     )
     policy = Policy(model, recipe, ranks, layout)
     scorer = Scorer(model, ranks, layout)
-    lengths = longest_lengths(recipe, hf)
-    group = made_group(lengths, hf, 0, args.group)
+    lengths = longest_lengths(recipe, family)
+    group = made_group(lengths, family, 0, args.group)
     if group.prompt.pixel_values is not None:
         group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
     tokens = packed_tokens(lengths, args.group, shared=True)
     begin, end = group.completions[0].answer_span or (0, 0)
 
     def forward(rows: int) -> float:
-        return group_flops(hf, lengths, args.group, shared=way.shared, rows=rows)
+        return group_flops(family, lengths, args.group, shared=way.shared, rows=rows)
 
     rows = args.group * args.completion
     passes = {
@@ -169,7 +170,7 @@ def measured(folder: str, way: Way, args: argparse.Namespace) -> dict[str, Any]:
             lambda: scorer.answer_likelihoods([group]),
             forward(args.group * (end - begin)),
         ),
-        "update": (lambda: policy.update([group]), 3 * forward(rows)),
+        "update": (lambda: policy.update(Step(0, trained=[group])), 3 * forward(rows)),
     }
     result: dict[str, Any] = {}
     for name, (run, flops) in passes.items():

@@ -59,7 +59,7 @@ def recipe_of(folder: str, granularity: str):
 
 def planned(folder: str) -> dict[str, int]:
     """Bytes of forward and backward at their peak, by recomputation, patches included."""
-    from nemo_care.planning.shapes import longest_lengths, patch_width, read_model_shape
+    from nemo_care.planning.shapes import longest_lengths, read_model_shape
     from nemo_care.planning.stage import built_stage
 
     found = {}
@@ -67,8 +67,8 @@ def planned(folder: str) -> dict[str, int]:
     for granularity in GRANULARITIES:
         recipe = recipe_of(folder, granularity)
         with built_stage(recipe, shape, 0, reference=False) as stage:
-            lengths = longest_lengths(recipe, shape.hf)
-            patches = lengths.patches * patch_width(shape.hf) * 4
+            lengths = longest_lengths(recipe, shape.family)
+            patches = lengths.patches * shape.family.prompt.patching.values * 4
             found[granularity] = stage.update(lengths, 1)[0] + patches
     return found
 
@@ -83,21 +83,22 @@ def measured(folder: str, granularity: str) -> tuple[int, int]:
     from nemo_care.ranks.process_groups import Layout, Ranks
     from nemo_care.training.build import build_model
     from nemo_care.training.policy import Policy
+    from nemo_care.training.step import Step
 
     recipe, ranks = recipe_of(folder, granularity), Ranks(Layout())
-    hf = read_model_shape(folder).hf
+    family = read_model_shape(folder).family
     model = build_model(recipe, ranks)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
     policy = Policy(model, recipe, ranks, BatchLayout(1, 0, multiple=16))
-    group = made_group(longest_lengths(recipe, hf), hf, 0, GROUP)
+    group = made_group(longest_lengths(recipe, family), family, 0, GROUP)
     group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
     policy.optimizer.step = lambda: (True, 0.0, None)
     # Megatron's buffers of the first update stay.
-    policy.update([group])
-    resident = peak_memory(lambda: policy.update([group]))[0]
-    return allocated_peak(lambda: policy.update([group])), resident
+    policy.update(Step(0, trained=[group]))
+    resident = peak_memory(lambda: policy.update(Step(0, trained=[group])))[0]
+    return allocated_peak(lambda: policy.update(Step(0, trained=[group]))), resident
 
 
 def main() -> None:

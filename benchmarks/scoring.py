@@ -25,7 +25,8 @@ from measure import answer_rows, peak_memory, seconds
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.group import Group
 from nemo_care.groups.separate import separate_sequences
-from nemo_care.models.qwen2_5_vl import Qwen25VL, transformer_config
+from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.models.weights import load_hf_weights
 from nemo_care.objective.consistency import answer_likelihood
 from nemo_care.planning.work import group_flops
@@ -34,7 +35,7 @@ from nemo_care.scoring.scorer import Scorer
 
 
 @torch.no_grad()
-def naive_likelihoods(model: Qwen25VL, group: Group) -> torch.Tensor:
+def naive_likelihoods(model: VideoLanguageModel, group: Group) -> torch.Tensor:
     """Answer likelihoods [G], everything computed for every completion."""
     batch = separate_sequences([group], pad_id=0, multiple=1)
     logits = model.logits(model(batch.inputs))
@@ -55,7 +56,7 @@ def work(size: Size, prompt: int, completion: int, group_size: int, name: str) -
     """FLOPs of one of the passes."""
     rows = group_size * (prompt + completion) if name == "naive" else answer_rows(group_size)
     return group_flops(
-        hf_config(size),
+        Qwen25VLFamily(hf_config(size)),
         lengths(prompt, completion),
         group_size,
         shared=name == "fused",
@@ -76,7 +77,8 @@ def main() -> None:
     config = hf_config(size)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), size)
-        model = Qwen25VL(config, transformer_config(config, Layout(), torch.float32)).eval()
+        family = Qwen25VLFamily(config)
+        model = family.build(family.transformer_config(Layout(), torch.float32)).eval()
         load_hf_weights(model, folder)
     fused, separate = (
         Scorer(model, ranks, BatchLayout.of(Layout(), 1, pad_id=0, shared_prompt=shared))

@@ -20,11 +20,13 @@ from nemo_care.data.mixing import TrainingData
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
 from nemo_care.groups.group import Group
+from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
 from nemo_care.planning.work import group_flops, head_flops
 from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import Recipe
 from nemo_care.runs.files import RunFiles
 from nemo_care.training.build import build_trainer
+from nemo_care.training.step import Step
 from nemo_care.training.trainer import GRPOCareTrainer
 
 PHASES = ("rollout", "reward", "scoring", "update", "step")
@@ -73,7 +75,7 @@ def made_trainer(
         levels={},
         workers=DecodingWorkers.of(recipe.data, leads=False),
     )
-    config = trainer.policy.model.hf
+    config = trainer.policy.model.family.hf
     trainer.rollouts.prompts = GivenPrompts(
         [video_prompt(config, prompt_tokens, index) for index in range(prompts)]
     )
@@ -86,20 +88,20 @@ def timings(trainer: GRPOCareTrainer, repeats: int) -> tuple[dict[str, float], f
     best: dict[str, float] = {}
     for _ in range(repeats):
         trainer.step += 1
-        _, groups, _ = trainer.run_training_step()
-        for phase in PHASES:
-            seconds = trainer.timing[phase]
-            best[phase] = min(best.get(phase, seconds), seconds)
-    lengths = [c.length for group in groups for c in group.completions]
+        step = Step(trainer.step)
+        trainer.run_training_step(step)
+        for phase, seconds in step.timing.items():
+            best[phase.short] = min(best.get(phase.short, seconds), seconds)
+    lengths = [c.length for group in step.groups for c in group.completions]
     return best, sum(lengths) / len(lengths)
 
 
 def update_flops(size: Size, shape: tuple[int, int, int], *, shared: bool) -> float:
     """FLOPs of forward and backward of one group (the output layer's logits are made twice)."""
     prompt, completion, group = shape
-    hf, rows = hf_config(size), group * completion
-    forward = group_flops(hf, lengths(prompt, completion), group, shared=shared, rows=rows)
-    return 3 * forward + head_flops(hf, rows)
+    family, rows = Qwen25VLFamily(hf_config(size)), group * completion
+    forward = group_flops(family, lengths(prompt, completion), group, shared=shared, rows=rows)
+    return 3 * forward + head_flops(family.architecture, rows)
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import Recipe
 from nemo_care.runs.files import RunFiles
 from nemo_care.training.build import build_trainer
+from nemo_care.training.step import Step
 
 # A picture fills about this share of the prompt; the rest is words.
 _PICTURE_SHARE = 0.9
@@ -75,15 +76,17 @@ def our_steps(
         levels={},
         workers=DecodingWorkers.of(recipe.data, leads=False),
     )
-    hf = trainer.policy.model.hf
-    prompt = PromptBuilder(recipe.data, hf, load_tokenizer(checkpoint, hf)).build(0, sample)
+    form = trainer.policy.model.family.prompt
+    prompt = PromptBuilder(recipe.data, form, load_tokenizer(checkpoint, form)).build(0, sample)
     trainer.rollouts.prompts = GivenPrompts([prompt])
     trainer.rewards = made_up_rewards
     records = []
     for _ in range(steps):
         trainer.step += 1
-        _, (group,), _ = trainer.run_training_step()
-        timing = trainer.timing
+        step = Step(trainer.step)
+        trainer.run_training_step(step)
+        (group,) = step.groups
+        timing = {phase.short: seconds for phase, seconds in step.timing.items()}
         records.append(
             {
                 "rollout": timing["rollout"],

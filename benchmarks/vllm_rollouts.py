@@ -20,11 +20,12 @@ import torch
 from made import Size, hf_config, video_prompt, write_checkpoint
 
 from nemo_care.data.jsonl import read_jsonl
-from nemo_care.data.patches import PixelBounds, frames_to_patches
+from nemo_care.data.patches import PixelBounds
 from nemo_care.data.prompts import Prompt, PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.groups.group import Group
 from nemo_care.miniature.files import write_world
+from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 from nemo_care.models.weights import iterate_hf_weights
 from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import Recipe
@@ -50,12 +51,12 @@ def recipe_of(checkpoint: Path, tokens: int) -> Recipe:
 
 
 def miniature_prompts(recipe: Recipe, folder: Path, count: int) -> list[Prompt]:
-    from nemo_care.models.hf_config import read_hf_config
+    from nemo_care.models.families import read_family
 
     recipe.data.video.max_pixels = 784
     write_world(folder / "world", train=count, validation=1)
-    hf = read_hf_config(recipe.model.hf_path)
-    builder = PromptBuilder(recipe.data, hf, load_tokenizer(recipe.model.hf_path, hf))
+    form = read_family(recipe.model.hf_path).prompt
+    builder = PromptBuilder(recipe.data, form, load_tokenizer(recipe.model.hf_path, form))
     samples = read_jsonl(folder / "world", "train.jsonl").samples
     return [builder.build(index, sample) for index, sample in enumerate(samples)]
 
@@ -66,7 +67,7 @@ def with_frames(prompt: Prompt) -> Prompt:
     generator = torch.Generator().manual_seed(prompt.index)
     shape = (2 * t, 14 * h, 14 * w, 3)
     frames = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    pixels, _ = frames_to_patches(frames, PixelBounds(784, 196 * h * w))
+    pixels, _ = PatchSize().patches(frames, PixelBounds(784, 196 * h * w))
     return dataclasses.replace(prompt, pixel_values=pixels)
 
 
@@ -90,7 +91,7 @@ def compare(
     name: str, recipe: Recipe, ranks: Ranks, prompts: list[Prompt], sampling: Sampling, runs: int
 ) -> None:
     model = load_model(recipe, ranks)
-    tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
+    tokenizer = load_tokenizer(recipe.model.hf_path, model.family.prompt)
     version = 0
     with tempfile.TemporaryDirectory() as folder:
 

@@ -76,13 +76,12 @@ def _report(arguments: list[str]) -> int:
 
     def report() -> None:
         from nemo_care.reporting.report import write_report
-        from nemo_care.reporting.scaling import scaling_rows, write_scaling_report
+        from nemo_care.reporting.scaling import write_scaling_report
 
         if options.scaling:
             out = options.out or options.runs[0].resolve().parent
-            page, sizes = write_scaling_report(options.runs, out)
-            heading, rows = scaling_rows(sizes)
-            for line in (heading, *rows):
+            page, lines = write_scaling_report(options.runs, out)
+            for line in lines:
                 say(" | ".join(line))
             say(page)
             return
@@ -134,10 +133,11 @@ def _study(arguments: list[str]) -> int:
 def _miniature(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nemo-care miniature",
-        description="The tiny world and the tiny checkpoint of the tiny_cpu recipes.",
+        description="The tiny world of the tiny_cpu recipes.",
+        epilog="Their tiny checkpoint is made by examples/miniature/make_checkpoint.py of the "
+        "repository.",
     )
     jobs = parser.add_subparsers(dest="job", required=True)
-    jobs.add_parser("build", help="make the warm-started checkpoint anew (about ten minutes)")
     writer = jobs.add_parser("data", help="write the videos and questions")
     writer.add_argument("root", type=Path, help="the directory to make")
     writer.add_argument("--train", type=int, default=argparse.SUPPRESS, help="training questions")
@@ -145,10 +145,6 @@ def _miniature(arguments: list[str]) -> int:
         "--validation", type=int, default=argparse.SUPPRESS, help="questions per level"
     )
     writer.add_argument("--seed", type=int, default=argparse.SUPPRESS)
-    if arguments[:1] == ["build"]:
-        from nemo_care.miniature import build
-
-        return build.main(arguments[1:])
     given = vars(parser.parse_args(arguments))
     from nemo_care.miniature.files import write_world
     from nemo_care.ranks.launch import guarded
@@ -194,7 +190,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "report": (_report, "draw a run's curves and a page that holds them"),
     "compare": (_compare, "train several recipes and seeds, and print one table"),
     "study": (_study, "train the variants of a study; tables, figures and a page"),
-    "miniature": (_miniature, "make the tiny world or the tiny checkpoint"),
+    "miniature": (_miniature, "write the videos and questions of the tiny world"),
 }
 
 # Those that run as ranks, and that schedulers ask to stop.

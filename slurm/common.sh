@@ -76,6 +76,9 @@ check_settings() {
 
     # All CPUs of a node for its one task: srun would give it one.
     launch=(srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none)
+    # Where devices are constrained, a step gets no GPU of the job that it does not name. Slurm sets
+    # this where the job has any.
+    [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || launch+=(--gres="gpu:$SLURM_GPUS_ON_NODE")
     python=${NEMO_CARE_PYTHON:-}
     case ${NEMO_CARE_CONTAINER:-} in
     "")

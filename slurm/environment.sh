@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# The environment of every rank, in one place; sourced by node.sh, inside the container where there
-# is one. A variable that the submitting shell or the image has set stays as it is.
+# The environment of every rank, sourced by node.sh, inside the container where there is one; what
+# CUDA's libraries read, nemo_care/ranks/gpu_variables.py sets for other ways to start. A variable that the submitting shell or the image has set stays as it is.
 
 # Megatron: kernels run in the order of their launch, so that a collective of tensor and sequence
 # parallelism has begun before the GEMM that hides it.
@@ -9,6 +9,10 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 # Groups differ in length from step to step. Segments that can grow keep the allocator from
 # fragmenting into out-of-memory errors.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+
+# No TF32, which NVIDIA's images switch on: rotary angles are float32 products, and one at position 3000
+# would be off by 1 rad. All passes would agree on it, so that no check would notice.
+export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0 NVIDIA_TF32_OVERRIDE=0
 
 # A rank whose collective failed or timed out dies with a traceback instead of hanging.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"

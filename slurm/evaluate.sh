@@ -11,6 +11,7 @@
 #SBATCH --job-name=nemo-care-evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=12:00:00

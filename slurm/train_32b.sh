@@ -8,6 +8,7 @@
 #SBATCH --job-name=nemo-care-32b
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00

@@ -45,6 +45,16 @@ def test_imports_never_go_back_up(file):
             assert place_of(name) >= place_of(module), f"{module} imports {name}, which is above it"
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_model_family_is_known_in_its_own_folder_only(file):
+    """All else sees `Family`."""
+    inside = file.relative_to(PACKAGE)
+    if inside.is_relative_to("models/families"):
+        return
+    lines = [line for line in file.read_text().splitlines() if "qwen" in line.lower()]
+    assert lines == []
+
+
 def test_git_ignores_no_file_of_the_package():
     """Wheels, linters and `git add` leave out what .gitignore names."""
     if not (PACKAGE.parent / ".git").exists():

@@ -50,6 +50,8 @@ BARE = {
     "NEMO_CARE_CONTAINER": "none",
     "NEMO_CARE_RECIPE": "tiny_cpu",
     "NEMO_CARE_CPU": "1",
+    # This cluster has no GRES.
+    "SBATCH_GPUS_PER_NODE": "0",
     "NEMO_CARE_PREFLIGHT": "0",
     "OMP_NUM_THREADS": "1",
 }
@@ -100,6 +102,29 @@ def ended(job: dict[str, str]) -> tuple[str, str]:
 
 
 # ------------------------------------------------------------------ the scripts themselves
+
+
+@pytest.mark.parametrize(("gpus", "asked"), [("8", "--gres=gpu:8"), ("", "")])
+def test_a_step_asks_for_the_gpus_of_its_job(tmp_path, gpus, asked):
+    """Where devices are constrained it would get none. There are no GPUs: Slurm is not started."""
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "16"}
+    job |= {"SLURM_GPUS_ON_NODE": gpus, "NEMO_CARE_PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    show = f". {CHECKOUT}/slurm/common.sh; command=train restart=0; overrides=(); check_settings; "
+    done = subprocess.run(
+        ["bash", "-c", show + 'echo "${launch[*]}"'],
+        env=job | {"NEMO_CARE_CONTAINER": "none", "NEMO_CARE_RECIPE": "tiny_cpu"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [word for word in done.stdout.split() if word.startswith("--gres")] == asked.split()
+
+
+def test_the_scripts_ask_for_gpus():
+    for script in ("train_7b", "train_32b", "train_72b", "evaluate"):
+        text = (CHECKOUT / "slurm" / f"{script}.sh").read_text()
+        assert "\n#SBATCH --gpus-per-node=8\n" in text
 
 
 def test_shellcheck_has_nothing_to_say():

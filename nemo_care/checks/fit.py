@@ -4,14 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_care.checks.machine import BROKEN, FOUND, GIB, MISSING, GpuState, Machine, free_disk
-from nemo_care.errors import InputError
+from nemo_care.checks.local import own_gpus
+from nemo_care.checks.machine import BROKEN, GIB, MISSING, Machine, free_disk
+from nemo_care.checks.probes import PERSON, WARNING, Situation, found_by
 from nemo_care.recipe.schema import Recipe
-from nemo_care.training.experiment import run_directory
 
 _PLAN_SECONDS = 600
 # Above it a step takes about an hour on a machine's cores.
@@ -42,103 +42,14 @@ def fit_of(recipe: Recipe, machine: Machine, arguments: Sequence[str], plan: Pla
     """
     fit = Fit()
     wait = plan(recipe, machine, arguments) if plan is not None else None
-    problems = [*_devices(recipe, machine), *_kernels(recipe, machine)]
-    problems += [*_loggers(recipe, machine), *_inputs(recipe)]
-    # Parts of the checks ask for the same file: one line is enough.
-    fit.problems = list(dict.fromkeys(problems))
-    fit.warnings = list(_warnings(recipe, machine))
+    situation = Situation(recipe, machine)
+    # Several probes may read the same file: one line is enough.
+    fit.problems = list(dict.fromkeys(found_by(PERSON, situation)))
+    fit.warnings = list(found_by(WARNING, situation))
     if wait is not None:
         fit.plan = wait()
         _memory(fit, recipe, machine)
     return fit
-
-
-def own_gpus(recipe: Recipe, machine: Machine) -> list[GpuState]:
-    """The GPUs that the run would take."""
-    return machine.gpus[: recipe.trainer.devices]
-
-
-def _devices(recipe: Recipe, machine: Machine) -> Iterator[str]:
-    wanted, count = recipe.trainer.devices, len(machine.gpus)
-    if count and wanted > count:
-        gpus = "1 GPU" if count == 1 else f"{count} GPUs"
-        yield (
-            f"trainer.devices={wanted}, but this machine has {gpus}: set trainer.devices={count} "
-            "with a layout that divides it, or start the run where there are more"
-        )
-
-
-def _kernels(recipe: Recipe, machine: Machine) -> Iterator[str]:
-    from nemo_care.models.precision import check_gpu, missing_transformer_engine
-
-    model = recipe.model
-    if model.backend != "transformer_engine":
-        return
-    engine = machine.state("transformer_engine")
-    if engine.state == BROKEN:
-        yield str(missing_transformer_engine(engine.detail))
-    if not machine.gpus:
-        yield (
-            "model.backend=transformer_engine needs a GPU, and torch finds none here: set "
-            "model.backend=local (and model.precision.fp8.enabled=false)"
-        )
-    if model.precision.fp8.enabled:
-        for gpu in own_gpus(recipe, machine):
-            try:
-                check_gpu(model.precision.fp8, gpu.capability, machine.cuda)
-            except InputError as error:
-                yield str(error)
-
-
-def _loggers(recipe: Recipe, machine: Machine) -> Iterator[str]:
-    asked = {
-        "wandb": ("exp_manager.create_wandb_logger=true", recipe.exp_manager.create_wandb_logger),
-        "mlflow": (
-            "exp_manager.create_mlflow_logger=true",
-            recipe.exp_manager.create_mlflow_logger,
-        ),
-        "openai": ("evaluation.judge=llm", recipe.evaluation.judge == "llm"),
-    }
-    for name, (key, is_asked) in asked.items():
-        finding = machine.state(name)
-        if is_asked and finding.state != FOUND:
-            yield f"{key} needs the package {name} ({finding.detail}): {_install(finding.remedy)}"
-
-
-def _install(remedy: str) -> str:
-    return remedy.rpartition("; ")[2]
-
-
-def _inputs(recipe: Recipe) -> Iterator[str]:
-    """What a training run would refuse at its start; nothing is written."""
-    from nemo_care.checks.recipe import training_checks
-
-    for check in training_checks(recipe, writes=False):
-        try:
-            check()
-        except InputError as error:
-            yield str(error)
-
-
-def _warnings(recipe: Recipe, machine: Machine) -> Iterator[str]:
-    trainer = recipe.trainer
-    if trainer.num_nodes > 1:
-        yield (
-            f"trainer.num_nodes={trainer.num_nodes}: this is one of the machines, the others were "
-            "not looked at; the preflight of slurm/ asks each of them"
-        )
-    if not machine.gpus and trainer.devices > machine.cores:
-        yield (
-            f"trainer.devices={trainer.devices} processes share {machine.cores} cores: set "
-            f"trainer.devices={machine.cores} or fewer, or use a machine with GPUs"
-        )
-    if machine.gpus:
-        from nemo_care.checks.node import gpu_error_problems
-
-        yield from gpu_error_problems()
-        for gpu in own_gpus(recipe, machine):
-            if recipe.model.precision.dtype == "bf16" and gpu.capability < (8, 0):
-                yield f"GPU {gpu.index} ({gpu.name}) has no fast bf16: use an A100 or newer"
 
 
 # ------------------------------------------------------------------ memory and disk
@@ -233,6 +144,8 @@ def checkpoints_at_a_time(recipe: Recipe) -> int:
 
 
 def _disk(fit: Fit, recipe: Recipe, size: int) -> None:
+    from nemo_care.training.experiment import run_directory
+
     folder, count = run_directory(recipe.exp_manager), checkpoints_at_a_time(recipe)
     free = free_disk(folder)
     fit.facts.append(

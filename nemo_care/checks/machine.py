@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from nemo_care import __version__
+from nemo_care.megatron.te_import import why_unusable
 from nemo_care.runs.origin import commit
 
 GIB = 2**30
@@ -41,6 +42,7 @@ OTHERS = {
     "pint": "pint",
     "math-verify": "math_verify",
     "tqdm": "tqdm",
+    "jinja2": "jinja2",
     "rich": "rich",
     "tensorboard": "tensorboard",
     "matplotlib": "matplotlib",
@@ -92,7 +94,7 @@ class Machine:
 
 def examine() -> Machine:
     """Look at everything; takes seconds, most of them for importing torch."""
-    torch, torch_finding = _module("packages", "torch", "torch", "", mandatory=True)
+    torch, torch_finding = _imported("torch", "torch", mandatory=True)
     gpus, gpu_findings = _gpus(torch)
     cores, memory = len(os.sched_getaffinity(0)), available_memory()
     return Machine(
@@ -101,7 +103,9 @@ def examine() -> Machine:
             Finding("nemo-care", "nemo_care", FOUND, f"{__version__}, {commit() or 'no commit'}"),
             *gpu_findings,
             _built(torch, torch_finding),
-            *_packages(),
+            _installed("megatron-core", "megatron.core", mandatory=True),
+            _installed("transformers", "transformers", mandatory=True),
+            _installed("nemo_toolkit", "nemo", mandatory=True),
             *_fast_kernels(),
             *_optional(),
             _others(),
@@ -152,20 +156,28 @@ def version_of_any(*distributions: str) -> str:
     return next((known for known in versions if known != "unknown version"), "unknown version")
 
 
-def _module(
-    group: str, distribution: str, module: str, remedy: str, *, mandatory: bool = False
-) -> tuple[ModuleType | None, Finding]:
-    """Import a package; the module and its line."""
-    remedy = remedy or _INSTALL
+def _installed(
+    distribution: str, module: str, remedy: str = _INSTALL, *, mandatory: bool = False
+) -> Finding:
+    """A package's line, by its metadata: importing it would take seconds."""
     if not is_there(module):
-        finding = Finding(group, distribution, MISSING, "not installed", remedy, mandatory)
+        return Finding("packages", distribution, MISSING, "not installed", remedy, mandatory)
+    text = version_of(distribution) + _not_as_asked(distribution)
+    return Finding("packages", distribution, FOUND, text, mandatory=mandatory)
+
+
+def _imported(
+    distribution: str, module: str, remedy: str = _INSTALL, *, mandatory: bool = False
+) -> tuple[ModuleType | None, Finding]:
+    """A package that may be there and broken, such as one with libraries: module and line."""
+    finding = _installed(distribution, module, remedy, mandatory=mandatory)
+    if finding.state != FOUND:
         return None, finding
     found, error = import_or_error(module)
     if found is None:
         detail = f"{version_of(distribution)} can't be imported: {error}"
-        return None, Finding(group, distribution, BROKEN, detail, remedy, mandatory)
-    text = version_of(distribution) + _not_as_asked(distribution)
-    return found, Finding(group, distribution, FOUND, text, mandatory=mandatory)
+        return None, Finding("packages", distribution, BROKEN, detail, remedy, mandatory)
+    return found, finding
 
 
 def _not_as_asked(distribution: str) -> str:
@@ -194,33 +206,24 @@ def _built(torch: ModuleType | None, finding: Finding) -> Finding:
     return Finding(finding.group, finding.name, FOUND, f"{finding.detail}, {build}", mandatory=True)
 
 
-def _packages() -> list[Finding]:
-    found = [
-        _module("packages", "megatron-core", "megatron.core.package_info", "", mandatory=True)[1],
-        _module("packages", "transformers", "transformers", "", mandatory=True)[1],
-    ]
-    # NeMo takes ten seconds to import, so its presence must do.
-    there = is_there("nemo")
-    state, text = (FOUND, version_of("nemo_toolkit")) if there else (MISSING, "not installed")
-    found.append(
-        Finding("packages", "nemo_toolkit", state, text, "" if there else _INSTALL, mandatory=True)
-    )
-    return found
-
-
 def _fast_kernels() -> list[Finding]:
-    engine = _module(
-        "packages",
-        "transformer_engine",
-        "transformer_engine.pytorch",
+    return [_transformer_engine(), _apex()]
+
+
+def _transformer_engine() -> Finding:
+    name = "transformer_engine"
+    remedy = (
         "enables model.backend=transformer_engine (fused layers, variable-length attention) and "
-        "8-bit products on GPUs; pip install -e '.[gpu]' on a machine with CUDA",
-    )[1]
-    if engine.state == MISSING:
-        return [engine, _apex()]
-    plain = version_of("transformer_engine")
-    detail = plain if engine.state == FOUND else engine.detail
-    return [Finding(engine.group, engine.name, engine.state, detail, engine.remedy), _apex()]
+        "8-bit products on GPUs; pip install --no-build-isolation -e '.[gpu]' on a machine with "
+        "CUDA"
+    )
+    why = why_unusable()
+    if why is not None:
+        text = f"{version_of(name)} can't be imported: {why}"
+        return Finding("packages", name, BROKEN, text, remedy)
+    if not is_there(name):
+        return Finding("packages", name, MISSING, "not installed", remedy)
+    return Finding("packages", name, FOUND, version_of(name))
 
 
 def _apex() -> Finding:
@@ -252,7 +255,7 @@ def _apex() -> Finding:
 
 def _optional() -> list[Finding]:
     return [
-        _module("packages", name, name, f"enables {what}; pip install {package}")[1]
+        _installed(name, name, f"enables {what}; pip install {package}")
         for name, what, package in (
             ("wandb", "exp_manager.create_wandb_logger", "wandb"),
             ("mlflow", "exp_manager.create_mlflow_logger", "mlflow"),
@@ -281,11 +284,11 @@ def _others() -> Finding:
 
 def _decoding() -> Finding:
     """decord opens a video that was written a moment ago."""
-    _, finding = _module("packages", "decord", "decord", "", mandatory=True)
+    _, finding = _imported("decord", "decord", mandatory=True)
     if finding.state != FOUND:
         return finding
     try:
-        from nemo_care.checks.node import decoding_problems
+        from nemo_care.checks.hardware import decoding_problems
 
         problems = decoding_problems()
     except Exception as error:

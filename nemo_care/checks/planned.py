@@ -39,7 +39,7 @@ def planned(
         name for name in gpu_names() if ".".join(map(str, read_gpu(name).capability)) == capability
     ]
     try:
-        recipe = compose_recipe(arguments, with_nemo=False)
+        recipe = compose_recipe(arguments)
         assert recipe is not None, "the command has composed it before"
         if not capability:
             # Without GPUs there is nothing that an engine could give back.
@@ -47,7 +47,7 @@ def planned(
         gpu = read_gpu(like[0] if like else DEFAULT_GPU, total_gib)
         question = Question(gpu, margin=1 - free_gib / total_gib)
         plan = make_plan(recipe, question, compare=False)
-        advice = [] if plan.fits else remedies(make_plan(recipe, question))
+        advice = remedies(plan)
     except InputError as error:
         return {"error": str(error)}
     return {

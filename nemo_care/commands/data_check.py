@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_care.commands.options import option_parser
 from nemo_care.data.fork_server import start_fork_server
 from nemo_care.errors import InputError
 from nemo_care.process.os_errors import naming
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from nemo_care.checks.data import FileReport
     from nemo_care.data.decoding import Load
 
-_USAGE = "nemo-care data check --config-name RECIPE [options] [key=value ...]"
+_USAGE = "--config-name RECIPE [options] [key=value ...]"
 _DESCRIPTION = """\
 Read all training and validation data of a recipe as a run would, and report what it could not use:
 bad lines of the annotations, files that are missing or can't be decoded, prompts that are too long.
@@ -44,14 +45,7 @@ The checkpoint (model.hf_path) needs its config and tokenizer, but no weights. F
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and what is left for the recipe."""
     cores = len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(
-        prog="nemo-care data check",
-        usage=_USAGE,
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = option_parser("data check", _USAGE, _DESCRIPTION, _EPILOG)
     parser.add_argument(
         "--workers",
         type=int,
@@ -98,7 +92,7 @@ def _main(options: argparse.Namespace, rest: list[str]) -> None:
         raise InputError(f"--workers {options.workers}: must be 0 or more")
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit {options.limit}: must be 1 or more")
-    recipe = compose_recipe(rest, with_nemo=False)
+    recipe = compose_recipe(rest)
     if recipe is None:
         return
     with _written_at_the_end(options.out) as partial:
@@ -172,13 +166,13 @@ def check_data(
     from nemo_care.data.sources import training_sources
     from nemo_care.data.tokenizer import load_tokenizer
     from nemo_care.miniature import ensure_files
-    from nemo_care.models.hf_config import read_hf_config
+    from nemo_care.models.families import read_family
 
-    hf = read_hf_config(recipe.model.hf_path)
-    tokenizer = load_tokenizer(recipe.model.hf_path, hf)
+    prompt = read_family(recipe.model.hf_path).prompt
+    tokenizer = load_tokenizer(recipe.model.hf_path, prompt)
     builders = {
-        True: PromptBuilder(recipe.data, hf, tokenizer),
-        False: PromptBuilder(for_validation(recipe.data), hf, tokenizer),
+        True: PromptBuilder(recipe.data, prompt, tokenizer),
+        False: PromptBuilder(for_validation(recipe.data), prompt, tokenizer),
     }
     read = []
     for file in data_files(recipe.data):

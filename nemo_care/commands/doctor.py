@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from nemo_care.checks.fit import Fit, fit_of, missing_mandatory, start_plan
 from nemo_care.checks.machine import FOUND, Finding, Machine, examine
+from nemo_care.commands.options import option_parser
 from nemo_care.errors import InputError
 from nemo_care.process.quiet import quiet_libraries
 from nemo_care.process.screen import one_line, say
@@ -29,14 +30,8 @@ command itself failed."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nemo-care doctor",
-        usage="%(prog)s [--json] [--config-name RECIPE [--config-path FOLDER] [key=value ...]]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "[--json] [--config-name RECIPE [--config-path FOLDER] [key=value ...]]"
+    parser = option_parser("doctor", usage, _DESCRIPTION, _EPILOG)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(
         "--no-plan",
@@ -72,7 +67,7 @@ def _fit(machine: Machine, rest: Sequence[str], plans: bool) -> Fit:
     # A recipe may name rewards that lie here.
     import_from_working_directory()
     try:
-        recipe = compose_recipe(rest, with_nemo=False)
+        recipe = compose_recipe(rest)
         if recipe is None:
             raise InputError("--cfg only prints a recipe: leave it out, or use nemo-care train")
     except InputError as error:

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from nemo_care.data.annotations import Annotations
     from nemo_care.data.decoding import DecodingWorkers
     from nemo_care.data.samples import Skipped
+    from nemo_care.data.sources import RunData
     from nemo_care.evaluation.evaluator import Evaluator
     from nemo_care.evaluation.files import EvaluationFiles
-    from nemo_care.models.qwen2_5_vl import Qwen25VL
+    from nemo_care.models.video_language_model import VideoLanguageModel
     from nemo_care.ranks.process_groups import Ranks
     from nemo_care.training.model_source import ModelSource
 
@@ -33,18 +34,21 @@ def evaluate(arguments: Sequence[str]) -> int:
     return start(_COMMAND, arguments)
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe) -> "RunData":
     from nemo_care.checks.recipe import check_evaluation_inputs
     from nemo_care.runs.directory import check_run_directory
     from nemo_care.training.experiment import run_directory
 
     folder = run_directory(recipe.exp_manager)
-    check_evaluation_inputs(recipe)
+    data = check_evaluation_inputs(recipe)
     check_run_directory(folder)
+    return data
 
 
-def run_evaluation(recipe: Recipe, ranks: "Ranks") -> None:
+def run_evaluation(recipe: Recipe, ranks: "Ranks", checked: "RunData | None" = None) -> None:
     """Evaluate as one rank, from start to end; goes on where the run directory's rows end.
+
+    `checked` is what the check of the inputs has read, where rank 0 has got it.
 
     Raises:
         InputError: the run directory is in use, or holds rows that other settings made, a model
@@ -56,12 +60,12 @@ def run_evaluation(recipe: Recipe, ranks: "Ranks") -> None:
     folder = run_directory(recipe.exp_manager)
     with ExitStack() as held:
         ranks.from_rank_zero(lambda: held.enter_context(hold_run_directory(folder, "evaluate")))
-        _evaluate_in(recipe, ranks, folder)
+        _evaluate_in(recipe, ranks, checked, folder)
 
 
-def _evaluate_in(recipe: Recipe, ranks: "Ranks", folder: Path) -> None:
+def _evaluate_in(recipe: Recipe, ranks: "Ranks", checked: "RunData | None", folder: Path) -> None:
     from nemo_care.data.decoding import DecodingWorkers
-    from nemo_care.data.sources import read_levels
+    from nemo_care.data.sources import RunData
     from nemo_care.evaluation.build import build_llm_judge
     from nemo_care.evaluation.files import EvaluationFiles
     from nemo_care.evaluation.judge_again import judge_again, unjudged
@@ -72,7 +76,11 @@ def _evaluate_in(recipe: Recipe, ranks: "Ranks", folder: Path) -> None:
         prompt_files_identity,
     )
 
-    levels = read_levels(recipe.data, seed=recipe.trainer.seed)
+    levels = RunData.on_every_rank(
+        ranks,
+        checked,
+        lambda: RunData.read(recipe.data, seed=recipe.trainer.seed, trains=False),
+    ).levels
     files = EvaluationFiles(folder, levels)
     # A run may write a newer checkpoint at any time: one rank looks.
     model, reference = ranks.from_rank_zero(
@@ -128,7 +136,7 @@ def _build(
 
     fp8 = recipe.model.precision.fp8
     model = _load(recipe, ranks, source)
-    tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
+    tokenizer = load_tokenizer(recipe.model.hf_path, model.family.prompt)
     layout = BatchLayout.of_recipe(recipe, ranks.layout, tokenizer.pad_id)
     scorer, judging = Scorer(model, ranks, layout, fp8=fp8.scoring), None
     if reference is not None:
@@ -142,14 +150,16 @@ def _build(
         recipe,
         ranks,
         scorer,
-        PromptLoader(PromptBuilder(for_validation(recipe.data), model.hf, tokenizer), workers),
+        PromptLoader(
+            PromptBuilder(for_validation(recipe.data), model.family.prompt, tokenizer), workers
+        ),
         likelihoods=judging.answer_likelihoods if judging is not None else None,
         folder=files.folder.parent,
         from_checkpoint=source.folder.resolve() == Path(recipe.model.hf_path).resolve(),
     )
 
 
-def _load(recipe: Recipe, ranks: "Ranks", source: "ModelSource") -> "Qwen25VL":
+def _load(recipe: Recipe, ranks: "Ranks", source: "ModelSource") -> "VideoLanguageModel":
     from nemo_care.training.build import build_model
 
     model = build_model(recipe, ranks)
@@ -206,11 +216,12 @@ def _check_skipped(
 
 def _show(files: "EvaluationFiles") -> None:
     """The table of results, and where things lie."""
-    from nemo_care.reporting.tables import evaluation_table
+    from nemo_care.reporting.tables import evaluation_table, measures_table
 
     results: dict[str, Any] = files.results() or {}
     screen = console(soft_wrap=True)
     screen.print(evaluation_table(results))
+    screen.print(measures_table(results))
     skipped = sum(level["skipped"] for level in results.values())
     if skipped:
         screen.print(f"{skipped} samples skipped, see {files.skipped}")

@@ -21,7 +21,7 @@ def export(source: Path, out: Path, base: Path | None = None) -> None:
     quiet_libraries()
     from nemo_care.checkpoints.run_recipe import recipe_of_run
     from nemo_care.data.tokenizer import load_tokenizer
-    from nemo_care.models.hf_config import read_hf_config
+    from nemo_care.models.families import read_family
     from nemo_care.models.weights import export_hf
     from nemo_care.process.screen import say
     from nemo_care.ranks.process_groups import Layout, Ranks
@@ -41,17 +41,17 @@ def export(source: Path, out: Path, base: Path | None = None) -> None:
             f"model.hf_path={source_folder}: the checkpoint that the run started from is not there "
             "any more; say with --base DIR where it is now"
         )
-    hf = read_hf_config(source_folder, key=key)
-    load_tokenizer(source_folder, hf, key=key)
+    family = read_family(source_folder, key=key)
+    load_tokenizer(source_folder, family.prompt, key=key)
     weights = ModelSource("checkpoint", checkpoint, is_checkpoint=True, model_key=key)
-    weights.check(hf)
+    weights.check(family)
     folder = out.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     # A run exports into its own directory too.
     name = LOCK if is_run_directory(folder) else f"{out.name}.lock"
     with run_lock(folder, "export", name=name):
         ranks = Ranks(Layout())
-        model = build_model(recipe, ranks, hf)
+        model = build_model(recipe, ranks, family)
         weights.load(model)
         export_hf(model, source_folder, out)
         ranks.close()

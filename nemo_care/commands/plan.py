@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from nemo_care.commands.options import option_parser
 from nemo_care.errors import InputError
+from nemo_care.megatron.imports import import_lightly
 from nemo_care.planning.gpus import DEFAULT_GPU, gpu_names, read_gpu
 from nemo_care.process.screen import say
 
@@ -31,14 +33,8 @@ it fits is in it: see "fits" with --json); 2 a recipe or layout that can't be us
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nemo-care plan",
-        usage="%(prog)s --config-name RECIPE [--config-path FOLDER] [key=value ...] [options]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "--config-name RECIPE [--config-path FOLDER] [key=value ...] [options]"
+    parser = option_parser("plan", usage, _DESCRIPTION, _EPILOG)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(
         "--dry-run",
@@ -94,6 +90,7 @@ def main(arguments: Sequence[str]) -> None:
     recipe = compose_recipe(rest)
     if recipe is None:
         return
+    import_lightly()
     from nemo_care.planning.advice import remedies
     from nemo_care.planning.plan import Question, make_plan, plan_as_json
     from nemo_care.planning.tables import plan_report, print_report

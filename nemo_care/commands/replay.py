@@ -74,7 +74,7 @@ def replay(arguments: Sequence[str]) -> int:
             purpose="",
             examples=(),
             check=lambda recipe: _check(recipe, run, options.step),
-            run=lambda recipe, ranks: _replay(recipe, ranks, run, options.step),
+            run=lambda recipe, ranks, _: _replay(recipe, ranks, run, options.step),
             compose=lambda _: _recipe(run, options.overrides),
             rank_arguments=[str(run), "--step", str(options.step)],
         ),
@@ -127,10 +127,10 @@ def _replay(recipe: Recipe, ranks: "Ranks", run: Path, step: int) -> None:
     model = build_model(recipe, ranks)
     folder = checkpoint or Path(recipe.model.hf_path)
     ModelSource("model.hf_path", folder, is_checkpoint=checkpoint is not None).load(model)
-    tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
+    tokenizer = load_tokenizer(recipe.model.hf_path, model.family.prompt)
     share = len(stored) // ranks.data_size
     mine = stored[ranks.data_rank * share : (ranks.data_rank + 1) * share]
-    groups = ranks.from_leader(lambda: _restore(recipe, model.hf, tokenizer, mine))
+    groups = ranks.from_leader(lambda: _restore(recipe, model.family, tokenizer, mine))
     layout = BatchLayout.of_recipe(recipe, ranks.layout, tokenizer.pad_id, groups_per_batch=1)
     weights = _not_finite_weights(model)
     policy = Policy(model, recipe, ranks, layout)
@@ -156,14 +156,14 @@ def _checkpoint_until(run: Path, step: int) -> Path | None:
     return older[-1] if older else None
 
 
-def _restore(recipe: Recipe, hf: Any, tokenizer: Any, stored: Sequence["StoredGroup"]) -> Any:
+def _restore(recipe: Recipe, family: Any, tokenizer: Any, stored: Sequence["StoredGroup"]) -> Any:
     """The groups, with their prompts made again."""
     from nemo_care.data.mixing import SampleOrder
     from nemo_care.data.prompts import PromptBuilder
     from nemo_care.data.sources import read_training
     from nemo_care.groups.files import restore_groups
 
-    builder = PromptBuilder(recipe.data, hf, tokenizer)
+    builder = PromptBuilder(recipe.data, family.prompt, tokenizer)
     order = SampleOrder(
         read_training(recipe.data, seed=recipe.trainer.seed),
         seed=recipe.trainer.seed,
@@ -209,6 +209,8 @@ def _look_at(policy: "Policy", group: "Group", count: "torch.Tensor") -> GroupRe
 
     `count` is the loss's count of the whole step.
     """
+    from nemo_care.runs.metrics import LOSS
+
     seen = GroupReplay()
     look = policy.gradients.look
 
@@ -225,7 +227,7 @@ def _look_at(policy: "Policy", group: "Group", count: "torch.Tensor") -> GroupRe
         policy.gradients.look = look  # type: ignore[method-assign]
     seen.module = modules[0] if modules else None
     for result in results:
-        seen.loss = float(result.totals["loss"])
+        seen.loss = float(result.values[LOSS])
         rows = result.log_probs.isfinite().all(dim=1).tolist()
         seen.bad_completions = [number for number, finite in enumerate(rows) if not finite]
     return seen

@@ -11,24 +11,31 @@ machine (as slurm/ does), it starts the ranks of its own and meets the other sta
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_care.errors import AlreadyDone, InputError, RunStopped
+from nemo_care.megatron.imports import import_lightly
+from nemo_care.process.environment import RESOLVED_RECIPE
+from nemo_care.process.handover import hand_over, take_over
 from nemo_care.process.quiet import quiet_libraries
 from nemo_care.process.screen import say
+from nemo_care.ranks.gpu_variables import set_gpu_variables
 from nemo_care.recipe.compose import compose_recipe, read_recipe, recipe_names
 from nemo_care.recipe.schema import Recipe, recipe_yaml
 
 if TYPE_CHECKING:
-    from nemo_care.ranks.process_groups import RankEnvironment, Ranks
+    from nemo_care.data.sources import RunData
+    from nemo_care.ranks.environment import RankEnvironment
+    from nemo_care.ranks.process_groups import Ranks
     from nemo_care.ranks.slurm import Node
 
-# Tells a rank that this command started where the resolved recipe lies.
-_RESOLVED = "NEMO_CARE_RESOLVED_RECIPE"
+# What the starter's check has read of the annotations, beside the recipe.
+_DATA = "data.pickle"
 
 
 @dataclass(frozen=True)
@@ -36,16 +43,17 @@ class Command:
     """What ranks are started for.
 
     `name` is that of the subcommand. `check` refuses (with an InputError) what
-    can't work, before any rank starts; `run` does the work of one rank. `compose` makes the recipe
-    of the command line; ranks that this command starts get that recipe, and `rank_arguments` as
-    theirs.
+    can't work, before any rank starts, and returns the samples that it has read for the run; `run`
+    does the work of one rank, and gets those samples on rank 0, unless the check was made on
+    another machine. `compose` makes the recipe of the command line; ranks that this command starts
+    get that recipe, and `rank_arguments` as theirs.
     """
 
     name: str
     purpose: str
     examples: Sequence[str]
-    check: Callable[[Recipe], None]
-    run: Callable[[Recipe, "Ranks"], None]
+    check: Callable[[Recipe], "RunData | None"]
+    run: Callable[[Recipe, "Ranks", "RunData | None"], None]
     compose: Callable[[list[str]], Recipe | None] = compose_recipe
     rank_arguments: Sequence[str] = ()
 
@@ -55,6 +63,7 @@ def start(command: Command, arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         say(_help(command))
         return 0
+    set_gpu_variables()
     quiet_libraries()
     import_from_working_directory()
     from nemo_care.ranks.launch import guarded
@@ -94,67 +103,89 @@ SIGUSR1, 130 by Ctrl-C, 129 by SIGHUP."""
 
 
 def _main(command: Command, arguments: list[str]) -> None:
+    from nemo_care.ranks.environment import RankEnvironment
     from nemo_care.ranks.open_files import allow_open_files
-    from nemo_care.ranks.process_groups import RankEnvironment
     from nemo_care.ranks.slurm import node_to_start
 
     environment = RankEnvironment.read()
-    if environment is not None and _RESOLVED in os.environ:
-        _run_rank(command, read_recipe(Path(os.environ[_RESOLVED])), environment, checked=True)
+    resolved = RESOLVED_RECIPE.value
+    if environment is not None and resolved is not None:
+        file = Path(resolved)
+        import_lightly()
+        data = take_over(file.with_name(_DATA)) if environment.rank == 0 else None
+        _run_rank(command, read_recipe(file), environment, data, checked=True)
         return
     recipe = command.compose(arguments)
     if recipe is None:
         return
+    import_lightly()  # takes seconds, and what the command line lacks is said at once
     trainer = recipe.trainer
     # Before the ranks, which inherit it, are started.
     allow_open_files(trainer.devices * trainer.num_nodes)
     node = node_to_start(trainer.devices, trainer.num_nodes)
     if node is not None:
+        data = None
         # The other machines' ranks wait for those of the first.
         if node.place == 0:
             # What is done already, the ranks of all machines find out together.
             with suppress(AlreadyDone):
-                command.check(recipe)
-        _start_ranks(command, recipe, node)
+                data = command.check(recipe)
+        with _for_ranks(recipe, data):
+            del data  # the starter waits, and needs no samples
+            _start_ranks(command, recipe, node)
         return
     if environment is not None:
-        _run_rank(command, recipe, environment, checked=False)
+        _run_rank(command, recipe, environment, None, checked=False)
         return
     if trainer.num_nodes > 1:
         raise InputError(
             f"trainer.num_nodes={trainer.num_nodes}: start the run on several machines with "
             "slurm/, srun or torchrun; this command alone starts the ranks of one"
         )
-    command.check(recipe)
+    data = command.check(recipe)
     if trainer.devices == 1:
-        _run_rank(command, recipe, RankEnvironment(0, 1, 0), checked=True)
+        _run_rank(command, recipe, RankEnvironment(0, 1, 0), data, checked=True)
         return
-    _start_ranks(command, recipe)
+    with _for_ranks(recipe, data):
+        del data
+        _start_ranks(command, recipe)
 
 
-def _start_ranks(command: Command, recipe: Recipe, node: "Node | None" = None) -> None:
-    """Start the ranks on this machine; they read the resolved recipe instead of composing it."""
-    import tempfile
-
-    from nemo_care.ranks.launch import start_ranks
-
+@contextmanager
+def _for_ranks(recipe: Recipe, data: "RunData | None") -> Iterator[None]:
+    """What ranks of this machine take over, instead of composing and reading it again."""
     with tempfile.TemporaryDirectory(prefix="nemo-care-") as folder:
         file = Path(folder) / "recipe.yaml"
         file.write_text(recipe_yaml(recipe))
-        os.environ[_RESOLVED] = str(file)
-        program = ["-m", "nemo_care", command.name, *command.rank_arguments]
-        status = start_ranks(recipe.trainer.devices, program, node)
+        if data is not None:
+            hand_over(data, file.with_name(_DATA))
+            del data
+        os.environ[RESOLVED_RECIPE.name] = str(file)
+        yield
+
+
+def _start_ranks(command: Command, recipe: Recipe, node: "Node | None" = None) -> None:
+    """Start the ranks on this machine."""
+    from nemo_care.ranks.launch import start_ranks
+
+    program = ["-m", "nemo_care", command.name, *command.rank_arguments]
+    status = start_ranks(recipe.trainer.devices, program, node)
     if status:
         sys.exit(status)
 
 
 def _run_rank(
-    command: Command, recipe: Recipe, environment: "RankEnvironment", *, checked: bool
+    command: Command,
+    recipe: Recipe,
+    environment: "RankEnvironment",
+    data: "RunData | None",
+    *,
+    checked: bool,
 ) -> None:
     """Be one rank, from start to end.
 
-    `checked`: the process that started this rank has checked the recipe's inputs; torchrun and
-    srun have not.
+    `checked`: the process that started this rank has checked the recipe's inputs, and may have
+    read `data` of them; torchrun and srun have not.
     """
     from nemo_care.checks.recipe import check_world_size
     from nemo_care.ranks.process_groups import Layout, Ranks
@@ -163,11 +194,22 @@ def _run_rank(
     ranks = Ranks(Layout.of(recipe), environment, cpu_threads=recipe.trainer.cpu_threads)
     try:
         if not checked:
-            # The files are the same for all ranks, so one of them looks.
-            ranks.from_rank_zero(lambda: command.check(recipe))
-        command.run(recipe, ranks)
+            # The files are the same for all ranks, so one of them reads them.
+            data = _checked_by_one(command, recipe, ranks)
+        command.run(recipe, ranks, data)
     except (RunStopped, AlreadyDone):
         # All ranks stop together. One that leaves with open groups may die of it instead.
         ranks.close()
         raise
     ranks.close()
+
+
+def _checked_by_one(command: Command, recipe: Recipe, ranks: "Ranks") -> "RunData | None":
+    """Check the recipe's inputs on rank 0, which alone gets what was read."""
+    data: list[RunData | None] = [None]
+
+    def check() -> None:
+        data[0] = command.check(recipe)
+
+    ranks.from_rank_zero(check)
+    return data[0]

@@ -11,9 +11,9 @@ from nemo_care.experiments.docs import read_page, update_docs
 from nemo_care.experiments.findings import Findings
 from nemo_care.experiments.page import BLOCKS, publish, show
 from nemo_care.experiments.processes import Failure, available_cores
-from nemo_care.experiments.results import RESULTS, Result, ResultsFile, check_results, read_results
-from nemo_care.experiments.runs import check_unchanged, claim, study_runs
-from nemo_care.experiments.training_runs import train_runs, training_command
+from nemo_care.experiments.results import Result, check_results, read_results
+from nemo_care.experiments.runs import check_unchanged, claim, study_runs, train_variants
+from nemo_care.experiments.training_runs import training_command
 from nemo_care.process.screen import say
 
 
@@ -72,8 +72,8 @@ def train_study(
 ) -> tuple[list[Result], list[Failure]]:
     """Train what is not trained yet; gives the results of all runs that are done.
 
-    Runs lie in `out/runs/VARIANT-seedSEED`, their output in `out/logs/`; `out/results.jsonl` has
-    a line for each finished one. `train_command` stands in for `python -m nemo_care.train`.
+    Runs lie in `out/runs/VARIANT-seedSEED`. `train_command` stands in for
+    `python -m nemo_care.train`.
 
     Raises:
         InputError: a variant's recipe can't be used, or runs in `out` were made with other
@@ -87,17 +87,8 @@ def train_study(
     check_unchanged(every)
     asked = [run for variant, runs in every.items() if variant in (only or every) for run in runs]
     claim(asked)
-    results = ResultsFile(out / RESULTS, every)
-    results.refresh()
-    failures = train_runs(
-        asked,
-        training_command(train_command, config_dir),
-        out / "logs",
-        jobs or available_cores(),
-        # A study that is killed leaves what it has.
-        ended=lambda run: results.refresh(),
-    )
-    return results.refresh(), failures
+    command = training_command(train_command, config_dir)
+    return train_variants(every, asked, command, out, jobs or available_cores())
 
 
 def run_study(

@@ -20,6 +20,7 @@ from nemo_care.recipe.schema import Recipe, recipe_yaml, seconds_of
 Changes = dict[str, list[Any]]
 
 if TYPE_CHECKING:
+    from nemo_care.data.sources import RunData
     from nemo_care.ranks.process_groups import Ranks
 
 
@@ -28,14 +29,15 @@ def train(arguments: Sequence[str]) -> int:
     return start(_COMMAND, arguments)
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe) -> "RunData":
     from nemo_care.checks.recipe import check_training_inputs
     from nemo_care.training.experiment import check_loggers, run_directory
 
     folder = run_directory(recipe.exp_manager)
     check_loggers(recipe.exp_manager)
-    check_training_inputs(recipe)
+    data = check_training_inputs(recipe)
     _check_folder(recipe, folder)
+    return data
 
 
 def _check_folder(recipe: Recipe, folder: Path) -> None:
@@ -105,17 +107,17 @@ def _changes(checkpoint: Path, recipe: Recipe) -> Changes | None:
     return {key: pair for key, pair in changes.items() if not key.startswith("exp_manager.")}
 
 
-def _train(recipe: Recipe, ranks: "Ranks") -> None:
+def _train(recipe: Recipe, ranks: "Ranks", checked: "RunData | None") -> None:
     """Train as one rank, from start to end."""
     with ExitStack() as held:
-        _train_in(recipe, ranks, held)
+        _train_in(recipe, ranks, checked, held)
 
 
-def _train_in(recipe: Recipe, ranks: "Ranks", held: ExitStack) -> None:
+def _train_in(recipe: Recipe, ranks: "Ranks", checked: "RunData | None", held: ExitStack) -> None:
     """Train as one rank; `held` keeps the run directory on rank 0."""
     from nemo_care.checkpoints.store import checkpoint_path
     from nemo_care.data.decoding import DecodingWorkers
-    from nemo_care.data.sources import read_levels, read_training
+    from nemo_care.data.sources import RunData
     from nemo_care.ranks.stop_request import StopRequest
     from nemo_care.runs.directory import hold_run_directory
     from nemo_care.runs.files import RunFiles, Start
@@ -145,13 +147,17 @@ def _train_in(recipe: Recipe, ranks: "Ranks", held: ExitStack) -> None:
     stop.catch_signals()
     workers = DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader)
     with closing(workers):
+        data = RunData.on_every_rank(
+            ranks, checked, lambda: RunData.read(recipe.data, seed=recipe.trainer.seed)
+        )
+        assert data.training is not None
         trainer = build_trainer(
             recipe,
             ranks,
             files,
             loggers,
-            training=read_training(recipe.data, seed=recipe.trainer.seed),
-            levels=read_levels(recipe.data, seed=recipe.trainer.seed),
+            training=data.training,
+            levels=data.levels,
             workers=workers,
             stop=stop,
         )

@@ -5,12 +5,13 @@ sample and raises InputError for a record that can't; `Record` and `read_annotat
 so that every layout treats bad lines, paths and solutions alike.
 """
 
+import hashlib
 import json
 import os
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,20 +41,48 @@ class Normalised:
 
 
 @dataclass(frozen=True)
+class Fingerprint:
+    """What tells the content of an annotations file from another: its SHA-256 and its lines."""
+
+    file: str
+    sha256: str
+    lines: int
+
+
+class _NumberOf(Sequence[Sample]):
+    """The number of a file's samples, without the samples."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: Any) -> Any:
+        raise LookupError("only the leaders of the model replicas have the samples")
+
+
+@dataclass(frozen=True)
 class Annotations:
     """The usable samples of an annotations file in its order, and its bad lines with reasons.
 
-    `normalised` are those whose solution differs from what the file says.
+    `normalised` are those whose solution differs from what the file says. Samples that were not
+    read from a file have no `fingerprint`.
     """
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     bad: list[Skipped]
     normalised: list[Normalised] = field(default_factory=list)
+    fingerprint: Fingerprint | None = None
 
     @property
     def total(self) -> int:
         """Samples that the file means to hold."""
         return len(self.samples) + len(self.bad)
+
+    def without_samples(self) -> "Annotations":
+        """The same with the number of samples in their place, for ranks that decode none."""
+        return replace(self, samples=_NumberOf(len(self.samples)), normalised=[])
 
 
 class Record:
@@ -150,9 +179,12 @@ class Record:
         """
         if "\0" in name:
             raise self.error(f"the path {shown(name)} is not a path")
-        path = Path(os.path.normpath(self.root / name))
-        if not path.is_relative_to(self.root):
+        root = str(self.root)
+        text = os.path.normpath(os.path.join(root, name))
+        # As text: pathlib's comparison takes longer than everything else that is read of a line.
+        if text != root and not text.startswith(os.path.join(root, "")):
             raise self.error(f"the path {shown(name)} leaves the data root {self.root}")
+        path = Path(text)
         other = "image" if kind == "video" else "video"
         if path.suffix.lower() in _SUFFIXES[other]:
             raise self.error(f"the path {shown(name)} is of type {other}, but {kind} is asked for")
@@ -193,8 +225,9 @@ def read_annotations(
     samples: list[Sample] = []
     bad: list[Skipped] = []
     normalised: list[Normalised] = []
+    content_of = _Content()
     try:
-        for number, entry in _entries(file):
+        for number, entry in _entries(file, content_of):
             where = f"{file}:{number}"
             try:
                 content = _decoded(entry, where) if isinstance(entry, bytes) else entry
@@ -212,20 +245,44 @@ def read_annotations(
             f"{len(bad)} of {len(bad)} samples of {file} can't be used; is its kind the right one? "
             f"The first: {bad[0].reason}"
         )
-    return Annotations(samples, bad, normalised)
+    seen = content_of.fingerprint(str(Path(root) / annotations))
+    return Annotations(samples, bad, normalised, seen)
 
 
-def _entries(file: Path) -> Iterator[tuple[int, Any]]:
-    """Line numbers from 1 with what stands there: the line's bytes, or an array's element."""
-    with file.open("rb") as lines:
-        first = next((line for line in lines if line.strip()), b"")
+class _Content:
+    """Takes the lines of a file as they are read, for its fingerprint."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._lines = 0
+
+    def of(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """The lines, each of them taken."""
+        for line in lines:
+            self._digest.update(line)
+            self._lines += 1
+            yield line
+
+    def fingerprint(self, file: str) -> Fingerprint:
+        """That of the lines so far."""
+        return Fingerprint(file, self._digest.hexdigest(), self._lines)
+
+
+def _entries(file: Path, content: _Content) -> Iterator[tuple[int, Any]]:
+    """Line numbers from 1 with what stands there: the line's bytes, or an array's element.
+
+    `content` has taken every line of the file at the end.
+    """
+    with file.open("rb") as opened:
+        first = next((line for line in opened if line.strip()), b"")
+        opened.seek(0)
+        lines = content.of(opened)
         if file.suffix != ".json" or not first.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            lines.seek(0)
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, line
             return
-    yield from _array_elements(file)
+        yield from _array_elements(file, b"".join(lines))
 
 
 def _decoded(line: bytes, where: str) -> Any:
@@ -240,7 +297,7 @@ def _decoded(line: bytes, where: str) -> Any:
     raise InputError(f"{where}: not valid JSON ({cause}); mend or remove the line")
 
 
-def _array_elements(file: Path) -> Iterator[tuple[int, Any]]:
+def _array_elements(file: Path, content: bytes) -> Iterator[tuple[int, Any]]:
     """The elements of a JSON array one by one, with the line on which each begins."""
 
     def malformed(position: int, cause: str) -> InputError:
@@ -253,9 +310,10 @@ def _array_elements(file: Path) -> Iterator[tuple[int, Any]]:
         return _WHITE_SPACE.match(text, position).end()  # type: ignore[union-attr]
 
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 ({error.reason}); convert the file") from error
+    del content  # hundreds of MB, which the text holds again
     decoder = json.JSONDecoder()
     number, counted = 1, 0
     position = after_white_space(text.index("[") + 1)

@@ -81,7 +81,7 @@ class ChatEncoder:
     def _control(self) -> dict[str, int]:
         """Those that are neither words nor the tags.
 
-        Special, or in angle brackets: Qwen's `<|fim_prefix|>` and `<tool_call>` are not special.
+        Special, or in angle brackets: some are not special, such as `<|fim_prefix|>`.
         """
         return {
             token.content: number

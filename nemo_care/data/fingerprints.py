@@ -1,38 +1,28 @@
 """What the annotations files of a run hold, so that a resumed run notices a changed one."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-from nemo_care.data.sources import training_sources
-from nemo_care.recipe.data import DataConfig
+from nemo_care.data.annotations import Annotations
+from nemo_care.data.mixing import TrainingData
 
 Fingerprints = dict[str, dict[str, Any]]
 
 
-def fingerprints(data: DataConfig) -> Fingerprints:
+def fingerprints(training: TrainingData, levels: Mapping[str, Annotations]) -> Fingerprints:
     """`file`, `sha256` and `lines` of each annotations file, by what the recipe uses it for.
 
     The names are `training 0`, `training 1`, ... in the order of the sources, and `validation
-    LEVEL`.
+    LEVEL`. Samples that were not read from a file have none.
     """
-    files = {
-        f"training {number}": Path(source.root) / source.annotations
-        for number, source in enumerate(training_sources(data))
+    read = {f"training {number}": source for number, source in enumerate(training.sources)}
+    read |= {f"validation {level}": annotations for level, annotations in levels.items()}
+    return {
+        use: asdict(annotations.fingerprint)
+        for use, annotations in read.items()
+        if annotations.fingerprint is not None
     }
-    for level, name in (data.validation.annotations or {}).items():
-        files[f"validation {level}"] = Path(str(data.validation.root)) / name
-    return {use: _fingerprint(file) for use, file in files.items()}
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    digest, lines = hashlib.sha256(), 0
-    with file.open("rb") as opened:
-        for line in opened:
-            digest.update(line)
-            lines += 1
-    return {"file": str(file), "sha256": digest.hexdigest(), "lines": lines}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -13,7 +13,13 @@ from multiprocessing.context import ForkServerContext
 
 from nemo_care.process.ending import ASKING
 
-_PRELOADED = ["nemo_care.data.decoding", "nemo_care.data.video_readers", "decord"]
+_PRELOADED = [
+    "nemo_care.data.decoding",
+    "nemo_care.data.video_readers",
+    "decord",
+    # How a family cuts patches comes with a request.
+    "nemo_care.models.families",
+]
 # Ctrl-C, a closed terminal, Slurm and others send them to a whole process group, and mean the
 # training process.
 _NOT_FOR_CHILDREN = ASKING

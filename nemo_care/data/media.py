@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from nemo_care.data.images import ImageFile
 from nemo_care.data.media_errors import one_line
-from nemo_care.data.patches import Grid, PatchSize, PixelBounds, frames_to_patches, grid_of
+from nemo_care.data.patches import Grid, Patching, PixelBounds
 from nemo_care.data.video import FrameChoice, VideoFile
 from nemo_care.errors import InputError
 from nemo_care.process.quiet import silent_stderr
@@ -25,17 +24,17 @@ class MediaSettings:
     frames: FrameChoice
     video_pixels: PixelBounds
     image_pixels: PixelBounds
-    patch: PatchSize
+    patching: Patching
 
     @classmethod
-    def of(cls, config: DataConfig, vision: Qwen2_5_VLVisionConfig) -> "MediaSettings":
-        """As the recipe and the model say."""
+    def of(cls, config: DataConfig, patching: Patching) -> "MediaSettings":
+        """As the recipe and the model's family say."""
         video, image = config.video, config.image
         return cls(
             FrameChoice(video.fps, video.min_frames, video.max_frames),
             PixelBounds(video.min_pixels, video.max_pixels),
             PixelBounds(image.min_pixels, image.max_pixels),
-            PatchSize(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size),
+            patching,
         )
 
 
@@ -54,7 +53,7 @@ class Media:
     """What the files of one prompt hold, videos first.
 
     `grids` and `seconds_per_grid` (0.0 for an image) have an entry per file. `pixel_values`
-    float32 [patches, 3 * temporal_patch * patch * patch] is an array, because an array travels
+    float32 [patches, values of a patch] is an array, because an array travels
     between processes without shared memory; None where there is nothing or no room for it.
     `videos_by_pyav` counts the videos that PyAV decoded because decord could not.
     """
@@ -76,16 +75,16 @@ def load_media(request: MediaRequest) -> Media:
     videos = [VideoFile(path, settings.frames) for path in request.videos]
     images = [ImageFile(path) for path in request.images]
     grids = [
-        *(_grid(video, video.count, settings.video_pixels, settings.patch) for video in videos),
-        *(_grid(image, 1, settings.image_pixels, settings.patch) for image in images),
+        *(_grid(video, video.count, settings.video_pixels, settings.patching) for video in videos),
+        *(_grid(image, 1, settings.image_pixels, settings.patching) for image in images),
     ]
     media = Media(grids, [*(video.seconds_per_grid for video in videos), *(0.0 for _ in images)])
     media.videos_by_pyav = sum(video.by_pyav for video in videos)
-    if not grids or sum(map(settings.patch.tokens, grids)) > request.room:
+    if not grids or sum(map(settings.patching.tokens, grids)) > request.room:
         return media
 
     def patches(frames: Iterable[Tensor], bounds: PixelBounds) -> Tensor:
-        return frames_to_patches(frames, bounds, settings.patch)[0]
+        return settings.patching.patches(frames, bounds)[0]
 
     parts = [
         *(patches(video.frames(), settings.video_pixels) for video in videos),
@@ -96,14 +95,14 @@ def load_media(request: MediaRequest) -> Media:
     return media
 
 
-def _grid(file: VideoFile | ImageFile, count: int, bounds: PixelBounds, patch: PatchSize) -> Grid:
+def _grid(file: VideoFile | ImageFile, count: int, bounds: PixelBounds, patching: Patching) -> Grid:
     """The grid of `count` frames of a file.
 
     Raises:
         InputError: names the file, whose frames are too narrow to resize.
     """
     try:
-        return grid_of(count, file.height, file.width, bounds, patch)
+        return patching.grid(count, file.height, file.width, bounds)
     except InputError as error:
         raise InputError(f"{one_line(str(file.path))}: {error}") from error
 

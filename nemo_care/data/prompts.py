@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import Qwen2_5_VLConfig
 
 from nemo_care.data.media import Media, MediaRequest, MediaSettings, load_media
-from nemo_care.data.positions import mrope_positions
+from nemo_care.data.prompt_format import PromptFormat
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import InputError
@@ -46,7 +45,7 @@ class Prompt:
     `index` is the prompt's place in the training stream or the validation file: the seed of its
     sampling, whichever rank it lands on. `token_ids` is [P], `position_ids` [3, P], `is_vision`
     bool [P] (True at the tokens that stand for a vision feature), `pixel_values`
-    [patches, 3 * temporal_patch * patch * patch] and `grid_thw` [items, 3], in order of
+    [patches, values of a patch] and `grid_thw` [items, 3], in order of
     appearance; both None for a text-only prompt. `seconds_per_grid` has the seconds that one grid
     step of each item covers, 0.0 for an image. `videos_by_pyav` is as in `Media`.
     """
@@ -89,14 +88,15 @@ class Draft:
 class PromptBuilder:
     """Makes prompts for one model."""
 
-    def __init__(self, config: DataConfig, hf: Qwen2_5_VLConfig, tokenizer: ChatTokenizer) -> None:
-        """`config` has a template that check_data accepts."""
+    def __init__(
+        self, config: DataConfig, prompt_format: PromptFormat, tokenizer: ChatTokenizer
+    ) -> None:
+        """`config` has a template that check_data accepts, `prompt_format` is the model's."""
         self.max_tokens = config.max_prompt_tokens
-        self.hf = hf
+        self.format = prompt_format
         self.tokenizer = tokenizer
         self.template = config.prompt_template or DEFAULT_TEMPLATE
-        self.media = MediaSettings.of(config, hf.vision_config)
-        self.vision_ids = (hf.video_token_id, hf.image_token_id)
+        self.media = MediaSettings.of(config, prompt_format.patching)
 
     def build(self, index: int, sample: Sample) -> Prompt:
         """Tokenise and decode, here and now.
@@ -116,7 +116,8 @@ class PromptBuilder:
             token_ids = self._token_ids(sample)
         except InputError as error:
             problem = f"sample {sample.sample_id}: {error}"
-        text = sum(token not in self.vision_ids for token in token_ids)
+        placeholders = self.format.placeholders.values()
+        text = sum(token not in placeholders for token in token_ids)
         room = self.max_tokens - text
         request = MediaRequest(self.media, sample.videos, sample.images, room)
         return Draft(index, sample, token_ids, request, problem)
@@ -125,11 +126,7 @@ class PromptBuilder:
         """The prompt with its videos and images; raises InputError and PromptTooLong as `build`."""
         if draft.problem is not None:
             raise InputError(draft.problem)
-        counts = iter([self.media.patch.tokens(grid) for grid in media.grids])
-        token_ids = []
-        for token in draft.token_ids:
-            # One too many (a tokenizer that has them as words) is refused with the positions.
-            token_ids.extend([token] * (next(counts, 1) if token in self.vision_ids else 1))
+        token_ids = self.format.expanded(draft.token_ids, media, self.tokenizer.encode)
         if len(token_ids) > self.max_tokens:
             raise PromptTooLong(
                 f"prompt {draft.sample.sample_id} has {len(token_ids)} tokens, more than "
@@ -143,21 +140,26 @@ class PromptBuilder:
             index=draft.index,
             sample=draft.sample,
             token_ids=ids,
-            position_ids=mrope_positions(
-                ids,
-                media.grids,
-                media.seconds_per_grid,
-                image_token_id=self.hf.image_token_id,
-                video_token_id=self.hf.video_token_id,
-                merge_size=self.media.patch.merge,
-                tokens_per_second=self.hf.vision_config.tokens_per_second,
-            ),
-            is_vision=(ids == self.hf.video_token_id) | (ids == self.hf.image_token_id),
+            position_ids=self.format.positions(ids, media),
+            is_vision=self.format.is_vision(ids),
             pixel_values=None if pixels is None else torch.from_numpy(pixels),
             grid_thw=torch.tensor(media.grids) if media.grids else None,
             seconds_per_grid=tuple(media.seconds_per_grid),
             videos_by_pyav=media.videos_by_pyav,
         )
+
+    def with_text_of(self, prompt: Prompt, sample: Sample) -> Prompt:
+        """The prompt of a sample with the same videos and images, which are not read again.
+
+        Raises InputError and PromptTooLong as `build`.
+        """
+        media = Media(
+            [] if prompt.grid_thw is None else [(t, h, w) for t, h, w in prompt.grid_thw.tolist()],
+            list(prompt.seconds_per_grid),
+            None if prompt.pixel_values is None else prompt.pixel_values.numpy(),
+            prompt.videos_by_pyav,
+        )
+        return self.finish(self.draft(prompt.index, sample), media)
 
     def _token_ids(self, sample: Sample) -> list[int]:
         """The chat with one token per video and image; videos come before images and text."""

@@ -1,6 +1,8 @@
 """From the recipe's data keys to samples: the one place that knows the loader of each kind."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from nemo_care.data.annotations import Annotations
 from nemo_care.data.jsonl import read_jsonl
@@ -11,6 +13,55 @@ from nemo_care.data.video_r1 import read_video_r1
 from nemo_care.errors import InputError
 from nemo_care.objective.rewards import accuracy_reward, evaluation_accuracy
 from nemo_care.recipe.data import DataConfig, SourceConfig
+
+if TYPE_CHECKING:
+    from nemo_care.ranks.process_groups import Ranks
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The samples of a run: its training data sets (if it trains), and those of each level."""
+
+    training: TrainingData | None
+    levels: dict[str, Annotations]
+
+    def without_samples(self) -> "RunData":
+        """What ranks need that decode nothing; see `Annotations.without_samples`."""
+        training = self.training
+        if training is not None:
+            sources = tuple(source.without_samples() for source in training.sources)
+            training = replace(training, sources=sources)
+        levels = {level: read.without_samples() for level, read in self.levels.items()}
+        return RunData(training, levels)
+
+    @classmethod
+    def read(cls, config: DataConfig, *, seed: int, trains: bool = True) -> "RunData":
+        """What a recipe's data keys name, with or without the training data.
+
+        Raises:
+            InputError: as `read_training`.
+        """
+        training = read_training(config, seed=seed) if trains else None
+        return cls(training, read_levels(config, seed=seed))
+
+    @classmethod
+    def on_every_rank(
+        cls, ranks: "Ranks", checked: "RunData | None", read: "Callable[[], RunData]"
+    ) -> "RunData":
+        """The data of a run, read once: the leaders of the replicas get the samples from rank 0.
+
+        The other ranks, which decode nothing, get the number of samples and the bad lines.
+        `checked` is what the check of the inputs has read; rank 0 calls `read` where it has not
+        got that.
+        """
+        whole: list[RunData] = []
+
+        def outline() -> RunData:
+            whole.append(checked or read())
+            return whole[0].without_samples()
+
+        outlined = ranks.from_rank_zero(outline)
+        return ranks.on_leaders(whole[0] if whole else None) or outlined
 
 
 def read_source(

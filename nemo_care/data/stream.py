@@ -76,8 +76,7 @@ class PromptStream:
         prompts: list[Prompt] = []
         skipped: list[Skipped] = []
         while sum(missing):
-            mine = self._dealt(self.position, missing)
-            made = self.ranks.from_leader(lambda mine=mine: self.loader.load(mine))  # type: ignore[misc]
+            made = self.ranks.from_leader(lambda: self._load(missing))  # noqa: B023 - called at once
             self.position += sum(missing)
             failed = [item for item in made if isinstance(item, Skipped)]
             prompts.extend(item for item in made if isinstance(item, Prompt))
@@ -88,6 +87,10 @@ class PromptStream:
         if self.ranks.is_model_leader:
             self.loader.prefetch(self._next_samples())
         return prompts, skipped
+
+    def _load(self, missing: Sequence[int]) -> list[Prompt | Skipped]:
+        """This replica's next prompts, on its leader; see `_dealt`."""
+        return self.loader.load(self._dealt(self.position, missing))
 
     def _dealt(self, position: int, missing: Sequence[int]) -> list[Numbered]:
         """This replica's part of the samples from `position` on, dealt to those that lack prompts.

@@ -5,10 +5,11 @@ from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nemo_care.data.chat import ChatEncoder, Content
 from nemo_care.data.checkpoint_files import first_line, read_checkpoint_json
+from nemo_care.data.prompt_format import PromptFormat
 from nemo_care.errors import InputError
 
 _JSON_FILES = (
@@ -53,11 +54,11 @@ class ChatTokenizer:
 
 
 def load_tokenizer(
-    folder: str | Path, hf: Qwen2_5_VLConfig, *, key: str = "model.hf_path"
+    folder: str | Path, prompt_format: PromptFormat, *, key: str = "model.hf_path"
 ) -> ChatTokenizer:
     """Load and check a checkpoint's tokenizer.
 
-    `key` is the recipe's key that names the folder.
+    `prompt_format` is the model family's, `key` the recipe's key that names the folder.
 
     Raises:
         InputError: there is none, its files can't be used, or it does not belong to the model.
@@ -78,8 +79,8 @@ def load_tokenizer(
         raise _unusable(key, path, first_line(error)) from error
     if base.chat_template is None and (path / _TEMPLATE_JSON).is_file():
         base.chat_template = _template(path / _TEMPLATE_JSON)
-    eos = _eos_ids(path, base, hf)
-    _check(base, eos, path, hf, key)
+    eos = _eos_ids(path, base, prompt_format)
+    _check(base, eos, path, prompt_format, key)
     pad = base.pad_token_id if base.pad_token_id is not None else min(eos)
     return ChatTokenizer(base, eos, pad)
 
@@ -121,11 +122,11 @@ def _template(file: Path) -> str:
 
 
 def _eos_ids(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, hf: Qwen2_5_VLConfig
+    folder: Path, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
 ) -> frozenset[int]:
     """Where a completion ends: the tokenizer's end and what generation_config.json lists.
 
-    Qwen ends a turn with <|im_end|> or <|endoftext|>. Without that file config.json says it, as in
+    A turn may end with <|im_end|> or <|endoftext|>. Without that file config.json says it, as in
     transformers. Nothing else of generation_config.json counts: the recipe says how to sample.
     """
     ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
@@ -133,7 +134,7 @@ def _eos_ids(
     if file.is_file():
         where, listed = file, read_checkpoint_json(file).get("eos_token_id")
     else:
-        where, listed = folder / "config.json", hf.text_config.eos_token_id
+        where, listed = folder / "config.json", prompt_format.eos_token_id
     for token in listed if isinstance(listed, list) else [] if listed is None else [listed]:
         if type(token) is not int or not 0 <= token < len(tokenizer):
             raise InputError(
@@ -148,7 +149,7 @@ def _check(
     base: PreTrainedTokenizerBase,
     eos: frozenset[int],
     path: Path,
-    hf: Qwen2_5_VLConfig,
+    prompt_format: PromptFormat,
     key: str,
 ) -> None:
     def refuse(what: str) -> InputError:
@@ -157,13 +158,13 @@ def _check(
             "use the tokenizer files of the same checkpoint"
         )
 
-    if len(base) > hf.text_config.vocab_size:
-        raise refuse(f"{len(base)} tokens, the model has {hf.text_config.vocab_size}")
+    if len(base) > prompt_format.vocab_size:
+        raise refuse(f"{len(base)} tokens, the model has {prompt_format.vocab_size}")
     if not eos:
         raise refuse("it has no end-of-sequence token")
     if not base.chat_template:
         raise refuse("it has no chat template")
-    for kind, wanted in (("video", hf.video_token_id), ("image", hf.image_token_id)):
+    for kind, wanted in prompt_format.placeholders.items():
         try:
             text = base.apply_chat_template(
                 [{"role": "user", "content": [{"type": kind, kind: ""}]}],

@@ -31,7 +31,7 @@ class FrameChoice:
 
 
 def choose_frames(total: int, average_fps: float, choice: FrameChoice) -> list[int]:
-    """Indices of the frames to read, evenly spread: Qwen's `smart_nframes` rule.
+    """Indices of the frames to read, evenly spread (the rule of `smart_nframes`).
 
     About `choice.fps` frames per second, within min_frames, max_frames and `total`, an even count.
     Needs at least 2 frames in total.

@@ -10,13 +10,17 @@ from nemo_care.evaluation.evaluator import Evaluator
 from nemo_care.evaluation.judges import Judge, LeaderJudge, NoJudge, RuleJudge
 from nemo_care.evaluation.likelihood_judge import LikelihoodJudge, Likelihoods
 from nemo_care.evaluation.llm_judge import LLMJudge
+from nemo_care.evaluation.measures import FurtherJudge, Measure, OptionShuffle, PeerProbe
 from nemo_care.evaluation.probe import ForcedReasoningProbe
 from nemo_care.groups.group import Group
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.build import build_generator
-from nemo_care.rollouts.generator import Generator
+from nemo_care.rollouts.generator import Generator, Sampling
 from nemo_care.scoring.scorer import Scorer
+
+# Distinguishes the peer probe's random numbers from those of training (0) and evaluation (1).
+_PEERS_SEED_DOMAIN = 2
 
 
 def build_evaluator(
@@ -38,21 +42,21 @@ def build_evaluator(
     """
     tokenizer = prompts.builder.tokenizer
     evaluation = recipe.evaluation
+    generator = generator or build_generator(
+        recipe,
+        ranks,
+        scorer.model,
+        tokenizer,
+        groups_per_batch=evaluation.samples_per_batch,
+        shared_prompt=True,
+        folder=folder,
+        from_checkpoint=from_checkpoint,
+    )
     return Evaluator(
         prompts,
-        generator
-        or build_generator(
-            recipe,
-            ranks,
-            scorer.model,
-            tokenizer,
-            groups_per_batch=evaluation.samples_per_batch,
-            shared_prompt=True,
-            folder=folder,
-            from_checkpoint=from_checkpoint,
-        ),
-        _build_judge(recipe, ranks, tokenizer, likelihoods, folder),
-        ForcedReasoningProbe(scorer, tokenizer) if evaluation.forced_reasoning_probe else None,
+        generator,
+        _build_judge(recipe, evaluation.judge, ranks, tokenizer, likelihoods, folder),
+        _measures(recipe, ranks, scorer, prompts, likelihoods, folder, generator),
         ranks,
         evaluation,
         max_tokens=recipe.rollout.max_completion_tokens,
@@ -70,14 +74,46 @@ def _agreement_check(recipe: Recipe, scorer: Scorer) -> Callable[[Sequence[Group
     return lambda groups: check_agreement(scorer, groups, bound)
 
 
+def _measures(
+    recipe: Recipe,
+    ranks: Ranks,
+    scorer: Scorer,
+    prompts: PromptLoader,
+    likelihoods: Likelihoods | None,
+    folder: Path,
+    generator: Generator,
+) -> list[Measure]:
+    """What the recipe measures beside its judge."""
+    evaluation, tokenizer = recipe.evaluation, prompts.builder.tokenizer
+    measures: list[Measure] = [
+        FurtherJudge(name, _build_judge(recipe, name, ranks, tokenizer, likelihoods, folder))
+        for name in evaluation.further_judges
+    ]
+    if evaluation.forced_reasoning_probe:
+        measures.append(ForcedReasoningProbe(scorer, tokenizer))
+    if evaluation.option_shuffle:
+        policy = LikelihoodJudge(scorer.answer_likelihoods, tokenizer)
+        measures.append(OptionShuffle(policy, prompts.builder))
+    if evaluation.peer_probe:
+        sampling = Sampling(
+            group_size=evaluation.peer_probe,
+            temperature=recipe.rollout.temperature,
+            top_p=recipe.rollout.top_p,
+            max_tokens=recipe.rollout.max_completion_tokens,
+            seed=(recipe.trainer.seed, _PEERS_SEED_DOMAIN),
+        )
+        measures.append(PeerProbe(generator, scorer, sampling))
+    return measures
+
+
 def _build_judge(
     recipe: Recipe,
+    name: str,
     ranks: Ranks,
     tokenizer: ChatTokenizer,
     likelihoods: Likelihoods | None,
     folder: Path,
 ) -> Judge:
-    name = recipe.evaluation.judge
     if name == "rule":
         return RuleJudge()
     if name == "likelihood":

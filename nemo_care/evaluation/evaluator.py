@@ -14,7 +14,7 @@ from nemo_care.data.loader import Numbered, PromptLoader
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample, Skipped
 from nemo_care.evaluation.judges import Judge, Verdict
-from nemo_care.evaluation.probe import ForcedReasoningProbe
+from nemo_care.evaluation.measures import Measure
 from nemo_care.evaluation.rows import Row, completion_row
 from nemo_care.groups.group import Group
 from nemo_care.ranks.process_groups import Ranks
@@ -52,7 +52,7 @@ class Evaluator:
         loader: PromptLoader,
         generator: Generator,
         judge: Judge,
-        probe: ForcedReasoningProbe | None,
+        measures: Sequence[Measure],
         ranks: Ranks,
         config: EvaluationConfig,
         *,
@@ -61,12 +61,12 @@ class Evaluator:
         seed: int,
         check: Callable[[Sequence[Group]], None] = lambda groups: None,
     ) -> None:
-        """`loader` makes the prompts, on leaders only, one batch ahead; `check` gets the first
-        groups of all and raises where they can't be right."""
+        """`loader` makes the prompts, on leaders only, one batch ahead; `measures` give columns of
+        each row; `check` gets the first groups of all and raises where they can't be right."""
         self.loader = loader
         self.generator = generator
         self.judge = judge
-        self.probe = probe
+        self.measures = measures
         self.ranks = ranks
         self.config = config
         self.min_reasoning_words = min_reasoning_words
@@ -89,7 +89,7 @@ class Evaluator:
         what it would have computed.
         """
         pending: deque[_Asked] = deque()
-        for made in self._prompts(self._shares(samples, frozenset(done))):
+        for made in self._prompts(samples, self._shares(len(samples), frozenset(done))):
             pending.append(self._ask(made))
             while pending and (len(pending) > _PENDING or self._is_judged(pending[0])):
                 yield self._collect(pending.popleft())
@@ -102,31 +102,36 @@ class Evaluator:
         self.judge.close()
         self.generator.close()
 
-    def _shares(self, samples: Sequence[Sample], done: frozenset[int]) -> list[list[Numbered]]:
-        """This replica's part of each batch that is not done everywhere."""
+    def _shares(self, count: int, done: frozenset[int]) -> list[list[int]]:
+        """This replica's part of each batch of `count` samples that is not done everywhere."""
         replicas = self.ranks.data_size
         size = self.config.samples_per_batch * replicas
         shares = []
-        for start in range(0, len(samples), size):
-            batch = range(start, min(start + size, len(samples)))
+        for start in range(0, count, size):
+            batch = range(start, min(start + size, count))
             if not done.issuperset(batch):
                 mine = batch[self.ranks.data_rank :: replicas]
-                shares.append([(index, samples[index]) for index in mine if index not in done])
+                shares.append([index for index in mine if index not in done])
         return shares
 
-    def _prompts(self, shares: Sequence[Sequence[Numbered]]) -> Iterator[list[Prompt | Skipped]]:
+    def _prompts(
+        self, samples: Sequence[Sample], shares: Sequence[Sequence[int]]
+    ) -> Iterator[list[Prompt | Skipped]]:
         """The prompts of one share after another; the next one is decoded in the meantime."""
 
+        def share(number: int) -> list[Numbered]:
+            return [(index, samples[index]) for index in shares[number]]
+
         def load(number: int) -> list[Prompt | Skipped]:
-            made = self.loader.load(shares[number])
-            self.loader.prefetch(shares[number + 1] if number + 1 < len(shares) else ())
+            made = self.loader.load(share(number))
+            self.loader.prefetch(share(number + 1) if number + 1 < len(shares) else ())
             return made
 
         for number in range(len(shares)):
             yield self.ranks.from_leader(lambda number=number: load(number))  # type: ignore[misc]
 
     def _ask(self, made: Sequence[Prompt | Skipped]) -> _Asked:
-        """Generate, probe, and ask the judge.
+        """Generate, measure, and ask the judge.
 
         Raises:
             RuntimeError: the model's probabilities are no numbers; its answers would mean nothing.
@@ -150,8 +155,8 @@ class Evaluator:
             )
             for group in groups
         ]
-        if self.probe is not None:
-            rows = [row | probed for row, probed in zip(rows, self.probe(prompts), strict=True)]
+        for measure in self.measures:
+            rows = [row | columns for row, columns in zip(rows, measure(groups), strict=True)]
         return _Asked(
             rows,
             self.judge.judge(groups),

@@ -15,7 +15,7 @@ from nemo_care.data.annotations import Annotations, shown
 from nemo_care.errors import InputError
 from nemo_care.evaluation.evaluator import Evaluated
 from nemo_care.evaluation.results import Results, level_results
-from nemo_care.evaluation.rows import PROBE, ROW, Row
+from nemo_care.evaluation.rows import MEASURED, ROW, Row
 from nemo_care.files.json_lines import (
     Kinds,
     Record,
@@ -98,7 +98,7 @@ class EvaluationFiles:
             InputError: a line is broken.
         """
         rows: dict[int, Row] = {}
-        for row in complete_lines(self._rows(level), ROW, PROBE):
+        for row in complete_lines(self._rows(level), ROW, MEASURED):
             rows.setdefault(row["index"], row)
         return list(rows.values())
 

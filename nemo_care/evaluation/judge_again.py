@@ -9,7 +9,8 @@ from nemo_care.evaluation.files import EvaluationFiles
 from nemo_care.evaluation.judges import AnswersQuestions
 
 Unjudged = dict[str, list[int]]
-"""By level, the indices of samples whose well-formed completion has no verdict."""
+"""By level, the indices of samples whose well-formed completion lacks a verdict or an implied
+answer that the judge was asked for."""
 
 
 def unjudged(files: EvaluationFiles) -> Unjudged:
@@ -18,7 +19,7 @@ def unjudged(files: EvaluationFiles) -> Unjudged:
         level: [
             row["index"]
             for row in files.rows(level)
-            if row["format"] == 1 and row["consistent"] is None
+            if row["format"] == 1 and (row["consistent"] is None or "implied_error" in row)
         ]
         for level in files.levels
     }
@@ -45,7 +46,8 @@ def judge_again(
                 for index in indices
             }
             for index, verdict in asked.items():
-                rows[index].pop("judge_error", None)
+                for error in ("judge_error", "implied_error"):
+                    rows[index].pop(error, None)
                 rows[index] |= {
                     "consistent": verdict.result().consistent,
                     **verdict.result().details,

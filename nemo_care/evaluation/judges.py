@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from nemo_care.data.samples import Sample
 from nemo_care.groups.group import Group
-from nemo_care.objective.text import parse_completion
+from nemo_care.objective.text import extract_answer, parse_completion
 from nemo_care.ranks.process_groups import Ranks
 
 
@@ -106,22 +106,28 @@ class LeaderJudge:
 
 def rule_verdict(completion: str, sample: Sample) -> Verdict:
     """What the rule says of one completion; open questions it can't judge."""
-    return Verdict(rule_judge(completion, sample.options) if sample.options else None)
+    if not sample.options:
+        return Verdict(None)
+    implied = implied_by_rule(completion, sample.options)
+    return Verdict(rule_judge(completion, sample.options), {"implied_answer": implied})
 
 
 def rule_judge(completion: str, options: Mapping[str, str]) -> bool:
-    """For questions whose options are words that the reasoning names.
+    """Whether the answered letter is the one that the reasoning implies by the rule."""
+    implied = implied_by_rule(completion, options)
+    return implied is not None and implied == extract_answer(completion)
 
-    The option text named last in the reasoning must belong to the answered letter. It goes by the
-    text, never by a letter found in the reasoning. A reasoning that names no option supports
-    nothing.
+
+def implied_by_rule(completion: str, options: Mapping[str, str]) -> str | None:
+    """The letter of the option whose text the reasoning names last.
+
+    For questions whose options are words that the reasoning names. It goes by the text, never by a
+    letter found in the reasoning. None where the reasoning names no option.
     """
-    parsed = parse_completion(completion)
-    if parsed.reasoning is None or parsed.answer is None:
-        return False
-    last_named, supported = -1, None
+    reasoning = parse_completion(completion).reasoning or ""
+    last_named, implied = -1, None
     for letter, text in options.items():
-        for match in re.finditer(rf"(?<!\w){re.escape(text)}(?!\w)", parsed.reasoning):
+        for match in re.finditer(rf"(?<!\w){re.escape(text)}(?!\w)", reasoning):
             if match.start() > last_named:
-                last_named, supported = match.start(), letter
-    return supported is not None and supported == parsed.answer.strip()
+                last_named, implied = match.start(), letter
+    return implied

@@ -76,7 +76,9 @@ class LikelihoodJudge:
             options = dict(zip(_options(group), values.tolist(), strict=True))
             answer = extract_answer(group.completions[0].text) or ""
             consistent = options[answer] >= max(options.values())
-            verdicts.append(Verdict(consistent, {"option_likelihoods": options}))
+            implied = answer if consistent else max(options, key=options.__getitem__)
+            details = {"option_likelihoods": options, "implied_answer": implied}
+            verdicts.append(Verdict(consistent, details))
         return verdicts
 
     def with_options(self, group: Group) -> dict[str, Completion]:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ from typing import Any
 from nemo_care.data.samples import Sample
 from nemo_care.errors import InputError
 from nemo_care.evaluation.bounded_client import ODD_REPLY, BoundedClient
+from nemo_care.evaluation.implied_answer import (
+    IMPLIED_REMINDER,
+    IMPLIED_TEMPLATE,
+    NO_LETTER,
+    last_word,
+    read_letter,
+)
 from nemo_care.evaluation.judges import Verdict
 from nemo_care.evaluation.reply_cache import ReplyCache
 from nemo_care.objective.text import parse_completion
@@ -54,7 +62,7 @@ _REMINDER = (
     "Your reply does not end with the verdict. Reply with one line that has a single word, "
     "CONSISTENT or INCONSISTENT, and nothing else."
 )
-_REMINDERS = 2  # for one completion
+_REMINDERS = 2  # for one question
 _REMEMBERED = 2000  # characters of a reply that the reminder follows
 
 Messages = list[dict[str, str]]
@@ -132,8 +140,11 @@ class LLMJudge:
 
         A completion without a reasoning or an answer is not sent. The verdict's details are
         `judge_reply` (the end of the reply, where there is one) and, where the verdict is None,
-        `judge_error`. The future raises InputError where no request can succeed: the endpoint can't
-        be reached, or refuses key, model or settings; and where the file of replies fails.
+        `judge_error`. With llm.implied_answer, for a question with options, also `implied_answer`
+        (a letter, or None where the reasoning implies none) or `implied_error`.
+
+        The future raises InputError where no request can succeed: the endpoint can't be reached, or
+        refuses key, model or settings; and where the file of replies fails.
         """
         parsed = parse_completion(completion)
         reasoning, answer = (parsed.reasoning or "").strip(), (parsed.answer or "").strip()
@@ -144,13 +155,16 @@ class LLMJudge:
                 Verdict(None, {"judge_error": f"not asked: the completion has no {missing}"})
             )
             return malformed
-        content = self._template.format(
-            question=_quoted(sample.question),
-            options=_quoted(dict(sample.options)),
-            reasoning=_quoted(reasoning),
-            answer=_quoted(answer),
-        )
-        return self._threads.submit(self._judge, [{"role": "user", "content": content}])
+        texts = {
+            "question": _quoted(sample.question),
+            "options": _quoted(dict(sample.options)),
+            "reasoning": _quoted(reasoning),
+        }
+        judged = self._template.format(**texts, answer=_quoted(answer))
+        implied = IMPLIED_TEMPLATE.format(**texts)
+        asks_implied = self._config.implied_answer and sample.options
+        letters = tuple(sample.options) if asks_implied else ()
+        return self._threads.submit(self._judge, judged, implied, letters)
 
     def close(self) -> None:
         """Drop what was not asked yet, and wait for the replies to what was."""
@@ -158,13 +172,40 @@ class LLMJudge:
         self._client.close()
         self._cache.close()
 
-    def _judge(self, messages: Messages) -> Verdict:
+    def _judge(self, judged: str, implied: str, letters: Sequence[str]) -> Verdict:
+        """The verdict; with `letters`, the answer that the reasoning implies among its details."""
+        answer = self._reply(judged, read_verdict, _REMINDER)
+        verdict = (
+            Verdict(None, {"judge_error": answer.error})
+            if answer.error
+            else _verdict(answer.reply, cut=answer.cut)
+        )
+        if not letters:
+            return verdict
+        answer = self._reply(implied, lambda reply: read_letter(reply, letters), IMPLIED_REMINDER)
+        letter = None if answer.cut or answer.error else read_letter(answer.reply, letters)
+        found: dict[str, str | None]
+        if letter is None:
+            found = {"implied_error": answer.error or "the reply has no letter on its last line"}
+        else:
+            found = {"implied_answer": None if letter == NO_LETTER else letter}
+        return Verdict(verdict.consistent, {**verdict.details, **found})
+
+    def _reply(self, content: str, read: Callable[[str], object], reminder: str) -> _Answer:
+        """The reply to one question, from the file where it is there.
+
+        Where `read` gives None for it, the last one after the reminders.
+
+        Raises:
+            InputError: no request can succeed.
+        """
         if self._hopeless:
             raise InputError(self._hopeless)
+        messages: Messages = [{"role": "user", "content": content}]
         question = self._question_key(messages)
         kept = self._cache.get(question)
         if kept is not None:
-            return _verdict(kept)
+            return _Answer(reply=kept)
         conversation = messages
         for _ in range(1 + _REMINDERS):
             answer = self._ask(conversation)
@@ -173,18 +214,18 @@ class LLMJudge:
                 if hopeless:
                     self._hopeless = hopeless
                     raise InputError(hopeless)
-                return Verdict(None, {"judge_error": answer.error})
-            verdict = _verdict(answer.reply, cut=answer.cut)
-            if verdict.consistent is not None:
+                break
+            # A reply that was cut off may name several before it decides.
+            if not answer.cut and read(answer.reply) is not None:
                 self._cache.put(question, answer.reply)
                 break
             said = answer.reply[-_REMEMBERED:].strip()
             conversation = [
                 *messages,
                 *([{"role": "assistant", "content": said}] if said else []),
-                {"role": "user", "content": _REMINDER},
+                {"role": "user", "content": reminder},
             ]
-        return verdict
+        return answer
 
     def _question_key(self, messages: Messages) -> str:
         address = (self._config.base_url or "").rstrip("/")
@@ -288,9 +329,7 @@ def read_verdict(reply: str) -> bool | None:
 
     Emphasis and a full stop don't matter: `**CONSISTENT**.` is a verdict, `NOT CONSISTENT` is none.
     """
-    lines = reply.split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "")
-    return _VERDICTS.get(last.strip().strip("*_`.").strip())
+    return _VERDICTS.get(last_word(reply))
 
 
 def _quoted(value: Any) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_care.data.prompts import Prompt
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.rows import Row
 from nemo_care.groups.answer_span import answer_token_span
@@ -27,13 +26,14 @@ class ForcedReasoningProbe:
         self.scorer = scorer
         self.tokenizer = tokenizer
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Row]:
+    def __call__(self, groups: Sequence[Group]) -> list[Row]:
         """Per prompt `probe_implied` and `probe_true`, None where the sample has no probe.
 
-        All ranks of the model replica call it with equal prompts.
+        Only the groups' prompts are used; all ranks of the model replica call it alike.
         """
+        prompts = [group.prompt for group in groups]
         probed = [prompt for prompt in prompts if prompt.sample.forced_reasoning]
-        groups = [
+        forced = [
             Group(
                 prompt,
                 [
@@ -43,7 +43,7 @@ class ForcedReasoningProbe:
             )
             for prompt in probed
         ]
-        likelihoods = iter(self.scorer.answer_likelihoods(groups) if groups else ())
+        likelihoods = iter(self.scorer.answer_likelihoods(forced) if forced else ())
         values: list[Row] = []
         for prompt in prompts:
             implied, true = (

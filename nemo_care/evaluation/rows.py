@@ -20,7 +20,15 @@ ROW: Kinds = {
     "reasoning_words": int,
     "consistent": bool | None,
 }
-PROBE: Kinds = {"probe_implied": float | None, "probe_true": float | None}
+MEASURED: Kinds = {
+    "probe_implied": float | None,
+    "probe_true": float | None,
+    "shuffle_follows": bool | None,
+    "peer_probe": float | None,
+    "consistent_rule": bool | None,
+    "consistent_likelihood": bool | None,
+    "implied_answer": str | None,
+}
 
 
 def completion_row(group: Group, *, min_reasoning_words: int, untagged_counts: bool) -> Row:

@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_care.data.prompts import DEFAULT_TEMPLATE
 from nemo_care.evaluation import llm_judge
+from nemo_care.evaluation.implied_answer import IMPLIED_TEMPLATE
 from nemo_care.files.json_lines import Record
 from nemo_care.recipe.schema import Recipe
 
@@ -25,12 +26,16 @@ _KEYS = (
     "evaluation.top_p",
     "evaluation.untagged",
     "evaluation.judge",
+    "evaluation.further_judges",
     "evaluation.forced_reasoning_probe",
+    "evaluation.option_shuffle",
+    "evaluation.peer_probe",
     "data.video",
     "data.image",
     "data.max_prompt_tokens",
     "data.validation",
 )
+_PEER_KEYS = ("rollout.temperature", "rollout.top_p")
 _LLM_KEYS = tuple(f"evaluation.llm.{name}" for name in ("model", "temperature"))
 
 
@@ -45,6 +50,10 @@ def evaluation_settings(recipe: Recipe, models: Mapping[str, Any]) -> Record:
         wording = recipe.evaluation.llm.prompt_template or llm_judge.DEFAULT_TEMPLATE
         settings["evaluation.llm.prompt_template"] = wording
         settings["evaluation.llm reply format"] = llm_judge.REPLY_FORMAT
+        if recipe.evaluation.llm.implied_answer:
+            settings["evaluation.llm.implied_answer"] = IMPLIED_TEMPLATE
+    if recipe.evaluation.peer_probe:
+        settings |= {key: attrgetter(key)(recipe) for key in _PEER_KEYS}
     settings["data.prompt_template"] = recipe.data.prompt_template or DEFAULT_TEMPLATE
     validation = recipe.data.validation
     root = Path(validation.root or "").resolve()

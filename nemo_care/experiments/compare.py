@@ -1,26 +1,36 @@
-"""Train recipes with several seeds and set their validation results side by side."""
+"""Train recipes with several seeds and set their validation results side by side.
+
+A comparison is a study made in code, with a variant for each recipe.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import InputError
-from nemo_care.experiments.comparison import Comparison, Outcome
+from nemo_care.experiments.config import Study, Variant
+from nemo_care.experiments.findings import Findings
+from nemo_care.experiments.page import write_json
 from nemo_care.experiments.processes import Failure
+from nemo_care.experiments.runs import train_variants
+from nemo_care.experiments.tables import comparison_sheet
 from nemo_care.experiments.training_runs import (
     TrainingRun,
     key_of,
     refuse_own_keys,
-    train_runs,
     training_command,
 )
 from nemo_care.files.json_lines import read_object, replace_file
 from nemo_care.process.screen import console
-from nemo_care.reporting.tables import result_notes
-from nemo_care.runs.reader import read_run
+from nemo_care.reporting.tables import numbers, summary
 
 _STEPS = "trainer.max_steps"
+_HOW_TO_READ = (
+    "One row per seed; mean ± sample standard deviation over seeds. Accuracy (acc) and "
+    "consistency (cons) are shares of the validation prompts by level, after the last step."
+)
+_OF_A_RUN = ("steps", "wall_seconds", "start", "end")
 
 
 def _asked_steps(overrides: Sequence[str]) -> int | None:
@@ -61,24 +71,6 @@ def _claim(out: Path, overrides: Sequence[str]) -> None:
     replace_file(file, json.dumps(settings, indent=2) + "\n")
 
 
-def _outcome(run: TrainingRun, failure: Failure | None) -> Outcome:
-    if failure is not None:
-        return Outcome(run.recipe, run.seed, run.name, "failed")
-    record = read_run(run.folder)
-    summary = record.summary or {}
-    return Outcome(
-        run.recipe,
-        run.seed,
-        run.name,
-        "done",
-        steps=summary.get("steps"),
-        wall_seconds=summary.get("wall_seconds"),
-        start=record.start,
-        end=record.end,
-        notes=tuple(result_notes(record)),
-    )
-
-
 def compare(
     recipes: Sequence[str],
     seeds: Sequence[int],
@@ -92,9 +84,10 @@ def compare(
     """Train every recipe with every seed, at most `jobs` at once, and compare the results.
 
     Runs lie in `out/RECIPE-seedSEED`, their output in `out/logs/`. A finished run with the asked
-    number of steps is not trained again. Prints the table and writes `out/comparison.json` and
-    `out/comparison.md`. `overrides` are Hydra's and hold for all runs; `config_dir` is a folder
-    of the user's own recipes; `train_command` stands in for `python -m nemo_care.train`.
+    number of steps is not trained again. Prints the table and writes `out/comparison.json`,
+    `out/comparison.md` and `out/results.jsonl`. `overrides` are Hydra's and hold for all runs;
+    `config_dir` is a folder of the user's own recipes; `train_command` stands in for
+    `python -m nemo_care.train`.
 
     Returns the runs that failed: the others go on, and the command line then exits with 1.
 
@@ -107,29 +100,65 @@ def compare(
     # Absolute: a run may change its working directory before it reads the path.
     out = out.absolute()
     _claim(out, overrides)
-    runs = [
-        TrainingRun(
-            recipe,
-            tuple(overrides),
-            seed,
-            out / f"{recipe.replace('/', '_')}-seed{seed}",
-            asked,
-        )
-        for recipe in dict.fromkeys(recipes)
-        for seed in dict.fromkeys(seeds)
-    ]
-    failures = train_runs(runs, training_command(train_command, config_dir), out / "logs", jobs)
-    failed = {failure.name: failure for failure in failures}
-    outcomes = [_outcome(run, failed.get(run.name)) for run in runs]
-    _publish(Comparison(outcomes, tuple(overrides)), out)
+    study = Study(
+        title="Comparison",
+        seeds=list(seeds),
+        overrides=list(overrides),
+        variants={recipe: Variant(recipe=recipe) for recipe in recipes},
+    )
+    runs = {
+        recipe: [
+            TrainingRun(
+                recipe,
+                study.overrides_of(recipe),
+                seed,
+                out / f"{recipe.replace('/', '_')}-seed{seed}",
+                asked,
+            )
+            for seed in study.seeds_of(recipe)
+        ]
+        for recipe in study.variants
+    }
+    every = [run for made in runs.values() for run in made]
+    command = training_command(train_command, config_dir)
+    results, failures = train_variants(runs, every, command, out, jobs)
+    failed = {failure.name for failure in failures}
+    lost = {(run.recipe, run.seed) for run in every if run.name in failed}
+    done = [one for one in results if (one.variant, one.seed) not in lost]
+    _publish(Findings(study, done), runs, out)
     return failures
 
 
-def _publish(comparison: Comparison, out: Path) -> None:
+def _publish(findings: Findings, runs: Mapping[str, Sequence[TrainingRun]], out: Path) -> None:
+    sheet, notes = comparison_sheet(findings), [_HOW_TO_READ, *findings.reading_notes()]
     screen = console()
-    screen.print(comparison.table())
-    for note in comparison.notes():
+    screen.print(sheet.rich())
+    for note in notes:
         screen.print(note)
-    record: dict[str, Any] = comparison.as_json()
-    replace_file(out / "comparison.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    replace_file(out / "comparison.md", comparison.markdown())
+    write_json(out / "comparison.json", _record(findings, runs, notes))
+    parts = ["# Comparison", sheet.markdown()]
+    if findings.study.overrides:
+        changed = ", ".join(f"`{override}`" for override in findings.study.overrides)
+        parts.append(f"Overrides of the recipes: {changed}.")
+    replace_file(out / "comparison.md", "\n\n".join([*parts, *notes]) + "\n")
+
+
+def _record(
+    findings: Findings, runs: Mapping[str, Sequence[TrainingRun]], notes: Sequence[str]
+) -> dict[str, Any]:
+    """All results of every run, and mean, deviation and count by recipe, level and key."""
+    every, sums = [], {}
+    for recipe, made in runs.items():
+        done = findings.of(recipe)
+        for run in made:
+            one = done.get(run.seed)
+            about = {"recipe": recipe, "seed": run.seed, "folder": run.name}
+            about["status"] = "done" if one else "failed"
+            found = {key: getattr(one, key, None) for key in _OF_A_RUN}
+            every.append(about | found)
+        sums[recipe] = {
+            side: summary(numbers({seed: getattr(one, side) for seed, one in done.items()}))
+            for side in ("start", "end")
+        }
+    overrides = findings.study.overrides
+    return {"overrides": overrides, "runs": every, "summary": sums, "notes": notes}

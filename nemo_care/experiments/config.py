@@ -2,7 +2,6 @@
 
 import difflib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ class Variant:
 
     title: str = ""
     """Its name in tables and figures; the variant's name where there is none."""
+    recipe: str = ""
+    """In place of the study's."""
     overrides: list[str] = field(default_factory=list)
     """Hydra's, behind those of the study; `+ablation=grpo` is one."""
     seeds: list[int] | None = None
@@ -70,6 +71,10 @@ class Study:
     def overrides_of(self, name: str) -> tuple[str, ...]:
         """All overrides of a variant's runs, without seed and run directory."""
         return (*self.overrides, *self.variants[name].overrides)
+
+    def recipe_of(self, name: str) -> str:
+        """The recipe of a variant's runs."""
+        return self.variants[name].recipe or self.recipe
 
     def title_of(self, name: str) -> str:
         """What a variant is called in tables and figures."""
@@ -190,5 +195,4 @@ def check_name(study: Study, name: str, place: str) -> None:
 
 
 def _names(study: Study) -> str:
-    names: Sequence[str] = list(study.variants)
-    return ", ".join(names)
+    return ", ".join(study.variants)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_care.experiments.config import START
-from nemo_care.experiments.findings import Findings, Place
+from nemo_care.experiments.findings import ACCURACY, CONSISTENCY, PROBE, Findings, Place
 from nemo_care.experiments.results import CURVES
 from nemo_care.reporting.figures import COLOURS, OTHER, Curve, finish, new_sheet, save
-from nemo_care.reporting.tables import level_number
+from nemo_care.runs import metrics as m
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from pandas import DataFrame
 
 DOTS = "Each run after training: dots are seeds, bars their mean; dashed: before training"
 OVER_STEPS = "Over the training steps: mean over seeds, and from the least to the greatest seed"
@@ -23,14 +23,14 @@ OVER_STEPS = "Over the training steps: mean over seeds, and from the least to th
 _PANEL, _GAP, _ROW, _LETTER = 1.9, 0.2, 0.27, 0.06
 _ABOVE, _BELOW, _MARGIN = 0.4, 0.35, 0.3
 _TITLES = {
-    "consistency_rate": "Consistency",
-    "accuracy": "Accuracy",
-    "probe_implied": "Probe implied",
+    CONSISTENCY: "Consistency",
+    ACCURACY: "Accuracy",
+    PROBE: "Probe implied",
 }
 _PANELS = {
-    "rollout/consistency_rate": ("Sampled completions: consistency", "share"),
-    "reward/accuracy": ("Sampled completions: accuracy", "share"),
-    "care/answer_likelihood": ("Answer likelihood under the reference", "probability"),
+    m.CONSISTENCY: ("Sampled completions: consistency", "share"),
+    m.ACCURACY: ("Sampled completions: accuracy", "share"),
+    m.ANSWER_LIKELIHOOD: ("Answer likelihood under the reference", "probability"),
 }
 
 
@@ -40,11 +40,11 @@ def draw_dots(findings: Findings, folder: Path, name: str) -> Curve | None:
 
     first, last = findings.levels[:1], findings.levels[-1:]
     panels = [
-        *findings.places("consistency_rate", first),
-        *findings.places("accuracy", dict.fromkeys([*first, *last])),
-        *findings.places("probe_implied", first),
+        *findings.places(CONSISTENCY, first),
+        *findings.places(ACCURACY, [*first, *last]),
+        *findings.places(PROBE, first),
     ]
-    rows = [row for row in (START, *findings.study.variants) if findings.ends(row)]
+    rows = [row for row in (START, *findings.study.variants) if len(findings.ends(row))]
     if not panels:
         return None
     titles = [findings.title_of(row) for row in rows]
@@ -68,11 +68,10 @@ def _dots(
 ) -> None:
     level, key = panel
     for height, row in enumerate(rows):
-        values = [level_number(end, *panel) for end in findings.ends(row).values()]
-        values = [value for value in values if not math.isnan(value)]
-        if not values:
+        values = findings.ends(row)[panel].dropna()
+        if values.empty:
             continue
-        mean = math.fsum(values) / len(values)
+        mean = values.mean()
         colour = OTHER if row == START else COLOURS[0]
         axes.scatter(values, [height] * len(values), s=22, color=colour, alpha=0.6, linewidths=0)
         axes.vlines(mean, height - 0.32, height + 0.32, color=colour, linewidth=2)
@@ -95,7 +94,11 @@ def draw_curves(findings: Findings, folder: Path, name: str) -> Curve | None:
     variants = [variant for variant in findings.study.curves if findings.of(variant)]
     colours = dict(zip(variants, cycle(COLOURS), strict=False))
     lines = {
-        key: {variant: found for variant in variants if (found := _band(findings, variant, key))}
+        key: {
+            variant: found
+            for variant in variants
+            if (found := _band(findings, variant, key)) is not None
+        }
         for key in CURVES
     }
     shown = {key: bands for key, bands in lines.items() if bands}
@@ -104,11 +107,12 @@ def draw_curves(findings: Findings, folder: Path, name: str) -> Curve | None:
     figure, places = new_sheet(len(shown))
     named = {}
     for axes, (key, bands) in zip(places, shown.items(), strict=True):
-        for variant, points in bands.items():
-            steps, low, mean, high = zip(*points, strict=True)
+        for variant, band in bands.items():
             colour = colours[variant]
-            axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-            (named[variant],) = axes.plot(steps, mean, color=colour, linewidth=1.6)
+            axes.fill_between(
+                band.index, band["min"], band["max"], color=colour, alpha=0.18, linewidth=0
+            )
+            (named[variant],) = axes.plot(band["mean"], color=colour, linewidth=1.6)
         # One legend for all panels: titles of variants are too long for one under each.
         finish(axes, *_PANELS[key], share=True, from_zero=True, keys=0)
     figure.legend(
@@ -122,15 +126,14 @@ def draw_curves(findings: Findings, folder: Path, name: str) -> Curve | None:
     return save(figure, folder, name, OVER_STEPS)
 
 
-def _band(findings: Findings, variant: str, key: str) -> list[tuple[float, float, float, float]]:
-    """Step, least, mean and greatest value over seeds."""
-    by_step: dict[float, list[float]] = {}
-    for run in findings.of(variant).values():
-        steps, values = run.curves["step"], run.curves.get(key, ())
-        for step, value in zip(steps, values, strict=False):
-            if step is not None and value is not None:
-                by_step.setdefault(step, []).append(value)
-    return [
-        (step, min(values), math.fsum(values) / len(values), max(values))
-        for step, values in sorted(by_step.items())
+def _band(findings: Findings, variant: str, key: str) -> DataFrame | None:
+    """Least, mean and greatest value over seeds by step; None where no run has the curve."""
+    import pandas as pd
+
+    curves = [
+        pd.Series(run.curves[key], index=run.curves["step"], dtype=float)
+        for run in findings.of(variant).values()
+        if key in run.curves
     ]
+    known = pd.concat(curves).dropna() if curves else pd.Series(dtype=float)
+    return known.groupby(level=0).agg(["min", "mean", "max"]) if len(known) else None

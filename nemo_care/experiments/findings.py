@@ -1,37 +1,28 @@
 """What the results of a study say: means over seeds and differences paired by seed."""
 
-import math
-import statistics
-from collections.abc import Iterable, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_care.experiments.config import START, Contrast, Study
 from nemo_care.experiments.results import Result
-from nemo_care.reporting.tables import (
-    level_names,
-    level_number,
-    mean_and_spread,
-    reading_notes,
-    summary_by_level,
-)
+from nemo_care.reporting.tables import known, level_names, numbers, reading_notes, summary
 from nemo_care.runs.reader import Levels
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+ACCURACY, CONSISTENCY, PROBE = "accuracy", "consistency_rate", "probe_implied"
+CONSISTENCY_OF_RIGHT, WORDS = "consistency_among_correct", "reasoning_words"
+PROBE_TRUE, FORMAT = "probe_true", "format_rate"
+# Of each level's results, in the order of the tables' columns.
+KEYS = (ACCURACY, CONSISTENCY, CONSISTENCY_OF_RIGHT, PROBE, PROBE_TRUE, WORDS, FORMAT)
 
 Place = tuple[str, str]
 """Level and key of a number of a validation."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference of two variants in one number, seed by seed."""
-
-    values: list[float]
-
-    @property
-    def positive(self) -> int:
-        """In how many seeds the left one has more."""
-        return sum(value > 0 for value in self.values)
 
 
 @dataclass(frozen=True)
@@ -42,17 +33,35 @@ class Findings:
     results: Sequence[Result]
 
     @cached_property
+    def _sides(self) -> list[Levels | None]:
+        return [side for one in self.results for side in (one.start, one.end)]
+
+    @cached_property
     def levels(self) -> list[str]:
         """The validation's levels."""
-        return level_names(*(side for one in self.results for side in (one.start, one.end)))
+        return level_names(*self._sides)
+
+    def frame(self, validations: Mapping[int, Levels | None]) -> DataFrame:
+        """Validations by seed: a row each, a column for each place."""
+        return numbers(validations, self.levels, KEYS)
+
+    @cached_property
+    def _known(self) -> set[Place]:
+        counts = self.frame(dict(enumerate(self._sides))).count()
+        return set(counts.index[counts > 0])
 
     def places(self, key: str, levels: Iterable[str]) -> list[Place]:
         """Where one number stands at these levels, as far as anything has it."""
-        sides = [side for one in self.results for side in (one.start, one.end)]
+        return [(level, key) for level in dict.fromkeys(levels) if (level, key) in self._known]
+
+    def compared(self) -> list[Place]:
+        """The numbers in which variants are compared."""
+        probed = [level for level, _ in self.places(PROBE, self.levels)]
         return [
-            (level, key)
-            for level in dict.fromkeys(levels)
-            if not all(math.isnan(level_number(side, level, key)) for side in sides)
+            *self.places(ACCURACY, self.levels),
+            *self.places(CONSISTENCY, self.levels),
+            # The probe asks about the model, not about the data: one level is enough here.
+            *self.places(PROBE, probed[:1]),
         ]
 
     def of(self, variant: str) -> dict[int, Result]:
@@ -60,11 +69,11 @@ class Findings:
         done = {one.seed: one for one in self.results if one.variant == variant}
         return {seed: done[seed] for seed in self.study.seeds_of(variant) if seed in done}
 
-    def ends(self, name: str) -> dict[int, Levels | None]:
+    def ends(self, name: str) -> DataFrame:
         """The last validations of a variant by seed; those before training for "start"."""
         if name == START:
-            return self.starts
-        return {seed: one.end for seed, one in self.of(name).items()}
+            return self.frame(self.starts)
+        return self.frame({seed: one.end for seed, one in self.of(name).items()})
 
     def planned(self, name: str) -> int:
         """How many seeds a row has in the end."""
@@ -72,9 +81,9 @@ class Findings:
         return len({seed for variant in variants for seed in self.study.seeds_of(variant)})
 
     @cached_property
-    def starts(self) -> dict[int, Levels | None]:
+    def starts(self) -> dict[int, Levels]:
         """Validation before the first step by seed: of the first variant that has the seed."""
-        starts: dict[int, Levels | None] = {}
+        starts: dict[int, Levels] = {}
         for variant in self.study.variants:
             for seed, one in self.of(variant).items():
                 if one.start:
@@ -89,15 +98,17 @@ class Findings:
             if any(one.start != self.starts.get(seed) for seed, one in self.of(variant).items())
         ]
 
-    def difference(self, contrast: Contrast, place: Place) -> Difference:
-        """Left minus right, of the seeds that both have."""
-        left, right = self.ends(contrast.left), self.ends(contrast.right)
-        values = [
-            level_number(left[seed], *place) - level_number(right[seed], *place)
-            for seed in left
-            if seed in right
-        ]
-        return Difference([value for value in values if not math.isnan(value)])
+    def differences(self, contrast: Contrast) -> DataFrame:
+        """Left minus right, of the seeds that both have; NaN where a number is missing."""
+        return self.ends(contrast.left) - self.ends(contrast.right)
+
+    def times(self, variant: str) -> DataFrame:
+        """Steps, wall time and time of a step of a variant's runs, in seconds."""
+        import pandas as pd
+
+        names = ["steps", "wall_seconds", "seconds_per_step"]
+        rows = [[getattr(one, name) for name in names] for one in self.of(variant).values()]
+        return pd.DataFrame(rows, columns=names, dtype=float)
 
     def title_of(self, name: str) -> str:
         """What a row is called."""
@@ -107,6 +118,11 @@ class Findings:
         """How much of the study is done."""
         planned = sum(self.planned(variant) for variant in self.study.variants)
         return f"{len(self.results)} of {planned} runs"
+
+    def reading_notes(self) -> list[str]:
+        """What the kind of data makes a reader want to know."""
+        kinds = dict.fromkeys(one.data for one in self.results)
+        return list(dict.fromkeys(n for kind in kinds for n in reading_notes(self._sides, kind)))
 
     def notes(self) -> list[str]:
         """How to read the tables."""
@@ -120,40 +136,37 @@ class Findings:
         if others:
             titles = ", ".join(map(self.title_of, others))
             notes.append(f'The row "{START}" is not the start of: {titles}.')
-        sides = [side for one in self.results for side in (one.start, one.end)]
-        for kind in dict.fromkeys(one.data for one in self.results):
-            notes += reading_notes(sides, kind)
-        return list(dict.fromkeys(notes))
+        return [*notes, *self.reading_notes()]
 
-    def as_json(self, keys: Sequence[str], contrasted: Sequence[Place]) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """All that the tables show, with all digits."""
         study = self.study
+        variants = {}
+        for name, variant in study.variants.items():
+            usual = self.times(name).median()
+            variants[name] = {
+                "title": study.title_of(name),
+                "overrides": variant.overrides,
+                "seeds": list(self.of(name)),
+                "end": summary(self.ends(name)),
+                "wall_seconds": known(usual["wall_seconds"]),
+                "seconds_per_step": known(usual["seconds_per_step"]),
+            }
         return {
             "title": study.title,
             "recipe": study.recipe,
             "overrides": study.overrides,
             "done": self.count(),
-            START: summary_by_level(list(self.starts.values()), keys),
-            "variants": {
-                name: {
-                    "title": study.title_of(name),
-                    "overrides": variant.overrides,
-                    "seeds": list(self.of(name)),
-                    "end": summary_by_level(list(self.ends(name).values()), keys),
-                    "wall_seconds": median(one.wall_seconds for one in self.of(name).values()),
-                    "seconds_per_step": median(
-                        one.seconds_per_step for one in self.of(name).values()
-                    ),
-                }
-                for name, variant in study.variants.items()
-            },
+            START: summary(self.ends(START)),
+            "variants": variants,
             "contrasts": [
                 {
                     "left": one.left,
                     "right": one.right,
                     "about": one.about,
                     "differences": [
-                        _difference_json(place, self.difference(one, place)) for place in contrasted
+                        _difference_json(place, self.differences(one)[place])
+                        for place in self.compared()
                     ],
                 }
                 for one in study.contrasts
@@ -162,19 +175,12 @@ class Findings:
         }
 
 
-def median(values: Iterable[float | None]) -> float | None:
-    """The median of those that are known."""
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
-
-
-def _difference_json(place: Place, difference: Difference) -> dict[str, Any]:
-    mean, spread = mean_and_spread(difference.values)
+def _difference_json(place: Place, values: Any) -> dict[str, Any]:
     return {
         "level": place[0],
         "key": place[1],
-        "mean": None if math.isnan(mean) else mean,
-        "std": None if math.isnan(spread) else spread,
-        "positive": difference.positive,
-        "seeds": len(difference.values),
+        "mean": known(values.mean()),
+        "std": known(values.std()),
+        "positive": int((values > 0).sum()),
+        "seeds": int(values.count()),
     }

@@ -3,13 +3,11 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_care.experiments.figures import DOTS, OVER_STEPS, draw_curves, draw_dots
 from nemo_care.experiments.findings import Findings
 from nemo_care.experiments.tables import (
-    KEYS,
-    Sheet,
-    contrasted_places,
     contrasts_sheet,
     main_sheet,
     seeds_sheet,
@@ -18,8 +16,9 @@ from nemo_care.experiments.tables import (
 )
 from nemo_care.files.json_lines import replace_file
 from nemo_care.process.screen import console
-from nemo_care.reporting import page
 from nemo_care.reporting.figures import Curve
+from nemo_care.reporting.page import write_page
+from nemo_care.reporting.sheet import NAME_WIDTH, Sheet
 
 _SHEETS = {
     "variants": variants_sheet,
@@ -53,21 +52,41 @@ def publish(findings: Findings, out: Path, settings: str) -> Path:
     """
     figures = draw(findings, out, "study")
     sheets = {name: make(findings) for name, make in _SHEETS.items()}
-    record = findings.as_json(KEYS, contrasted_places(findings))
-    replace_file(
-        out / "study.json", json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    write_json(out / "study.json", findings.as_json())
     replace_file(out / "study.md", _markdown(findings, sheets, figures))
-    replace_file(out / "study.html", _html(findings, sheets, figures, settings))
-    return out / "study.html"
+    study, page = findings.study, out / "study.html"
+    planned = sum(findings.planned(variant) for variant in study.variants)
+    write_page(
+        page,
+        "study.html",
+        title=study.title,
+        kind="nemo-care study",
+        finished=len(findings.results) == planned,
+        state=f"{findings.count()} are done",
+        sheets=sheets,
+        figures=dict.fromkeys(_FIGURES) | figures,
+        notes=findings.notes(),
+        facts={
+            "recipe": study.recipe,
+            "seeds": ", ".join(map(str, study.seeds)),
+            "overrides of all runs": " ".join(study.overrides) or None,
+        },
+        settings=settings,
+    )
+    return page
+
+
+def write_json(file: Path, record: Mapping[str, Any]) -> None:
+    """Write what the tables show, with all digits."""
+    replace_file(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def show(findings: Findings) -> None:
     """Print the means and the contrasts."""
     screen = console()
     for sheet in (main_sheet(findings), contrasts_sheet(findings)):
-        for table in sheet.rich(screen.width) if sheet.rows else []:
-            screen.print(table)
+        for piece in sheet.pieces(screen.width) if sheet.rows else ():
+            screen.print(piece.rich(NAME_WIDTH))
     for note in findings.notes():
         screen.print(note)
 
@@ -79,48 +98,3 @@ def _markdown(findings: Findings, sheets: Mapping[str, Sheet], figures: Mapping[
         if sheet.rows:
             parts += [f"## {sheet.title}", sheet.markdown()]
     return "\n\n".join(parts) + "\n"
-
-
-def _html(
-    findings: Findings,
-    sheets: Mapping[str, Sheet],
-    figures: Mapping[str, Curve],
-    settings: str,
-) -> str:
-    study = findings.study
-
-    def table(name: str) -> str:
-        sheet = sheets[name]
-        return page.table(sheet.heading(), sheet.text_rows()) if sheet.rows else ""
-
-    def figure(name: str) -> str:
-        curve = figures.get(name)
-        return page.image(curve.file, curve.title, curve.width) if curve else ""
-
-    planned = sum(findings.planned(variant) for variant in study.variants)
-    state = "state good" if len(findings.results) == planned else "state bad"
-    facts = {
-        "recipe": study.recipe,
-        "seeds": ", ".join(map(str, study.seeds)),
-        "overrides of all runs": " ".join(study.overrides) or None,
-    }
-    return page.document(
-        f"{study.title} · nemo-care",
-        [
-            f"<header>\n{page.paragraph('nemo-care study', 'soft')}\n"
-            f"<h1>{page.escape(study.title)}</h1>\n"
-            f"{page.paragraph(f'{findings.count()} are done', state)}\n</header>",
-            page.section(
-                "Results",
-                figure("dots"),
-                table("table"),
-                *(page.paragraph(note, "soft") for note in findings.notes()),
-            ),
-            page.section(sheets["contrasts"].title, table("contrasts")),
-            page.section("Curves", figure("curves")),
-            page.section("Variants", table("variants"), page.facts(facts)),
-            page.section("Every seed", table("seeds")),
-            page.section("Time", table("time")),
-            page.section("Settings", page.folded("The study", page.preformatted(settings))),
-        ],
-    )

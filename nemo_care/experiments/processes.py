@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_care.process.ending import STARTER
+from nemo_care.process.environment import STARTER
 
 # Seconds that a child has to end by itself (it may be saving a checkpoint) before it is killed.
 _GRACE = 20.0
@@ -139,7 +139,7 @@ def run_jobs(
     """
     environment = os.environ | {
         "OMP_NUM_THREADS": str(max(1, available_cores() // at_once)),
-        STARTER: str(os.getpid()),
+        STARTER.name: str(os.getpid()),
     }
     waiting = list(jobs)
     running: list[_Running] = []

@@ -1,7 +1,6 @@
 """The raw results of a study's runs, one line each: all that its tables and figures show."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,13 @@ from nemo_care.errors import InputError
 from nemo_care.experiments.config import Study
 from nemo_care.experiments.training_runs import TrainingRun
 from nemo_care.files.json_lines import Kinds, complete_lines, replace_lines
+from nemo_care.reporting.tables import known
+from nemo_care.runs.metrics import ACCURACY, ANSWER_LIKELIHOOD, CONSISTENCY, STEP_TIME
 from nemo_care.runs.reader import Levels, RunRecord, number, read_run
 
 RESULTS = "results.jsonl"
 # What is drawn over the steps.
-CURVES = ("rollout/consistency_rate", "reward/accuracy", "care/answer_likelihood")
+CURVES = (CONSISTENCY, ACCURACY, ANSWER_LIKELIHOOD)
 # Enough for a line three inches long.
 _POINTS = 50
 _DIGITS = 5
@@ -57,9 +58,11 @@ class Result:
 
 def read_result(variant: str, run: TrainingRun) -> Result:
     """What a finished run left in its directory."""
+    import pandas as pd
+
     record = read_run(run.folder)
     summary = record.summary or {}
-    times = [value for value in record.series("timing/step") if not math.isnan(value)]
+    step = pd.Series(record.series(STEP_TIME), dtype=float).median()
     wall = number(summary.get("wall_seconds"))
     return Result(
         variant=variant,
@@ -67,7 +70,7 @@ def read_result(variant: str, run: TrainingRun) -> Result:
         overrides=list(run.overrides),
         steps=summary.get("steps"),
         wall_seconds=None if math.isnan(wall) else round(wall, 3),
-        seconds_per_step=round(statistics.median(times), _DIGITS) if times else None,
+        seconds_per_step=None if math.isnan(step) else round(step, _DIGITS),
         start=record.start,
         end=record.end,
         curves=_thinned(record),
@@ -77,20 +80,14 @@ def read_result(variant: str, run: TrainingRun) -> Result:
 
 def _thinned(record: RunRecord) -> dict[str, list[float | None]]:
     """Each curve as at most `_POINTS` means of neighbouring steps."""
-    steps = record.steps()
-    width = max(1, math.ceil(len(steps) / _POINTS))
-    thinned: dict[str, list[float | None]] = {
-        "step": [steps[min(place + width, len(steps)) - 1] for place in range(0, len(steps), width)]
-    }
-    for key in CURVES:
-        series = record.series(key)
-        means: list[float | None] = []
-        for place in range(0, len(series), width):
-            known = [v for v in series[place : place + width] if not math.isnan(v)]
-            means.append(round(statistics.fmean(known), _DIGITS) if known else None)
-        if any(value is not None for value in means):
-            thinned[key] = means
-    return thinned
+    import pandas as pd
+
+    steps = pd.Series(record.steps(), dtype=int)
+    frame = pd.DataFrame({key: record.series(key) for key in CURVES}, dtype=float)
+    part = steps.index // max(1, math.ceil(len(steps) / _POINTS))
+    means = frame.groupby(part).mean().round(_DIGITS).dropna(axis="columns", how="all")
+    curves = {key: [known(value) for value in means[key]] for key in means}
+    return {"step": steps.groupby(part).last().tolist(), **curves}
 
 
 class ResultsFile:
@@ -131,7 +128,10 @@ def _wrong_result(values: Mapping[str, Any]) -> str:
     unknown = sorted(values.keys() - _RESULT.keys())
     if unknown:
         return f'unknown key "{unknown[0]}"'
-    return "" if "step" in values["curves"] else 'its "curves" lack "step"'
+    curves = values["curves"]
+    if "step" not in curves:
+        return 'its "curves" lack "step"'
+    return "" if len({*map(len, curves.values())}) == 1 else 'its "curves" differ in length'
 
 
 def check_results(study: Study, results: Sequence[Result], file: Path) -> None:

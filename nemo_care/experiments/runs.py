@@ -1,4 +1,4 @@
-"""The runs of a study: what they are given, and that they are not mixed with others."""
+"""The runs of a study: what they are given, how they are trained, and what keeps them apart."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,9 @@ from typing import Any
 
 from nemo_care.errors import InputError
 from nemo_care.experiments.config import Study
-from nemo_care.experiments.training_runs import TrainingRun
+from nemo_care.experiments.processes import Failure
+from nemo_care.experiments.results import RESULTS, Result, ResultsFile
+from nemo_care.experiments.training_runs import TrainingRun, train_runs
 from nemo_care.files.json_lines import read_object, replace_file
 from nemo_care.recipe.compose import compose_recipe
 
@@ -27,15 +29,15 @@ def study_runs(study: Study, out: Path, config_dir: str | None) -> dict[str, lis
     runs: dict[str, list[TrainingRun]] = {}
     for name in study.variants:
         overrides = study.overrides_of(name)
-        arguments = [*where, "--config-name", study.recipe, *overrides]
+        arguments = [*where, "--config-name", study.recipe_of(name), *overrides]
         try:
-            recipe = compose_recipe(arguments, with_nemo=False)
+            recipe = compose_recipe(arguments)
         except InputError as error:
             raise InputError(f"variant {name}: {error}") from error
         steps = recipe.trainer.max_steps if recipe else None
         runs[name] = [
             TrainingRun(
-                study.recipe,
+                study.recipe_of(name),
                 overrides,
                 seed,
                 out.absolute() / "runs" / f"{name}-seed{seed}",
@@ -80,6 +82,30 @@ def claim(runs: Sequence[TrainingRun]) -> None:
         if not file.exists():
             run.folder.mkdir(parents=True, exist_ok=True)
             replace_file(file, json.dumps(_made_with(run), indent=2) + "\n")
+
+
+def train_variants(
+    runs: Mapping[str, Sequence[TrainingRun]],
+    asked: Sequence[TrainingRun],
+    command: Sequence[str],
+    out: Path,
+    jobs: int,
+) -> tuple[list[Result], list[Failure]]:
+    """Train those `asked` of all `runs`, and give the results of all that are done.
+
+    The runs' output goes to `out/logs/`; `out/results.jsonl` has a line for each finished one.
+    """
+    results = ResultsFile(out / RESULTS, runs)
+    results.refresh()
+    failures = train_runs(
+        asked,
+        command,
+        out / "logs",
+        jobs,
+        # A study that is killed leaves what it has.
+        ended=lambda run: results.refresh(),
+    )
+    return results.refresh(), failures
 
 
 def _made_with(run: TrainingRun) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def find_answer_tokens(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> Ans
 
     The answer is the text inside the last well-formed `<answer>...</answer>` without surrounding
     white space. A token belongs to it when it holds at least one of the answer's characters,
-    whatever else it holds: Qwen's vocabulary writes `<answer>B</answer>` with the token `>B`.
+    whatever else it holds: real vocabularies write `<answer>B</answer>` with the token `>B`.
     Tokens of tags or white space alone don't count. An answer of white space alone has no tokens.
 
     `tokenizer` needs the Hugging Face `decode`; `token_ids` are the generated tokens of one

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from nemo_care.data.prompts import Prompt
-from nemo_care.groups.group import Group
+from nemo_care.groups.group import Group, known
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.decoding_cache import DecodingCache
-from nemo_care.models.qwen2_5_vl import ModelInputs, Qwen25VL
 from nemo_care.models.segments import PackedSegments
+from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ class GroupBatch:
         """Tokens that the reference scores, bool [N, C]: the answers', or with a KL term all."""
         return self.mask if all_tokens else self.answer_mask
 
-    def log_probs(self, model: Qwen25VL, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    def log_probs(
+        self, model: VideoLanguageModel, hidden: torch.Tensor, where: torch.Tensor
+    ) -> torch.Tensor:
         """Log-probabilities of the tokens in `where` (bool [N, C]), float32 [N, C], zero elsewhere.
 
         `hidden` is the model's output for `inputs`; differentiable. The output layer runs where
@@ -83,7 +85,9 @@ class GroupBatch:
         values = model.token_log_probs(hidden, self.places[where], self.token_ids[where])
         return torch.zeros(where.shape, device=values.device).masked_scatter(where, values)
 
-    def pair_likelihoods(self, model: Qwen25VL, hidden: torch.Tensor) -> list[torch.Tensor]:
+    def pair_likelihoods(
+        self, model: VideoLanguageModel, hidden: torch.Tensor
+    ) -> list[torch.Tensor]:
         """Likelihood of each answer under each reasoning: one float32 [G, G] per group.
 
         Row i, column j: exp(mean log-probability of the tokens of answer i behind reasoning j); NaN
@@ -107,9 +111,14 @@ class GroupBatch:
         """Log-probability of each token as the generator saw it, float32 [N, C], zero-padded."""
         return self.padded([[c.log_probs for c in group.completions] for group in self.groups])
 
+    def ended(self) -> torch.Tensor:
+        """Which completions came to their end within the tokens they had, bool [N]."""
+        ended = [completion.ended for group in self.groups for completion in group.completions]
+        return torch.tensor(ended, device=self.mask.device)
+
     def advantages(self) -> torch.Tensor:
         """Advantage of each completion, float32 [N]."""
-        return torch.cat([group.advantage for group in self.groups]).to(self.mask.device)
+        return torch.cat([known(group.advantage) for group in self.groups]).to(self.mask.device)
 
     def padded(self, per_group: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Per-completion vectors [C_i] of each group as one float32 [N, C], zero-padded."""

@@ -1,9 +1,10 @@
 """Groups in files: a step's rollouts with everything found out about them, without their media.
 
-NAME.safetensors    `groups.N.KEY`: prompt_token_ids [P]; [G] each base_reward, answer_likelihood,
-                    consistency_bonus, reward, advantage and rewards.NAME; `completions.M.KEY`, [C]
-                    each: token_ids, log_probs (the rollout's), reference_log_probs (NaN where it
-                    was not asked) and policy_log_probs (those of the update), where known
+NAME.safetensors    `groups.N.KEY`: prompt_token_ids [P]; [G] each base_reward, consistency_bonus,
+                    reward, advantage, rewards.NAME and answer_likelihood, where known;
+                    `completions.M.KEY`, [C] each: token_ids, log_probs (the rollout's),
+                    reference_log_probs (NaN where it was not asked) and policy_log_probs
+                    (those of the update), where known
 NAME.json           prompt_index, sample_id and, of each completion, text, ended, answer_span
 """
 
@@ -20,7 +21,7 @@ from nemo_care.data.prompts import Prompt
 from nemo_care.errors import InputError
 from nemo_care.files.json_lines import Kinds, check_record, read_object, replace_file
 from nemo_care.files.tensors import load_tensors, save_tensors
-from nemo_care.groups.group import Completion, Group
+from nemo_care.groups.group import Completion, Group, known
 
 _PER_TOKEN = ("token_ids", "log_probs")
 _REMEDY = "restore it from a copy; without it this step can't be replayed"
@@ -39,7 +40,7 @@ _COMPLETION: Kinds = {
     "answer_span": list[int] | None,
     "not_finite": list[str],
 }
-_PER_COMPLETION = ("base_reward", "answer_likelihood", "consistency_bonus", "reward", "advantage")
+_PER_COMPLETION = ("base_reward", "consistency_bonus", "reward", "advantage")
 
 
 @dataclass
@@ -53,8 +54,10 @@ class StoredGroup:
     def of(cls, group: Group, policy_log_probs: Sequence[torch.Tensor] | None) -> "StoredGroup":
         """Of a group; `policy_log_probs` are the update's, one [C] per completion."""
         tensors = {"prompt_token_ids": group.prompt.token_ids}
-        tensors |= {name: getattr(group, name) for name in _PER_COMPLETION}
-        tensors |= {f"rewards.{name}": values for name, values in group.rewards.items()}
+        tensors |= {name: known(getattr(group, name)) for name in _PER_COMPLETION}
+        tensors |= {f"rewards.{name}": values for name, values in known(group.rewards).items()}
+        if group.answer_likelihood is not None:
+            tensors["answer_likelihood"] = group.answer_likelihood
         for number, completion in enumerate(group.completions):
             tensors[f"completions.{number}.token_ids"] = completion.token_ids
             tensors[f"completions.{number}.log_probs"] = completion.log_probs
@@ -95,7 +98,7 @@ class StoredGroup:
             for number, completion in enumerate(self.record["completions"])
         ]
         scored = [tensors.get(f"completions.{n}.reference_log_probs") for n in range(count)]
-        known = [values for values in scored if values is not None]
+        all_scored = [values for values in scored if values is not None]
         rewards = {
             key.removeprefix("rewards."): values
             for key, values in tensors.items()
@@ -106,7 +109,8 @@ class StoredGroup:
             prompt,
             completions,
             rewards=rewards,
-            reference_log_probs=known if len(known) == count else None,
+            answer_likelihood=tensors.get("answer_likelihood"),
+            reference_log_probs=all_scored if len(all_scored) == count else None,
             **vectors,
         )
 

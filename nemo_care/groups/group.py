@@ -1,12 +1,15 @@
 """A group: one prompt and its G completions, the unit of work after sampling."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from nemo_care.data.prompts import Prompt
 from nemo_care.objective.text import ANSWER_OPEN, extract_answer
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -50,35 +53,46 @@ class Completion:
         return {len(ANSWER_OPEN): self.answer_span[0]}
 
 
-def _unset() -> torch.Tensor:
-    return torch.empty(0)
-
-
 @dataclass
 class Group:
     """One prompt, its completions, and what each phase of the step finds out about them.
 
-    Float32 [G] each, filled in this order: `rewards` (by name, such as accuracy and format) and
-    `base_reward` (their weighted sum); `answer_likelihood` (the reference; clipped from above, NaN
-    without an answer); `consistency_bonus`, `reward`, `advantage`. `pair_likelihood` [G, G] (row:
-    answer, column: reasoning) is there for the counterfactual bonus. `reference_log_probs`, one
-    float32 [C] per completion with NaN where the reference was not asked (outside the answers,
-    unless there is a KL term), and the pairs are known on the last pipeline stage only, where the
-    loss is computed. `used` says whether the step trains on the group, None without dynamic
-    sampling (it does).
+    A field is None until its phase has set it, with what is known on this rank. All ranks of a
+    model replica have the same groups; other replicas have others. [G] is float32, one value per
+    completion.
+
+    Example:
+        >>> group = Group(prompt, completions)     # rollouts
+        >>> rewards([group])                       # sets rewards and base_reward
+        >>> reference.score_answers([group])       # sets answer_likelihood, reference_log_probs
+        >>> credit([group])                        # sets consistency_bonus, reward, advantage
     """
 
     prompt: Prompt
+    """Rollouts; all ranks. Without its media where dynamic sampling has set the group aside."""
     completions: list[Completion]
-    rewards: dict[str, torch.Tensor] = field(default_factory=dict)
-    base_reward: torch.Tensor = field(default_factory=_unset)
-    answer_likelihood: torch.Tensor = field(default_factory=_unset)
+    """Rollouts; all ranks."""
+    rewards: dict[str, torch.Tensor] | None = None
+    """Rewards; all ranks. [G] by name, such as accuracy and format, without their weights."""
+    base_reward: torch.Tensor | None = None
+    """Rewards; all ranks. [G], the weighted sum of the rewards."""
+    answer_likelihood: torch.Tensor | None = None
+    """Reference, in a run that has one; all ranks. [G], clipped from above, NaN without an answer.
+    """
     pair_likelihood: torch.Tensor | None = None
+    """Reference, where the bonus needs it; all ranks. [G, G], row: answer, column: reasoning."""
     reference_log_probs: list[torch.Tensor] | None = None
-    consistency_bonus: torch.Tensor = field(default_factory=_unset)
-    reward: torch.Tensor = field(default_factory=_unset)
-    advantage: torch.Tensor = field(default_factory=_unset)
+    """Reference, in a run that has one; last pipeline stage, where the loss is computed. Float32
+    [C] per completion, NaN where it was not asked: outside the answers, without a KL term."""
+    consistency_bonus: torch.Tensor | None = None
+    """Credit; all ranks. [G], zeros in a run without a bonus."""
+    reward: torch.Tensor | None = None
+    """Credit; all ranks. [G], base reward and bonus."""
+    advantage: torch.Tensor | None = None
+    """Credit; all ranks. [G]."""
     used: bool | None = None
+    """Dynamic sampling; all ranks. Whether the step trains on the group; None without it: it does.
+    """
 
     @property
     def size(self) -> int:
@@ -88,4 +102,15 @@ class Group:
     @property
     def accuracy(self) -> torch.Tensor:
         """Unweighted accuracy, float32 [G], which selects completions and sizes their bonus."""
-        return self.rewards["accuracy"]
+        return known(self.rewards)["accuracy"]
+
+
+def known(value: T | None) -> T:
+    """The value of a field, for phases that come after the one which sets it.
+
+    Raises:
+        ValueError: that phase has not run.
+    """
+    if value is None:
+        raise ValueError("this field of the group is set by a phase that has not run")
+    return value

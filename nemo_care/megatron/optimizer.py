@@ -74,6 +74,7 @@ def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> 
             _repair_torch_adamw(part)
         if getattr(part, "optimizer", None) is not None:
             _keep_settings_when_loading(part)
+            _load_steps_of_either_kind(part)
     _step_with_finite_norm_only(optimizer)
     return optimizer
 
@@ -167,6 +168,22 @@ def _keep_settings_when_loading(optimizer: MegatronOptimizer) -> None:
             group.update(settings)
 
     optimizer.load_state_dict = types.MethodType(load_without_settings, optimizer)
+
+
+def _load_steps_of_either_kind(optimizer: MegatronOptimizer) -> None:
+    """Let torch's AdamW go on from a checkpoint of a fused one, and the other way round.
+
+    Their groups count steps in different ways: torch's in a float, where the fused ones need an
+    integer, and the fused ones not at all before their first step, where loading torch's expects 0.
+    """
+    load_state_dict = optimizer.load_state_dict
+
+    def load_with_whole_steps(self: Any, state_dict: dict) -> None:
+        for group in state_dict["optimizer"]["param_groups"]:
+            group["step"] = int(group.get("step") or 0)
+        load_state_dict(state_dict)
+
+    optimizer.load_state_dict = types.MethodType(load_with_whole_steps, optimizer)
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

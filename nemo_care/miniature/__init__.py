@@ -1,4 +1,11 @@
-"""A tiny world and a tiny Qwen2.5-VL: the whole system as a real run on a laptop."""
+"""A tiny world and the checkpoint of a tiny model: the whole system as a real run on a laptop.
+
+`examples/miniature/` makes the checkpoint.
+"""
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).parent / "checkpoint_warm"
 
 
 def ensure_files(kind: str, root: str) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import av
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from nemo_care.data.samples import Sample
+from nemo_care.data.video_writer import write_video
 from nemo_care.errors import InputError
 from nemo_care.miniature.world import (
     FRAMES_PER_SECOND,
@@ -91,24 +91,6 @@ def ensure_world(
         )
 
 
-def write_video(path: str | Path, frames: Tensor) -> None:
-    """Writes uint8 frames [T, H, W, 3] as an mp4 file without loss.
-
-    Lossless H.264 in RGB: at 28x28 pixels, the chroma subsampling of the usual yuv420p changes
-    colours by 7 of 255 on average.
-    """
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264rgb", rate=FRAMES_PER_SECOND)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "rgb24"
-        stream.options = {"crf": "0", "preset": "ultrafast"}
-        # One thread: starting more takes longer than the encoding, and the bytes stay the same.
-        stream.thread_count = 1
-        for pixels in frames.numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-
-
 @contextmanager
 def _complete_directory(root: Path) -> Iterator[Path]:
     """A temporary directory that becomes `root` when the block ends without an error."""
@@ -136,7 +118,7 @@ def _write_files(directory: Path, train: int, validation: int, seed: int) -> Non
             generator = torch.Generator().manual_seed(1000 * (seed + 1) + number)
             with (directory / file_name).open("w") as lines:
                 for sample, frames in _draw_samples(name, level, count, generator):
-                    write_video(directory / sample.videos[0], frames)
+                    write_video(directory / sample.videos[0], frames, FRAMES_PER_SECOND)
                     lines.write(json.dumps(_record(sample)) + "\n")
                     progress.update()
     description = json.dumps(_description(train, validation, seed), indent=2)

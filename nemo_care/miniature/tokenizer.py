@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer of the miniature's words, with a chat template like Qwen2.5-VL's."""
+"""A Hugging Face tokenizer of the miniature's words, with a chat template as the family has it."""
 
 from collections.abc import Mapping
 
@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_care.miniature.vocabulary import SPECIAL_TOKENS, TAGS, TOKEN_ID, UNKNOWN
 
-# As in Qwen2.5-VL's template, a video is one <|video_pad|> (an image one <|image_pad|>) here; the
-# data pipeline repeats it once per vision token.
+# As in the family's own template, a video is one <|video_pad|> (an image one <|image_pad|>) here;
+# the family's prompt format repeats it once per vision token.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} "
     "{% if message['content'] is string %}{{ message['content'] }} "

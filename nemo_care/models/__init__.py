@@ -1,1 +1,1 @@
-"""Qwen2.5-VL on Megatron Core: model, layer specs, weights, log-probabilities, EMA."""
+"""Video-language models on Megatron Core: layers, weights, log-probabilities, EMA; families."""

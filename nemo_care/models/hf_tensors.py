@@ -1,6 +1,5 @@
 """The tensors of a Hugging Face checkpoint folder: which file gives which, and whether they fit."""
 
-import copy
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -9,29 +8,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import Qwen2_5_VLConfig
 
 from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
-from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.families import read_family
+from nemo_care.models.family import Family
+from nemo_care.models.weight_table import WeightTable
 from nemo_care.process.screen import say
 
 INDEX = "model.safetensors.index.json"
-_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 # What weights can be; others are quantised, or no weights.
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-# Older releases saved what every model computes anew.
-_RECOMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 _ROWS_AT_ONCE = 8192
-
-
-def disk_name(name: str) -> str:
-    """A tensor's name on disk in the published checkpoints.
-
-    transformers' modules, and so some of its releases' files, have longer ones.
-    """
-    name = name.replace("model.language_model.", "model.", 1)
-    return name.replace("model.visual.", "visual.", 1)
 
 
 class HFTensors:
@@ -41,12 +29,16 @@ class HFTensors:
     none, all files are, and no two may give the same tensor.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        """`key` is the recipe's key that names the folder; raises InputError as `check_weights`."""
+    def __init__(self, folder: Path, table: WeightTable, key: str) -> None:
+        """`table` is the family's, `key` the recipe's key that names the folder.
+
+        Raises InputError as `check_weights`.
+        """
         self.where = f"{key}={folder}"
         # What lies there and is not read, in words; the index decided so.
         self.ignored: list[str] = []
         self._folder = folder
+        self._disk_name = table.disk_name
         self._handle: dict[str, Any] = {}
         self._key: dict[str, str] = {}
         files = sorted(folder.glob("*.safetensors"))
@@ -92,7 +84,7 @@ class HFTensors:
                 self.ignored.append(f"{unnamed[0]}{more} in {shard}")
 
     def _add(self, key: str, handle: Any, file: str) -> None:
-        name = disk_name(key)
+        name = self._disk_name(key)
         if name in self._handle:
             raise InputError(
                 f"{self.where}: {file} gives tensor {name}, which another file or name gives too; "
@@ -142,30 +134,31 @@ def check_weights(folder: str | Path, *, key: str = "model.hf_path") -> None:
     Raises:
         InputError: a file is missing, unreadable or not what the index says; a tensor is missing,
             given twice, of another shape than config.json says, not of floating point, or no part
-            of the model; config.json can't be used (see `read_hf_config`).
+            of the model; config.json can't be used (see `read_family`).
     """
-    tensors = HFTensors(Path(folder), key)
+    family = read_family(folder, key=key)
+    tensors = HFTensors(Path(folder), family.weights, key)
     if tensors.ignored:
         _say_once(
             f"{tensors.where}: not read, because {INDEX} does not name it: "
             f"{'; '.join(tensors.ignored)}"
         )
-    hf = read_hf_config(folder, key=key)
-    shapes = _model_shapes(hf)
+    shapes, tied = family.tensor_shapes(), family.architecture.tied
+    embedding, output = family.weights.embedding, family.weights.output
     for name in tensors:
-        if name.endswith(_RECOMPUTED):
+        if name.endswith(family.weights.recomputed):
             continue
         if name not in shapes:
             raise InputError(
-                f"{tensors.where}: tensor {name} is no part of a Qwen2.5-VL (scales of quantised "
-                "weights, an adapter, or another architecture); use a checkpoint with the model's "
-                "own weights alone"
+                f"{tensors.where}: tensor {name} is no part of a {family.name} (scales of "
+                "quantised weights, an adapter, or another architecture); use a checkpoint with "
+                "the model's own weights alone"
             )
         found, wanted = tuple(tensors(name).get_shape()), shapes[name]
         if found != wanted:
             rows = (
                 f" (vocab_size is {wanted[0]}, the tensor has {found[0]} rows)"
-                if name in (_EMBEDDING, _OUTPUT) and found[:1] != wanted[:1]
+                if name in (embedding, output) and found[:1] != wanted[:1]
                 else ""
             )
             raise InputError(
@@ -173,30 +166,22 @@ def check_weights(folder: str | Path, *, key: str = "model.hf_path") -> None:
                 f"{_shape(wanted)}{rows}; use the two of one checkpoint"
             )
     for name in shapes:
-        if name not in tensors and not (name == _OUTPUT and hf.tie_word_embeddings):
+        if name not in tensors and not (name == output and tied):
             raise InputError(f"{tensors.where}: tensor {name} is missing")
-    if hf.tie_word_embeddings and _OUTPUT in tensors:
-        _check_tied(tensors, shapes[_OUTPUT][0])
+    if tied and output in tensors:
+        _check_tied(tensors, family, shapes[output][0])
 
 
-def _model_shapes(hf: Qwen2_5_VLConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of Hugging Face's own model, by names on disk."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(hf))
-    return {disk_name(name): tuple(t.shape) for name, t in model.state_dict().items()}
-
-
-def _check_tied(tensors: HFTensors, rows: int) -> None:
+def _check_tied(tensors: HFTensors, family: Family, rows: int) -> None:
     """Refuse an output layer of its own where config.json ties it to the embedding."""
-    embedding, output = tensors(_EMBEDDING), tensors(_OUTPUT)
+    names = family.weights.embedding, family.weights.output
+    embedding, output = map(tensors, names)
     for start in range(0, rows, _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
         if not torch.equal(embedding[part], output[part]):
             raise InputError(
-                f"{tensors.where}: config.json says tie_word_embeddings, but {_OUTPUT} differs "
-                f"from {_EMBEDDING}; set tie_word_embeddings to false, or remove {_OUTPUT}"
+                f"{tensors.where}: config.json says tie_word_embeddings, but {names[1]} "
+                f"differs from {names[0]}; set tie_word_embeddings to false, or remove {names[1]}"
             )
 
 

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from nemo_care.errors import InputError
+from nemo_care.megatron.te_import import why_unusable
 from nemo_care.models.group_attention import GroupAttention
 from nemo_care.models.precision import missing_transformer_engine
 from nemo_care.models.te_attention import TransformerEngineGroupAttention
@@ -52,8 +53,8 @@ def _transformer_engine() -> tuple[ModuleSpec, type]:
     try:
         import transformer_engine.pytorch  # noqa: F401
         from megatron.core.extensions.transformer_engine import TENorm
-    except (ImportError, OSError) as error:
-        raise missing_transformer_engine(error) from error
+    except ImportError as error:
+        raise missing_transformer_engine(why_unusable() or error) from error
     layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
     layer.submodules.self_attention.submodules.core_attention = TransformerEngineGroupAttention
     return layer, TENorm

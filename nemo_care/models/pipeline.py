@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from nemo_care.models.qwen2_5_vl import ModelInputs
+from nemo_care.models.video_language_model import ModelInputs
 
 B = TypeVar("B")
 R = TypeVar("R")
@@ -24,7 +24,8 @@ def forward_only(
         model: this rank's stage.
         batches: the micro-batches, equal on all ranks of the model replica.
         inputs_of: the model's inputs of a micro-batch.
-        result_of: called on the last stage with the hidden states (see `Qwen25VL.forward`) and
+        result_of: called on the last stage with the hidden states (see
+            `VideoLanguageModel.forward`) and
             the micro-batch.
 
     Returns:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
-from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
+from nemo_care.megatron.te_import import why_unusable
+from nemo_care.models.architecture import Architecture
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.model import FP8Config, ModelConfig
 
@@ -91,7 +92,7 @@ def decoding_multiple(fp8: FP8Config | None) -> int:
     return _product_multiple(fp8.recipe) if fp8 and fp8.enabled and fp8.rollout else 1
 
 
-def check_fp8(fp8: FP8Config, hf: Qwen2_5_VLConfig, layout: Layout) -> None:
+def check_fp8(fp8: FP8Config, model: Architecture, layout: Layout) -> None:
     """Refuse a model or layout that 8-bit products do not fit.
 
     Raises:
@@ -99,14 +100,13 @@ def check_fp8(fp8: FP8Config, hf: Qwen2_5_VLConfig, layout: Layout) -> None:
     """
     if not fp8.enabled:
         return
-    text, multiple = hf.text_config, _product_multiple(fp8.recipe)
-    width = text.hidden_size // text.num_attention_heads
+    multiple = _product_multiple(fp8.recipe)
     of_rank = {
-        "hidden size": text.hidden_size,
-        "query, key and value size": text.hidden_size // layout.tensor
-        + 2 * width * text.num_key_value_heads // layout.tensor,
-        "attention size": text.hidden_size // layout.tensor,
-        "intermediate size": text.intermediate_size // layout.tensor,
+        "hidden size": model.hidden_size,
+        "query, key and value size": model.query_size // layout.tensor
+        + 2 * model.kv_size // layout.tensor,
+        "attention size": model.query_size // layout.tensor,
+        "intermediate size": model.ffn_size // layout.tensor,
     }
     for name, size in of_rank.items():
         if size % multiple:
@@ -115,7 +115,7 @@ def check_fp8(fp8: FP8Config, hf: Qwen2_5_VLConfig, layout: Layout) -> None:
                 f"model's {name} is {size} on a rank with model.tensor_model_parallel_size="
                 f"{layout.tensor}: choose another recipe or a smaller size"
             )
-    layers = text.num_hidden_layers // layout.pipeline
+    layers = model.layers // layout.pipeline
     for name in ("bf16_first_layers", "bf16_last_layers"):
         if getattr(fp8, name) > layers:
             raise InputError(
@@ -133,8 +133,11 @@ def check_transformer_engine(model: ModelConfig) -> None:
     """
     if model.backend != "transformer_engine":
         return
-    if find_spec("transformer_engine") is None:
-        raise missing_transformer_engine("it is not installed")
+    why = why_unusable()
+    if why is None and find_spec("transformer_engine") is None:
+        why = "it is not installed"
+    if why is not None:
+        raise missing_transformer_engine(why)
     fp8 = model.precision.fp8
     if fp8.enabled and torch.cuda.is_available():
         check_gpu(fp8, torch.cuda.get_device_capability(), torch.version.cuda)
@@ -151,19 +154,15 @@ def _scales_can_be_loaded() -> bool:
     from 2.18 do only where they are told to."""
     if os.environ.get(_PICKLED_SCALES) == "1":
         return True
-    try:
-        return find_spec("transformer_engine.pytorch._extra_state") is None
-    except (ImportError, OSError):
-        # What is wrong with it is told where it is used.
-        return True
+    return find_spec("transformer_engine.pytorch._extra_state") is None
 
 
 def missing_transformer_engine(why: object) -> InputError:
     """What to tell who asks for TransformerEngine where it can't be imported."""
     return InputError(
         f"model.backend=transformer_engine: TransformerEngine can't be imported ({why}); install "
-        "it with pip install -e '.[gpu]' on a machine with CUDA, or set model.backend=local (and "
-        f"{_KEY}.enabled=false)"
+        "it on a machine with CUDA (pip install --no-build-isolation -e '.[gpu]', docs/gpu.md), or "
+        f"set model.backend=local (and {_KEY}.enabled=false)"
     )
 
 

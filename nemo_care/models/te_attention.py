@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from nemo_care.megatron.te_import import why_unusable
 from nemo_care.models.group_attention import GroupAttention
 from nemo_care.models.precision import missing_transformer_engine
 from nemo_care.models.segments import PackedSegments
@@ -29,8 +30,8 @@ class TransformerEngineGroupAttention(GroupAttention):
         super().__init__(config, layer_number, **arguments)
         try:
             from transformer_engine.pytorch import DotProductAttention
-        except (ImportError, OSError) as error:
-            raise missing_transformer_engine(error) from error
+        except ImportError as error:
+            raise missing_transformer_engine(why_unusable() or error) from error
         # Heads of this rank: TransformerEngine need not know that there are others.
         ranks = config.tensor_model_parallel_size
         kernel = DotProductAttention(
@@ -40,6 +41,9 @@ class TransformerEngineGroupAttention(GroupAttention):
             attention_dropout=0.0,
             qkv_format="thd",
             attn_mask_type="padding_causal_bottom_right",
+            # A completion has more keys, those of its prompt too, than queries. With "self" the
+            # unfused backend masks keys by the queries' lengths.
+            attention_type="cross",
             layer_number=layer_number,
             softmax_scale=self.softmax_scale,
         )

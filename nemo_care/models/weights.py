@@ -1,4 +1,4 @@
-"""Weights between a Hugging Face Qwen2.5-VL directory and Megatron's shards.
+"""Weights between a Hugging Face directory and Megatron's shards, by the family's table.
 
 Reading needs no communication: each rank opens the safetensors files and reads its own slices.
 Writing streams parameter by parameter: the tensor-parallel shards of one parameter are gathered,
@@ -9,7 +9,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
 from nemo_care.files.tensors import save_tensors
 from nemo_care.models.hf_tensors import INDEX, HFTensors
-from nemo_care.models.qwen2_5_vl import Qwen25VL, padded_vocabulary
+from nemo_care.models.video_language_model import VideoLanguageModel, padded_vocabulary
+from nemo_care.models.weight_table import OUTPUT, Source
 from nemo_care.process.os_errors import naming
 
 _PART_BYTES = 5 * 10**9
@@ -40,56 +41,24 @@ _COMPANIONS = (
     "processor_config.json",
 )
 
-# Megatron's name within a layer -> Hugging Face's names, and how the tensor is cut.
-_INPUT_NORM = (("input_layernorm.weight",), "whole")
-_MLP_NORM = (("post_attention_layernorm.weight",), "whole")
-_LAYER: dict[str, tuple[tuple[str, ...], str]] = {
-    # A norm is a module of its own (local) or part of the layer behind it (transformer_engine).
-    "input_layernorm.weight": _INPUT_NORM,
-    "self_attention.linear_qkv.layer_norm_weight": _INPUT_NORM,
-    "pre_mlp_layernorm.weight": _MLP_NORM,
-    "mlp.linear_fc1.layer_norm_weight": _MLP_NORM,
-    "self_attention.linear_qkv.weight": (
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        "qkv",
-    ),
-    "self_attention.linear_qkv.bias": (
-        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-        "qkv",
-    ),
-    "self_attention.linear_proj.weight": (("self_attn.o_proj.weight",), "columns"),
-    "mlp.linear_fc1.weight": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"),
-    "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), "columns"),
-}
-_OUTER: dict[str, tuple[tuple[str, ...], str]] = {
-    "embedding.word_embeddings.weight": (("model.embed_tokens.weight",), "vocabulary"),
-    "decoder.final_layernorm.weight": (("model.norm.weight",), "whole"),
-    "output_layer.weight": (("lm_head.weight",), "vocabulary"),
-}
 
-
-@dataclass(frozen=True)
-class _Mapping:
-    """Which Hugging Face tensors one Megatron parameter is made of, and how it is cut."""
-
-    hf_names: tuple[str, ...]
-    cut: str
-
-
-def _mapping(model: Qwen25VL, name: str) -> _Mapping:
+def _source(model: VideoLanguageModel, name: str) -> Source:
+    """Which tensors on disk the parameter of this name is made of, and how it is cut."""
+    table = model.family.weights
     if name.startswith("visual."):
-        return _Mapping((name,), "whole")
+        return Source((table.vision_prefix + name.removeprefix("visual."),), "whole")
     inner = name.removeprefix("language_model.")
-    if inner in _OUTER:
-        names, cut = _OUTER[inner]
-        if inner == "output_layer.weight" and model.share_embeddings_and_output_weights:
-            names = _OUTER["embedding.word_embeddings.weight"][0]
-        return _Mapping(names, cut)
+    if inner in table.outer:
+        source = table.outer[inner]
+        if inner == OUTPUT and model.share_embeddings_and_output_weights:
+            source = replace(source, names=(table.embedding,))
+        return source
     # decoder.layers.<index within this stage>.<rest>
     _, _, index, rest = inner.split(".", 3)
-    names, cut = _LAYER[rest]
     layer = int(index) + get_transformer_layer_offset(model.config)
-    return _Mapping(tuple(f"model.layers.{layer}.{n}" for n in names), cut)
+    source = table.layer[rest]
+    prefix = table.layer_prefix.format(layer)
+    return replace(source, names=tuple(prefix + name for name in source.names))
 
 
 # ------------------------------------------------------------------ reading
@@ -103,16 +72,16 @@ def _part(tensor: Any, dim: int, rank: int, size: int) -> torch.Tensor:
 
 
 def _read_shard(
-    reader: HFTensors, mapping: _Mapping, model: Qwen25VL, rank: int, size: int
+    reader: HFTensors, source: Source, model: VideoLanguageModel, rank: int, size: int
 ) -> torch.Tensor:
-    tensors = [reader(name) for name in mapping.hf_names]
-    if mapping.cut == "whole":
+    tensors = [reader(name) for name in source.names]
+    if source.cut == "whole":
         return tensors[0][:]
-    if mapping.cut == "columns":
+    if source.cut == "columns":
         return _part(tensors[0], 1, rank, size)
-    if mapping.cut == "gate_up":
+    if source.cut == "gate_up":
         return torch.cat([_part(tensor, 0, rank, size) for tensor in tensors])
-    if mapping.cut == "qkv":
+    if source.cut == "qkv":
         # Megatron stores, per key-value group, its queries, then its key, then its value.
         groups = model.config.num_query_groups // size
         parts = [_part(tensor, 0, rank, size) for tensor in tensors]
@@ -121,7 +90,7 @@ def _read_shard(
     found = tensors[0].get_shape()[0]
     if found != model.vocab_size:
         raise InputError(
-            f"{reader.where}: {mapping.hf_names[0]} has {found} rows, but config.json says "
+            f"{reader.where}: {source.names[0]} has {found} rows, but config.json says "
             f"vocab_size {model.vocab_size}"
         )
     rows = padded_vocabulary(model.vocab_size) // size
@@ -133,7 +102,9 @@ def _read_shard(
 
 
 @torch.no_grad()
-def load_hf_weights(model: Qwen25VL, folder: str | Path, *, key: str = "model.hf_path") -> None:
+def load_hf_weights(
+    model: VideoLanguageModel, folder: str | Path, *, key: str = "model.hf_path"
+) -> None:
     """Fill this rank's parameters from a Hugging Face directory; no communication.
 
     `key` is the recipe's key that names it.
@@ -141,15 +112,15 @@ def load_hf_weights(model: Qwen25VL, folder: str | Path, *, key: str = "model.hf
     Raises:
         InputError: a file or a tensor is missing, unreadable or of another shape.
     """
-    reader = HFTensors(Path(folder), key)
+    reader = HFTensors(Path(folder), model.family.weights, key)
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in model.named_parameters():
-        mapping = _mapping(model, name)
-        shard = _read_shard(reader, mapping, model, rank, size)
+        source = _source(model, name)
+        shard = _read_shard(reader, source, model, rank, size)
         if shard.shape != parameter.shape:
             raise InputError(
-                f"{reader.where}: {mapping.hf_names[0]} has another shape than "
+                f"{reader.where}: {source.names[0]} has another shape than "
                 f"config.json says (needed {tuple(parameter.shape)}, got {tuple(shard.shape)})"
             )
         parameter.copy_(shard)
@@ -158,16 +129,18 @@ def load_hf_weights(model: Qwen25VL, folder: str | Path, *, key: str = "model.hf
 # ------------------------------------------------------------------ writing
 
 
-def _join(mapping: _Mapping, shards: list[torch.Tensor], model: Qwen25VL) -> list[torch.Tensor]:
+def _join(
+    source: Source, shards: list[torch.Tensor], model: VideoLanguageModel
+) -> list[torch.Tensor]:
     """The inverse of `_read_shard` over all tensor-parallel ranks."""
-    if mapping.cut == "whole":
+    if source.cut == "whole":
         return [shards[0]]
-    if mapping.cut == "columns":
+    if source.cut == "columns":
         return [torch.cat(shards, dim=1)]
-    if mapping.cut == "gate_up":
+    if source.cut == "gate_up":
         return [torch.cat(parts) for parts in zip(*(s.chunk(2) for s in shards), strict=True)]
     whole = torch.cat(shards)
-    if mapping.cut == "qkv":
+    if source.cut == "qkv":
         head_dim = model.config.kv_channels
         whole = whole.view(model.config.num_query_groups, -1, *whole.shape[1:])
         queries = whole.shape[1] - 2 * head_dim
@@ -176,7 +149,7 @@ def _join(mapping: _Mapping, shards: list[torch.Tensor], model: Qwen25VL) -> lis
 
 
 @torch.no_grad()
-def iterate_hf_weights(model: Qwen25VL) -> Iterator[tuple[str, torch.Tensor]]:
+def iterate_hf_weights(model: VideoLanguageModel) -> Iterator[tuple[str, torch.Tensor]]:
     """This pipeline stage's weights under Hugging Face's names, one parameter at a time.
 
     All tensor-parallel ranks must iterate together. Tied output weights are not repeated.
@@ -185,15 +158,17 @@ def iterate_hf_weights(model: Qwen25VL) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         if name.endswith("output_layer.weight") and model.share_embeddings_and_output_weights:
             continue
-        mapping = _mapping(model, name)
+        source = _source(model, name)
         shards = [parameter.data]
-        if mapping.cut != "whole" and group.size() > 1:
+        if source.cut != "whole" and group.size() > 1:
             shards = [torch.empty_like(parameter) for _ in range(group.size())]
             dist.all_gather(shards, parameter.data.contiguous(), group=group)
-        yield from zip(mapping.hf_names, _join(mapping, shards, model), strict=True)
+        yield from zip(source.names, _join(source, shards, model), strict=True)
 
 
-def _write_parts(model: Qwen25VL, out: Path, stage: int, writes: bool) -> list[dict[str, Any]]:
+def _write_parts(
+    model: VideoLanguageModel, out: Path, stage: int, writes: bool
+) -> list[dict[str, Any]]:
     """Write this stage's tensors in files of limited size; returns what each file holds."""
     parts: list[dict[str, Any]] = []
     pending: dict[str, torch.Tensor] = {}
@@ -252,7 +227,7 @@ def _copy_companions(source: Path, out: Path, dtype: torch.dtype) -> None:
 
 
 def export_hf(
-    model: Qwen25VL, source: str | Path, out: str | Path, *, replace: bool = False
+    model: VideoLanguageModel, source: str | Path, out: str | Path, *, replace: bool = False
 ) -> None:
     """Write the model as a Hugging Face directory that `from_pretrained` and vLLM load.
 

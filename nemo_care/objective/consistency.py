@@ -1,5 +1,7 @@
 """Answer likelihood and consistency bonus (arXiv 2506.16141, steps 3 to 5), and other bonuses."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -149,6 +151,27 @@ def counterfactual_bonus(
     elsewhere = torch.where(others, log_likelihood, 0.0).sum(dim=-1) / count
     bonus = bonus_coefficient * (own - elsewhere).clamp(-1.0, 1.0)
     return torch.where((count > 0) & ~own.isnan(), bonus, 0.0)
+
+
+def peer_dependence(
+    pair_likelihood: Tensor, answers: Sequence[str | None], *, floor: float = -5.0
+) -> float | None:
+    """The peer probe: how much likelier answers are after their own reasoning than after a peer's.
+
+    Not in the paper. With l_ij = max(log p(answer i | reasoning j), floor): the mean of l_ii - l_ij
+    over all pairs of completions i and j of one prompt that gave different answers. 0 where the
+    answers do not depend on the reasoning, at most -floor.
+
+    `pair_likelihood` [G, G] as in `counterfactual_bonus`; `answers` are the G texts, None without
+    one. Returns None where no two completions with an answer differ.
+    """
+    log_likelihood = pair_likelihood.double().log().clamp(min=floor)
+    own = log_likelihood.diagonal()[:, None]
+    differ = torch.tensor(
+        [[a is not None and b is not None and a != b for b in answers] for a in answers]
+    )
+    gains = (own - log_likelihood)[differ & ~pair_likelihood.isnan()]
+    return float(gains.mean()) if len(gains) else None
 
 
 def _check_shapes(accuracy: Tensor, answer_likelihood: Tensor) -> None:

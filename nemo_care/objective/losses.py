@@ -1,11 +1,11 @@
-"""The policy's loss (arXiv 2506.16141, step 7), as sums, so that micro-batches add up.
+"""The policy's losses as sums, so that micro-batches add up.
 
 A loss is a surrogate for each token and a mean over the step's tokens; `LOSSES` is the table that
-`algorithm.loss` chooses from.
+`algorithm.loss` chooses from. The paper's is `grpo` (arXiv 2506.16141, step 7).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,13 +38,14 @@ class PolicyLossInputs:
 class Mean:
     """How values of tokens are averaged over all completions of a step.
 
-    `total` sums `values` [N, C] over the tokens in `mask` [N, C] with the mean's weights, `count`
-    says by how much such totals are to be divided. Both add up over micro-batches and ranks, so the
-    mean of the step is the sum of all totals over the sum of all counts.
+    `total` sums `values` [N, C] over the tokens in `mask` [N, C] with the mean's weights. `count`
+    says by how much such totals are to be divided, from the mask and the longest completion that
+    the recipe allows (rollout.max_completion_tokens). Both add up over micro-batches and ranks, so
+    the mean of the step is the sum of all totals over the sum of all counts.
     """
 
     total: Callable[[Tensor, Tensor], Tensor]
-    count: Callable[[Tensor], Tensor]
+    count: Callable[[Tensor, int], Tensor]
 
 
 def _sum_of_token_means(values: Tensor, mask: Tensor) -> Tensor:
@@ -56,15 +57,34 @@ def _sum_of_token_means(values: Tensor, mask: Tensor) -> Tensor:
     return (totals / mask.sum(dim=-1).clamp(min=1)).sum()
 
 
-MEAN_OF_COMPLETIONS = Mean(_sum_of_token_means, lambda mask: mask.any(dim=-1).sum())
+def _sum_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of `values` [N, C] over the tokens in `mask` [N, C]."""
+    return torch.where(mask, values, 0.0).sum()
+
+
+def _completions(mask: Tensor) -> Tensor:
+    """How many rows of `mask` [N, C] have a token."""
+    return mask.any(dim=-1).sum()
+
+
+MEAN_OF_COMPLETIONS = Mean(_sum_of_token_means, lambda mask, longest: _completions(mask))
 """Mean over completions of the mean over each completion's tokens (arXiv 2506.16141, step 7)."""
+
+MEAN_OF_TOKENS = Mean(_sum_of_tokens, lambda mask, longest: mask.sum())
+"""Mean over all tokens of the step, of all replicas: a long completion counts for more (DAPO, arXiv
+2503.14476, section 3.3, whose formula takes it over one prompt's completions, and whose code over a
+batch)."""
+
+SUM_OVER_LONGEST = Mean(_sum_of_tokens, lambda mask, longest: _completions(mask) * longest)
+"""Mean over completions of the sum over each one's tokens, divided by the same constant for all:
+the generation budget (Dr.GRPO, arXiv 2503.20783, section 3.2 and listing 1)."""
 
 
 @dataclass(frozen=True)
 class Surrogate:
     """The part of a loss that carries the advantage, for each token.
 
-    `loss` [N, C], with gradient. `clipped` boolean [N, C]: where the clip takes the gradient away.
+    `loss` [N, C], with gradient. `clipped` boolean [N, C]: where the clip changes the gradient.
     """
 
     loss: Tensor
@@ -75,39 +95,77 @@ class Surrogate:
 class Loss:
     """One kind of policy loss.
 
-    `surrogate` gets log-probabilities [N, C] with gradient, old ones [N, C] or None (see
-    `PolicyLossInputs`; both zero outside the mask), advantages [N, 1], `clip_low` and `clip_high`.
+    `surrogate` gets the inputs in float32, zero outside the mask, `clip_low` and `clip_high`.
     `mean` averages it over the tokens of the step.
     """
 
-    surrogate: Callable[[Tensor, Tensor | None, Tensor, float, float], Surrogate]
+    surrogate: Callable[[PolicyLossInputs, float, float], Surrogate]
     mean: Mean
 
 
-def clipped_ratio(
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    advantages: Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> Surrogate:
-    """-A_i * ratio of each token, clipped where there are old log-probabilities (step 7).
+def _log_ratio(inputs: PolicyLossInputs) -> Tensor:
+    """logp - stop_gradient(logp_old) [N, C]; without old ones 0, and only carrying the gradient."""
+    old = inputs.old_log_probs
+    return inputs.log_probs - (inputs.log_probs.detach() if old is None else old)
 
-    ratio = exp(logp - stop_gradient(logp_old)). Without old ones it is 1 in value and only carries
-    the gradient. With them the loss is -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) *
-    A) (arXiv 2506.16141, step 7).
-    """
-    if old_log_probs is None:
-        loss = -advantages * torch.exp(log_probs - log_probs.detach())
-        return Surrogate(loss, torch.zeros_like(loss, dtype=torch.bool))
-    ratio = torch.exp(log_probs - old_log_probs)
+
+def _clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> Surrogate:
+    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)."""
     surrogate = ratio * advantages
     clipped_surrogate = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     loss = -torch.minimum(surrogate, clipped_surrogate)
     return Surrogate(loss, clipped_surrogate.detach() < surrogate.detach())
 
 
-LOSSES: dict[str, Loss] = {"grpo": Loss(clipped_ratio, MEAN_OF_COMPLETIONS)}
+def clipped_ratio(inputs: PolicyLossInputs, clip_low: float, clip_high: float) -> Surrogate:
+    """-A_i * ratio of each token, clipped where there are old log-probabilities (step 7).
+
+    ratio = exp(logp - stop_gradient(logp_old)). Without old ones it is 1 in value and only carries
+    the gradient. With them the loss is -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) *
+    A) (arXiv 2506.16141, step 7).
+    """
+    advantages = inputs.advantages.unsqueeze(-1)
+    ratio = torch.exp(_log_ratio(inputs))
+    if inputs.old_log_probs is None:
+        loss = -advantages * ratio
+        return Surrogate(loss, torch.zeros_like(loss, dtype=torch.bool))
+    return _clipped_surrogate(ratio, advantages, clip_low, clip_high)
+
+
+def sequence_ratio(inputs: PolicyLossInputs, clip_low: float, clip_high: float) -> Surrogate:
+    """One clipped ratio for all tokens of a completion (GSPO, arXiv 2507.18071, equations 5 and 7).
+
+    s_i = exp(mean over the tokens of (logp - stop_gradient(logp_old))), the geometric mean of the
+    tokens' ratios; -min(s_i * A_i, clip(s_i, 1 - clip_low, 1 + clip_high) * A_i) stands at each of
+    them. The gradient of s_i is shared by the tokens alike. At one update per rollout it is that
+    of `clipped_ratio`. Importance weights of tokens are averaged over the completion.
+    """
+    tokens = inputs.mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    ratio = torch.exp(_log_ratio(inputs).sum(dim=-1, keepdim=True) / tokens)
+    one = _clipped_surrogate(ratio, inputs.advantages.unsqueeze(-1), clip_low, clip_high)
+    return Surrogate(one.loss.expand_as(inputs.mask), one.clipped.expand_as(inputs.mask))
+
+
+def clipped_weight(inputs: PolicyLossInputs, clip_low: float, clip_high: float) -> Surrogate:
+    """-stop_gradient(clip(ratio)) * A_i * logp of each token (CISPO, arXiv 2506.13585).
+
+    ratio = exp(logp - logp_old), clipped to [1 - clip_low, 1 + clip_high] (equations 4 and 5). A
+    clipped ratio is still a weight of the token's gradient, so that no token loses its own.
+    """
+    ratio = torch.exp(_log_ratio(inputs).detach())
+    weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return Surrogate(-weight * inputs.advantages.unsqueeze(-1) * inputs.log_probs, weight != ratio)
+
+
+LOSSES: dict[str, Loss] = {
+    "grpo": Loss(clipped_ratio, MEAN_OF_COMPLETIONS),
+    "token_mean": Loss(clipped_ratio, MEAN_OF_TOKENS),
+    "dr_grpo": Loss(clipped_ratio, SUM_OVER_LONGEST),
+    "gspo": Loss(sequence_ratio, MEAN_OF_COMPLETIONS),
+    "cispo": Loss(clipped_weight, MEAN_OF_TOKENS),
+}
 """By the name that a recipe gives in `algorithm.loss`."""
 
 
@@ -115,16 +173,18 @@ LOSSES: dict[str, Loss] = {"grpo": Loss(clipped_ratio, MEAN_OF_COMPLETIONS)}
 class PolicyLoss:
     """Totals over the tokens of N completions; all are float32 scalars.
 
-    Divide them by the loss's count (`Mean.count`) of the whole step, over all micro-batches and
-    ranks, to get the loss and the metrics of the step.
+    `loss_sum` carries the gradient and includes the KL term. Divided by the loss's count
+    (`Mean.count`) of the whole step, over all micro-batches and ranks, it is the step's loss.
 
-    `loss_sum` carries the gradient and includes the KL term. `kl_sum` (without its coefficient) and
-    `clipped_sum` (the share of tokens at which the clip takes the gradient away) do not.
+    `kl_sum` (without its coefficient) and `clipped_sum` (the share of tokens at which the clip
+    changes the gradient) are sums of each completion's mean, whatever the loss: divided by
+    `completions`, they can be compared between losses.
     """
 
     loss_sum: Tensor
     kl_sum: Tensor
     clipped_sum: Tensor
+    completions: Tensor
 
 
 def policy_loss(
@@ -135,7 +195,7 @@ def policy_loss(
     clip_high: float = 0.2,
     kl_coefficient: float = 0.0,
 ) -> PolicyLoss:
-    """Total of a policy loss over the tokens of N completions (arXiv 2506.16141, step 7).
+    """Total of a policy loss over the tokens of N completions.
 
     The surrogate of `kind`, plus kl_coefficient * k3 where `kl_coefficient` > 0 (the GRPO baseline,
     not CARE): k3 = exp(d) - d - 1, d = logp_ref - logp.
@@ -153,11 +213,17 @@ def policy_loss(
     # Values outside the mask become 0 before any exp, so that they can't make a NaN, neither in
     # the sum nor in the gradient.
     log_probs = torch.where(mask, inputs.log_probs.float(), 0.0)
-    advantages = inputs.advantages.detach().float().unsqueeze(-1)
     old_log_probs = None
     if inputs.old_log_probs is not None:
         old_log_probs = torch.where(mask, inputs.old_log_probs.detach().float(), 0.0)
-    surrogate = kind.surrogate(log_probs, old_log_probs, advantages, clip_low, clip_high)
+    clean = replace(
+        inputs,
+        log_probs=log_probs,
+        advantages=inputs.advantages.detach().float(),
+        mask=mask,
+        old_log_probs=old_log_probs,
+    )
+    surrogate = kind.surrogate(clean, clip_low, clip_high)
     token_loss = surrogate.loss
 
     if inputs.token_weights is not None:
@@ -174,11 +240,11 @@ def policy_loss(
         kl = torch.expm1(difference) - difference
         token_loss = token_loss + kl_coefficient * kl
 
-    total = kind.mean.total
     return PolicyLoss(
-        loss_sum=total(token_loss, mask),
-        kl_sum=total(kl.detach(), mask),
-        clipped_sum=total(surrogate.clipped.float(), mask),
+        loss_sum=kind.mean.total(token_loss, mask),
+        kl_sum=_sum_of_token_means(kl.detach(), mask),
+        clipped_sum=_sum_of_token_means(surrogate.clipped.float(), mask),
+        completions=_completions(mask).float(),
     )
 
 

@@ -99,6 +99,16 @@ def base_reward(rewards: "Tensor", weights: Sequence[float]) -> "Tensor":
     return (rewards * rewards.new_tensor(weights)[:, None]).sum(dim=0)
 
 
+def length_penalty(tokens: int, *, longest: int, buffer: float) -> float:
+    """Soft punishment of a completion that comes near the token limit, in [-1, 0].
+
+    0 up to longest - buffer tokens, from there down in a straight line to -1 at `longest` (DAPO,
+    arXiv 2503.14476, section 3.4, equation 13, whose L_max and L_cache these are). `buffer` is
+    above 0. A completion that was cut off has `longest` tokens.
+    """
+    return -min(1.0, max(0.0, (tokens - (longest - buffer)) / buffer))
+
+
 def parse_number(text: str) -> float | None:
     """The finite number that `text` writes, commas removed; None for anything else."""
     try:

@@ -1,13 +1,6 @@
-"""How many replicas, prompts and micro-batches a recipe makes."""
+"""How many prompts and micro-batches a recipe makes of a step."""
 
-from nemo_care.recipe.schema import Recipe
-
-
-def replicas_of(recipe: Recipe) -> int:
-    """Model replicas, the data-parallel size."""
-    model = recipe.model
-    world = recipe.trainer.devices * recipe.trainer.num_nodes
-    return world // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
+from nemo_care.recipe.schema import Recipe, replicas_of
 
 
 def prompts_of(recipe: Recipe) -> int:

@@ -16,7 +16,7 @@ from nemo_care.errors import InputError
 from nemo_care.planning.advice import remedies
 from nemo_care.planning.counts import in_flight
 from nemo_care.planning.gpus import GIB
-from nemo_care.planning.plan import Plan, make_plan
+from nemo_care.planning.plan import Plan
 from nemo_care.planning.stage import Stage, built_stage
 from nemo_care.planning.tables import markdown_table
 from nemo_care.recipe.schema import Recipe
@@ -76,7 +76,7 @@ def dry_run(plan: Plan) -> list[StageRun]:
         if plan.stages_fit and plan.engine is not None:
             raise InputError(plan.engine.problem)
         worst, budget = plan.worst, plan.question.budget
-        advice = remedies(make_plan(plan.recipe, plan.question))
+        advice = remedies(plan)
         raise InputError(
             f"stage {worst.stage} needs {worst.peak / GIB:.0f} GiB in {worst.peak_phase}, a "
             f"{plan.question.gpu.name} has {budget / GIB:.0f} GiB with the margin: "

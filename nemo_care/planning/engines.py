@@ -7,11 +7,10 @@ activations and CUDA graphs, which vLLM measures when it starts, are not.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import Qwen2_5_VLConfig
-
-from nemo_care.planning.counts import prompts_of, replicas_of
+from nemo_care.models.architecture import Architecture
+from nemo_care.planning.counts import prompts_of
 from nemo_care.planning.gpus import GIB, Gpu
-from nemo_care.recipe.schema import Recipe
+from nemo_care.recipe.schema import Recipe, replicas_of
 from nemo_care.rollouts.vllm.placement import Share, share
 
 # Phases in which engines on GPUs that train are awake.
@@ -27,8 +26,9 @@ class EnginePlan:
 
     `share` is all that it takes while it is awake, of which `weights` and `cache` are parts, and
     `asleep` what stays of it while training goes on; `host` is the CPU memory that one GPU's part
-    of a sleeping engine takes. A cached token takes `bytes_per_token`, the longest prompt with the
-    longest completion has `sequence_tokens`.
+    of a sleeping engine takes, `buffer` what the training process sends it the weights through. A
+    cached token takes `bytes_per_token`, the longest prompt with the longest completion has
+    `sequence_tokens`.
     """
 
     placement: str
@@ -44,6 +44,7 @@ class EnginePlan:
     sequence_tokens: int
     asleep: int
     host: int
+    buffer: int
 
     @property
     def cache_tokens(self) -> int:
@@ -107,7 +108,7 @@ def _gib(size: float) -> str:
 
 
 def engine_plan(
-    recipe: Recipe, hf: Qwen2_5_VLConfig, parameters: int, gpu: Gpu
+    recipe: Recipe, model: Architecture, parameters: int, gpu: Gpu
 ) -> EnginePlan | None:
     """What the recipe's engines take; None where the training ranks sample.
 
@@ -115,13 +116,12 @@ def engine_plan(
     """
     if recipe.rollout.backend != "vllm":
         return None
-    vllm, text = recipe.rollout.vllm, hf.text_config
+    vllm = recipe.rollout.vllm
     size, width = vllm.tensor_parallel_size, bytes_of_number(recipe)
     # vLLM cuts everything that is large, vision tower and vocabulary included.
     weights = parameters * width // size
-    head = text.hidden_size // text.num_attention_heads
     # With more ranks than key-value heads, several ranks have the same one.
-    heads = max(text.num_key_value_heads / size, 1)
+    heads = max(model.kv_heads / size, 1)
     taken = int(gpu.memory * vllm.gpu_memory_utilization)
     cache = max(taken - weights, 0)
     if vllm.kv_cache_gib is not None:
@@ -140,19 +140,23 @@ def engine_plan(
         share=taken,
         weights=weights,
         cache=cache,
-        bytes_per_token=int(2 * text.num_hidden_layers * heads * head * width),
+        bytes_per_token=int(2 * model.layers * heads * model.head_dim * width),
         # As `engine_settings` does.
-        sequence_tokens=min(longest, text.max_position_embeddings),
+        sequence_tokens=min(longest, model.max_positions),
         asleep=(_CONTEXT if vllm.sleep_level else taken) if colocated else 0,
         host=weights if colocated and vllm.sleep_level == 1 else 0,
+        # As `ipc_buffer_bytes`: the embedding is the largest tensor.
+        buffer=max(vllm.bucket_mib * 2**20, model.vocab_size * model.hidden_size * width)
+        if colocated
+        else 0,
     )
 
 
 def beside(engine: EnginePlan | None, phase: str) -> int:
-    """Bytes that an engine has of a GPU that trains, in a phase of the training ranks."""
+    """Bytes that an engine, and sending to it, take of a GPU that trains, in one of its phases."""
     if engine is None or engine.placement != "colocated":
         return 0
-    return engine.share if phase in _AWAKE else engine.asleep
+    return engine.share + engine.buffer if phase in _AWAKE else engine.asleep
 
 
 def bytes_of_number(recipe: Recipe) -> int:

@@ -1,13 +1,12 @@
 """The plan of a recipe: what every stage holds, what every phase needs, and whether it fits."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nemo_care.models.qwen2_5_vl import check_layout
-from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of, replicas_of
+from nemo_care.models.transformer_config import check_layout
+from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of
 from nemo_care.planning.engines import (
     EnginePlan,
     beside,
@@ -16,22 +15,21 @@ from nemo_care.planning.engines import (
     workers_of_a_machine,
 )
 from nemo_care.planning.gpus import GIB, Gpu
+from nemo_care.planning.measured import PHASES, Measurements
 from nemo_care.planning.precision import check_planned, precision_in_words
 from nemo_care.planning.shapes import (
     Lengths,
     ModelShape,
     longest_lengths,
-    patch_width,
     read_model_shape,
     typical_lengths,
 )
-from nemo_care.planning.stage import StageBuild, StageUse, built_stage
+from nemo_care.planning.stage import StageBuild, StageUse
 from nemo_care.planning.work import Clock, Efficiency, StepTime, packed_tokens, step_flops
 from nemo_care.ranks.process_groups import Layout
-from nemo_care.recipe.schema import Recipe, check_world, needs_reference
+from nemo_care.recipe.schema import Recipe, check_world, needs_reference, replicas_of
 from nemo_care.rollouts.build import check_engines
 
-PHASES = ("rollout", "validation", "scoring", "update")
 GRANULARITIES = ("none", "selective", "full")
 # CUDA's context and cuBLAS's workspaces; with several ranks NCCL's buffers for the groups.
 _ALONE, _WITH_OTHERS = 1.0, 2.0
@@ -83,7 +81,7 @@ class Plan:
     """Everything that `nemo-care plan` tells; memory in bytes, time in seconds."""
 
     recipe: Recipe
-    shape: ModelShape
+    measured: Measurements
     question: Question
     longest: Lengths
     typical: Lengths
@@ -94,6 +92,11 @@ class Plan:
     flops: dict[str, float]
     seconds: StepTime
     engine: EnginePlan | None = None
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's configuration."""
+        return self.measured.shape
 
     @property
     def parameters(self) -> int:
@@ -124,36 +127,19 @@ class Plan:
         }
 
 
-@contextmanager
-def _with(recipe: Recipe, granularity: str) -> Iterator[Recipe]:
-    changed = deepcopy(recipe)
-    changed.model.recompute_granularity = granularity
-    yield changed
-
-
 def phase_peaks(
-    recipe: Recipe,
-    build: StageBuild,
-    use: StageUse,
-    stage: int,
-    allowance: int,
-    engine: EnginePlan | None,
-) -> dict[str, int]:
-    """Bytes at each phase's peak on a GPU of this stage, everything included."""
-    count = micro_batches_of(recipe)
-    extra = {
-        "rollout": use.rollout,
-        "validation": use.validation,
-        "scoring": use.scoring_peak(count),
-        "update": use.update_peak(in_flight(recipe, stage), count),
-    }
-    held = build.held(recipe)
+    recipe: Recipe, measured: Measurements, stage: int, engine: EnginePlan | None
+) -> Iterator[tuple[str, int]]:
+    """Bytes at each phase's peak on a GPU of this stage, everything included.
+
+    A phase is measured when its peak is taken; the update, often the largest, comes first.
+    """
+    fixed = measured.build(recipe, stage).held(recipe) + allowance_of(recipe)
     awake = beside(engine, "rollout")
-    return {
-        phase: held + extra[phase] + allowance + beside(engine, phase)
-        for phase in PHASES
-        if extra[phase] or (phase == "rollout" and awake)
-    }
+    for phase in reversed(PHASES):
+        needs = measured.needs(recipe, stage, phase)
+        if needs or (phase == "rollout" and awake):
+            yield phase, fixed + needs + beside(engine, phase)
 
 
 def allowance_of(recipe: Recipe) -> int:
@@ -175,7 +161,7 @@ def host_memory(
     replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
     leaders = max(ranks // replica, 1)
     prompts = prompts_of(recipe)
-    patches = prompts * longest.patches * patch_width(shape.hf) * 4
+    patches = prompts * longest.patches * shape.family.prompt.patching.values * 4
     parameters = worst.gradients // 4
     # The first replica's ranks put the optimizer's state together in CPU memory: three float32
     # tensors of all their parameters, and one of the three twice more while it arrives. Every rank
@@ -217,114 +203,97 @@ def checkpoint_size(recipe: Recipe, builds: list[StageBuild]) -> int:
     return total
 
 
-class Measurements:
-    """Stages that were built, each once: stages of the same kind are alike."""
-
-    def __init__(self, recipe: Recipe, shape: ModelShape, lengths: Lengths) -> None:
-        """`lengths` are those that the memory is planned for."""
-        self.recipe = recipe
-        self.shape = shape
-        self.lengths = lengths
-        self._uses: dict[tuple, StageUse] = {}
-        self._updates: dict[tuple, tuple[int, int, int]] = {}
-
-    def stage(self, number: int) -> tuple[StageBuild, StageUse]:
-        """Build a stage; run its phases unless a stage like it has run them."""
-        with built_stage(self.recipe, self.shape, number) as stage:
-            kind = self._kind(number, stage.build)
-            if kind not in self._uses:
-                self._uses[kind] = stage.use(self.lengths)
-            return stage.build, self._uses[kind]
-
-    def update(self, number: int, build: StageBuild, granularity: str) -> tuple[int, int, int]:
-        """Of the update with another recomputation: both its peaks, and a micro-batch's bytes."""
-        key = (*self._kind(number, build), granularity)
-        if key not in self._updates:
-            with (
-                _with(self.recipe, granularity) as recipe,
-                built_stage(recipe, self.shape, number, reference=False) as stage,
-            ):
-                passes, step = stage.update(self.lengths, 1)
-                more = stage.build.fp8_copies - build.fp8_copies
-                kept = stage.activations(self.lengths)[0]
-                self._updates[key] = (passes + more, step + more, kept)
-        return self._updates[key]
-
-    def _kind(self, number: int, build: StageBuild) -> tuple:
-        last = self.recipe.model.pipeline_model_parallel_size - 1
-        return number == 0, number == last, build.parameters
-
-
-def make_plan(recipe: Recipe, question: Question, *, compare: bool = True) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    question: Question,
+    *,
+    compare: bool = True,
+    measured: Measurements | None = None,
+) -> Plan:
     """Build every stage in a fake world and put the plan together.
 
-    `compare` runs the update under every recomputation, not only under the recipe's.
+    `compare` runs the update under every recomputation, not only under the recipe's. `measured` are
+    those of a plan whose recipe this one is a variant of.
 
     Raises:
         InputError: a layout that does not fit the model or the world, or an unknown model.
     """
-    shape = read_model_shape(recipe.model.hf_path)
-    check_layout(shape.hf, Layout.of(recipe))
-    check_world(recipe)
-    check_planned(recipe, shape.hf, question.gpu)
-    check_engines(recipe, shape.hf)
-    longest = longest_lengths(recipe, shape.hf)
-    typical = typical_lengths(recipe, shape.hf, question.prompt_tokens, question.completion_tokens)
-    measured = Measurements(recipe, shape, longest)
-    allowance = allowance_of(recipe)
-    found = [measured.stage(n) for n in range(recipe.model.pipeline_model_parallel_size)]
-    builds = [build for build, _ in found]
-    parameters = sum(build.unique_parameters for build in builds)
-    engine = engine_plan(recipe, shape.hf, parameters, question.gpu)
-    granularities = GRANULARITIES if compare else ()
-    stages = [
-        _stage_plan(measured, number, build, use, allowance, engine, granularities)
-        for number, (build, use) in enumerate(found)
-    ]
-    clock = Clock(recipe, shape.hf, typical, question.gpu, question.efficiency)
+    measured = measured or Measurements(read_model_shape(recipe.model.hf_path))
+    shape = measured.shape
+    check_plannable(recipe, shape, question.gpu)
+    typical = typical_lengths(
+        recipe, shape.family, question.prompt_tokens, question.completion_tokens
+    )
+    # All parts of a stage at once, so that it is built once.
+    uses = [measured.use(recipe, n) for n in range(recipe.model.pipeline_model_parallel_size)]
+    builds = measured.builds(recipe)
+    engine = planned_engine(recipe, measured, question)
+    longest = longest_lengths(recipe, shape.family)
+    clock = Clock(recipe, shape.family, typical, question.gpu, question.efficiency)
     return Plan(
         recipe=recipe,
-        shape=shape,
+        measured=measured,
         question=question,
         longest=longest,
         typical=typical,
-        stages=stages,
-        allowance=allowance,
+        stages=[
+            _stage_plan(recipe, measured, number, use, engine, GRANULARITIES if compare else ())
+            for number, use in enumerate(uses)
+        ],
+        allowance=allowance_of(recipe),
         host=host_memory(recipe, shape, longest, max(builds, key=lambda b: b.gradients), engine),
         checkpoint_bytes=checkpoint_size(recipe, builds),
-        flops=step_flops(recipe, shape.hf, typical),
+        flops=step_flops(recipe, shape.family, typical),
         seconds=clock.step(builds),
         engine=engine,
     )
 
 
+def check_plannable(recipe: Recipe, shape: ModelShape, gpu: Gpu) -> None:
+    """Refuse what no run could start.
+
+    Raises:
+        InputError: names the keys.
+    """
+    check_layout(shape.architecture, Layout.of(recipe))
+    check_world(recipe)
+    check_planned(recipe, shape.architecture, gpu)
+    check_engines(recipe, shape.architecture)
+
+
+def planned_engine(recipe: Recipe, measured: Measurements, question: Question) -> EnginePlan | None:
+    """The engines of a recipe, for a model whose size is known by its stages."""
+    parameters = sum(build.unique_parameters for build in measured.builds(recipe))
+    return engine_plan(recipe, measured.shape.architecture, parameters, question.gpu)
+
+
 def _stage_plan(
+    recipe: Recipe,
     measured: Measurements,
     number: int,
-    build: StageBuild,
     use: StageUse,
-    allowance: int,
     engine: EnginePlan | None,
     granularities: Sequence[str],
 ) -> StagePlan:
-    recipe = measured.recipe
-    peaks = phase_peaks(recipe, build, use, number, allowance, engine)
-    flying, count = in_flight(recipe, number), micro_batches_of(recipe)
-    held = build.held(recipe)
-    own = recipe.model.recompute_granularity
-    by_recomputation = {own: peaks["update"]}
+    peaks = dict(phase_peaks(recipe, measured, number, engine))
+    by_recomputation = {recipe.model.recompute_granularity: peaks["update"]}
     for granularity in granularities:
-        if granularity != own:
-            passes, step, kept = measured.update(number, build, granularity)
-            update = max(passes + (flying - 1) * kept, step) + count * use.inputs
-            by_recomputation[granularity] = held + update + allowance + beside(engine, "update")
+        if granularity not in by_recomputation:
+            changed = deepcopy(recipe)
+            changed.model.recompute_granularity = granularity
+            by_recomputation[granularity] = next(
+                peak
+                for phase, peak in phase_peaks(changed, measured, number, engine)
+                if phase == "update"
+            )
+    build = measured.build(recipe, number)
     return StagePlan(
         stage=number,
         build=build,
         use=use,
-        in_flight=flying,
-        held=held,
-        peaks=peaks,
+        in_flight=in_flight(recipe, number),
+        held=build.held(recipe),
+        peaks={phase: peaks[phase] for phase in PHASES if phase in peaks},
         update_by_recomputation=by_recomputation,
     )
 

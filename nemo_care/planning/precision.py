@@ -9,11 +9,11 @@ from collections import Counter
 from copy import deepcopy
 
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
+from nemo_care.models.architecture import Architecture
 from nemo_care.models.precision import check_fp8, check_gpu
-from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.planning.gpus import Gpu
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.model import FP8Config
@@ -33,7 +33,7 @@ def as_built(recipe: Recipe) -> Recipe:
     return built
 
 
-def check_planned(recipe: Recipe, hf: Qwen2_5_VLConfig, gpu: Gpu) -> None:
+def check_planned(recipe: Recipe, model: Architecture, gpu: Gpu) -> None:
     """Refuse 8-bit products that neither the model, the layout nor the GPU can have.
 
     Raises:
@@ -42,7 +42,7 @@ def check_planned(recipe: Recipe, hf: Qwen2_5_VLConfig, gpu: Gpu) -> None:
     fp8 = recipe.model.precision.fp8
     if not fp8.enabled:
         return
-    check_fp8(fp8, hf, Layout.of(recipe))
+    check_fp8(fp8, model, Layout.of(recipe))
     try:
         check_gpu(fp8, gpu.capability, _ASSUMED_CUDA)
     except InputError as error:
@@ -57,7 +57,7 @@ def fp8_layers(recipe: Recipe, layers: int) -> range:
     return range(fp8.bf16_first_layers, max(layers - fp8.bf16_last_layers, fp8.bf16_first_layers))
 
 
-def fp8_copies(recipe: Recipe, model: Qwen25VL) -> int:
+def fp8_copies(recipe: Recipe, model: VideoLanguageModel) -> int:
     """Estimated bytes of the weights' 8-bit copies that a rank of this stage keeps.
 
     A weight's copy, and for backward a transposed one, is kept until the next step, so that the
@@ -86,10 +86,9 @@ def _with_scales(numbers: int, fp8: FP8Config) -> int:
     return numbers + (numbers // _ONE_SCALE_PER if fp8.recipe == "mxfp8" else 0)
 
 
-def fp8_share(recipe: Recipe, hf: Qwen2_5_VLConfig) -> float:
+def fp8_share(recipe: Recipe, model: Architecture) -> float:
     """Share of the layers' matrix products that 8-bit passes compute in 8 bits."""
-    layers = hf.text_config.num_hidden_layers
-    return len(fp8_layers(recipe, layers)) / layers
+    return len(fp8_layers(recipe, model.layers)) / model.layers
 
 
 def precision_in_words(recipe: Recipe) -> str:

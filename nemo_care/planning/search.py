@@ -9,26 +9,24 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from nemo_care.errors import InputError
-from nemo_care.models.qwen2_5_vl import check_layout
-from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of, replicas_of
-from nemo_care.planning.engines import EnginePlan, beside, engine_plan
+from nemo_care.planning.counts import in_flight, prompts_of
+from nemo_care.planning.engines import EnginePlan, beside
 from nemo_care.planning.gpus import GIB, Gpu
+from nemo_care.planning.measured import Measurements
 from nemo_care.planning.plan import (
     GRANULARITIES,
-    Measurements,
     Question,
     allowance_of,
+    check_plannable,
     phase_peaks,
+    planned_engine,
 )
-from nemo_care.planning.precision import check_planned
 from nemo_care.planning.shapes import ModelShape, longest_lengths, read_model_shape, typical_lengths
 from nemo_care.planning.stage import StageBuild, built_stage
 from nemo_care.planning.tables import gib, markdown_table
 from nemo_care.planning.work import Clock, StepTime
-from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.rollout import RolloutConfig
-from nemo_care.recipe.schema import Recipe, check_recipe, needs_reference
-from nemo_care.rollouts.build import check_engines
+from nemo_care.recipe.schema import Recipe, check_recipe, needs_reference, replicas_of
 
 _GROUPS = (1, 2, 4)
 
@@ -75,7 +73,6 @@ def _offloaded(recipe: Recipe) -> str:
 @dataclass
 class _Candidate:
     recipe: Recipe
-    builds: list[StageBuild]
     engine: EnginePlan | None
     seconds: StepTime
 
@@ -97,14 +94,15 @@ def search(
     """
     shape = read_model_shape(recipe.model.hf_path)
     machines, devices = _machines(recipe, gpus)
-    lengths = longest_lengths(recipe, shape.hf)
-    typical = typical_lengths(recipe, shape.hf, question.prompt_tokens, question.completion_tokens)
+    typical = typical_lengths(
+        recipe, shape.family, question.prompt_tokens, question.completion_tokens
+    )
     vision = _VisionBytes(recipe, shape)
+    measured = Measurements(shape)
     candidates = []
     for layout in _layouts(recipe, shape, machines, devices, question.gpu):
-        builds = _builds(layout, shape)
-        parameters = sum(build.unique_parameters for build in builds)
-        engine = engine_plan(layout, shape.hf, parameters, question.gpu)
+        builds = measured.builds(layout)
+        engine = planned_engine(layout, measured, question)
         if engine is not None and not engine.fits:
             # The same in every layout.
             tell(engine.problem)
@@ -112,25 +110,15 @@ def search(
         for variant in _variants(layout):
             if _least(variant, builds, vision, engine) > question.budget:
                 continue
-            clock = Clock(variant, shape.hf, typical, question.gpu, question.efficiency)
-            candidates.append(_Candidate(variant, builds, engine, clock.step(builds)))
+            clock = Clock(variant, shape.family, typical, question.gpu, question.efficiency)
+            candidates.append(_Candidate(variant, engine, clock.step(builds)))
     found: dict[tuple[int, int], Found] = {}
-    # What the stages need on top of what they hold, wherever reference and optimizer are.
-    needs: dict[tuple, dict[int, int]] = {}
     for candidate in sorted(candidates, key=lambda candidate: candidate.seconds.total):
         model = candidate.recipe.model
         key = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
         if key in found:
             continue
-        algorithm, builds = candidate.recipe.algorithm, candidate.builds
-        alike = (*key, model.recompute_granularity, algorithm.groups_per_micro_batch)
-        if any(
-            builds[number].held(candidate.recipe) + need > question.budget
-            for number, need in needs.get(alike, {}).items()
-        ):
-            continue
-        measured = Measurements(candidate.recipe, shape, lengths)
-        peak, phase, needs[alike] = _largest(candidate.recipe, measured, candidate.engine)
+        peak, phase = _largest(candidate.recipe, measured, candidate.engine, question.budget)
         fits = peak <= question.budget
         keys = _keys(candidate.recipe)
         tell(
@@ -173,9 +161,7 @@ def _layouts(
         changed.model.sequence_parallel = tensor > 1
         try:
             check_recipe(changed)
-            check_layout(shape.hf, Layout.of(changed))
-            check_planned(changed, shape.hf, gpu)
-            check_engines(changed, shape.hf)
+            check_plannable(changed, shape, gpu)
         except InputError:
             continue
         if changed.algorithm.prompts_per_step % replicas_of(changed):
@@ -195,18 +181,6 @@ def _variants(recipe: Recipe) -> Iterator[Recipe]:
         changed.algorithm.reference.offload = offload
         changed.algorithm.groups_per_micro_batch = count
         yield changed
-
-
-def _builds(recipe: Recipe, shape: ModelShape) -> list[StageBuild]:
-    """All stages; those between the first and the last are alike and are built once."""
-    count = recipe.model.pipeline_model_parallel_size
-    kept = deepcopy(recipe)
-    kept.algorithm.reference.offload = kept.optimizer.offload = False
-    made = {}
-    for number in {0, min(1, count - 1), count - 1}:
-        with built_stage(kept, shape, number) as stage:
-            made[number] = stage.build
-    return [made.get(number, made[min(1, count - 1)]) for number in range(count)]
 
 
 def _least(
@@ -244,30 +218,25 @@ class _VisionBytes:
             alone.model.sequence_parallel = False
             alone.model.recompute_granularity = granularity
             alone.algorithm.groups_per_micro_batch = 1
-            lengths = longest_lengths(alone, self.shape.hf)
+            lengths = longest_lengths(alone, self.shape.family)
             with built_stage(alone, self.shape, 0, reference=False) as stage:
                 self.found[granularity] = stage.activations(lengths)[1]
         return self.found[granularity] * recipe.algorithm.groups_per_micro_batch
 
 
 def _largest(
-    recipe: Recipe, measured: Measurements, engine: EnginePlan | None
-) -> tuple[int, str, dict[int, int]]:
-    """The largest peak of all stages and its phase; what other offloads don't change (`needs`)."""
+    recipe: Recipe, measured: Measurements, engine: EnginePlan | None, budget: int
+) -> tuple[int, str]:
+    """The largest peak of all stages and its phase, or the first that is above the budget."""
     count = recipe.model.pipeline_model_parallel_size
-    allowance, inputs = allowance_of(recipe), micro_batches_of(recipe)
-    largest, needs = [], {}
+    largest = (0, "")
     # Of the stages between the first and the last, the second has the most in flight.
-    for number in {0, min(1, count - 1), count - 1}:
-        build, use = measured.stage(number)
-        peaks = phase_peaks(recipe, build, use, number, allowance, engine)
-        phase = max(peaks, key=lambda name: peaks[name])
-        largest.append((peaks[phase], phase))
-        passes = use.passes_peak(in_flight(recipe, number)) + inputs * use.inputs
-        # Where vLLM samples, a validation's peak is that of scoring, which the offloads do change.
-        sampling = max(use.rollout, use.validation) if engine is None else beside(engine, "rollout")
-        needs[number] = max(sampling, passes + beside(engine, "update")) + allowance
-    return *max(largest), needs
+    for number in sorted({0, min(1, count - 1), count - 1}):
+        for phase, peak in phase_peaks(recipe, measured, number, engine):
+            largest = max(largest, (peak, phase))
+            if peak > budget:
+                return largest
+    return largest
 
 
 def search_report(

@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import Qwen2_5_VLConfig
 
 from nemo_care.data.media import MediaSettings
-from nemo_care.data.patches import Grid, grid_of
+from nemo_care.data.patches import Grid
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.samples import Sample
 from nemo_care.errors import InputError
 from nemo_care.groups.group import Completion, Group
-from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.architecture import Architecture
+from nemo_care.models.families import read_family
+from nemo_care.models.family import Family
 from nemo_care.recipe.schema import Recipe
 
 _CONFIGURATIONS = Path(__file__).parent / "configurations"
@@ -25,10 +26,15 @@ _COMMON_FRAME = (1080, 1920)
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model's configuration, and where it was found."""
+    """A model as its family knows it, and where its configuration was found."""
 
-    hf: Qwen2_5_VLConfig
+    family: Family
     source: str
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's sizes."""
+        return self.family.architecture
 
 
 def read_model_shape(hf_path: str) -> ModelShape:
@@ -38,7 +44,7 @@ def read_model_shape(hf_path: str) -> ModelShape:
         InputError: neither is there.
     """
     if (Path(hf_path) / "config.json").is_file():
-        return ModelShape(read_hf_config(hf_path), f"{hf_path}/config.json")
+        return ModelShape(read_family(hf_path), f"{hf_path}/config.json")
     packaged = _CONFIGURATIONS / Path(hf_path).name
     if not packaged.is_dir():
         names = ", ".join(sorted(folder.name for folder in _CONFIGURATIONS.iterdir()))
@@ -47,7 +53,7 @@ def read_model_shape(hf_path: str) -> ModelShape:
             f"{Path(hf_path).name}; give a checkpoint's directory or a path that ends in one of "
             f"{names}"
         )
-    return ModelShape(read_hf_config(packaged), f"public configuration of {packaged.name}")
+    return ModelShape(read_family(packaged), f"public configuration of {packaged.name}")
 
 
 @dataclass(frozen=True)
@@ -65,49 +71,44 @@ class Lengths:
         return sum(t * h * w for t, h, w in self.grids)
 
 
-def lengths_of(recipe: Recipe, hf: Qwen2_5_VLConfig, prompt: int, completion: int) -> Lengths:
+def lengths_of(recipe: Recipe, family: Family, prompt: int, completion: int) -> Lengths:
     """A prompt filled up with videos, each as large as the recipe allows, behind some text."""
-    media = MediaSettings.of(recipe.data, hf.vision_config)
-    _, height, width = grid_of(media.patch.frames, *_COMMON_FRAME, media.video_pixels, media.patch)
+    patching = family.prompt.patching
+    media = MediaSettings.of(recipe.data, patching)
+    _, height, width = patching.grid(patching.frames, *_COMMON_FRAME, media.video_pixels)
     room = prompt - min(_TEXT_TOKENS, prompt // 2)
-    steps = room // media.patch.tokens((1, height, width))
-    longest = max(media.frames.max_frames // media.patch.frames, 1)
+    steps = room // patching.tokens((1, height, width))
+    longest = max(media.frames.max_frames // patching.frames, 1)
     counts = [longest] * (steps // longest) + ([steps % longest] if steps % longest else [])
     grids = tuple((count, height, width) for count in counts)
-    return Lengths(prompt, completion, sum(map(media.patch.tokens, grids)), grids)
+    return Lengths(prompt, completion, sum(map(patching.tokens, grids)), grids)
 
 
-def longest_lengths(recipe: Recipe, hf: Qwen2_5_VLConfig) -> Lengths:
+def longest_lengths(recipe: Recipe, family: Family) -> Lengths:
     """The longest prompt and completions that the recipe lets through."""
     return lengths_of(
-        recipe, hf, recipe.data.max_prompt_tokens, recipe.rollout.max_completion_tokens
+        recipe, family, recipe.data.max_prompt_tokens, recipe.rollout.max_completion_tokens
     )
 
 
 def typical_lengths(
-    recipe: Recipe, hf: Qwen2_5_VLConfig, prompt: int | None, completion: int | None
+    recipe: Recipe, family: Family, prompt: int | None, completion: int | None
 ) -> Lengths:
     """Lengths to reckon time with: as given, else one video of all its frames and half of C."""
-    media = MediaSettings.of(recipe.data, hf.vision_config)
-    frames = media.frames.max_frames
-    grid = grid_of(frames, *_COMMON_FRAME, media.video_pixels, media.patch)
-    one_video = media.patch.tokens(grid)
+    patching = family.prompt.patching
+    media = MediaSettings.of(recipe.data, patching)
+    grid = patching.grid(media.frames.max_frames, *_COMMON_FRAME, media.video_pixels)
+    one_video = patching.tokens(grid)
     longest = recipe.data.max_prompt_tokens
     return lengths_of(
         recipe,
-        hf,
+        family,
         prompt or min(one_video + min(_TEXT_TOKENS, one_video), longest),
         completion or max(recipe.rollout.max_completion_tokens // 2, 1),
     )
 
 
-def patch_width(hf: Qwen2_5_VLConfig) -> int:
-    """Numbers of one patch."""
-    vision = hf.vision_config
-    return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-
-
-def made_prompt(lengths: Lengths, hf: Qwen2_5_VLConfig, index: int) -> Prompt:
+def made_prompt(lengths: Lengths, family: Family, index: int) -> Prompt:
     """A prompt of these lengths; its patches are on `meta`."""
     return Prompt(
         index=index,
@@ -115,14 +116,14 @@ def made_prompt(lengths: Lengths, hf: Qwen2_5_VLConfig, index: int) -> Prompt:
         token_ids=torch.zeros(lengths.prompt, dtype=torch.long),
         position_ids=torch.arange(lengths.prompt).expand(3, -1),
         is_vision=torch.arange(lengths.prompt) < lengths.vision,
-        pixel_values=torch.empty(lengths.patches, patch_width(hf), device="meta")
+        pixel_values=torch.empty(lengths.patches, family.prompt.patching.values, device="meta")
         if lengths.grids
         else None,
         grid_thw=torch.tensor(lengths.grids) if lengths.grids else None,
     )
 
 
-def made_group(lengths: Lengths, hf: Qwen2_5_VLConfig, index: int, size: int) -> Group:
+def made_group(lengths: Lengths, family: Family, index: int, size: int) -> Group:
     """A group of these lengths whose completions all have a short answer."""
     count = lengths.completion
     begin, end = (max(count - distance, 0) for distance in _ANSWER_FROM_END)
@@ -138,7 +139,7 @@ def made_group(lengths: Lengths, hf: Qwen2_5_VLConfig, index: int, size: int) ->
     ]
     ones = torch.ones(size)
     return Group(
-        made_prompt(lengths, hf, index),
+        made_prompt(lengths, family, index),
         completions,
         rewards={"accuracy": ones, "format": ones},
         base_reward=ones,

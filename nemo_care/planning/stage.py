@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -15,12 +14,11 @@ from nemo_care.groups.batch import GroupBatch
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.group import Group
 from nemo_care.megatron.optimizer import optimizer_parts
-from nemo_care.models.qwen2_5_vl import Qwen25VL
-from nemo_care.planning.counts import prompts_of
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.planning.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
 from nemo_care.planning.meta_memory import MetaMemory, flash_attention
 from nemo_care.planning.precision import as_built, fp8_copies
-from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt, patch_width
+from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.schema import Recipe, needs_reference
 from nemo_care.rollouts.generator import Sampling
@@ -29,6 +27,7 @@ from nemo_care.scoring.reference import Reference
 from nemo_care.scoring.scorer import Scorer
 from nemo_care.training.build import build_model
 from nemo_care.training.policy import Policy
+from nemo_care.training.step import Step
 
 _WINDOWS_TOGETHER = "nemo_care_flash_attention"
 
@@ -87,19 +86,6 @@ class StageUse:
     key_value_cache: int
     output_layer: int
 
-    def update_peak(self, in_flight: int, micro_batches: int) -> int:
-        """Peak of the update with so many micro-batches in flight, of so many in the step."""
-        passes = self.passes_peak(in_flight)
-        return max(passes, self.optimizer_step) + micro_batches * self.inputs
-
-    def passes_peak(self, in_flight: int) -> int:
-        """The part of it that forward and backward are."""
-        return self.update + (in_flight - 1) * self.micro_batch
-
-    def scoring_peak(self, micro_batches: int) -> int:
-        """Peak of the scoring pass over a step of so many micro-batches."""
-        return self.scoring + micro_batches * self.inputs if self.scoring else 0
-
 
 @dataclass
 class Stage:
@@ -109,7 +95,7 @@ class Stage:
     shape: ModelShape
     ranks: FakeRanks
     memory: MetaMemory
-    model: Qwen25VL
+    model: VideoLanguageModel
     policy: Policy
     reference: Reference | None
     layout: BatchLayout
@@ -120,7 +106,7 @@ class Stage:
         algorithm = self.recipe.algorithm
         count = micro_batches * algorithm.groups_per_micro_batch
         return [
-            made_group(lengths, self.shape.hf, index, algorithm.group_size)
+            made_group(lengths, self.shape.family, index, algorithm.group_size)
             for index in range(count)
         ]
 
@@ -143,26 +129,35 @@ class Stage:
 
     def update(self, lengths: Lengths, micro_batches: int) -> tuple[int, int]:
         """Peak bytes of forward and backward over so many micro-batches, and of what follows."""
+        peak, left = self.passes(lengths, micro_batches)
+        return peak, left + self.step()
+
+    def passes(self, lengths: Lengths, micro_batches: int) -> tuple[int, int]:
+        """Peak bytes of forward and backward over so many micro-batches, and what they leave."""
         groups = self.groups(lengths, micro_batches)
         before = self.memory.current
-        passes: list[int] = []
+        left: list[int] = []
 
-        def step() -> Any:
-            passes.append(self.memory.peak - before)
-            self.memory.reset_peak()
-            return step_optimizer()
+        def step() -> tuple[bool, float]:
+            left.append(self.memory.current - before)
+            return True, 0.0
 
-        step_optimizer = self.policy.step_optimizer
         with (
             self.exchanging(lengths),
             patch.object(self.policy, "step_optimizer", step),
             self.peak() as found,
         ):
-            self.policy.update(groups)
+            self.policy.update(Step(0, trained=groups))
+        return found[0], left[0]
+
+    def step(self) -> int:
+        """Peak bytes of what follows: the optimizer's step and the reference's update."""
+        with self.peak() as found:
+            self.policy.step_optimizer()
             if self.reference is not None:
                 self.reference.average.update(self.model)
                 self.reference.distance(self.model)
-        return passes[0], found[0]
+        return found[0]
 
     def score(self, lengths: Lengths) -> int:
         """Bytes that the scoring pass takes at its peak."""
@@ -194,9 +189,9 @@ class Stage:
             shared_prompt=self.recipe.algorithm.shared_prompt,
         )
         copies = 1 if generator.shared_prompt else group_size
-        made = [made_prompt(lengths, self.shape.hf, index) for index in range(prompts)]
+        made = [made_prompt(lengths, self.shape.family, index) for index in range(prompts)]
         repeated = [prompt for prompt in made for _ in range(copies)]
-        rows, hidden = prompts * group_size, self.shape.hf.text_config.hidden_size
+        rows, hidden = prompts * group_size, self.shape.architecture.hidden_size
         with generator.inference(), self.peak() as found:
             decoding = Decoding(
                 self.model, self.ranks, repeated, group_size // copies, sampling, tokenizer
@@ -210,7 +205,7 @@ class Stage:
                 logits = decoding.decode(torch.zeros_like(token, device="cpu"), _positions(rows))
             decoding.choose(logits, torch.zeros(rows))
             cache = decoding.cache.nbytes
-        return found[0] + len(repeated) * _patch_bytes(lengths, self.shape), cache
+        return found[0] + len(repeated) * patch_bytes(lengths, self.shape), cache
 
     def output_layer(self, lengths: Lengths) -> int:
         """Peak bytes of the log-probabilities of one micro-batch alone, forward and backward."""
@@ -241,42 +236,9 @@ class Stage:
         rows, tokens = batch.inputs.token_ids.shape
         parallel = self.ranks.layout
         tokens //= parallel.tensor if parallel.sequence_parallel else 1
-        size = (tokens, rows, self.shape.hf.text_config.hidden_size)
+        size = (tokens, rows, self.shape.architecture.hidden_size)
         dtype = self.model.config.params_dtype
         return torch.empty(size, dtype=dtype, device="meta", requires_grad=True)
-
-    def use(self, lengths: Lengths) -> StageUse:
-        """All phases at these lengths."""
-        recipe = self.recipe
-        inputs = recipe.algorithm.groups_per_micro_batch * _patch_bytes(lengths, self.shape)
-        rollout = validation = cache = 0
-        validates = bool(recipe.data.validation.annotations)
-        ranks_sample = recipe.rollout.backend == "megatron"
-        if ranks_sample:
-            together = min(recipe.rollout.groups_per_batch, prompts_of(recipe))
-            rollout, cache = self.generate(lengths, together, recipe.algorithm.group_size)
-            if validates:
-                validation, _ = self.generate(lengths, recipe.evaluation.samples_per_batch, 1)
-        scoring = self.score(lengths)
-        if validates and not ranks_sample and recipe.rollout.vllm.placement == "colocated":
-            # Engines stay awake while a validation's completions are scored: by the check of its
-            # first batch, the probe and the likelihood judge. Each of them is a pass without
-            # gradients, for which one micro-batch of the step's scoring pass stands.
-            validation = (scoring or self.score_by_policy(lengths)) + inputs
-        update, step = self.update(lengths, 1)
-        kept, vision = self.activations(lengths)
-        return StageUse(
-            rollout=rollout,
-            validation=validation,
-            scoring=scoring,
-            update=update,
-            micro_batch=kept,
-            optimizer_step=step,
-            inputs=inputs,
-            vision=vision,
-            key_value_cache=cache,
-            output_layer=self.output_layer(lengths),
-        )
 
     @contextmanager
     def _vision_bytes(self) -> Iterator[list[int]]:
@@ -299,9 +261,9 @@ class Stage:
             handle.remove()
 
 
-def _patch_bytes(lengths: Lengths, shape: ModelShape) -> int:
+def patch_bytes(lengths: Lengths, shape: ModelShape) -> int:
     """The float32 patches of one prompt; `MetaMemory` takes them for host memory."""
-    return lengths.patches * patch_width(shape.hf) * 4
+    return lengths.patches * shape.family.prompt.patching.values * 4
 
 
 def _without_videos(lengths: Lengths) -> Lengths:
@@ -329,9 +291,9 @@ def _attend_windows(
     return out.transpose(1, 2).contiguous().clone(), None
 
 
-def _build_part(recipe: Recipe, ranks: FakeRanks, shape: ModelShape) -> Qwen25VL:
+def _build_part(recipe: Recipe, ranks: FakeRanks, shape: ModelShape) -> VideoLanguageModel:
     with torch.device("meta"):
-        model = build_model(as_built(recipe), ranks, shape.hf)
+        model = build_model(as_built(recipe), ranks, shape.family)
     if ranks.is_first_stage:
         ALL_ATTENTION_FUNCTIONS.register(_WINDOWS_TOGETHER, _attend_windows)
         model.visual.config._attn_implementation = _WINDOWS_TOGETHER

@@ -10,10 +10,11 @@ from rich.text import Text
 from nemo_care.planning.counts import micro_batches_of
 from nemo_care.planning.engines import EnginePlan
 from nemo_care.planning.gpus import GIB
-from nemo_care.planning.plan import GRANULARITIES, PHASES, Plan, StagePlan
+from nemo_care.planning.measured import PHASES
+from nemo_care.planning.plan import GRANULARITIES, Plan, StagePlan
 from nemo_care.planning.precision import precision_in_words
 from nemo_care.process.screen import console
-from nemo_care.recipe.schema import Recipe
+from nemo_care.recipe.schema import Recipe, replicas_of
 
 _FOOTNOTE = (
     "Counted by running the step's own code for its shapes, without memory or values, in a world "
@@ -115,7 +116,7 @@ def _headline(plan: Plan) -> str:
         f"{plan.parameters / 1e9:.2f} billion parameters ({plan.shape.source})\n"
         f"{ranks} x {plan.question.gpu.name}, {trainer.num_nodes} machine(s): TP {tensor}"
         f"{' with sequence parallelism' if model.sequence_parallel else ''}, PP {pipeline}, "
-        f"DP {ranks // (tensor * pipeline)}; recomputation {model.recompute_granularity}; "
+        f"DP {replicas_of(recipe)}; recomputation {model.recompute_granularity}; "
         f"{precision_in_words(recipe)}; "
         f"{micro_batches_of(recipe)} micro-batch(es) per step and replica\n"
         f"memory at the longest lengths: prompt {longest.prompt} tokens ({longest.vision} of "

@@ -5,9 +5,9 @@ A multiplication and an addition count as two. A causal triangle counts as half 
 
 from dataclasses import dataclass
 
-from transformers import Qwen2_5_VLConfig
-
-from nemo_care.planning.counts import micro_batches_of, prompts_of, replicas_of
+from nemo_care.models.architecture import Architecture
+from nemo_care.models.family import Family
+from nemo_care.planning.counts import micro_batches_of, prompts_of
 from nemo_care.planning.engines import (
     EnginePlan,
     bytes_of_number,
@@ -19,7 +19,7 @@ from nemo_care.planning.gpus import Gpu
 from nemo_care.planning.precision import fp8_share
 from nemo_care.planning.shapes import Lengths
 from nemo_care.planning.stage import StageBuild
-from nemo_care.recipe.schema import Recipe, needs_reference
+from nemo_care.recipe.schema import Recipe, needs_reference, replicas_of
 
 _ANSWER_ROWS = 4
 
@@ -81,47 +81,27 @@ def _triangle(n: int) -> float:
     return n * (n + 1) / 2
 
 
-def attention_flops(hf: Qwen2_5_VLConfig, lengths: Lengths, group: int, *, shared: bool) -> float:
+def attention_flops(model: Architecture, lengths: Lengths, group: int, *, shared: bool) -> float:
     """Products of queries with keys and of weights with values, of all layers, for one group."""
-    text = hf.text_config
     prompt, completion = lengths.prompt, lengths.completion
     own = group * (completion * prompt + _triangle(completion))
     pairs = own + _triangle(prompt) * (1 if shared else group)
-    return text.num_hidden_layers * pairs * 4.0 * text.hidden_size
+    return model.layers * pairs * 4.0 * model.query_size
 
 
-def layer_flops(hf: Qwen2_5_VLConfig, tokens: int) -> float:
+def layer_flops(model: Architecture, tokens: int) -> float:
     """All layers' matrix products for so many tokens, without attention itself."""
-    text = hf.text_config
-    width = text.hidden_size // text.num_attention_heads
     per_token = (
-        2 * text.hidden_size * (text.hidden_size + 2 * text.num_key_value_heads * width)
-        + 2 * text.hidden_size**2
-        + 6 * text.hidden_size * text.intermediate_size
+        2 * model.hidden_size * (model.query_size + 2 * model.kv_size)
+        + 2 * model.query_size * model.hidden_size
+        + 6 * model.hidden_size * model.ffn_size
     )
-    return float(text.num_hidden_layers * tokens * per_token)
+    return float(model.layers * tokens * per_token)
 
 
-def head_flops(hf: Qwen2_5_VLConfig, rows: int) -> float:
+def head_flops(model: Architecture, rows: int) -> float:
     """The output layer on so many positions."""
-    return 2.0 * rows * hf.text_config.hidden_size * hf.text_config.vocab_size
-
-
-def vision_flops(hf: Qwen2_5_VLConfig, lengths: Lengths) -> float:
-    """The vision tower on one prompt's videos: attention in windows, in some blocks per frame."""
-    vision = hf.vision_config
-    width, patches = vision.hidden_size, lengths.patches
-    embed = 2 * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    block = 8 * width + 6 * vision.intermediate_size
-    window = (vision.window_size // vision.patch_size) ** 2
-    whole = len(vision.fullatt_block_indexes)
-    # A window at the edge of a frame is smaller.
-    windowed = sum(t * h * w * min(window, h * w) for t, h, w in lengths.grids)
-    framed = sum(t * (h * w) ** 2 for t, h, w in lengths.grids)
-    attention = 4 * width * ((vision.depth - whole) * windowed + whole * framed)
-    merged = vision.spatial_merge_size**2 * width
-    merge = 2 * lengths.vision * merged * (merged + vision.out_hidden_size)
-    return float(embed * width + vision.depth * patches * block * width + attention + merge)
+    return 2.0 * rows * model.hidden_size * model.vocab_size
 
 
 def packed_tokens(lengths: Lengths, group: int, *, shared: bool) -> int:
@@ -129,43 +109,41 @@ def packed_tokens(lengths: Lengths, group: int, *, shared: bool) -> int:
     return (lengths.prompt if shared else group * lengths.prompt) + group * lengths.completion
 
 
-def group_flops(
-    hf: Qwen2_5_VLConfig, lengths: Lengths, group: int, *, shared: bool, rows: int
-) -> float:
+def group_flops(family: Family, lengths: Lengths, group: int, *, shared: bool, rows: int) -> float:
     """Forward FLOPs of one group, with the output layer on so many positions."""
-    copies = 1 if shared else group
+    copies, model = 1 if shared else group, family.architecture
     return (
-        layer_flops(hf, packed_tokens(lengths, group, shared=shared))
-        + attention_flops(hf, lengths, group, shared=shared)
-        + copies * vision_flops(hf, lengths)
-        + head_flops(hf, rows)
+        layer_flops(model, packed_tokens(lengths, group, shared=shared))
+        + attention_flops(model, lengths, group, shared=shared)
+        + copies * family.vision_flops(lengths.grids)
+        + head_flops(model, rows)
     )
 
 
-def step_flops(recipe: Recipe, hf: Qwen2_5_VLConfig, lengths: Lengths) -> dict[str, float]:
+def step_flops(recipe: Recipe, family: Family, lengths: Lengths) -> dict[str, float]:
     """FLOPs of all GPUs together by phase, recomputation included."""
-    algorithm = recipe.algorithm
+    algorithm, model = recipe.algorithm, family.architecture
     size, shared = algorithm.group_size, algorithm.shared_prompt
     tokens = size * lengths.completion
     prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
     # vLLM caches prefixes: a prompt is computed once, whatever training does.
     once = shared or recipe.rollout.backend == "vllm"
-    prefill = group_flops(hf, prompt_only, size, shared=once, rows=size)
+    prefill = group_flops(family, prompt_only, size, shared=once, rows=size)
     # What decoding adds is the completions' share of a forward.
-    whole = group_flops(hf, lengths, size, shared=shared, rows=tokens)
+    whole = group_flops(family, lengths, size, shared=shared, rows=tokens)
     scored = tokens if algorithm.kl_coefficient > 0 else size * _ANSWER_ROWS
-    answers = group_flops(hf, lengths, size, shared=shared, rows=scored)
+    answers = group_flops(family, lengths, size, shared=shared, rows=scored)
     again = {
         "none": 0.0,
-        "selective": attention_flops(hf, lengths, size, shared=shared),
-        "full": whole - head_flops(hf, tokens),
+        "selective": attention_flops(model, lengths, size, shared=shared),
+        "full": whole - head_flops(model, tokens),
     }[recipe.model.recompute_granularity]
     # Backward computes the logits again (models/log_probs.py).
-    update = 3 * whole + again + head_flops(hf, tokens)
+    update = 3 * whole + again + head_flops(model, tokens)
     prompts = algorithm.prompts_per_step
     return {
         "rollout": prompts
-        * (prefill + whole - group_flops(hf, prompt_only, size, shared=shared, rows=0)),
+        * (prefill + whole - group_flops(family, prompt_only, size, shared=shared, rows=0)),
         "scoring": prompts * answers if needs_reference(algorithm) else 0.0,
         "update": prompts * algorithm.updates_per_rollout * update,
     }
@@ -185,14 +163,15 @@ class Clock:
     def __init__(
         self,
         recipe: Recipe,
-        hf: Qwen2_5_VLConfig,
+        family: Family,
         lengths: Lengths,
         gpu: Gpu,
         efficiency: Efficiency,
     ) -> None:
         """`lengths` are typical ones."""
         self.recipe = recipe
-        self.hf = hf
+        self.family = family
+        self.model = family.architecture
         self.lengths = lengths
         self.gpu = gpu
         self.efficiency = efficiency
@@ -217,21 +196,20 @@ class Clock:
     ) -> _Forward:
         """Seconds for so many tokens; tensor parallelism does not cut the vision tower."""
         speed = self.gpu.flops * self.efficiency.flops
-        text = self.hf.text_config
         cut = self.tensor * self.pipeline
-        products = layer_flops(self.hf, tokens)
-        quantised = products * fp8_share(self.recipe, self.hf) if fp8 else 0.0
+        products = layer_flops(self.model, tokens)
+        quantised = products * fp8_share(self.recipe, self.model) if fp8 else 0.0
         layers = (products - quantised + attention) / cut / speed
         if quantised:
             layers += quantised / cut / (self.gpu.fp8_flops * self.efficiency.fp8_flops)
         if self.tensor > 1:
             # Two all-gathers and two reduce-scatters of the hidden states per layer.
-            moved = 4 * tokens * text.hidden_size * 2 * (self.tensor - 1) / self.tensor
+            moved = 4 * tokens * self.model.hidden_size * 2 * (self.tensor - 1) / self.tensor
             fast = self.tensor <= self.recipe.trainer.devices
             link = self.efficiency.nvlink_gb_s if fast else self.efficiency.network_gb_s
-            layers += moved * text.num_hidden_layers / self.pipeline / (link * 1e9)
-        vision = copies * vision_flops(self.hf, self.lengths) / speed
-        head = head_flops(self.hf, head_rows) / self.tensor / speed
+            layers += moved * self.model.layers / self.pipeline / (link * 1e9)
+        vision = copies * self.family.vision_flops(self.lengths.grids) / speed
+        head = head_flops(self.model, head_rows) / self.tensor / speed
         ends = vision + head if self.pipeline == 1 else max(vision, head)
         return _Forward(layers + ends, layers * self.pipeline + vision + head)
 
@@ -241,46 +219,45 @@ class Clock:
         shared = algorithm.shared_prompt
         return self._forward(
             groups * packed_tokens(self.lengths, size, shared=shared),
-            groups * attention_flops(self.hf, self.lengths, size, shared=shared),
+            groups * attention_flops(self.model, self.lengths, size, shared=shared),
             groups * head_rows,
             groups * (1 if shared else size),
             fp8,
         )
 
     def _rollout(self, builds: list[StageBuild]) -> float:
-        algorithm, lengths, text = self.recipe.algorithm, self.lengths, self.hf.text_config
+        algorithm, lengths, model = self.recipe.algorithm, self.lengths, self.model
         prompts = prompts_of(self.recipe)
         groups = min(self.recipe.rollout.groups_per_batch, prompts)
         batches = -(-prompts // groups)
         copies = groups if algorithm.shared_prompt else groups * algorithm.group_size
         prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
-        attention = copies * attention_flops(self.hf, prompt_only, 1, shared=True)
+        attention = copies * attention_flops(self.model, prompt_only, 1, shared=True)
         rows = copies * lengths.prompt
         prefill = self._forward(rows, attention, copies, copies, self.fp8.rollout).all
         # Every token reads the weights, the prompts' keys and values and half of its own.
-        width = text.hidden_size // text.num_attention_heads
         cached = copies * lengths.prompt
         cached += groups * algorithm.group_size * lengths.completion // 2
-        per_token = 2 * text.num_key_value_heads * width * 2 * text.num_hidden_layers / self.tensor
+        per_token = 2 * model.kv_size * 2 * model.layers / self.tensor
         read = sum(build.weights for build in builds) + cached * per_token
         token = read / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
-        token += text.num_hidden_layers * self.efficiency.layer_microseconds * 1e-6
+        token += model.layers * self.efficiency.layer_microseconds * 1e-6
         return batches * (prefill + lengths.completion * token)
 
     def _engines_rollout(self, builds: list[StageBuild]) -> float:
         """Engines sample side by side: the one with the most prompts is the last."""
         vllm, group = self.recipe.rollout.vllm, self.recipe.algorithm.group_size
-        lengths, text = self.lengths, self.hf.text_config
+        lengths, model = self.lengths, self.model
         parameters = sum(build.unique_parameters for build in builds)
-        engine = engine_plan(self.recipe, self.hf, parameters, self.gpu)
+        engine = engine_plan(self.recipe, model, parameters, self.gpu)
         assert engine is not None, "only called where vLLM samples"
         size, prompts = vllm.tensor_parallel_size, most_prompts(self.recipe)
         prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
-        flops = group_flops(self.hf, prompt_only, group, shared=True, rows=1)
+        flops = group_flops(self.family, prompt_only, group, shared=True, rows=1)
         prefill = flops / size / (self.gpu.flops * self.efficiency.flops)
         # Two all-reduces of the hidden states per layer; an engine is inside a machine.
-        moved = 4 * lengths.prompt * text.hidden_size * 2 * (size - 1) / size
-        prefill += moved * text.num_hidden_layers / (self.efficiency.nvlink_gb_s * 1e9)
+        moved = 4 * lengths.prompt * model.hidden_size * 2 * (size - 1) / size
+        prefill += moved * model.layers / (self.efficiency.nvlink_gb_s * 1e9)
         # As many groups are decoded together as the cache holds.
         own = lengths.prompt + group * lengths.completion
         together = min(max(engine.cache_tokens // own, 1), prompts)
@@ -291,7 +268,7 @@ class Clock:
         read = engine.weights + cached * engine.bytes_per_token
         token = read / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
         eager, graphs = self.efficiency.layer_microseconds, self.efficiency.graph_layer_microseconds
-        token += text.num_hidden_layers * (eager if vllm.enforce_eager else graphs) * 1e-6
+        token += model.layers * (eager if vllm.enforce_eager else graphs) * 1e-6
         decoding = turns * lengths.completion * token
         return prompts * prefill + decoding + self._sending(engine, parameters)
 

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
+from nemo_care.process.environment import STARTER
+
 FAILURE = 1
 USAGE_ERROR = 2
 # EX_TEMPFAIL of sysexits.h: try the same again later.
 STOPPED = 75
 
-# The process id of what has started this one and is to be outlived by seconds only.
-STARTER = "NEMO_CARE_STARTER"
 STARTER_GONE = 0  # in place of a signal's number
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -144,11 +144,11 @@ def starting(action: Action) -> Iterator[None]:
         watch(*ASKING)
     assert _watch is not None
     before, _watch.action = _watch.action, action
-    os.environ[STARTER] = str(os.getpid())
+    os.environ[STARTER.name] = str(os.getpid())
     try:
         yield
     finally:
-        del os.environ[STARTER]
+        del os.environ[STARTER.name]
         _watch.action = before
         if handlers is not None:
             for number, handler in handlers.items():
@@ -223,7 +223,7 @@ def _heard(number: int, frame: FrameType | None) -> None:
 def _starter() -> int | None:
     """The parent process to watch; None where this one may outlive its parent."""
     # Taken out: what this process starts may serve something else.
-    given = os.environ.pop(STARTER, None)
+    given = os.environ.pop(STARTER.name, None)
     if given is not None:
         return int(given)
     return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None

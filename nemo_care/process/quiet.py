@@ -1,6 +1,6 @@
 """Libraries announce at length what a user can't act on; a run's screen is for the run.
 
-Errors still show. NEMO_CARE_VERBOSE=1 brings everything back.
+Errors still show. `environment.VERBOSE` brings everything back.
 """
 
 import logging
@@ -8,6 +8,8 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from nemo_care.process.environment import VERBOSE
 
 _LOGGERS = (
     "lightning.fabric",
@@ -53,4 +55,4 @@ def silent_stderr() -> Iterator[None]:
 
 
 def _verbose() -> bool:
-    return os.environ.get("NEMO_CARE_VERBOSE") == "1"
+    return VERBOSE.is_on

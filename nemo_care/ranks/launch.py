@@ -24,12 +24,11 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from nemo_care.errors import AlreadyDone, InputError, RunFailed, RunStopped
 from nemo_care.process import ending
 from nemo_care.process.ending import FAILURE, USAGE_ERROR
+from nemo_care.process.environment import RANK_LOGS
 from nemo_care.process.os_errors import is_unusable_place, os_error_line
 from nemo_care.process.screen import one_line, say
 from nemo_care.ranks.slurm import Node
 
-# Where each rank's output goes, into files of its own; not set: all of it to the screen.
-_LOG_FOLDER = "NEMO_CARE_RANK_LOGS"
 _SHOWN_LINES = 40  # of the output of a rank that failed
 _JOIN_SECONDS = 900  # until all machines must have joined: one may have to fetch its container
 
@@ -65,7 +64,7 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
     # Its own report of a failed rank repeats what the rank has printed.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     machines = node.count if node is not None else 1
-    folder = os.environ.get(_LOG_FOLDER)
+    folder = RANK_LOGS.value
     config = LaunchConfig(
         min_nodes=machines,
         max_nodes=machines,

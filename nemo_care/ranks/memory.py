@@ -4,10 +4,13 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from nemo_care.runs.metric import Metric
+from nemo_care.runs.metrics import GPU_MEMORY, PROCESS_MEMORY
+
 GIB = 2**30
 
 
-def memory_metrics() -> dict[str, float | None]:
+def memory_metrics() -> dict[Metric, float | None]:
     """Of the rank with the most: its process's memory, and its GPU's peak since the last call.
 
     In GiB; None for the GPU where there is none. Collective over all ranks.
@@ -19,4 +22,4 @@ def memory_metrics() -> dict[str, float | None]:
     largest = torch.tensor([psutil.Process().memory_info().rss, peak], dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     process, gpu = (largest / GIB).tolist()
-    return {"memory/process_gib": process, "memory/gpu_gib": gpu if on_gpu else None}
+    return {PROCESS_MEMORY: process, GPU_MEMORY: gpu if on_gpu else None}

@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,11 +18,25 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from nemo_care.errors import InputError, RunFailed
 from nemo_care.megatron.cpu import enable_cpu_megatron
+from nemo_care.process.handover import without_collecting
+from nemo_care.ranks.environment import RankEnvironment
 from nemo_care.ranks.open_files import allow_open_files
 from nemo_care.ranks.slurm import rendezvous_address
 from nemo_care.recipe.schema import Recipe
 
 T = TypeVar("T")
+
+# Of a collective, in all groups. A rank may wait for another one's slow file system, or for an
+# engine, whose own limit comes first: rollout.vllm.timeout_seconds, half an hour as gloo's own is.
+TIMEOUT = timedelta(hours=2)
+
+
+def choose_kernels() -> None:
+    """Kernels of GPUs that this process uses, whatever the environment says."""
+    # See nemo_care/ranks/gpu_variables.py: torch may have been imported before it was called.
+    torch.set_float32_matmul_precision("highest")
+    # cuDNN's attention makes a plan for each shape and keeps them all, and our shapes never end.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _from_source(make: Callable[[], T], source: int, group: dist.ProcessGroup | None) -> T:
@@ -32,7 +47,8 @@ def _from_source(make: Callable[[], T], source: int, group: dist.ProcessGroup | 
             result[0] = make()
         except Exception as error:
             result[0] = _sendable(error)
-    dist.broadcast_object_list(result, src=source, group=group, device=torch.device("cpu"))
+    if dist.get_world_size(group) > 1:
+        dist.broadcast_object_list(result, src=source, group=group, device=torch.device("cpu"))
     if isinstance(result[0], Exception):
         raise result[0]
     return result[0]  # type: ignore[return-value]
@@ -83,31 +99,6 @@ class Layout:
         return world_size // model
 
 
-@dataclass(frozen=True)
-class RankEnvironment:
-    """Where this process stands among the ranks, as its launcher told it."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-    @classmethod
-    def read(cls) -> "RankEnvironment | None":
-        """From torchrun's or srun's environment; None for a process started by hand."""
-        env = os.environ
-        if "RANK" in env and "WORLD_SIZE" in env:
-            rank = int(env["RANK"])
-            return cls(rank, int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", rank)))
-        # A batch script has SLURM_PROCID and SLURM_NTASKS too; only srun's tasks have a step.
-        if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
-            return cls(
-                int(env["SLURM_PROCID"]),
-                int(env["SLURM_STEP_NUM_TASKS"]),
-                int(env.get("SLURM_LOCALID", "0")),
-            )
-        return None
-
-
 def _set_rendezvous_address() -> None:
     """Fill MASTER_ADDR and MASTER_PORT from Slurm's environment where no launcher has set them."""
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
@@ -154,11 +145,13 @@ class Ranks:
     def _start(self, env: RankEnvironment, cpu_threads: int) -> None:
         """Start torch.distributed and Megatron's groups."""
         enable_cpu_megatron()
+        choose_kernels()
         if not dist.is_initialized():
             self._init_distributed(env, cpu_threads)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.layout.tensor,
             pipeline_model_parallel_size=self.layout.pipeline,
+            distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
         )
         initialize_rng_tracker(inference_rng_tracker=True)
 
@@ -172,9 +165,11 @@ class Ranks:
         self.model_leader = min(model_ranks)
         self.is_model_leader = self.rank == self.model_leader
         self._model_group, _ = dist.new_subgroups_by_enumeration(
-            [list(members) for members in unique], backend="gloo"
+            [list(members) for members in unique], backend="gloo", timeout=TIMEOUT
         )
-        self._leader_group = dist.new_group([members[0] for members in unique], backend="gloo")
+        self._leader_group = dist.new_group(
+            [members[0] for members in unique], backend="gloo", timeout=TIMEOUT
+        )
 
     @staticmethod
     def _init_distributed(env: RankEnvironment, cpu_threads: int) -> None:
@@ -192,10 +187,11 @@ class Ranks:
             torch.set_num_threads(cpu_threads)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if env.world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
             return
         _set_rendezvous_address()
-        dist.init_process_group(backend, rank=env.rank, world_size=env.world_size)
+        dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=TIMEOUT)
 
     def from_leader(self, make: Callable[[], T]) -> T:
         """Call `make` on the leader of this model replica and give its result to all its ranks.
@@ -288,6 +284,18 @@ class Ranks:
     def from_rank_zero(make: Callable[[], T]) -> T:
         """Call `make` on rank 0 and give its result to every rank; its exception too."""
         return _from_source(make, 0, None)
+
+    def on_leaders(self, value: T | None) -> T | None:
+        """Rank 0's `value` on the leader of each model replica; None on the other ranks."""
+        if not self.is_model_leader:
+            return None
+        values = [value]
+        if self.data_size > 1:
+            with without_collecting():
+                dist.broadcast_object_list(
+                    values, src=0, group=self._leader_group, device=torch.device("cpu")
+                )
+        return values[0]
 
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Give the last pipeline stage's `tensor` to all stages (in place; same shape on all)."""

@@ -70,10 +70,15 @@ class AlgorithmConfig:
     """The ratio is clipped above 1 + clip_high (several updates per rollout)."""
     advantage: str = "grpo"
     """How a completion's reward becomes its advantage: grpo (the paper: the reward's distance from
-    the group's mean in standard deviations of the group)."""
+    the group's mean in standard deviations of the group), dr_grpo (that distance itself) or rloo
+    (the distance from the mean of the others). See docs/objectives.md."""
     loss: str = "grpo"
     """The policy loss: grpo (the paper: clipped ratios, averaged over the tokens of each completion
-    and then over all completions)."""
+    and then over all completions), token_mean (DAPO: averaged over all tokens of the step), dr_grpo
+    (summed over the tokens of each completion, divided by rollout.max_completion_tokens for all
+    alike), gspo (one ratio for a whole completion; with updates_per_rollout=1 it is grpo) or cispo
+    (clipped ratios as weights of the log-probabilities, averaged over all tokens; with
+    updates_per_rollout=1 it is token_mean, in its gradient). See docs/objectives.md."""
     kl_coefficient: float = 0.0
     """Weight of the k3 penalty against the reference; GRPO-CARE has none."""
     min_reasoning_words: int = 0

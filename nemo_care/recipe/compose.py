@@ -1,14 +1,14 @@
 """From a recipe's name and overrides to a checked `Recipe`.
 
-Composition is NeMo's: `hydra_runner` with the `recipes/` folder as search path, overrides as
-`key=value`, and the user's own folder with `--config-path`. NeMo takes seconds to import, so a
-command that needs nothing else of it composes with Hydra alone, to the same recipe.
+Composition is that of NeMo's `hydra_runner`, with the `recipes/` folder as search path, overrides
+as `key=value`, and the user's own folder with `--config-path`. Hydra alone does it, to the same
+recipe: NeMo takes seconds to import, and no command needs anything else of it at this point.
 """
 
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields
 from io import StringIO
@@ -51,6 +51,9 @@ def _register() -> None:
     OmegaConf.register_new_resolver("package_path", _package_path, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("epoch_steps", _epoch_steps, replace=True)
+    # NeMo offers these to recipes; its own replace them.
+    OmegaConf.register_new_resolver("multiply", operator.mul, replace=True)
+    OmegaConf.register_new_resolver("sum", operator.add, replace=True)
 
 
 def _package_path(name: str) -> str:
@@ -83,7 +86,7 @@ def _epoch_steps(samples: int, prompts_per_step: int) -> int:
 
 @contextmanager
 def _command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """hydra_runner reads sys.argv and, asked to, raises instead of exiting."""
+    """Hydra reads sys.argv and, asked to, raises instead of exiting."""
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -120,28 +123,12 @@ def to_recipe(config: DictConfig) -> Recipe:
     return recipe
 
 
-def _runner(with_nemo: bool) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Hydra's decorator for the function that gets the composed configuration."""
-    folder = str(recipes_folder())
-    if with_nemo:
-        from nemo.core.config import hydra_runner
-
-        return hydra_runner(config_path=folder)
-    import hydra
-
-    # The resolvers that NeMo offers to recipes; its own replace them.
-    OmegaConf.register_new_resolver("multiply", operator.mul, replace=True)
-    OmegaConf.register_new_resolver("sum", operator.add, replace=True)
-    return hydra.main(version_base=None, config_path=folder)
-
-
-def compose_recipe(arguments: Sequence[str], *, with_nemo: bool = True) -> Recipe | None:
+def compose_recipe(arguments: Sequence[str]) -> Recipe | None:
     """Compose and check the recipe that a command line names.
 
     Args:
         arguments: as after `nemo-care train`: `--config-name NAME`, `--config-path DIR`,
             `key=value`, and Hydra's own flags.
-        with_nemo: compose with NeMo's `hydra_runner`, or with Hydra alone.
 
     Returns:
         The recipe, or None where Hydra only printed something (`--cfg job`).
@@ -149,13 +136,14 @@ def compose_recipe(arguments: Sequence[str], *, with_nemo: bool = True) -> Recip
     Raises:
         InputError: no such recipe, an unknown key, a value of the wrong type or out of range.
     """
+    import hydra
     from hydra.errors import HydraException
 
     _register()
     read = read_arguments(arguments, recipes_folder())
     composed: list[DictConfig] = []
 
-    @_runner(with_nemo)
+    @hydra.main(version_base=None, config_path=str(recipes_folder()))
     def capture(config: DictConfig) -> None:
         # Here, because names of runs are made of what Hydra knows while this function runs.
         OmegaConf.resolve(config)

@@ -8,6 +8,7 @@ from nemo_care.errors import InputError
 from nemo_care.recipe.templates import template_problem
 
 JUDGES = ("none", "rule", "likelihood", "llm")
+FURTHER_JUDGES = ("rule", "likelihood")
 UNTAGGED = ("wrong", "whole_text")
 
 
@@ -29,6 +30,10 @@ class LLMJudgeConfig:
     twice."""
     temperature: float | None = 0.0
     """null: not sent, for models that refuse it."""
+    implied_answer: bool = False
+    """Also ask, in a request of its own, which option the reasoning alone leads to, without
+    showing the answer given (`implied_rate`; see docs/evaluation.md). prompt_template does not
+    change that question."""
     concurrency: int = 8
     """Requests at the same time, of each model replica."""
     max_retries: int = 5
@@ -69,8 +74,18 @@ class EvaluationConfig:
     not be the model that is evaluated, which finds its own answers likely. Validation in training
     takes the run's reference as it is at that step."""
     llm: LLMJudgeConfig = field(default_factory=LLMJudgeConfig)
+    further_judges: list[str] = field(default_factory=list)
+    """Judges beside evaluation.judge whose verdicts are measures of their own
+    (`consistency_rate_rule`, `consistency_rate_likelihood`): rule, likelihood, or both."""
     forced_reasoning_probe: bool = False
     """Also measure how much the answer follows a reasoning put in the model's mouth."""
+    option_shuffle: bool = False
+    """Also measure whether the answer follows its option's text when the options of a
+    multiple-choice question change their letters and the reasoning stays (`shuffle_rate`)."""
+    peer_probe: int = 0
+    """Completions of each multiple-choice prompt to sample, as in training, for the peer probe: how
+    much likelier an answer is behind its own reasoning than behind one that led to another answer
+    (`peer_probe`). Needs algorithm.shared_prompt=true. 0: not measured."""
 
 
 def check_evaluation(evaluation: EvaluationConfig) -> None:
@@ -81,6 +96,27 @@ def check_evaluation(evaluation: EvaluationConfig) -> None:
     """
     if evaluation.judge == "llm":
         check_llm_judge(evaluation.llm)
+    further = evaluation.further_judges
+    for name in further:
+        if name not in FURTHER_JUDGES:
+            raise InputError(
+                f"evaluation.further_judges has {name}: choose {' or '.join(FURTHER_JUDGES)}"
+            )
+        if name == evaluation.judge or further.count(name) > 1:
+            raise InputError(
+                f"evaluation.further_judges={further}: {name} judges already; name it once, here "
+                "or in evaluation.judge"
+            )
+    if evaluation.peer_probe == 1:
+        raise InputError(
+            "evaluation.peer_probe=1: a probe of peers needs two completions of a prompt at least; "
+            "set it to 2 or more, or to 0"
+        )
+
+
+def judged_by(evaluation: EvaluationConfig, name: str) -> bool:
+    """Whether a judge is asked at all: as the judge, or beside it."""
+    return name in (evaluation.judge, *evaluation.further_judges)
 
 
 def check_llm_judge(llm: LLMJudgeConfig) -> None:

@@ -55,7 +55,7 @@ class ModelConfig:
     """The checkpoint to start from and how it is cut."""
 
     hf_path: str = MISSING
-    """Directory of a Hugging Face Qwen2.5-VL checkpoint."""
+    """Directory of a Hugging Face checkpoint; its `model_type` names the model family."""
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer; must divide the attention and key-value heads."""
     pipeline_model_parallel_size: int = 1

@@ -54,6 +54,14 @@ class RolloutConfig:
     """Sample among the likeliest tokens that hold this much probability together; 1: among all."""
     max_completion_tokens: int = 768
     """A longer completion is cut off; without a closing tag it has no format reward."""
+    truncated: str = "keep"
+    """What a completion that was cut off is to the update: keep (like any other), mask (it counts
+    in its group's mean reward, but neither in the loss nor in the loss's mean) or penalise (a
+    reward from 0 to -1, `reward/length_penalty`, is added where a completion comes near
+    max_completion_tokens). See docs/objectives.md."""
+    length_penalty_share: float = 0.2
+    """Of truncated=penalise: the last share of max_completion_tokens, in which the penalty grows
+    from 0 to -1 (DAPO: 4096 of 20480 tokens)."""
     groups_per_batch: int = 1
     """Groups that are generated together; vllm finds out by itself."""
     max_logprob_difference: float = 0.05
@@ -75,11 +83,14 @@ class RolloutConfig:
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 
+TRUNCATED = ("keep", "mask", "penalise")
+
 # As config.RANGES.
 ROLLOUT_RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.temperature": (1e-3, None),
     "rollout.top_p": (1e-6, 1),
     "rollout.max_completion_tokens": (1, None),
+    "rollout.length_penalty_share": (1e-3, 1),
     "rollout.groups_per_batch": (1, None),
     "rollout.max_logprob_difference": (0, None),
     "rollout.importance_sampling.cap": (1, None),

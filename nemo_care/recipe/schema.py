@@ -19,10 +19,17 @@ from omegaconf import OmegaConf
 from nemo_care.errors import InputError
 from nemo_care.recipe.algorithm import AlgorithmConfig
 from nemo_care.recipe.data import DATA_KINDS, DataConfig, check_data
-from nemo_care.recipe.evaluation import JUDGES, UNTAGGED, EvaluationConfig, check_evaluation
+from nemo_care.recipe.evaluation import (
+    JUDGES,
+    UNTAGGED,
+    EvaluationConfig,
+    check_evaluation,
+    judged_by,
+)
 from nemo_care.recipe.model import FP8_RECIPES, ModelConfig, OptimizerConfig, check_model
 from nemo_care.recipe.rollout import (
     ROLLOUT_RANGES,
+    TRUNCATED,
     RolloutConfig,
     check_asynchronous,
     check_rollout,
@@ -95,6 +102,7 @@ CHOICES: dict[str, Collection[str]] = {
     "algorithm.advantage": _NamesIn("nemo_care.objective.advantages", "ADVANTAGES"),
     "algorithm.loss": _NamesIn("nemo_care.objective.losses", "LOSSES"),
     "rollout.backend": ROLLOUT_BACKENDS,
+    "rollout.truncated": TRUNCATED,
     "rollout.vllm.placement": PLACEMENTS,
     "optimizer.schedule": ("cosine", "constant"),
     "evaluation.judge": JUDGES,
@@ -166,6 +174,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "evaluation.temperature": (0, None),
     "evaluation.top_p": (1e-6, 1),
     "evaluation.samples_per_batch": (1, None),
+    "evaluation.peer_probe": (0, None),
     "evaluation.llm.temperature": (0, None),
     "evaluation.llm.concurrency": (1, None),
     "evaluation.llm.max_retries": (0, None),
@@ -230,6 +239,11 @@ def _check_together(recipe: Recipe) -> None:
             f"algorithm.consistency.kind={kind} scores every answer behind every reasoning "
             "of its group, which needs algorithm.shared_prompt=true"
         )
+    if not recipe.algorithm.shared_prompt and recipe.evaluation.peer_probe:
+        raise InputError(
+            f"evaluation.peer_probe={recipe.evaluation.peer_probe} scores every answer behind "
+            "every reasoning of a prompt, which needs algorithm.shared_prompt=true"
+        )
     name = PurePath(recipe.exp_manager.name or "default")
     if name.is_absolute() or ".." in name.parts or not name.parts:
         raise InputError(
@@ -240,6 +254,13 @@ def _check_together(recipe: Recipe) -> None:
     check_evaluation(recipe.evaluation)
     check_model(recipe.model)
     check_rollout(recipe.rollout)
+
+
+def replicas_of(recipe: Recipe) -> int:
+    """Model replicas, the data-parallel size, of a recipe that `check_world` accepts."""
+    model, trainer = recipe.model, recipe.trainer
+    size = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    return trainer.devices * trainer.num_nodes // size
 
 
 def check_world(recipe: Recipe) -> None:
@@ -273,8 +294,7 @@ def check_training(recipe: Recipe) -> None:
     Raises:
         InputError: names the key, its value and what it may be.
     """
-    model, world = recipe.model, recipe.trainer.devices * recipe.trainer.num_nodes
-    replicas = world // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
+    replicas = replicas_of(recipe)
     if recipe.algorithm.prompts_per_step % replicas:
         raise InputError(
             f"algorithm.prompts_per_step={recipe.algorithm.prompts_per_step} is not a multiple of "
@@ -285,9 +305,10 @@ def check_training(recipe: Recipe) -> None:
             "data.train.root has no value: give it, or data.train.sources, in the recipe or as "
             "an override"
         )
-    if recipe.evaluation.judge == "likelihood" and not needs_reference(recipe.algorithm):
+    if judged_by(recipe.evaluation, "likelihood") and not needs_reference(recipe.algorithm):
+        key = "judge" if recipe.evaluation.judge == "likelihood" else "further_judges"
         raise InputError(
-            "evaluation.judge=likelihood judges with the run's reference, and this run has none: "
+            f"evaluation.{key}=likelihood judges with the run's reference, and this run has none: "
             "algorithm.consistency.bonus_coefficient and algorithm.kl_coefficient are 0; choose "
             "another judge, or validate with nemo-care evaluate and evaluation.reference"
         )

@@ -38,7 +38,8 @@ class VLLMConfig:
     enforce_eager: bool = False
     """Neither compile nor capture CUDA graphs: starts sooner, generates slower."""
     bucket_mib: int = 512
-    """Weights travel to vLLM in pieces of about this size."""
+    """Weights travel to vLLM in pieces of about this size; colocated, through a buffer of this
+    size, or of the largest tensor's where that is larger."""
     timeout_seconds: float = 1800.0
     """An engine that has not started, taken a piece of weights or completed its prompts after so
     long ends the run."""

@@ -14,6 +14,7 @@ from nemo_care.checks.data import CAUSES, FileReport, Length, Problem
 from nemo_care.data.annotations import shown
 from nemo_care.process.screen import one_line, plain
 from nemo_care.recipe.data import DataConfig
+from nemo_care.reporting.sheet import new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,10 +147,7 @@ def print_report(
 
 
 def _table(title: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = new_table(title)
     table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,10 @@ class Curve:
     title: str
     width: float
     """Relative to a figure of three panels side by side."""
+
+    def data_url(self) -> str:
+        """The picture itself, for a page that needs no other file."""
+        return "data:image/png;base64," + b64encode(self.file.read_bytes()).decode("ascii")
 
 
 def finish(

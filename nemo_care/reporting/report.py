@@ -5,17 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nemo_care.process.os_errors import naming
 from nemo_care.reporting import page
 from nemo_care.reporting.curves import SMOOTHED_STEPS, draw_curves
-from nemo_care.reporting.tables import (
-    COLUMNS,
-    change,
-    level_names,
-    result_notes,
-    shown_columns,
-)
+from nemo_care.reporting.tables import result_notes, validation_sheet
 from nemo_care.runs.files import step_of_file
+from nemo_care.runs.metrics import CLIPPED_RATE, STEP_TIME
 from nemo_care.runs.reader import RunRecord, read_run
 
 _SETTINGS = {
@@ -50,28 +44,30 @@ def duration(seconds: float) -> str:
 
 
 def _recent_mean(run: RunRecord, key: str) -> float:
-    known = [value for value in run.series(key)[-_RECENT_STEPS:] if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan
+    import pandas as pd
+
+    return pd.Series(run.series(key)[-_RECENT_STEPS:], dtype=float).mean()
 
 
 def _state(run: RunRecord) -> str:
     if run.finished:
-        return '<p class="state good">Finished</p>'
+        return "Finished"
     asked = run.setting("trainer.max_steps")
     of = f" of {asked}" if isinstance(asked, int) else ""
-    return page.paragraph(f"Unfinished: {run.last_step}{of} steps so far", "state bad")
+    return f"Unfinished: {run.last_step}{of} steps so far"
 
 
 def _facts(run: RunRecord) -> dict[str, Any]:
+    import pandas as pd
+
     summary = run.summary or {}
-    times = [value for value in run.series("timing/step") if not math.isnan(value)]
     wall = summary.get("wall_seconds")
     # The first steps also warm up caches and kernels.
-    usual = sorted(times)[len(times) // 2] if times else None
+    usual = pd.Series(run.series(STEP_TIME), dtype=float).median()
     values: dict[str, Any] = {
         "steps": summary.get("steps", run.last_step),
         "wall time": duration(wall) if isinstance(wall, int | float) else None,
-        "median time of a step": duration(usual) if usual is not None else None,
+        "median time of a step": None if math.isnan(usual) else duration(usual),
         "samples skipped": summary.get("skipped", len(run.skipped)),
         "exported model": summary.get("export"),
     }
@@ -89,7 +85,7 @@ def _setting(run: RunRecord, key: str) -> Any:
 
 def _warnings(run: RunRecord) -> list[str]:
     warnings = []
-    clipped = _recent_mean(run, "care/clipped_rate")
+    clipped = _recent_mean(run, CLIPPED_RATE)
     if run.setting("algorithm.consistency.bonus_coefficient") != 0 and clipped >= _CLIPPED_WARNING:
         warnings.append(
             f"In the last {min(_RECENT_STEPS, len(run.metrics))} steps {clipped:.0%} of the answer "
@@ -99,65 +95,25 @@ def _warnings(run: RunRecord) -> list[str]:
     return warnings
 
 
-def _validation(run: RunRecord) -> str:
-    start, end = run.start, run.end
-    if not (start or end):
-        return page.paragraph("This run has no validation results.", "soft")
-    columns = shown_columns(start, end)
-    counts = {
-        level: (end or start or {}).get(level, {}).get("count") for level in level_names(start, end)
-    }
-    rows = [
-        [level, *(change(start, end, level, key) for key in columns), str(counts[level] or "–")]
-        for level in level_names(start, end)
-    ]
-    if start and end:
+def _validated(run: RunRecord) -> str:
+    """What the table of validations shows."""
+    if run.start and run.end:
         done = "" if run.finished else f" (step {run.validations[-1]['step']})"
-        caption = f"Before the first step → last validation{done}."
-    else:
-        caption = "Before the first step." if start else "Last validation."
-    notes = [page.paragraph(note, "soft") for note in result_notes(run)]
-    heading = ["level", *(COLUMNS[key] for key in columns), "prompts"]
-    return "\n".join([page.paragraph(caption, "soft"), page.table(heading, rows), *notes])
+        return f"Before the first step → last validation{done}."
+    if run.start or run.end:
+        return "Before the first step." if run.start else "Last validation."
+    return "This run has no validation results."
 
 
-def _samples(run: RunRecord) -> str:
-    files = list(dict.fromkeys([*run.rollout_files[:1], *run.rollout_files[-1:]]))
-    parts = [page.samples(file, step_of_file(file) or 0) for file in files]
-    if not any(parts):
-        return ""
-    how = (
-        "Not a random choice: the best and the worst rewarded completion of the two groups whose "
-        "rewards differ most."
-    )
-    return "\n".join([page.paragraph(how, "soft"), *parts])
+def _skipped(run: RunRecord) -> list[list[str]]:
+    keys = ("sample_id", "reason")
+    rows = [[str(one.get(key, "–")) for key in keys] for one in run.skipped[:_SHOWN_SKIPPED]]
+    return [["sample", "reason"], *rows]
 
 
-def _skipped(run: RunRecord) -> str:
-    if not run.skipped:
-        return ""
-    rows = [
-        [str(record.get(key, "–")) for key in ("sample_id", "reason")]
-        for record in run.skipped[:_SHOWN_SKIPPED]
-    ]
-    more = len(run.skipped) - len(rows)
-    rest = page.paragraph(f"and {more} more in skipped.jsonl", "soft") if more > 0 else ""
-    return page.table(["sample", "reason"], rows) + rest
-
-
-def _recipe(run: RunRecord) -> str:
-    if not run.recipe:
-        return ""
-    text = (run.folder / "recipe.yaml").read_text(encoding="utf-8")
-    keys = page.folded("All keys", page.preformatted(text))
-    if not run.recipe_changes:
-        return keys
-    rows = [
-        [str(change.step), change.key, str(change.old), str(change.new)]
-        for change in run.recipe_changes
-    ]
-    note = page.paragraph("Changed while the run went on; below is the recipe of the last step.")
-    return note + page.table(["from step", "key", "before", "after"], rows) + keys
+def _recipe_changes(run: RunRecord) -> list[list[str]]:
+    rows = [[str(one.step), one.key, str(one.old), str(one.new)] for one in run.recipe_changes]
+    return [["from step", "key", "before", "after"], *rows]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -173,29 +129,27 @@ def write_report(run_dir: str | Path) -> Path:
     curves = draw_curves(run, run.folder / "report")
     # Not resolve(): a run directory may be a link whose own name says more.
     name = Path(os.path.abspath(run.folder)).name
-    text = page.document(
-        f"{name} · nemo-care",
-        [
-            f"<header>\n{page.paragraph('nemo-care training run', 'soft')}\n"
-            f"<h1>{page.escape(name)}</h1>\n{_state(run)}\n</header>",
-            *(page.paragraph(warning, "warning") for warning in _warnings(run)),
-            page.section("Validation", _validation(run)),
-            page.section("Run", page.facts(_facts(run))),
-            page.section(
-                "Curves",
-                page.paragraph("Faint: each step. Strong: running mean.", "soft")
-                if len(run.metrics) > SMOOTHED_STEPS
-                else "",
-                "".join(page.image(curve.file, curve.title, curve.width) for curve in curves)
-                or page.paragraph("No step is done yet.", "soft"),
-            ),
-            page.section("Sampled completions", _samples(run)),
-            page.section("Samples left out", _skipped(run)),
-            page.section("Recipe", _recipe(run)),
-        ],
-    )
+    files = dict.fromkeys([*run.rollout_files[:1], *run.rollout_files[-1:]])
+    samples = {step_of_file(file) or 0: page.samples(file) for file in files}
     target = run.folder / "report.html"
-    # Lone surrogates can stand in JSON and can't be written as UTF-8.
-    with naming(target):
-        target.write_text(text, encoding="utf-8", errors="replace")
+    page.write_page(
+        target,
+        "report.html",
+        title=name,
+        kind="nemo-care training run",
+        finished=run.finished,
+        state=_state(run),
+        warnings=_warnings(run),
+        validated=_validated(run),
+        validation=validation_sheet(run.start, run.end, prompts=True).lines(),
+        notes=result_notes(run),
+        facts=_facts(run),
+        smoothed=len(run.metrics) > SMOOTHED_STEPS,
+        curves=curves,
+        samples={step: chosen for step, chosen in samples.items() if chosen},
+        skipped=_skipped(run),
+        more_skipped=max(0, len(run.skipped) - _SHOWN_SKIPPED),
+        recipe=(run.folder / "recipe.yaml").read_text(encoding="utf-8") if run.recipe else "",
+        recipe_changes=_recipe_changes(run) if run.recipe else [],
+    )
     return target

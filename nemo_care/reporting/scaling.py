@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_care.errors import InputError
-from nemo_care.process.os_errors import naming
-from nemo_care.reporting import page
 from nemo_care.reporting.figures import COLOURS, OTHER, Curve, finish, new_sheet, save
+from nemo_care.reporting.page import write_page
+from nemo_care.runs import metrics as m
 from nemo_care.runs.reader import RunRecord, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from pandas import DataFrame
 
-_PHASES = ("rollout", "reward", "scoring", "update")
+_MEASURED = (m.STEP_TIME, *m.PHASES, m.PROMPT_TOKENS, m.COMPLETION_TOKENS)
+_PHASES = [*(f"{phase.short} (s)" for phase in m.PHASES), "other (s)"]
+_FORMATS = {
+    "run": "{}",
+    "nodes": "{}",
+    "GPUs": "{}",
+    "steps": "{}",
+    "tokens/s": "{:,.0f}",
+    "tokens/s per GPU": "{:,.1f}",
+    "efficiency": "{:.0%}",
+    "step (s)": "{:.2f}",
+    **dict.fromkeys(_PHASES, "{:.2f}"),
+}
 _EXPLANATION = (
     "Tokens are those of prompts (each counted once for its group) and completions. Times are "
     "medians over the steps after the first, which warms up kernels and caches. Efficiency is the "
@@ -26,42 +37,14 @@ _EXPLANATION = (
 )
 
 
-@dataclass(frozen=True)
-class Size:
-    """One run: its size and how fast it was. Times are seconds of a step."""
-
-    name: str
-    nodes: int
-    gpus: int
-    steps: int
-    tokens: float
-    """Of a step."""
-    step: float
-    phases: dict[str, float]
-    """Of a step by phase; what is in none of them is "other"."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the whole run."""
-        return self.tokens / self.step
-
-    @property
-    def tokens_per_gpu(self) -> float:
-        """Per second."""
-        return self.tokens_per_second / self.gpus
-
-
-def _median(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.median(known) if known else math.nan
-
-
-def size_of(run: RunRecord) -> Size:
-    """How large a run was and how fast.
+def _size_of(run: RunRecord) -> dict[str, Any]:
+    """How large a run was, and tokens and seconds of its usual step.
 
     Raises:
         InputError: the run has too few steps, no recipe, or metrics that lack lengths or times.
     """
+    import pandas as pd
+
     settings = [
         run.setting(key)
         for key in (
@@ -79,104 +62,94 @@ def size_of(run: RunRecord) -> Size:
             f"{run.folder}: {len(run.metrics)} steps so far; a comparison needs at least 2, of "
             "which the first does not count"
         )
-
-    def usual(key: str) -> float:
-        value = _median(run.series(key)[1:])
-        if math.isnan(value):
-            raise InputError(f"{run.folder}: metrics.jsonl has no {key}; run it again")
-        return value
-
-    step = usual("timing/step")
-    phases = {phase: usual(f"timing/{phase}") for phase in _PHASES}
-    phases["other"] = max(0.0, step - math.fsum(phases.values()))
-    lengths = usual("rollout/prompt_tokens") + group * usual("rollout/completion_tokens")
-    return Size(
-        name=run.folder.name,
-        nodes=nodes,
-        gpus=devices * nodes,
-        steps=len(run.metrics),
-        tokens=prompts * lengths,
-        step=step,
-        phases=phases,
-    )
+    metrics = pd.DataFrame({key: run.series(key)[1:] for key in _MEASURED}, dtype=float)
+    usual = metrics.median()
+    for key in usual.index[usual.isna()]:
+        raise InputError(f"{run.folder}: metrics.jsonl has no {key}; run it again")
+    phases = {f"{phase.short} (s)": usual[phase] for phase in m.PHASES}
+    return {
+        "run": run.folder.name,
+        "nodes": nodes,
+        "GPUs": devices * nodes,
+        "steps": len(run.metrics),
+        "tokens": prompts * (usual[m.PROMPT_TOKENS] + group * usual[m.COMPLETION_TOKENS]),
+        "step (s)": usual[m.STEP_TIME],
+        **phases,
+        "other (s)": max(0.0, usual[m.STEP_TIME] - math.fsum(phases.values())),
+    }
 
 
-def efficiencies(sizes: Sequence[Size]) -> list[float]:
-    """Tokens per second and GPU, relative to the first of the sizes."""
-    return [size.tokens_per_gpu / sizes[0].tokens_per_gpu for size in sizes]
+def sizes_of(runs: Sequence[RunRecord]) -> DataFrame:
+    """The runs by size, the smallest first: how large each was and how fast.
+
+    Times and tokens are those of a step. Efficiency is relative to the first.
+
+    Raises:
+        InputError: a run can't be measured.
+    """
+    import pandas as pd
+
+    sizes = pd.DataFrame([_size_of(run) for run in runs])
+    sizes = sizes.sort_values("GPUs", kind="stable", ignore_index=True)
+    sizes["tokens/s"] = sizes["tokens"] / sizes["step (s)"]
+    per_gpu = sizes["tokens/s"] / sizes["GPUs"]
+    sizes["tokens/s per GPU"], sizes["efficiency"] = per_gpu, per_gpu / per_gpu[0]
+    return sizes
 
 
-def scaling_rows(sizes: Sequence[Size]) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of the table."""
-    heading = ["run", "nodes", "GPUs", "steps", "tokens/s", "tokens/s per GPU", "efficiency"]
-    heading += ["step (s)", *(f"{phase} (s)" for phase in sizes[0].phases)]
-    rows = [
-        [
-            size.name,
-            str(size.nodes),
-            str(size.gpus),
-            str(size.steps),
-            f"{size.tokens_per_second:,.0f}",
-            f"{size.tokens_per_gpu:,.1f}",
-            f"{efficiency:.0%}",
-            f"{size.step:.2f}",
-            *(f"{seconds:.2f}" for seconds in size.phases.values()),
-        ]
-        for size, efficiency in zip(sizes, efficiencies(sizes), strict=True)
-    ]
-    return heading, rows
+def scaling_lines(sizes: DataFrame) -> list[list[str]]:
+    """The heading and the rows of the table."""
+    columns = [sizes[name].map(form.format) for name, form in _FORMATS.items()]
+    return [list(_FORMATS), *map(list, zip(*columns, strict=True))]
 
 
-def _draw(sizes: Sequence[Size], folder: Path) -> Curve:
+def _draw(sizes: DataFrame, folder: Path) -> Curve:
     figure, (speed, share, time) = new_sheet(3)
-    gpus = [size.gpus for size in sizes]
-    _line(speed, gpus, [size.tokens_per_gpu for size in sizes])
+    _line(speed, sizes, "tokens/s per GPU")
     finish(speed, "Speed", "tokens/s per GPU", share=False, from_zero=True, keys=1, x="GPUs")
-    values = efficiencies(sizes)
-    _line(share, gpus, values)
+    _line(share, sizes, "efficiency")
     finish(
         share, "Efficiency", "share of the smallest", share=False, from_zero=True, keys=1, x="GPUs"
     )
-    places = range(len(sizes))
-    base = [0.0] * len(sizes)
-    for colour, phase in zip((*COLOURS[: len(_PHASES)], OTHER), sizes[0].phases, strict=True):
-        seconds = [size.phases[phase] for size in sizes]
-        time.bar(places, seconds, bottom=base, width=0.6, color=colour, label=phase)
-        base = [a + b for a, b in zip(base, seconds, strict=True)]
+    phases = sizes[_PHASES]
+    bases = phases.cumsum(axis="columns").shift(axis="columns", fill_value=0.0)
+    for colour, name in zip((*COLOURS[: len(m.PHASES)], OTHER), _PHASES, strict=True):
+        label = name.removesuffix(" (s)")
+        time.bar(
+            sizes.index, phases[name], bottom=bases[name], width=0.6, color=colour, label=label
+        )
     finish(time, "Time of a step", "seconds", share=False, from_zero=True, keys=5, x="GPUs")
-    time.set_xticks(list(places), [str(count) for count in gpus])
+    time.set_xticks(sizes.index, sizes["GPUs"].map(str))
     for axes in (speed, share):
-        axes.set_xlim(0, 1.1 * max(gpus))
+        axes.set_xlim(0, 1.1 * sizes["GPUs"].max())
         axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
     return save(figure, folder, "scaling", "Speed, efficiency and phases by number of GPUs")
 
 
-def _line(axes: Axes, gpus: Sequence[int], values: Sequence[float]) -> None:
-    axes.plot(gpus, values, color=COLOURS[0], linewidth=1.6, marker="o", markersize=4)
+def _line(axes: Axes, sizes: DataFrame, name: str) -> None:
+    axes.plot(sizes["GPUs"], sizes[name], color=COLOURS[0], linewidth=1.6, marker="o", markersize=4)
 
 
-def write_scaling_report(runs: Sequence[str | Path], folder: Path) -> tuple[Path, list[Size]]:
+def write_scaling_report(runs: Sequence[str | Path], folder: Path) -> tuple[Path, list[list[str]]]:
     """Draw `FOLDER/scaling.png` and write `FOLDER/scaling.html`, which holds it.
 
-    Returns the page's path and the sizes, smallest first.
+    Returns the page's path and the lines of the table, the smallest run first.
 
     Raises:
         InputError: a directory is no run, or a run can't be measured.
     """
-    sizes = sorted((size_of(read_run(run)) for run in runs), key=lambda size: size.gpus)
+    sizes = sizes_of([read_run(run) for run in runs])
     folder.mkdir(parents=True, exist_ok=True)
-    curve = _draw(sizes, folder)
-    text = page.document(
-        "Scaling · nemo-care",
-        [
-            f"<header>\n{page.paragraph('nemo-care', 'soft')}\n<h1>Scaling</h1>\n</header>",
-            page.section(
-                "Sizes", page.table(*scaling_rows(sizes)), page.paragraph(_EXPLANATION, "soft")
-            ),
-            page.section("Figures", page.image(curve.file, curve.title, curve.width)),
-        ],
-    )
+    lines = scaling_lines(sizes)
     target = folder / "scaling.html"
-    with naming(target):
-        target.write_text(text, encoding="utf-8", errors="replace")
-    return target, sizes
+    write_page(
+        target,
+        "scaling.html",
+        title="Scaling",
+        kind="nemo-care",
+        state="",
+        table=lines,
+        explanation=_EXPLANATION,
+        curve=_draw(sizes, folder),
+    )
+    return target, lines

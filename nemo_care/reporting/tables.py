@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_care.process.screen import plain
+from nemo_care.reporting.sheet import Cell, Row, Sheet
 from nemo_care.runs.reader import Levels, RunRecord, number
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from rich.table import Table
 
 # Key of a level's results -> heading.
@@ -20,6 +20,19 @@ COLUMNS: Mapping[str, str] = {
     "probe_implied": "probe implied",
     "probe_true": "probe true",
     "format_rate": "format",
+}
+
+# Of a level's `intervals`, for the table of measures: key -> heading.
+MEASURES: Mapping[str, str] = {
+    "accuracy": "accuracy",
+    "consistency_rate": "judge",
+    "consistency_rate_rule": "rule",
+    "consistency_rate_likelihood": "likelihood",
+    "implied_rate": "implied answer",
+    "shuffle_rate": "option shuffle",
+    "peer_probe": "peer probe",
+    "probe_implied": "probe implied",
+    "probe_true": "probe true",
 }
 
 _PROBE_NOTE = (
@@ -46,45 +59,43 @@ def level_names(*results: Levels | None) -> list[str]:
     return list(dict.fromkeys(name for levels in results if levels for name in levels))
 
 
-def level_number(levels: Levels | None, level: str, key: str) -> float:
-    """One number of a validation; NaN where there is none."""
-    return number((levels or {}).get(level, {}).get(key))
+def numbers(
+    results: Mapping[Any, Levels | None],
+    levels: Sequence[str] | None = None,
+    keys: Iterable[str] = COLUMNS,
+) -> DataFrame:
+    """The numbers of several validations: one row each, a column for each level and key.
+
+    NaN where a validation has no such number. `levels` are those that occur where none are given.
+    """
+    import pandas as pd
+
+    names = level_names(*results.values()) if levels is None else levels
+    columns = pd.MultiIndex.from_product([names, list(keys)])
+    rows = [
+        [number((validation or {}).get(level, {}).get(key)) for level, key in columns]
+        for validation in results.values()
+    ]
+    return pd.DataFrame(rows, index=list(results), columns=columns, dtype=float)
 
 
-def known_numbers(results: Iterable[Levels | None], level: str, key: str) -> list[float]:
-    """One number of several validations, of those that have it."""
-    values = [level_number(levels, level, key) for levels in results]
-    return [value for value in values if not math.isnan(value)]
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; NaN where there are too few values."""
-    mean = statistics.fmean(values) if values else math.nan
-    return mean, statistics.stdev(values) if len(values) > 1 else math.nan
-
-
-def summary_by_level(
-    results: Sequence[Levels | None], keys: Iterable[str] = COLUMNS
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Mean, sample standard deviation and count of each level's numbers, for JSON."""
+def summary(frame: DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
+    """Mean, sample standard deviation and count of each level's `numbers`, for JSON."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
-    keys = list(keys)
-    for level in level_names(*results):
-        for key in keys:
-            known = known_numbers(results, level, key)
-            if known:
-                mean, spread = mean_and_spread(known)
-                table.setdefault(level, {})[key] = {
-                    "mean": mean,
-                    "std": None if math.isnan(spread) else spread,
-                    "seeds": len(known),
-                }
+    means, spreads, counts = frame.mean(), frame.std(), frame.count()
+    for place in counts.index[counts > 0]:
+        level, key = place
+        table.setdefault(level, {})[key] = {
+            "mean": known(means[place]),
+            "std": known(spreads[place]),
+            "seeds": int(counts[place]),
+        }
     return table
 
 
-def markdown_row(cells: Iterable[str]) -> str:
-    """One line of a Markdown table."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def known(value: float) -> float | None:
+    """A number for JSON, which has no NaN."""
+    return None if math.isnan(value) else float(value)
 
 
 def present(key: str, results: Sequence[Levels | None]) -> bool:
@@ -97,62 +108,68 @@ def present(key: str, results: Sequence[Levels | None]) -> bool:
     )
 
 
-def shown_columns(start: Levels | None, end: Levels | None) -> list[str]:
+def _shown_columns(*results: Levels | None) -> list[str]:
     """Keys worth a column: accuracy, consistency and format always, the probe where measured."""
-    results = [start, end]
     return [key for key in COLUMNS if not key.startswith("probe") or present(key, results)]
 
 
-def change(start: Levels | None, end: Levels | None, level: str, key: str) -> str:
-    """ "start → end" of one value, or the one there is."""
-    sides = [rate(levels.get(level, {}).get(key)) for levels in (start, end) if levels]
-    return " → ".join(sides) or "–"
+def validation_sheet(start: Levels | None, end: Levels | None, *, prompts: bool = False) -> Sheet:
+    """Start against end by level; either may be None. `prompts` adds how many each level has."""
+    sides = [levels for levels in (start, end) if levels]
+    keys = _shown_columns(*sides)
+    rows = []
+    for level in level_names(*sides):
+        texts = [" → ".join(rate(side.get(level, {}).get(key)) for side in sides) for key in keys]
+        if prompts:
+            texts.append(str((end or start or {}).get(level, {}).get("count") or "–"))
+        rows.append(Row([level], [*map(Cell, texts)]))
+    what = "start → end" if start and end else "end" if end else "start"
+    headings = [*(COLUMNS[key] for key in keys), *(["prompts"] if prompts else [])]
+    return Sheet(f"Validation: {what}", ["level"], [(text, text) for text in headings], [rows])
 
 
 def validation_table(start: Levels | None, end: Levels | None) -> Table:
     """Start against end by level; either may be None, then the other stands alone."""
-    from rich import box
-    from rich.table import Table
-
-    what = "start → end" if start and end else "end" if end else "start"
-    table = Table(
-        title=f"Validation: {what}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # fits 80 columns
-    )
-    table.add_column("level")
-    columns = shown_columns(start, end)
-    for key in columns:
-        table.add_column(COLUMNS[key], justify="right", no_wrap=True)
-    for level in level_names(start, end):
-        table.add_row(plain(level), *(change(start, end, level, key) for key in columns))
-    return table
+    return validation_sheet(start, end).rich()
 
 
 def evaluation_table(levels: Levels) -> Table:
     """Results of one model by level, and below each by task type where its samples have one."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title="Evaluation", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.add_column("level")
-    columns = shown_columns(levels, None)
-    for key in columns:
-        table.add_column(COLUMNS[key], justify="right", no_wrap=True)
-    table.add_column("count", justify="right")
-
-    def add(name: str, result: Mapping[str, Any]) -> None:
-        values = [rate(result.get(key)) for key in columns]
-        table.add_row(plain(name), *values, str(result.get("count", "–")))
-
+    keys = _shown_columns(levels)
+    named: list[tuple[str, Mapping[str, Any]]] = []
     for level, result in levels.items():
-        add(level, result)
-        for task_type, part in result.get("by_task_type", {}).items():
-            add(f"  {task_type}", part)
-    return table
+        named.append((level, result))
+        named += [(f"  {name}", part) for name, part in result.get("by_task_type", {}).items()]
+    rows = [
+        Row(
+            [name],
+            [*(Cell(rate(part.get(key))) for key in keys), Cell(str(part.get("count", "–")))],
+        )
+        for name, part in named
+    ]
+    headings = [*(COLUMNS[key] for key in keys), "count"]
+    return Sheet("Evaluation", ["level"], [(text, text) for text in headings], [rows]).rich()
+
+
+def measures_table(levels: Levels) -> Table:
+    """Every measure of one model by level: mean, 95% interval, count, agreement with the judge."""
+    rows = []
+    for level, result in levels.items():
+        intervals = result.get("intervals", {})
+        for key in filter(intervals.__contains__, MEASURES):
+            part = intervals[key]
+            if not part["count"]:
+                continue
+            cells = (
+                rate(result.get(key)),
+                f"{rate(part['low'])} to {rate(part['high'])}",
+                str(part["count"]),
+                rate(part.get("agreement")),
+            )
+            rows.append(Row([level, MEASURES[key]], [Cell(text) for text in cells]))
+    headings = ("mean", "95% interval", "count", "as the judge")
+    columns = [(text, text) for text in headings]
+    return Sheet("Measures", ["level", "measure"], columns, [rows]).rich()
 
 
 def reading_notes(results: Sequence[Levels | None], data: Any) -> list[str]:

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import Qwen2_5_VLConfig
-
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import InputError
-from nemo_care.models.hf_config import read_hf_config
-from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.models.architecture import Architecture
+from nemo_care.models.families import read_family
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.ranks.process_groups import Ranks
-from nemo_care.recipe.schema import Recipe
+from nemo_care.recipe.schema import Recipe, replicas_of
 from nemo_care.rollouts.generator import Generator
 from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.rollouts.vllm.fleet import Fleet, hosts_key, sleep_level
@@ -30,7 +29,7 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 def build_generator(
     recipe: Recipe,
     ranks: Ranks,
-    model: Qwen25VL,
+    model: VideoLanguageModel,
     tokenizer: ChatTokenizer,
     *,
     groups_per_batch: int,
@@ -82,7 +81,7 @@ def check_rollouts(recipe: Recipe) -> None:
     """
     if recipe.rollout.backend == "megatron":
         return
-    check_engines(recipe, read_hf_config(recipe.model.hf_path))
+    check_engines(recipe, read_family(recipe.model.hf_path).architecture)
     if recipe.rollout.vllm.hosts is not None:
         hosts_key()
     found = find_spec("vllm")
@@ -91,8 +90,8 @@ def check_rollouts(recipe: Recipe) -> None:
         raise InputError(f"rollout.backend=vllm needs the package vllm: {_INSTALL}")
 
 
-def check_engines(recipe: Recipe, hf: Qwen2_5_VLConfig) -> None:
-    """Refuse engines that fit neither the recipe's ranks, its precision nor the model `hf`.
+def check_engines(recipe: Recipe, architecture: Architecture) -> None:
+    """Refuse engines that fit neither the recipe's ranks, its precision nor the model.
 
     Looks at nothing of this machine but CUDA_VISIBLE_DEVICES.
 
@@ -110,14 +109,15 @@ def check_engines(recipe: Recipe, hf: Qwen2_5_VLConfig) -> None:
     check_placement(
         recipe.rollout.vllm,
         devices=recipe.trainer.devices,
-        machines=recipe.trainer.num_nodes,
+        # Too few ranks for one are refused by `check_world`.
+        replicas=max(replicas_of(recipe), 1),
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
     )
-    check_tensor_parallel(hf, recipe.rollout.vllm.tensor_parallel_size)
+    check_tensor_parallel(architecture, recipe.rollout.vllm.tensor_parallel_size)
 
 
-def engine_settings(recipe: Recipe, model: Qwen25VL) -> EngineSettings:
+def engine_settings(recipe: Recipe, model: VideoLanguageModel) -> EngineSettings:
     """What the recipe says about engines."""
     vllm, data = recipe.rollout.vllm, recipe.data
     longest = data.max_prompt_tokens + recipe.rollout.max_completion_tokens
@@ -125,8 +125,10 @@ def engine_settings(recipe: Recipe, model: Qwen25VL) -> EngineSettings:
         folder=str(Path(recipe.model.hf_path).resolve()),
         dtype=_DTYPES[recipe.model.precision.dtype],
         tensor_parallel_size=vllm.tensor_parallel_size,
-        max_tokens=min(longest, model.hf.text_config.max_position_embeddings),
-        max_pixels=max(data.video.max_pixels, data.image.max_pixels),
+        max_tokens=min(longest, model.family.architecture.max_positions),
+        processor_files=model.family.processor_files(
+            max(data.video.max_pixels, data.image.max_pixels)
+        ),
         backend=transfer_backend(vllm.placement),
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         kv_cache_gib=vllm.kv_cache_gib,

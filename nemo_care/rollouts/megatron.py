@@ -18,8 +18,8 @@ from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.pipeline import forward_only
 from nemo_care.models.precision import computing, decoding_multiple
-from nemo_care.models.qwen2_5_vl import ModelInputs, Qwen25VL
 from nemo_care.models.segments import PackedSegments, Segment
+from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.model import FP8Config
 from nemo_care.rollouts.completions import completion_of
@@ -32,7 +32,7 @@ class MegatronGenerator:
 
     def __init__(
         self,
-        model: Qwen25VL,
+        model: VideoLanguageModel,
         tokenizer: ChatTokenizer,
         ranks: Ranks,
         *,
@@ -116,7 +116,7 @@ class Decoding:
 
     def __init__(
         self,
-        model: Qwen25VL,
+        model: VideoLanguageModel,
         ranks: Ranks,
         prompts: Sequence[Prompt],
         group_size: int,

@@ -9,6 +9,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from nemo_care.process.environment import COMMIT
+
 _CHECKOUT = Path(__file__).resolve().parents[2]
 # Of the environment, these alone: others may hold keys.
 _JOB = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST")
@@ -35,7 +37,7 @@ def _packages() -> dict[str, str]:
 
 def commit() -> str | None:
     """The checkout's commit, with "-dirty" where files differ from it; None where nobody knows."""
-    given = os.environ.get("NEMO_CARE_COMMIT")  # slurm/ asks outside of the container
+    given = COMMIT.value  # slurm/ asks outside of the container
     if given:
         return given
     command = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--abbrev=40", "--dirty"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_care.groups.group import Group
+from nemo_care.groups.group import Group, known
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.objective.advantages import ADVANTAGES
 from nemo_care.objective.bonuses import BONUSES, BonusInputs
@@ -20,8 +20,9 @@ from nemo_care.recipe.algorithm import AlgorithmConfig, ConsistencyConfig
 class Credit:
     """Sets `consistency_bonus`, `reward` and `advantage` of groups (algorithm steps 4 to 6)."""
 
-    def __init__(self, algorithm: AlgorithmConfig) -> None:
-        """The recipe's bonus and advantage."""
+    def __init__(self, algorithm: AlgorithmConfig, *, truncated: str = "keep") -> None:
+        """The recipe's bonus and advantage; `truncated` is its rollout.truncated."""
+        self.masks_truncated = truncated == "mask"
         self.consistency = algorithm.consistency
         self.bonus = BONUSES[algorithm.consistency.kind]
         self.advantage = ADVANTAGES[algorithm.advantage]
@@ -29,20 +30,25 @@ class Credit:
     def __call__(self, groups: Sequence[Group]) -> None:
         """Give credit to the completions of groups that have base rewards and likelihoods.
 
-        With a bonus coefficient of 0 (the GRPO baseline) no answer likelihood is needed.
+        With a bonus coefficient of 0 (the GRPO baseline) no answer likelihood is needed. Masked
+        completions take part in their group's baseline, and get an advantage of 0 themselves.
         """
         for group in groups:
-            group.consistency_bonus = self._bonus(group)
-            group.reward = group.base_reward + group.consistency_bonus
+            base_reward = known(group.base_reward)
+            group.consistency_bonus = self._bonus(group, base_reward)
+            group.reward = base_reward + group.consistency_bonus
             group.advantage = self.advantage(group.reward[None])[0]
+            if self.masks_truncated:
+                ended = torch.tensor([completion.ended for completion in group.completions])
+                group.advantage = torch.where(ended, group.advantage, 0.0)
 
-    def _bonus(self, group: Group) -> torch.Tensor:
+    def _bonus(self, group: Group, base_reward: torch.Tensor) -> torch.Tensor:
         if self.consistency.bonus_coefficient == 0:
-            return torch.zeros_like(group.base_reward)
+            return torch.zeros_like(base_reward)
         pairs = group.pair_likelihood
         inputs = BonusInputs(
             group.accuracy[None],
-            group.answer_likelihood[None],
+            known(group.answer_likelihood)[None],
             None if pairs is None else pairs[None],
         )
         return self.bonus.compute(inputs, self.consistency)[0]
@@ -67,8 +73,8 @@ def selection_rate(
     for group in groups:
         has_choice, chooses = selection(
             group.accuracy[None],
-            group.answer_likelihood[None],
-            group.consistency_bonus[None],
+            known(group.answer_likelihood)[None],
+            known(group.consistency_bonus)[None],
             accuracy_threshold=config.accuracy_threshold,
         )
         counts += torch.cat([has_choice, chooses]).to(counts)

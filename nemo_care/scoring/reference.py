@@ -9,7 +9,7 @@ from nemo_care.groups.batch import GroupBatch
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.group import Group
 from nemo_care.models.ema import WeightAverage
-from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.objective.consistency import answer_likelihood
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.algorithm import AlgorithmConfig
@@ -23,7 +23,11 @@ class Reference:
     """pi_phi of the paper: an EMA of the policy (or frozen), sharded like it."""
 
     def __init__(
-        self, model: Qwen25VL, algorithm: AlgorithmConfig, ranks: Ranks, layout: BatchLayout
+        self,
+        model: VideoLanguageModel,
+        algorithm: AlgorithmConfig,
+        ranks: Ranks,
+        layout: BatchLayout,
     ) -> None:
         """`model` starts with the policy's weights."""
         config = algorithm.reference

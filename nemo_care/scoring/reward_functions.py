@@ -24,9 +24,11 @@ from nemo_care.objective.rewards import accuracy_reward, format_reward
 from nemo_care.recipe.algorithm import AlgorithmConfig
 
 OURS = ("accuracy", "format")
+LENGTH_PENALTY = "length_penalty"
+"""What the length penalty of rollout.truncated=penalise is called in records."""
 
 # `reward/total` is a metric already.
-_TAKEN = (*OURS, "total")
+_TAKEN = (*OURS, "total", LENGTH_PENALTY)
 
 
 class Reward(Protocol):

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from nemo_care.groups.group import Group
-from nemo_care.objective.rewards import base_reward
+from nemo_care.objective.rewards import base_reward, length_penalty
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.algorithm import AlgorithmConfig
+from nemo_care.recipe.rollout import RolloutConfig
 from nemo_care.scoring.reward_functions import (
+    LENGTH_PENALTY,
     Reward,
     load_rewards,
     reward_name,
@@ -18,16 +20,23 @@ from nemo_care.scoring.reward_functions import (
 
 
 class BaseRewards:
-    """Accuracy, format and the user's rewards of each completion (algorithm step 2)."""
+    """Accuracy, format and the user's rewards of each completion (algorithm step 2).
 
-    def __init__(self, config: AlgorithmConfig, ranks: Ranks) -> None:
+    With rollout.truncated=penalise the length penalty too, which is added with weight 1.
+    """
+
+    def __init__(self, config: AlgorithmConfig, ranks: Ranks, rollout: RolloutConfig) -> None:
         """Rewards are computed on the leader of each replica, so that its ranks agree.
 
         Raises:
             InputError: see `load_rewards`.
         """
         self.names = [reward_name(entry) for entry in config.rewards]
-        self.weights = reward_weights(config)
+        self.weights = list(reward_weights(config))
+        self.rollout = rollout
+        if rollout.truncated == "penalise":
+            self.names.append(LENGTH_PENALTY)
+            self.weights.append(1.0)
         self.ranks = ranks
         self.functions: dict[str, Reward] = {}
         # Only there: importing a user's reward may load a model, which the other ranks never need.
@@ -54,10 +63,20 @@ class BaseRewards:
 
     def _score(self, group: Group) -> list[list[float]]:
         """Each reward of each completion, K lists of G."""
-        return [
+        rewards = [
             [
                 reward_value(name, function, completion.text, group.prompt.sample)
                 for completion in group.completions
             ]
             for name, function in self.functions.items()
         ]
+        if self.rollout.truncated == "penalise":
+            longest = self.rollout.max_completion_tokens
+            buffer = self.rollout.length_penalty_share * longest
+            rewards.append(
+                [
+                    length_penalty(completion.length, longest=longest, buffer=buffer)
+                    for completion in group.completions
+                ]
+            )
+        return rewards

@@ -15,7 +15,7 @@ from nemo_care.groups.group import Group
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.pipeline import forward_only
 from nemo_care.models.precision import computing
-from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.objective.consistency import answer_likelihood
 from nemo_care.ranks.process_groups import Ranks
 
@@ -27,7 +27,7 @@ class Scorer:
     """Teacher-forced scoring of groups under one model; all ranks of the replica take part."""
 
     def __init__(
-        self, model: Qwen25VL, ranks: Ranks, layout: BatchLayout, *, fp8: bool = False
+        self, model: VideoLanguageModel, ranks: Ranks, layout: BatchLayout, *, fp8: bool = False
     ) -> None:
         """`layout` says how groups become micro-batches; several fill the pipeline.
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import Qwen2_5_VLConfig
 
 from nemo_care.data.annotations import Annotations
 from nemo_care.data.decoding import DecodingWorkers
@@ -16,9 +15,10 @@ from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.evaluation.build import build_evaluator
 from nemo_care.evaluation.validation import Validator
 from nemo_care.groups.batching import BatchLayout
-from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.families import read_family
+from nemo_care.models.family import Family
 from nemo_care.models.precision import check_transformer_engine
-from nemo_care.models.qwen2_5_vl import Qwen25VL, transformer_config
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.models.weights import load_hf_weights
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.ranks.stop_request import StopRequest
@@ -37,9 +37,9 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_model(
-    recipe: Recipe, ranks: Ranks, hf: Qwen2_5_VLConfig | None = None, *, fp8: bool = True
-) -> Qwen25VL:
-    """This rank's part of the recipe's model (or of `hf`), its weights still to be loaded.
+    recipe: Recipe, ranks: Ranks, family: Family | None = None, *, fp8: bool = True
+) -> VideoLanguageModel:
+    """This rank's part of the recipe's model (or of `family`), its weights still to be loaded.
 
     Without `fp8` it computes in bf16 even where the recipe's update does not.
 
@@ -47,22 +47,33 @@ def build_model(
         InputError: kernels that this machine has not got.
     """
     check_transformer_engine(recipe.model)
-    hf = hf or read_hf_config(recipe.model.hf_path)
-    config = transformer_config(
-        hf,
+    family = family or read_family(recipe.model.hf_path)
+    config = family.transformer_config(
         ranks.layout,
         _DTYPES[recipe.model.precision.dtype],
         recompute_granularity=recipe.model.recompute_granularity,
         fp8=recipe.model.precision.fp8 if fp8 else None,
     )
-    return Qwen25VL(hf, config, recipe.model.backend)
+    return family.build(config, recipe.model.backend)
 
 
-def load_model(recipe: Recipe, ranks: Ranks, *, fp8: bool = True) -> Qwen25VL:
+def load_model(recipe: Recipe, ranks: Ranks) -> VideoLanguageModel:
     """This rank's part of the recipe's checkpoint (see `build_model`)."""
-    model = build_model(recipe, ranks, fp8=fp8)
+    model = build_model(recipe, ranks)
     load_hf_weights(model, recipe.model.hf_path)
     return model
+
+
+@torch.no_grad()
+def build_twin(
+    recipe: Recipe, ranks: Ranks, model: VideoLanguageModel, *, fp8: bool
+) -> VideoLanguageModel:
+    """A model with the weights of `model`, which nobody has to read again (see `build_model`)."""
+    twin = build_model(recipe, ranks, model.family, fp8=fp8)
+    weights = dict(model.named_parameters())
+    for name, parameter in twin.named_parameters():
+        parameter.copy_(weights[name])
+    return twin
 
 
 def build_trainer(
@@ -83,13 +94,14 @@ def build_trainer(
     """
     algorithm, fp8 = recipe.algorithm, recipe.model.precision.fp8
     model = load_model(recipe, ranks)
-    tokenizer = load_tokenizer(recipe.model.hf_path, model.hf)
-    prompts = PromptBuilder(recipe.data, model.hf, tokenizer)
-    validation_prompts = PromptBuilder(for_validation(recipe.data), model.hf, tokenizer)
+    prompt = model.family.prompt
+    tokenizer = load_tokenizer(recipe.model.hf_path, prompt)
+    prompts = PromptBuilder(recipe.data, prompt, tokenizer)
+    validation_prompts = PromptBuilder(for_validation(recipe.data), prompt, tokenizer)
     layout = BatchLayout.of_recipe(recipe, ranks.layout, tokenizer.pad_id)
     reference = None
     if needs_reference(algorithm):
-        twin = load_model(recipe, ranks, fp8=fp8.scoring)
+        twin = build_twin(recipe, ranks, model, fp8=fp8.scoring)
         reference = Reference(twin, algorithm, ranks, layout)
     policy = Policy(model, recipe, ranks, layout)
     generator = build_generator(
@@ -127,7 +139,7 @@ def build_trainer(
             prefetch_steps=recipe.data.prefetch_steps,
         ),
         generator=generator,
-        rewards=BaseRewards(algorithm, ranks),
+        rewards=BaseRewards(algorithm, ranks, recipe.rollout),
         reference=reference,
         policy=policy,
         validator=Validator(
@@ -137,6 +149,6 @@ def build_trainer(
         tokenizer=tokenizer,
         loggers=loggers,
         bad_lines=[item for read in (*training.sources, *levels.values()) for item in read.bad],
-        annotations=ranks.from_rank_zero(lambda: fingerprints(recipe.data)),
+        annotations=fingerprints(training, levels),
         stop=stop,
     )

@@ -23,6 +23,7 @@ from nemo_care.recipe.schema import Recipe, recipe_yaml
 from nemo_care.runs.directory import has_saved
 from nemo_care.runs.files import RunFiles
 from nemo_care.training.console import Console
+from nemo_care.training.finite import BadSteps
 
 State = dict[str, Any]
 
@@ -67,28 +68,38 @@ def refuse_lost_checkpoints(run: Path) -> None:
 class Checkpointing:
     """The checkpoints of one run. All ranks call its methods, at the same places."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, files: RunFiles, console: Console) -> None:
-        """`console` tells of checkpoints that can't be used."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        ranks: Ranks,
+        files: RunFiles,
+        console: Console,
+        bad_steps: BadSteps,
+    ) -> None:
+        """`console` tells of checkpoints that can't be used.
+
+        Weights that make bad steps may be bad themselves: a checkpoint that is completed during
+        these removes no older one.
+        """
         self.recipe = recipe
         self.ranks = ranks
         self.files = files
         self.console = console
         self.saved_step = 0
-        # Set while steps are bad: a checkpoint that is completed meanwhile removes no older one.
-        self.keep_all = False
+        self.bad_steps = bad_steps
         self.total_seconds = 0.0
         self._seconds = 0.0
         self._pending: PendingCheckpoint | None = None
 
     # ------------------------------------------------------------------ saving
 
-    def is_due(self, step: int, *, in_bad_steps: bool) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether the recipe wants a checkpoint now: an interval or the whole run is over.
 
         Bad steps put an interval's checkpoint off.
         """
         interval = self.recipe.checkpoint.save_interval
-        due = step // interval > self.saved_step // interval and not in_bad_steps
+        due = step // interval > self.saved_step // interval and not self.bad_steps.in_a_row
         return due or step == self.recipe.trainer.max_steps
 
     @property
@@ -152,7 +163,7 @@ class Checkpointing:
             return
         pending, self._pending = self._pending, None
         config = self.recipe.checkpoint
-        keep_last = 0 if self.keep_all else config.keep_last
+        keep_last = 0 if self.bad_steps.in_a_row else config.keep_last
         # What a checkpoint says is done has its records, also after a power cut.
         self.ranks.from_rank_zero(self.files.sync)
         pending.finish(keep_last=keep_last, keep_every=config.keep_every)

@@ -15,12 +15,13 @@ from nemo_care.data.samples import Skipped
 from nemo_care.objective.statistics import mean_of_known
 from nemo_care.process.screen import console, one_line, plain, printable
 from nemo_care.recipe.schema import Recipe
+from nemo_care.runs import metrics as m
 
 _SHOWN = {
-    "reward": "reward/total",
-    "acc": "reward/accuracy",
-    "p": "care/answer_likelihood",
-    "bonus": "care/bonus_rate",
+    "reward": m.TOTAL_REWARD,
+    "acc": m.ACCURACY,
+    "p": m.ANSWER_LIKELIHOOD,
+    "bonus": m.BONUS_RATE,
 }
 
 
@@ -62,7 +63,7 @@ class Console:
 
     def phase(self, name: str) -> None:
         """Show the phase that runs now."""
-        if self._bar is not None and name != "step":
+        if self._bar is not None and name != m.STEP_TIME.short:
             self._bar.set_description(f"{name:<10}")
 
     def step(
@@ -85,7 +86,7 @@ class Console:
         if self._in_log:
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
             of = self.recipe.trainer.max_steps
-            self._print(f"step {step} of {of}: {shown}, {metrics['timing/step']:.1f} s")
+            self._print(f"step {step} of {of}: {shown}, {metrics[m.STEP_TIME]:.1f} s")
         if self._bar is not None:
             self._bar.set_postfix(values, refresh=False)
             self._bar.update()
@@ -95,7 +96,7 @@ class Console:
 
     def _completion(self, step: int, row: Mapping[str, Any]) -> None:
         shown = {"accuracy": ("accuracy", ".2f"), "format": ("format", ".0f")}
-        shown |= {key: (key, ".2f") for key in row if key.startswith("reward/")}
+        shown |= {key: (key, ".2f") for key in row if m.OWN_REWARD.match(key)}
         shown["answer_likelihood"] = ("p", ".2f")
         parts = [
             f"{name} {row[key]:{form}}"
@@ -124,7 +125,7 @@ class Console:
         text = (
             f"step {step}: log-probabilities of rollout and training differ by {difference:.4f} on "
             f"average, more than rollout.max_logprob_difference={bound:g} (told every {again} "
-            "such steps; metric rollout/logprob_difference)"
+            f"such steps; metric {m.ROLLOUT_DIFFERENCE})"
         )
         self._print(plain(text, style="yellow"))
 
@@ -133,7 +134,7 @@ class Console:
         text = (
             "rollout.asynchronous: completions come from the weights before the last update, and "
             "nothing corrects for it; rollout.importance_sampling.enabled=true (with "
-            "rollout.temperature=1) weights their tokens (metric rollout/staleness)"
+            f"rollout.temperature=1) weights their tokens (metric {m.STALENESS})"
         )
         self._print(plain(text, style="yellow"))
 
@@ -143,7 +144,7 @@ class Console:
             f"step {step}: in the last {steps} steps the bonus told accurate completions apart in "
             f"{rate:.0%} of the groups. Either their reasoning supports the answer by now, or the "
             "reference is as sure of an answer whatever the reasoning says: a validation's "
-            "consistency rate and forced-reasoning probe tell which (metric care/selection_rate; "
+            f"consistency rate and forced-reasoning probe tell which (metric {m.SELECTION_RATE}; "
             f"told every {again} such steps)"
         )
         self._print(plain(text, style="yellow"))
@@ -159,7 +160,7 @@ class Console:
             "was learnt. Look at the completions in the run's rollouts/: can their answers match "
             "the solutions, and are the questions neither too easy nor too hard? A higher "
             "rollout.temperature or algorithm.group_size makes completions differ more (metric "
-            f"rollout/groups_without_signal; repeated every {again} such steps)"
+            f"{m.WITHOUT_SIGNAL}; repeated every {again} such steps)"
         )
         self._print(plain(text, style="yellow"))
 

@@ -9,32 +9,20 @@ that are all right may still be told apart by their consistency bonus. What is k
 order of the training stream alone, so every parallel layout trains on the same groups.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 
-from nemo_care.groups.group import Group
+from nemo_care.groups.group import Group, known
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.schema import Recipe
+from nemo_care.runs import metrics as m
 from nemo_care.training.finite import reference_is_finite, rollout_is_finite
-
-
-@dataclass
-class Sampled:
-    """What a step has sampled.
-
-    `groups` are all that this replica sampled; `trained`, as many on each replica, are those that
-    it trains on, of which another replica may have sampled some. Both are in the stream's order.
-    `metrics` are equal on all ranks.
-    """
-
-    groups: list[Group]
-    trained: list[Group]
-    metrics: dict[str, float | None] = field(default_factory=dict)
+from nemo_care.training.step import Step
 
 
 class _Worth(IntEnum):
@@ -64,37 +52,38 @@ class DynamicSampling:
         self.all_tokens = recipe.algorithm.kl_coefficient > 0
         self.ranks = ranks
 
-    def __call__(self, sample: Callable[[], list[Group]]) -> Sampled:
-        """Call `sample` for a round's groups, with their advantages, until there are enough.
+    def rounds(self, step: Step, sample: Callable[[Step], list[Group]]) -> Iterator[list[Group]]:
+        """Each round's groups, which get their advantages before the next one, until enough are.
 
-        Collective over all ranks, which go through the same number of rounds.
+        Then the step has its `groups`, those of them that are `trained`, and metrics. Collective
+        over all ranks, which go through the same number of rounds.
         """
         if not self.config.enabled:
-            groups = sample()
-            return Sampled(groups, groups)
+            step.groups = step.trained = sample(step)
+            yield step.groups
+            return
         mine: dict[int, Group] = {}
-        known: list[_Candidate] = []
+        candidates: list[_Candidate] = []
         chosen: list[_Candidate] = []
         rounds = 0
         while rounds < self.config.max_rounds:
             rounds += 1
-            new = sample()
+            new = sample(step)
+            yield new
             mine |= {group.prompt.index: group for group in new}
-            known += self._candidates(new)
-            chosen = sorted(known)[: self.wanted]
+            candidates += self._candidates(new)
+            chosen = sorted(candidates)[: self.wanted]
             _mark(mine.values(), chosen)
             # A step that is left out needs no further groups.
             if chosen[0].worth is _Worth.NOT_FINITE or chosen[-1].worth is _Worth.SIGNAL:
                 break
-        return Sampled(
-            list(mine.values()),
-            self._dealt(chosen, mine),
-            {
-                "rollout/rounds": rounds,
-                "rollout/groups_sampled": len(known),
-                "rollout/groups_set_aside": len(known) - len(chosen),
-            },
-        )
+        step.groups = list(mine.values())
+        step.trained = self._dealt(chosen, mine)
+        step.metrics |= {
+            m.ROUNDS: rounds,
+            m.GROUPS_SAMPLED: len(candidates),
+            m.SET_ASIDE: len(candidates) - len(chosen),
+        }
 
     def _candidates(self, groups: Sequence[Group]) -> list[_Candidate]:
         """This round's groups of all replicas."""
@@ -113,7 +102,7 @@ class DynamicSampling:
         scored = reference_is_finite([group], all_tokens=self.all_tokens)
         if not (rollout_is_finite([group]) and scored):
             return _Worth.NOT_FINITE
-        return _Worth.SIGNAL if bool((group.advantage != 0).any()) else _Worth.NO_SIGNAL
+        return _Worth.SIGNAL if bool((known(group.advantage) != 0).any()) else _Worth.NO_SIGNAL
 
     def _dealt(self, chosen: Sequence[_Candidate], mine: Mapping[int, Group]) -> list[Group]:
         """This replica's share of the chosen groups; what a replica has too many goes to others.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing import ShardedTensor
-from transformers import Qwen2_5_VLConfig
 
 from nemo_care.checkpoints.pickles import read_common
 from nemo_care.checkpoints.store import (
@@ -21,10 +20,12 @@ from nemo_care.checkpoints.store import (
 )
 from nemo_care.errors import DamagedCheckpoint, InputError
 from nemo_care.models.ema import WeightAverage
-from nemo_care.models.hf_config import architecture, read_hf_config
+from nemo_care.models.families import read_family
+from nemo_care.models.family import Family
 from nemo_care.models.hf_tensors import check_weights
-from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.models.weights import load_hf_weights
+from nemo_care.recipe.evaluation import judged_by
 from nemo_care.recipe.schema import Recipe
 from nemo_care.scoring.reference import PREFIX as REFERENCE
 from nemo_care.training.policy import PREFIX as POLICY
@@ -91,16 +92,16 @@ class ModelSource:
             raise InputError(f"{key}: {error}, or a Hugging Face directory") from error
         return cls(key, checkpoint, is_checkpoint=True, is_reference=is_reference)
 
-    def check(self, hf: Qwen2_5_VLConfig) -> None:
-        """Refuse what can't be loaded into a model of this configuration, as far as files tell.
+    def check(self, family: Family) -> None:
+        """Refuse what can't be loaded into a model of this family and size, as far as files tell.
 
         Raises:
             InputError: another architecture, unreadable weights, a damaged checkpoint, or a run
                 without a reference.
         """
         if not self.is_checkpoint:
-            other = read_hf_config(self.folder, key=self.key)
-            self._compare(architecture(other), hf)
+            other = read_family(self.folder, key=self.key)
+            self._compare(other.signature(), family)
             check_weights(self.folder, key=self.key)
             return
         with self._told_damaged():
@@ -109,19 +110,19 @@ class ModelSource:
             stored = read_common(self.folder).get("trainer", {})
         # Older checkpoints do not say it; loading compares shapes.
         if "architecture" in stored:
-            self._compare(stored["architecture"], hf)
+            self._compare(stored["architecture"], family)
         if self.is_reference and not any(name.startswith(REFERENCE) for name in names):
             raise InputError(
                 f"{self.key}={self.folder}: that run had no reference (neither a bonus nor a KL "
                 "term); name another run, or a Hugging Face directory"
             )
 
-    def _compare(self, theirs: dict[str, Any], hf: Qwen2_5_VLConfig) -> None:
-        for name, ours in architecture(hf).items():
+    def _compare(self, theirs: dict[str, Any], family: Family) -> None:
+        for name, ours in family.signature().items():
             if name in theirs and theirs[name] != ours:
                 raise self._misfit(f"its {name} is {theirs[name]}, the model's is {ours}")
 
-    def load(self, model: Qwen25VL) -> None:
+    def load(self, model: VideoLanguageModel) -> None:
         """Fill this rank's parameters; all ranks call it.
 
         Raises:
@@ -209,7 +210,7 @@ def judging_model(recipe: Recipe) -> ModelSource | None:
     Raises:
         InputError: evaluation.reference names none.
     """
-    if recipe.evaluation.judge != "likelihood":
+    if not judged_by(recipe.evaluation, "likelihood"):
         return None
     given = recipe.evaluation.reference
     return ModelSource.find(

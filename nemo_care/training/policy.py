@@ -1,7 +1,6 @@
 """The policy: the model that is trained, with its optimizer."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,51 +16,33 @@ from nemo_care.megatron.optimizer import (
 )
 from nemo_care.megatron.optimizer_offload import OptimizerState
 from nemo_care.models.pipeline import forward_backward
-from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.objective.importance import ImportanceWeights, importance_weights
 from nemo_care.objective.losses import LOSSES, PolicyLossInputs, policy_loss
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.schema import Recipe
+from nemo_care.runs import metrics as m
+from nemo_care.runs.metric import Metric
 from nemo_care.training.finite import KINDS, NotFinite, reference_is_finite, rollout_is_finite
+from nemo_care.training.step import Step
+from nemo_care.training.update_metrics import Result, UpdateMetrics
 
 PREFIX = "policy."
-
-# Of each micro-batch: totals, which add up over micro-batches and replicas, and maxima.
-_TOTALS = (
-    "loss",
-    "kl",
-    "clipped",
-    "rollout_difference",
-    "tokens",
-    "reference_difference",
-    "scored_tokens",
-    "importance",
-    "truncated",
-)
-_MAXIMA = ("rollout_difference", "log_importance")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What the last pipeline stage keeps of a micro-batch.
-
-    Scalars by name, those of `_TOTALS` and of `_MAXIMA`; `log_probs` [N, C] under the policy.
-    """
-
-    totals: Mapping[str, torch.Tensor]
-    maxima: Mapping[str, torch.Tensor]
-    log_probs: torch.Tensor
 
 
 class Policy:
     """pi_theta of the paper, and its updates."""
 
-    def __init__(self, model: Qwen25VL, recipe: Recipe, ranks: Ranks, layout: BatchLayout) -> None:
+    def __init__(
+        self, model: VideoLanguageModel, recipe: Recipe, ranks: Ranks, layout: BatchLayout
+    ) -> None:
         """`model` holds the weights to start from."""
         self.model = model
         self.algorithm = recipe.algorithm
         self.loss = LOSSES[recipe.algorithm.loss]
         self.importance = recipe.rollout.importance_sampling
+        self.masks_truncated = recipe.rollout.truncated == "mask"
+        self.longest = recipe.rollout.max_completion_tokens
         self.ranks = ranks
         self.layout = layout
         if recipe.model.freeze_vision and ranks.is_first_stage:
@@ -70,8 +51,7 @@ class Policy:
             model, overlap_grad_reduce=recipe.optimizer.overlap_grad_reduce
         )
         self.gradients = GradientWatch(self.wrapped)
-        # What the last `update` left a step out for.
-        self.not_finite: NotFinite | None = None
+        self.metrics = UpdateMetrics(recipe, ranks)
         self.optimizer = build_optimizer(recipe.optimizer, self.wrapped)
         self.optimizer_state = OptimizerState(self.optimizer, offload=recipe.optimizer.offload)
         self.scheduler = build_scheduler(
@@ -85,70 +65,70 @@ class Policy:
         """Optimizer steps so far."""
         return self.scheduler.num_steps
 
-    def update(
-        self, groups: Sequence[Group], after_step: Callable[[], None] = lambda: None
-    ) -> dict[str, float | None]:
-        """Optimizer steps on these groups (algorithm step 7); the metrics of the last one.
+    def update(self, step: Step, after_step: Callable[[Step], None] = lambda step: None) -> None:
+        """Optimizer steps on the groups to be trained (algorithm step 7); sets the step's metrics.
 
         With several updates per rollout, the log-probabilities before the first one are the old
-        ones of the clipped surrogate. `after_step` is called after each. Metrics are equal on all
-        ranks.
+        ones of the clipped surrogate. `after_step` is called after each.
 
         Where anything is not finite on any rank, no rank steps: weights, optimizer and schedule
-        stay as they are, `not_finite` says what it was, and these groups are left.
+        stay as they are, `step.not_finite` says what it was, and these groups are left.
         """
-        batches = self.layout.batches(groups)
+        step.optimizer_steps, step.not_finite = self.optimizer_steps, None
+        batches = self.layout.batches(step.trained)
         count = self.loss_count(batches)
         old_log_probs: list[torch.Tensor] = []
-        metrics: dict[str, float | None] = {}
-        self.not_finite = None
         for number in range(self.algorithm.updates_per_rollout):
-            step_metrics, log_probs = self._step(groups, batches, count, old_log_probs, number)
+            results = self.forward_backward(batches, count, old_log_probs)
+            metrics = self.metrics.reduce(results, count)
+            step.not_finite = self._step(step.trained, batches, results, number, metrics)
+            # Comparisons with rollout and reference only mean something before any update.
+            step.metrics |= {
+                metric: value
+                for metric, value in metrics.items()
+                if number == 0 or metric.section == m.LOSS.section
+            }
             if number == 0:
-                old_log_probs = log_probs
-                metrics = step_metrics
-            else:
-                # Comparisons with rollout and reference only mean something before any update.
-                metrics.update({k: v for k, v in step_metrics.items() if k.startswith("train/")})
-            if self.not_finite is not None:
+                old_log_probs = [result.log_probs for result in results]
+            if step.not_finite is not None:
                 break
-            after_step()
-        return metrics
+            after_step(step)
 
     def _step(
         self,
         groups: Sequence[Group],
         batches: Sequence[GroupBatch],
-        count: torch.Tensor,
-        old_log_probs: Sequence[torch.Tensor],
+        results: Sequence[Result],
         number: int,
-    ) -> tuple[dict[str, float | None], list[torch.Tensor]]:
-        """One optimizer step; metrics, and each micro-batch's log-probs [N, C] (last stage)."""
-        results = self.forward_backward(batches, count, old_log_probs)
-        log_probs = [result.log_probs for result in results]
-        metrics = self._reduce(results, count)
+        metrics: dict[Metric, float | None],
+    ) -> NotFinite | None:
+        """Let the optimizer step, and add to the metrics; returns why the step was left out.
+
+        `number` is that of the update among those of the same rollouts.
+        """
+        metrics |= {m.GRAD_NORM: None, m.LEARNING_RATE: None}
         first = self._first_not_finite(groups, results)
         if not first:
             self.scheduler.step(1)
-            stepped, grad_norm = self.step_optimizer()
-            metrics["train/grad_norm"] = grad_norm
-            metrics["train/lr"] = float(self.optimizer.param_groups[0]["lr"])
+            stepped, metrics[m.GRAD_NORM] = self.step_optimizer()
+            metrics[m.LEARNING_RATE] = float(self.optimizer.param_groups[0]["lr"])
             if stepped:
-                return metrics, log_probs
+                return None
             self.scheduler.step(-1)
             # Its elements are finite on all ranks, so none was the first.
             first = {"gradient": None}
-        else:
-            metrics |= {"train/grad_norm": None, "train/lr": None}
-        vectors = [batch.unpadded(v) for batch, v in zip(batches, log_probs, strict=False)]
-        self.not_finite = NotFinite(
+        vectors = [
+            batch.unpadded(result.log_probs)
+            for batch, result in zip(batches, results, strict=False)
+        ]
+        not_finite = NotFinite(
             first,
             number,
             self.gradients.parameters_not_finite() if not bool(self.gradients.finite) else [],
             [of_group for of_batch in vectors for of_group in of_batch],
         )
         self.clear_gradients()
-        return metrics, log_probs
+        return not_finite
 
     def step_optimizer(self) -> tuple[bool, float]:
         """Whether the optimizer stepped (see `build_optimizer`), and the norm of the gradient."""
@@ -175,7 +155,7 @@ class Policy:
         if results:
             # With old ones, a log-probability of minus infinity hides behind a ratio of 0.
             parts = [
-                result.totals["loss"].isfinite() & result.log_probs.isfinite().all()
+                result.values[m.LOSS].isfinite() & result.log_probs.isfinite().all()
                 for result in results
             ]
             loss = torch.stack(parts).all()
@@ -197,8 +177,15 @@ class Policy:
         share of the step's loss. Collective over the replicas.
         """
         device = next(self.model.parameters()).device
-        counts = [self.loss.mean.count(batch.mask).float() for batch in batches]
-        return self.ranks.sum_over_data(torch.stack(counts).sum().to(device))
+        masks = [self._loss_mask(batch) for batch in batches]
+        counts = [self.loss.mean.count(mask, self.longest).float() for mask in masks]
+        count = self.ranks.sum_over_data(torch.stack(counts).sum().to(device))
+        # Where all completions of a step are masked, loss and gradient are 0, not 0 / 0.
+        return count.clamp(min=1)
+
+    def _loss_mask(self, batch: GroupBatch) -> torch.Tensor:
+        """Tokens that the loss averages over, bool [N, C]: all, or those of ended completions."""
+        return batch.mask & batch.ended()[:, None] if self.masks_truncated else batch.mask
 
     def forward_backward(
         self,
@@ -222,7 +209,7 @@ class Policy:
                 PolicyLossInputs(
                     log_probs=log_probs,
                     advantages=batch.advantages(),
-                    mask=batch.mask,
+                    mask=self._loss_mask(batch),
                     old_log_probs=old,
                     reference_log_probs=reference if self.algorithm.kl_coefficient else None,
                     token_weights=importance.weights if importance else None,
@@ -232,28 +219,19 @@ class Policy:
                 clip_high=self.algorithm.clip_high,
                 kl_coefficient=self.algorithm.kl_coefficient,
             )
-            difference = torch.where(batch.mask, (rollout - log_probs.detach()).abs(), 0.0)
-            from_reference = torch.where(asked, (reference - log_probs.detach()).abs(), 0.0)
-            nothing = torch.zeros_like(loss.kl_sum)
-            totals = {
-                "loss": loss.loss_sum.detach(),
-                "kl": loss.kl_sum,
-                "clipped": loss.clipped_sum,
-                "rollout_difference": difference.sum(),
-                "tokens": batch.mask.sum(),
-                "reference_difference": from_reference.sum(),
-                "scored_tokens": asked.sum(),
-                "importance": importance.weights.sum() if importance else nothing,
-                "truncated": importance.truncated.sum() if importance else nothing,
-            }
-            maxima = {
-                "rollout_difference": difference.max(),
-                "log_importance": importance.log_ratio.max() if importance else nothing,
-            }
             # Megatron averages gradients over the data-parallel ranks; this step's loss is a mean
             # over all of them.
             share = loss.loss_sum * self.ranks.data_size / count
-            return share, Result(totals, maxima, log_probs.detach())
+            result = self.metrics.of_batch(
+                loss=loss,
+                log_probs=log_probs,
+                mask=batch.mask,
+                rollout=rollout,
+                reference=reference,
+                asked=asked,
+                importance=importance,
+            )
+            return share, result
 
         self.wrapped.train()
         self.clear_gradients()
@@ -277,36 +255,6 @@ class Policy:
         if not self.importance.enabled:
             return None
         return importance_weights(log_probs, rollout, batch.mask, cap=self.importance.cap)
-
-    def _reduce(self, results: Sequence[Result], count: torch.Tensor) -> dict[str, float | None]:
-        """The step's metrics from the micro-batches of all replicas."""
-        device = next(self.model.parameters()).device
-        sums = torch.zeros(len(_TOTALS), device=device)
-        largest = torch.zeros(len(_MAXIMA), device=device)
-        if results:
-            rows = [torch.stack([result.totals[name] for name in _TOTALS]) for result in results]
-            sums = torch.stack(rows).sum(0)
-            rows = [torch.stack([result.maxima[name] for name in _MAXIMA]) for result in results]
-            largest = torch.stack(rows).amax(0)
-        self.ranks.broadcast_from_last_stage(sums)
-        self.ranks.broadcast_from_last_stage(largest)
-        total = dict(zip(_TOTALS, self.ranks.sum_over_data(sums).tolist(), strict=True))
-        most = dict(zip(_MAXIMA, self.ranks.max_over_data(largest), strict=True))
-        loss_count = float(count)
-        tokens, scored = total["tokens"], total["scored_tokens"]
-        metrics = {
-            "train/loss": total["loss"] / loss_count,
-            "train/kl": total["kl"] / loss_count if self.algorithm.kl_coefficient else None,
-            "train/clipped_fraction": total["clipped"] / loss_count,
-            "care/logprob_difference": total["reference_difference"] / scored if scored else None,
-            "rollout/logprob_difference": total["rollout_difference"] / tokens,
-            "rollout/logprob_difference_max": float(most["rollout_difference"]),
-        }
-        if self.importance.enabled:
-            metrics["rollout/importance_mean"] = total["importance"] / tokens
-            metrics["rollout/importance_max"] = float(most["log_importance"].exp())
-            metrics["rollout/importance_truncated"] = total["truncated"] / tokens
-        return metrics
 
     def sharded_state_dict(self, metadata: dict[str, Any], is_loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as Megatron sharded tensors; the schedule's step count."""

@@ -7,19 +7,17 @@ from typing import Any
 import torch
 
 from nemo_care.evaluation.judges import rule_verdict
-from nemo_care.groups.group import Group
-from nemo_care.objective.statistics import mean_of_known
+from nemo_care.groups.group import Group, known
+from nemo_care.runs import metrics as m
+from nemo_care.runs.metric import Metric
 from nemo_care.scoring.reward_functions import OURS
 
 Row = dict[str, Any]
 
 
-_CUSTOM = "reward/"
-
-
 def _number(values: torch.Tensor | None, place: int) -> float | None:
     """A JSON number; None for NaN (no answer) and where the value was never set."""
-    if values is None or not len(values):
+    if values is None:
         return None
     value = float(values[place])
     return None if math.isnan(value) else value
@@ -47,10 +45,10 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
             if judge == "rule"
             else None,
             # Ours have columns of their own, whether the recipe uses them or not.
-            **{name: _number(group.rewards.get(name), place) for name in OURS},
+            **{name: _number(known(group.rewards).get(name), place) for name in OURS},
             **{
-                _CUSTOM + name: _number(values, place)
-                for name, values in group.rewards.items()
+                m.OWN_REWARD.of(name): _number(values, place)
+                for name, values in known(group.rewards).items()
                 if name not in OURS
             },
             "answer_likelihood": _number(group.answer_likelihood, place),
@@ -64,51 +62,39 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
     ]
 
 
-def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[str, float | None]:
-    """Metrics of a step's completions, trained on or not (None where nothing has a value).
-
-    `reward/NAME` is the unweighted mean of a reward, `reward/total` the mean of the weighted sum
-    and the bonus. Rates and rewards are means over completions, `groups_*` count groups,
-    `prompt_tokens` and `completion_tokens` are mean lengths. A missing answer is none that is
-    well-formed, or an empty one; an unscored answer is there, but its tokens were not found.
-    """
+def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[Metric, float | None]:
+    """Metrics of a step's completions, trained on or not (None where nothing has a value)."""
     groups: dict[int, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["prompt_index"], []).append(row)
     # Likelihoods are clipped in float32.
     clip = float(torch.tensor(likelihood_clip))
     likelihoods = [row["answer_likelihood"] for row in rows]
-    return {
-        "reward/accuracy": mean_of_known([row["accuracy"] for row in rows]),
-        "reward/format": mean_of_known([row["format"] for row in rows]),
-        **{
-            key: mean_of_known([row[key] for row in rows])
-            for key in (rows[0] if rows else ())
-            if key.startswith(_CUSTOM)
-        },
-        "reward/total": mean_of_known([row["reward"] for row in rows]),
-        "care/answer_likelihood": mean_of_known(likelihoods),
-        "care/bonus_rate": mean_of_known([row["bonus"] > 0 for row in rows]),
-        "care/clipped_rate": mean_of_known([p >= clip for p in likelihoods if p is not None]),
-        "care/missing_answer_rate": mean_of_known([not row["has_answer"] for row in rows]),
-        "care/unscored_answer_rate": mean_of_known([row["unscored"] for row in rows]),
-        "rollout/consistency_rate": mean_of_known(
-            [row["consistent"] for row in rows if row["format"] == 1]
-        ),
-        "rollout/prompt_tokens": mean_of_known([row["prompt_tokens"] for row in rows]),
-        "rollout/completion_tokens": mean_of_known([row["tokens"] for row in rows]),
-        "rollout/ended_rate": mean_of_known([row["ended"] for row in rows]),
-        "rollout/groups_all_right": _groups_of_accuracy(groups.values(), 1),
-        "rollout/groups_all_wrong": _groups_of_accuracy(groups.values(), 0),
-        "rollout/groups_without_signal": sum(
+    own = filter(None, map(m.OWN_REWARD.match, rows[0] if rows else ()))
+    values: dict[Metric, Iterable[float | bool | None]] = {
+        m.ACCURACY: (row["accuracy"] for row in rows),
+        m.FORMAT: (row["format"] for row in rows),
+        m.TOTAL_REWARD: (row["reward"] for row in rows),
+        m.ANSWER_LIKELIHOOD: likelihoods,
+        m.BONUS_RATE: (row["bonus"] > 0 for row in rows),
+        m.CLIPPED_RATE: (p >= clip for p in likelihoods if p is not None),
+        m.MISSING_ANSWERS: (not row["has_answer"] for row in rows),
+        m.UNSCORED_ANSWERS: (row["unscored"] for row in rows),
+        m.CONSISTENCY: (row["consistent"] for row in rows if row["format"] == 1),
+        m.PROMPT_TOKENS: (row["prompt_tokens"] for row in rows),
+        m.COMPLETION_TOKENS: (row["tokens"] for row in rows),
+        m.ENDED: (row["ended"] for row in rows),
+        m.ALL_RIGHT: (_all_have_accuracy(group, 1) for group in groups.values()),
+        m.ALL_WRONG: (_all_have_accuracy(group, 0) for group in groups.values()),
+        m.WITHOUT_SIGNAL: (
             all(row["advantage"] == 0 for row in group) for group in groups.values()
         ),
     }
+    values |= {metric: [row[metric] for row in rows] for metric in own}
+    return {metric: metric.reduce(of_metric) for metric, of_metric in values.items()}
 
 
-def _groups_of_accuracy(groups: Iterable[list[Row]], accuracy: int) -> int | None:
-    """Groups whose completions all have that accuracy; None where it is not among the rewards."""
-    values = [[row["accuracy"] for row in group] for group in groups]
-    if any(None in group for group in values):
-        return None
-    return sum(set(group) == {accuracy} for group in values)
+def _all_have_accuracy(group: Sequence[Row], accuracy: int) -> bool | None:
+    """Whether all completions have that accuracy; None where it is not among the rewards."""
+    values = {row["accuracy"] for row in group}
+    return None if None in values else values == {accuracy}

@@ -11,7 +11,6 @@ Prompts come in the order of the training stream, as without the switch.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +20,12 @@ from nemo_care.data.stream import PromptStream, TooManySkipped
 from nemo_care.groups.group import Group
 from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.generator import BackgroundGenerator, Generator, Sampling
+from nemo_care.runs import metrics as m
 from nemo_care.training.console import Console
+from nemo_care.training.step import Step
 
 # Tells training's random numbers from those of validation.
 _SEED_DOMAIN = 0
-
-Phase = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass
@@ -72,21 +71,13 @@ class Rollouts:
             max_tokens=recipe.rollout.max_completion_tokens,
             seed=(recipe.trainer.seed, _SEED_DOMAIN),
         )
-        # Optimizer steps that lie between the weights that sampled the oldest of this step's rounds
-        # and those that its update starts from.
-        self.staleness = 0
         self._ahead: _Round | None = None
         self._told = False
 
-    def begin_step(self) -> None:
-        """The rounds from here on are another step's."""
-        self.staleness = 0
+    def __call__(self, step: Step) -> list[Group]:
+        """The next prompts' groups; the step notes samples that were skipped, times and staleness.
 
-    def next(self, phase: Phase, *, last: bool) -> tuple[list[Group], list[Skipped]]:
-        """The next prompts' groups, and the samples that were skipped on the way to them.
-
-        Collective over all ranks. `phase` times what this rank waits for; `last`: no step comes
-        behind this one, so nothing is begun ahead of it.
+        Collective over all ranks.
 
         Raises:
             TooManySkipped: more of a data set than data.max_skipped_fraction can't be used. It is
@@ -95,19 +86,21 @@ class Rollouts:
             RunFailed: the generator has failed, on all ranks.
         """
         if not self.asynchronous:
-            with phase("data"):
+            with step.timed(m.DATA_TIME):
                 prompts, skipped = self.prompts.next_step()
-            with phase("rollout"):
-                return self.generate(prompts), skipped
-        current = self._ahead or self._begin(phase)
+            step.skipped += skipped
+            with step.timed(m.ROLLOUT_TIME):
+                return self.generate(prompts)
+        current = self._ahead or self._begin(step)
         self._ahead = None
-        with phase("rollout"):
+        with step.timed(m.ROLLOUT_TIME):
             groups = self._collected(current)
-        self.staleness = max(self.staleness, self.version() - current.version)
-        if not last:
+        step.skipped += current.skipped
+        step.of_round(m.STALENESS, self.version() - current.version)
+        if not step.is_last:
             self._tell_once()
-            self._ahead = self._begin(phase)
-        return groups, list(current.skipped)
+            self._ahead = self._begin(step)
+        return groups
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Group]:
         """G completions of each prompt, sampled now."""
@@ -131,21 +124,16 @@ class Rollouts:
         """
         return self.prompts.position if self._ahead is None else self._ahead.position
 
-    @property
-    def metrics(self) -> dict[str, float | None]:
-        """Of the step so far."""
-        return {"rollout/staleness": self.staleness} if self.asynchronous else {}
-
-    def _begin(self, phase: Phase) -> _Round:
+    def _begin(self, step: Step) -> _Round:
         """Draw prompts and let the engines begin, with the weights as they are now."""
         begun = _Round(self.prompts.position, self.version())
         try:
-            with phase("data"):
+            with step.timed(m.DATA_TIME):
                 prompts, begun.skipped = self.prompts.next_step()
         except TooManySkipped as error:
             begun.too_many = error
             return begun
-        with phase("rollout"):
+        with step.timed(m.ROLLOUT_TIME):
             begun.begun = self._background.submit(prompts, self.sampling)
         return begun
 

@@ -12,8 +12,11 @@ from nemo_care.groups.files import StoredGroup, write_groups
 from nemo_care.groups.group import Completion, Group
 from nemo_care.objective.bonuses import BONUSES
 from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.evaluation import judged_by
 from nemo_care.recipe.schema import Recipe
+from nemo_care.runs import metrics as m
 from nemo_care.runs.files import RunFiles
+from nemo_care.runs.metric import Metric
 from nemo_care.training.console import Console
 from nemo_care.training.finite import (
     NAMES,
@@ -22,8 +25,7 @@ from nemo_care.training.finite import (
     asked_of_reference,
 )
 from nemo_care.training.records import Row
-
-Metrics = Mapping[str, float | None]
+from nemo_care.training.step import Step
 
 # A difference that stays too large, or a bonus that stays idle, is told again after so many steps.
 _TELL_AGAIN = 50
@@ -51,8 +53,9 @@ class StepWatch:
         files: RunFiles,
         console: Console,
         tokenizer: ChatTokenizer,
+        bad_steps: BadSteps,
     ) -> None:
-        """Nothing has been bad yet."""
+        """`bad_steps` is what it counts in."""
         self.recipe = recipe
         self.ranks = ranks
         self.files = files
@@ -60,39 +63,26 @@ class StepWatch:
         self.tokenizer = tokenizer
         self._answers_seen = False
         self._silent_steps = 0
-        self.bad_steps = BadSteps()
+        self.bad_steps = bad_steps
         self._differences = 0
         self._selection_rates: deque[float] = deque(maxlen=_IDLE_STEPS)
         self._idle_steps = 0
 
-    def after_update(
-        self,
-        step: int,
-        groups: Sequence[Group],
-        not_finite: NotFinite | None,
-        *,
-        optimizer_steps: int,
-    ) -> dict[str, float | None]:
-        """Count the step, store its inputs where it was left out; two metrics. Collective.
+    def after_update(self, step: Step) -> None:
+        """Count the step, store its inputs where it was left out; two metrics. Collective."""
+        self.bad_steps.note(step.number, bad=step.not_finite is not None)
+        if step.not_finite is not None:
+            self._store(step, step.not_finite)
+        step.metrics[m.BAD_STEP] = int(step.not_finite is not None)
+        step.metrics[m.BAD_STEPS] = self.bad_steps.total
 
-        `optimizer_steps` is how many there had been before this step.
-        """
-        self.bad_steps.note(step, bad=not_finite is not None)
-        if not_finite is not None:
-            self._store(step, groups, not_finite, optimizer_steps)
-        return {
-            "train/bad_step": int(not_finite is not None),
-            "train/bad_steps": self.bad_steps.total,
-        }
-
-    def _store(
-        self, step: int, groups: Sequence[Group], bad: NotFinite, optimizer_steps: int
-    ) -> None:
+    def _store(self, step: Step, bad: NotFinite) -> None:
         """Write the groups of all replicas, and what was not finite where."""
         stored: list[StoredGroup] = []
         if self.ranks.is_loss_leader:
             stored = [
-                self._marked(group, own) for group, own in zip(groups, bad.log_probs, strict=True)
+                self._marked(group, own)
+                for group, own in zip(step.trained, bad.log_probs, strict=True)
             ]
         rank = {
             "rank": self.ranks.rank,
@@ -102,14 +92,13 @@ class StepWatch:
         }
         everyone = self.ranks.gather_on_rank_zero((rank, stored))
         # Where rank 0 can't write, all ranks have to stop.
-        self.ranks.from_rank_zero(lambda: self._write(step, everyone, bad, optimizer_steps))
+        self.ranks.from_rank_zero(lambda: self._write(step, bad, everyone))
 
     def _write(
         self,
-        step: int,
-        everyone: Sequence[tuple[dict[str, Any], list[StoredGroup]]],
+        step: Step,
         bad: NotFinite,
-        optimizer_steps: int,
+        everyone: Sequence[tuple[dict[str, Any], list[StoredGroup]]],
     ) -> None:
         """On rank 0: into the run directory and on the console."""
         replicas = [of_rank["replica"] for of_rank, _ in everyone]
@@ -122,19 +111,20 @@ class StepWatch:
             for kind, first in bad.first.items()
         ]
         about = {
-            "step": step,
+            "step": step.number,
             "update": bad.update,
-            "optimizer_steps": optimizer_steps + bad.update,
+            "optimizer_steps": step.optimizer_steps + bad.update,
             "not_finite": not_finite,
             "gradients": [
                 of_rank for of_rank, _ in everyone if of_rank["parameters_not_finite"] > 0
             ],
         }
         parts = [group for _, of_rank in everyone for group in of_rank]
-        file = self.files.bad_step(step)
-        with self.files.writing(f"the inputs of step {step}, which was left out,"):
+        file = self.files.bad_step(step.number)
+        with self.files.writing(f"the inputs of step {step.number}, which was left out,"):
             write_groups(file, sorted(parts, key=lambda group: group.prompt_index), about)
-        self.console.bad_step(step, why(not_finite), len(self.bad_steps.in_a_row), file)
+        in_a_row = len(self.bad_steps.in_a_row)
+        self.console.bad_step(step.number, why(not_finite), in_a_row, file)
 
     def _marked(self, group: Group, log_probs: Sequence[torch.Tensor]) -> StoredGroup:
         """The group, with what is not finite of each completion."""
@@ -172,32 +162,28 @@ class StepWatch:
             "checkpoint (remove newer ones)"
         )
 
-    @property
-    def in_bad_steps(self) -> bool:
-        """Whether the last step was left out: its weights may be at fault."""
-        return bool(self.bad_steps.in_a_row)
-
-    def check_differences(
-        self, step: int, metrics: Metrics, *, untouched: bool, stale: bool = False
-    ) -> None:
+    def check_differences(self, step: Step) -> None:
         """Compare rollout, scoring and update on the same tokens, all before this step's update.
 
-        `untouched`: no update has ever been made, so all three ran the same weights. `stale`: the
-        rollout ran those from before another update, which makes a difference of its own.
+        Before any update of the run all three ran the same weights. Later the rollout may have run
+        those from before another update, which makes a difference of its own. In a bad step there
+        is something to compare once its first update was made.
 
         Raises:
             RunFailed: they differ by more than the bounds while the policy is untouched.
         """
-        if untouched:
-            self._check_first_step(metrics)
+        if step.not_finite is not None and step.not_finite.update == 0:
             return
-        if stale:
+        if step.optimizer_steps == 0:
+            self._check_first_step(step.metrics)
+            return
+        if step.metrics.get(m.STALENESS):
             return
         bound = self.recipe.rollout.max_logprob_difference
-        difference = metrics["rollout/logprob_difference"]
+        difference = step.metrics[m.ROLLOUT_DIFFERENCE]
         if difference is not None and difference > bound:
             if self._differences % _TELL_AGAIN == 0:
-                self.console.difference(step, difference, bound, again=_TELL_AGAIN)
+                self.console.difference(step.number, difference, bound, again=_TELL_AGAIN)
             self._differences += 1
 
     def check_selection(self, step: int, rate: float | None) -> None:
@@ -224,8 +210,8 @@ class StepWatch:
         Raises:
             RunFailed: the tokens of more than 5% of the answers, over all replicas, were not found.
         """
-        algorithm, judge = self.recipe.algorithm, self.recipe.evaluation.judge
-        is_wanted = algorithm.consistency.bonus_coefficient > 0 or judge == "likelihood"
+        has_bonus = self.recipe.algorithm.consistency.bonus_coefficient > 0
+        is_wanted = has_bonus or judged_by(self.recipe.evaluation, "likelihood")
         if self._answers_seen or not is_wanted:
             return
         answered = [c for group in groups for c in group.completions if c.has_answer]
@@ -263,18 +249,18 @@ class StepWatch:
         if self._silent_steps % _TELL_AGAIN == _SILENT_STEPS:
             self.console.no_signal(step, rows, self._silent_steps, again=_TELL_AGAIN)
 
-    def _check_first_step(self, metrics: Metrics) -> None:
+    def _check_first_step(self, metrics: Mapping[Metric, float | None]) -> None:
         bounds = [
             (
                 "rollout and training",
-                metrics["rollout/logprob_difference"],
+                metrics[m.ROLLOUT_DIFFERENCE],
                 "rollout.max_logprob_difference",
                 self.recipe.rollout.max_logprob_difference,
             ),
             # The reference starts as the policy. No value: no completion has an answer.
             (
                 "the scoring pass and training",
-                metrics["care/logprob_difference"] or 0.0,
+                metrics[m.REFERENCE_DIFFERENCE] or 0.0,
                 "algorithm.reference.max_logprob_difference",
                 self.recipe.algorithm.reference.max_logprob_difference,
             ),

@@ -1,13 +1,10 @@
-"""The GRPO-CARE trainer. `fit` is the algorithm; everything else is called from it."""
+"""The GRPO-CARE trainer: `fit` is a run, `run_training_step` the algorithm."""
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from nemo_care.checkpoints.store import sharding_metadata
 from nemo_care.data.fingerprints import Fingerprints, changes
@@ -17,13 +14,13 @@ from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.results import Results
 from nemo_care.evaluation.validation import Validator
 from nemo_care.groups.group import Group
-from nemo_care.models.hf_config import architecture
 from nemo_care.models.weights import export_hf
 from nemo_care.ranks.memory import memory_metrics
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.ranks.stop_request import StopRequest, stopped
 from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.generator import Generator
+from nemo_care.runs import metrics as m
 from nemo_care.runs.files import RunFiles
 from nemo_care.scoring.credit import Credit, selection_rate
 from nemo_care.scoring.reference import Reference
@@ -31,14 +28,13 @@ from nemo_care.scoring.rewards import BaseRewards
 from nemo_care.training.checkpointing import Checkpointing
 from nemo_care.training.console import Console
 from nemo_care.training.dynamic_sampling import DynamicSampling
-from nemo_care.training.finite import finite_or_none
+from nemo_care.training.finite import BadSteps, finite_or_none
 from nemo_care.training.loggers import Loggers, MetricLogger
 from nemo_care.training.policy import Policy
 from nemo_care.training.records import Row, completion_rows, rollout_metrics
 from nemo_care.training.rollout_ahead import Rollouts
+from nemo_care.training.step import Step
 from nemo_care.training.step_watch import StepWatch
-
-Metrics = dict[str, float | None]
 
 
 class GRPOCareTrainer:
@@ -69,7 +65,7 @@ class GRPOCareTrainer:
         self.ranks = ranks
         self.rewards = rewards
         self.reference = reference
-        self.credit = Credit(recipe.algorithm)
+        self.credit = Credit(recipe.algorithm, truncated=recipe.rollout.truncated)
         self.policy = policy
         self.validator = validator
         self.files = files
@@ -78,17 +74,15 @@ class GRPOCareTrainer:
         self.stop = stop or StopRequest()
         self.console = Console(recipe, active=ranks.rank == 0)
         self.loggers = Loggers(loggers, self.console.warn)
-        self.checkpoints = Checkpointing(recipe, ranks, files, self.console)
-        self.watch = StepWatch(recipe, ranks, files, self.console, tokenizer)
+        bad_steps = BadSteps()
+        self.checkpoints = Checkpointing(recipe, ranks, files, self.console, bad_steps)
+        self.watch = StepWatch(recipe, ranks, files, self.console, tokenizer, bad_steps)
         self.rollouts = Rollouts(
             recipe, prompts, generator, self.console, version=lambda: policy.optimizer_steps
         )
         self.sampling = DynamicSampling(recipe, ranks)
+        # The number of the last step that was begun.
         self.step = 0
-        # Of the step that runs, over all its rounds of sampling.
-        self.selection_rate: float | None = None
-        self.timing: dict[str, float] = {}
-        self.skipped: list[Skipped] = []
 
     @property
     def prompts(self) -> PromptStream:
@@ -116,10 +110,9 @@ class GRPOCareTrainer:
         if self._validation_is_missing():
             self.run_validation()
         with self.console.steps(self.step), self.checkpoints.completed_in_failure():
-            while self.step < self.recipe.trainer.max_steps:
-                self.step += 1
-                metrics, groups, skipped = self.run_training_step()
-                self.log(metrics, groups, skipped)
+            for step in self.steps():
+                self.run_training_step(step)
+                self.record(step)
                 self.watch.stop_if_too_many()
                 self.save_if_due()
                 self.stop_if_asked()
@@ -127,69 +120,51 @@ class GRPOCareTrainer:
                     self.run_validation()
         return self.finish(time.perf_counter() - started)
 
-    def run_training_step(self) -> tuple[Metrics, list[Group], list[Skipped]]:
-        """One step of GRPO-CARE (arXiv 2506.16141); its metrics, and all it sampled and skipped."""
-        self.timing, self.skipped = {}, []
-        self.rollouts.begin_step()
-        with self._phase("step"):
+    def steps(self) -> Iterator[Step]:
+        """The steps that are left to train."""
+        last = self.recipe.trainer.max_steps
+        while self.step < last:
+            self.step += 1
+            yield Step(self.step, is_last=self.step == last, shown=self.console.phase)
+
+    def run_training_step(self, step: Step) -> None:
+        """One step of GRPO-CARE (arXiv 2506.16141)."""
+        with step.timed(m.STEP_TIME):
             # One round of sampling, or with rollout.dynamic_sampling several.
-            sampled = self.sampling(self.sample_groups)
-            self.watch.check_answers(sampled.groups)
-            self.selection_rate = selection_rate(
-                sampled.groups, self.recipe.algorithm.consistency, self.ranks
+            for groups in self.sampling.rounds(step, self.next_rollouts):
+                with step.timed(m.REWARD_TIME):
+                    self.rewards(groups)
+                with step.timed(m.SCORING_TIME):
+                    if self.reference is not None:
+                        self.reference.score_answers(groups)
+                    self.credit(groups)
+            self.watch.check_answers(step.groups)
+            step.metrics[m.SELECTION_RATE] = selection_rate(
+                step.groups, self.recipe.algorithm.consistency, self.ranks
             )
-            with self._phase("update"):
-                before = self.policy.optimizer_steps
-                metrics = self.policy.update(sampled.trained, after_step=self.track_policy)
-        metrics = self._look_at_numbers(metrics, sampled.trained, before)
-        return {**metrics, **sampled.metrics, **self.rollouts.metrics}, sampled.groups, self.skipped
+            with step.timed(m.UPDATE_TIME):
+                self.policy.update(step, after_step=self.track_policy)
+        self.watch.after_update(step)
+        self.watch.check_differences(step)
+        self.watch.check_selection(step.number, step.metrics[m.SELECTION_RATE])
 
-    def sample_groups(self) -> list[Group]:
-        """The next prompts' groups, all but the update (algorithm steps 1 to 6)."""
-        groups = self._next_rollouts()
-        with self._phase("reward"):
-            self.rewards(groups)
-        with self._phase("scoring"):
-            if self.reference is not None:
-                self.reference.score_answers(groups)
-            self.credit(groups)
-        return groups
-
-    def _look_at_numbers(
-        self, metrics: Metrics, groups: list[Group], optimizer_steps: int
-    ) -> Metrics:
-        """The metrics, with those of bad steps; `optimizer_steps` as before this step."""
-        bad = self.policy.not_finite
-        counts = self.watch.after_update(self.step, groups, bad, optimizer_steps=optimizer_steps)
-        # Weights that make bad steps may be bad themselves: older ones are not removed then.
-        self.checkpoints.keep_all = self.watch.in_bad_steps
-        # In a bad step too, once its first update was made: rollout and scoring lie before that.
-        if bad is None or bad.update > 0:
-            untouched, stale = optimizer_steps == 0, self.rollouts.staleness > 0
-            self.watch.check_differences(self.step, metrics, untouched=untouched, stale=stale)
-        self.watch.check_selection(self.step, self.selection_rate)
-        return {**metrics, **counts, "care/selection_rate": self.selection_rate}
-
-    def _next_rollouts(self) -> list[Group]:
+    def next_rollouts(self, step: Step) -> list[Group]:
         """G completions of each of the next prompts, sampled from the policy (algorithm step 1)."""
-        last = self.step == self.recipe.trainer.max_steps
         try:
-            groups, skipped = self.rollouts.next(self._phase, last=last)
+            return self.rollouts(step)
         except TooManySkipped as error:
             # The run ends here, on all ranks, and what this step left out is to be mended.
             self.checkpoints.wait()
-            self.skipped.extend(error.skipped)
+            step.skipped.extend(error.skipped)
             if self.ranks.rank == 0:
-                self.files.append_skipped(self.step, [asdict(item) for item in self.skipped])
+                self.files.append_skipped(step.number, [asdict(item) for item in step.skipped])
             raise
-        self.skipped.extend(skipped)
-        return groups
 
-    def track_policy(self) -> None:
+    def track_policy(self, step: Step) -> None:
         """Let the reference follow the policy, after an optimizer step (algorithm step 8)."""
         if self.reference is not None:
             self.reference.track(
-                self.policy.model, self.policy.optimizer_steps, self.selection_rate
+                self.policy.model, self.policy.optimizer_steps, step.metrics[m.SELECTION_RATE]
             )
 
     # ------------------------------------------------------------------ validation
@@ -213,12 +188,12 @@ class GRPOCareTrainer:
             self.files.list_skipped_once(self.step, skipped)
             self.files.append_validation(self.step, levels)
         metrics = {
-            f"validation/{level}/{name}": float(value)
+            m.VALIDATION.of(level, name): float(value)
             for level, results in levels.items()
             for name, value in results.items()
             if isinstance(value, int | float)
         }
-        self.loggers.log(metrics, self.step)
+        self.loggers.log(m.checked(metrics), self.step)
         self.console.validation(self.step, levels)
 
     def _validation_is_missing(self) -> bool:
@@ -231,62 +206,46 @@ class GRPOCareTrainer:
         last = self.step == self.recipe.trainer.max_steps
         return last or bool(interval and self.step % interval == 0)
 
-    # ------------------------------------------------------------------ metrics
+    # ------------------------------------------------------------------ records
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        self.console.phase(name)
-        started = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - started
-
-    def log(self, metrics: Metrics, groups: list[Group], skipped: list[Skipped]) -> None:
+    def record(self, step: Step) -> None:
         """Write the step's metrics and completions; collective, because rank 0 needs them all.
 
-        A step is saved behind its record, so `timing/checkpoint` is what saving has held up the run
+        A step is saved behind its record, so `CHECKPOINT_TIME` is what saving has held up the run
         since the record before: mostly the save of the step before.
         """
         mine = (
-            completion_rows(groups, self.recipe.evaluation.judge),
+            completion_rows(step.groups, self.recipe.evaluation.judge),
             self.prompts.worker_memory_gib,
-            sum(group.prompt.videos_by_pyav for group in groups),
+            sum(group.prompt.videos_by_pyav for group in step.groups),
         )
         made, peaks, by_pyav = zip(*self.ranks.gather_from_replicas(mine), strict=True)
         rows = sorted(
             (row for rows in made for row in rows),
             key=lambda row: (row["prompt_index"], row["completion_index"]),
         )
-        distance = None
+        step.metrics[m.EMA_DISTANCE] = None
         if self.reference is not None:
-            with self._phase("ema_distance"):
-                distance = self.reference.distance(self.policy.model)
-        metrics = {
-            "care/ema_distance": distance,
-            **metrics,
-            "data/worker_memory_gib": max(filter(None, peaks), default=None),
-            "data/videos_by_pyav": sum(by_pyav),
-            **memory_metrics(),
-        }
+            with step.timed(m.DISTANCE_TIME):
+                step.metrics[m.EMA_DISTANCE] = self.reference.distance(self.policy.model)
+        step.metrics[m.WORKER_MEMORY] = m.WORKER_MEMORY.reduce(peaks)
+        step.metrics[m.BY_PYAV] = m.BY_PYAV.reduce(by_pyav)
+        step.metrics[m.SKIPPED] = len(step.skipped)
+        step.metrics |= memory_metrics()
         # Where rank 0 can't write, all ranks have to stop.
-        self.ranks.from_rank_zero(lambda: self._record(metrics, rows, skipped))
+        self.ranks.from_rank_zero(lambda: self._record(step, rows))
 
-    def _record(self, metrics: Metrics, rows: list[Row], skipped: list[Skipped]) -> None:
+    def _record(self, step: Step, rows: list[Row]) -> None:
         """On rank 0: into the run directory, to the loggers, on the console."""
-        record: dict[str, Any] = {
-            **rollout_metrics(rows, self.recipe.algorithm.consistency.likelihood_clip),
-            **metrics,
-            "data/skipped": len(skipped),
-            **{f"timing/{name}": seconds for name, seconds in self.timing.items()},
-            "timing/checkpoint": self.checkpoints.take_seconds(),
-        }
+        step.timing[m.CHECKPOINT_TIME] = self.checkpoints.take_seconds()
+        clip = self.recipe.algorithm.consistency.likelihood_clip
+        record = m.checked(rollout_metrics(rows, clip) | step.metrics | step.timing)
         record = {name: finite_or_none(value) for name, value in record.items()}
-        self.files.append_step(self.step, record, rows, [asdict(item) for item in skipped])
+        self.files.append_step(step.number, record, rows, [asdict(item) for item in step.skipped])
         known = {name: float(value) for name, value in record.items() if value is not None}
-        self.loggers.log(known, self.step)
-        self.console.step(self.step, record, rows, skipped)
-        self.watch.check_signal(self.step, rows)
+        self.loggers.log(known, step.number)
+        self.console.step(step.number, record, rows, step.skipped)
+        self.watch.check_signal(step.number, rows)
 
     # ------------------------------------------------------------------ state
 
@@ -299,7 +258,7 @@ class GRPOCareTrainer:
                 "step": self.step,
                 "stream_position": self.rollouts.position,
                 "bad_steps": self.watch.bad_steps.state_dict(),
-                "architecture": architecture(self.policy.model.hf),
+                "architecture": self.policy.model.family.signature(),
                 "annotations": self.annotations,
             },
         }
@@ -321,7 +280,7 @@ class GRPOCareTrainer:
 
         Not in bad steps: the next good one saves instead.
         """
-        if self.checkpoints.is_due(self.step, in_bad_steps=self.watch.in_bad_steps):
+        if self.checkpoints.is_due(self.step):
             self.save()
 
     def stop_if_asked(self) -> None:
@@ -344,7 +303,7 @@ class GRPOCareTrainer:
 
     def save(self) -> None:
         """Save this step; all ranks call it."""
-        self.console.phase("checkpoint")
+        self.console.phase(m.CHECKPOINT_TIME.short)
         self.checkpoints.save(self.step, self.state_dict)
 
     def resume(self) -> None:

@@ -131,10 +131,10 @@ def test_an_asynchronous_run_writes_what_a_synchronous_one_writes(
         trainer = small_trainer(recipe, ranks, tmp_path / str(asynchronous))
         if asynchronous:
             held_back.clear()
-            log = trainer.log
-            trainer.log = lambda *of, log=log, trainer=trainer: (
-                log(*of),
-                held_back.set() if trainer.step == 3 else None,
+            record = trainer.record
+            trainer.record = lambda step, record=record: (
+                record(step),
+                held_back.set() if step.number == 3 else None,
             )
         else:
             held_back.set()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from small_runs import small_recipe
 
-from nemo_care.checks import node as node_check
-from nemo_care.checks.node import gpu_errors, main, problems_of
+from nemo_care.checks import hardware
+from nemo_care.checks.hardware import gpu_errors
+from nemo_care.checks.node import main, problems_of
 
 
 @pytest.fixture
@@ -56,12 +57,13 @@ def test_what_nvidia_smi_counts_is_told_by_gpu():
 def test_memory_that_another_process_holds_is_told(monkeypatch):
     free = {0: 79, 1: 60}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free[place] * 2**30, 80 * 2**30))
-    assert node_check._gpu_memory(2) == ["GPU 1: 20.0 of 80.0 GiB are in use by another process"]
+    (problem,) = hardware.gpu_memory_problems(2)
+    assert problem == "GPU 1: 20.0 of 80.0 GiB are in use by another process"
 
 
 def test_an_all_reduce_runs_and_a_rank_that_dies_in_it_is_told(monkeypatch):
-    assert node_check._all_reduce(2, "gloo") == []
-    (problem,) = node_check._all_reduce(2, "no_such_backend")
+    assert hardware.all_reduce_problems(2, "gloo") == []
+    (problem,) = hardware.all_reduce_problems(2, "no_such_backend")
     assert problem.startswith("an all-reduce among 2 ranks fails (no_such_backend): ")
 
 

@@ -245,6 +245,43 @@ def test_every_command_has_help():
         assert end.value.code == 0
 
 
+_STARTS = """
+import sys
+from importlib.util import find_spec
+
+from nemo_care.cli import main
+from nemo_care.megatron.imports import import_lightly
+
+assert main(["train", "--config-name", "tiny_cpu", "trainer.max_step=1"]) == 2
+heavy = {"megatron", "transformers", "lightning", "nemo"} & set(sys.modules)
+assert not heavy, heavy
+import torch
+
+compile_now = torch.compile
+import_lightly()
+import megatron.core
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+needless = {"wandb", "sklearn"} & set(sys.modules)
+assert not needless, needless
+assert torch.compile is compile_now
+assert all(map(find_spec, ("wandb", "sklearn")))
+from megatron.core.jit import jit_fuser
+
+if not torch.cuda.is_available():
+    assert "torch._inductor.compile_fx" not in sys.modules
+    assert jit_fuser(lambda x: x + 1).__name__ == "<lambda>"
+"""
+
+
+def test_a_start_imports_nothing_for_a_typing_error_and_nothing_that_a_run_never_uses(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _STARTS], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "did you mean trainer.max_steps" in done.stderr
+
+
 @pytest.mark.slow
 def test_torchrun_starts_the_same_entry(world, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -259,17 +296,42 @@ def test_torchrun_starts_the_same_entry(world, tmp_path):
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
+_NOTES_WHAT_IS_OPENED = """
+import os, sys
+
+def note(event, arguments):
+    if event == "open" and str(arguments[0]).endswith(".jsonl") and arguments[1] in ("r", "rb"):
+        if "/run/" not in str(arguments[0]):
+            with open(os.path.join(os.path.dirname(__file__), "opened"), "a") as notes:
+                notes.write(f"{arguments[0]}\\n")
+
+sys.addaudithook(note)
+if __name__ == "__main__":
+    from nemo_care.cli import main
+
+    paths = [os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_training_starts_its_ranks_and_ends_with_a_table_and_a_checkpoint(
     rank_server, world, tmp_path
 ):
     """The command as a person types it, on two ranks, down to the exported checkpoint."""
+    # Runs the command, and by its name in each rank, before everything else.
+    noting = tmp_path / "sitecustomize.py"
+    noting.write_text(_NOTES_WHAT_IS_OPENED)
     done = rank_server.run(
         [
-            *("-m", "nemo_care", "train", "--config-name", "tiny_cpu", "trainer.devices=2"),
+            *(noting, "train", "--config-name", "tiny_cpu", "trainer.devices=2"),
             *small_overrides(world, tmp_path / "run"),
         ]
     )
     assert done.returncode == 0, done.stderr
+    # The starter reads the annotations, and its two replicas have them from there.
+    opened = (tmp_path / "opened").read_text().splitlines()
+    assert sorted(opened) == sorted(map(str, world.resolve().glob("*.jsonl")))
     assert "L1" in done.stdout
     assert str(tmp_path / "run" / "export") in done.stdout
     assert (tmp_path / "run" / "recipe.yaml").is_file()

@@ -28,7 +28,7 @@ from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
 from nemo_care.miniature import files as miniature_files
-from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.families import read_family
 from nemo_care.recipe.data import SourceConfig
 
 LEVELS = {f"L{number}": f"annotations/validation_L{number}.jsonl" for number in (1, 2, 3)}
@@ -59,8 +59,8 @@ def recipe(checkpoint, tmp_path):
 
 
 def builder_of(recipe) -> PromptBuilder:
-    hf = read_hf_config(recipe.model.hf_path)
-    return PromptBuilder(recipe.data, hf, load_tokenizer(recipe.model.hf_path, hf))
+    form = read_family(recipe.model.hf_path).prompt
+    return PromptBuilder(recipe.data, form, load_tokenizer(recipe.model.hf_path, form))
 
 
 def seed_bench_overrides(root: Path, levels=LEVELS) -> list[str]:

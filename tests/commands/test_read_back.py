@@ -333,7 +333,7 @@ class Model(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        from nemo_care.miniature.build import CHECKPOINT
-        from nemo_care.models.hf_config import read_hf_config
+        from nemo_care.miniature import CHECKPOINT
+        from nemo_care.models.families import read_family
 
-        self.hf = read_hf_config(CHECKPOINT)
+        self.family = read_family(CHECKPOINT)

@@ -1,6 +1,8 @@
 """Annotations of every layout: bad lines are set aside with file, line and reason."""
 
+import hashlib
 import json
+import pickle
 
 import pytest
 from made_data import seed_bench_r1_record, video_r1_record, write_lines
@@ -207,3 +209,29 @@ def test_lines_and_array_give_the_same_samples(tmp_path):
     expected = array(tmp_path, json.dumps(records)).samples
     assert read_video_r1(tmp_path, "lines.jsonl").samples == expected
     assert read_video_r1(tmp_path, "lines.json").samples == expected
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_fingerprint_is_that_of_all_the_file_s_bytes(tmp_path, name, end):
+    records = [video_r1_record(number) for number in range(3)]
+    text = json.dumps(records, indent=1)
+    if name == "a.jsonl":
+        text = "\n\n" + "\r\n".join(json.dumps(record) for record in records)
+    content = (text + end).encode()
+    (tmp_path / name).write_bytes(content)
+    seen = read_video_r1(tmp_path, name).fingerprint
+    assert seen is not None
+    assert seen.sha256 == hashlib.sha256(content).hexdigest()
+    assert seen.lines == len(content.splitlines())
+    assert seen.file == str(tmp_path / name)
+
+
+def test_ranks_that_decode_nothing_count_the_samples_and_have_none(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [*(video_r1_record(n) for n in range(3)), {"problem_id": 4}])
+    whole = read_video_r1(tmp_path, "a.jsonl")
+    outline = pickle.loads(pickle.dumps(whole.without_samples()))
+    assert (len(outline.samples), outline.total) == (3, 4)
+    assert (outline.bad, outline.fingerprint) == (whole.bad, whole.fingerprint)
+    with pytest.raises(LookupError, match="only the leaders"):
+        outline.samples[0]

@@ -17,8 +17,9 @@ from PIL import Image
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.media import Media, MediaRequest, MediaSettings, load_media
 from nemo_care.data.media_errors import UnreadableMedia
-from nemo_care.data.patches import PatchSize, PixelBounds
+from nemo_care.data.patches import PixelBounds
 from nemo_care.data.video import FrameChoice
+from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 
 SETTINGS = MediaSettings(
     FrameChoice(), PixelBounds(784, 28 * 28 * 4), PixelBounds(784, 28 * 28 * 16), PatchSize()
@@ -102,7 +103,7 @@ def test_processes_give_what_the_calling_thread_would(files):
 
 def test_what_there_is_no_room_for_is_measured_and_not_decoded(files):
     whole = load_media(request(files / "a.mp4", images=[files / "c.jpg"]))
-    tokens = sum(map(SETTINGS.patch.tokens, whole.grids))
+    tokens = sum(map(SETTINGS.patching.tokens, whole.grids))
     fits = load_media(request(files / "a.mp4", images=[files / "c.jpg"], room=tokens))
     measured = load_media(request(files / "a.mp4", images=[files / "c.jpg"], room=tokens - 1))
     assert equal(fits, whole)

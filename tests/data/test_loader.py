@@ -13,7 +13,7 @@ from nemo_care.data.media import load_media
 from nemo_care.data.prompts import Prompt, PromptBuilder
 from nemo_care.data.samples import Sample, Skipped
 from nemo_care.data.tokenizer import load_tokenizer
-from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.families import read_family
 
 
 class Workers:
@@ -40,8 +40,8 @@ class Workers:
 @pytest.fixture(scope="module")
 def builder(checkpoint, world):
     recipe = small_recipe(checkpoint, world)
-    hf = read_hf_config(checkpoint)
-    return PromptBuilder(recipe.data, hf, load_tokenizer(checkpoint, hf))
+    prompt_format = read_family(checkpoint).prompt
+    return PromptBuilder(recipe.data, prompt_format, load_tokenizer(checkpoint, prompt_format))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ and a layout of two ranks really start processes.
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -125,6 +126,63 @@ def test_miniature_is_evaluated_level_by_level_with_the_probe(evaluate, tmp_path
         assert f"{result['accuracy']:.2f}" in out
     assert (tmp_path / "run" / "evaluation" / "skipped.jsonl").read_text() == ""
     assert str(tmp_path / "run" / "evaluation.json") in out
+
+
+def test_every_measure_is_in_the_results_and_in_one_table(evaluate, tmp_path):
+    status, out, err = evaluate(
+        tmp_path / "run",
+        *("evaluation.further_judges=[likelihood]", "evaluation.option_shuffle=true"),
+        *("evaluation.peer_probe=4", "data.validation.samples_per_level=6"),
+    )
+    assert status == 0, err
+    result = results_of(tmp_path / "run")["L1"]
+    rows = lines(tmp_path / "run" / "evaluation" / "L1.jsonl")
+    well_formed = [row for row in rows if row["format"] == 1]
+    columns = {
+        "consistency_rate_likelihood": "consistent_likelihood",
+        "shuffle_rate": "shuffle_follows",
+    }
+    for name, column in columns.items():
+        known = [row[column] for row in well_formed if row[column] is not None]
+        assert result["intervals"][name]["count"] == len(known) > 0
+        assert result[name] == mean(known)
+        agreeing = [
+            row[column] == row["consistent"] for row in well_formed if row[column] is not None
+        ]
+        assert result["intervals"][name]["agreement"] == mean(agreeing)
+    # The rule reads the reasoning alone: the answer that it implies decides its verdict.
+    assert result["implied_rate"] == result["consistency_rate"]
+    peers = [row["peer_probe"] for row in rows if row["peer_probe"] is not None]
+    assert result["intervals"]["peer_probe"]["count"] == len(peers) > 0
+    assert result["peer_probe"] == mean(peers)
+    _, table = out.split("Measures")
+    for heading in ("judge", "likelihood", "implied answer", "option shuffle", "peer probe"):
+        assert re.search(rf"L1 +{heading} ", table)
+    assert f"{result['peer_probe']:.2f}" in table
+    assert_refused(
+        evaluate(tmp_path / "run", "evaluation.further_judges=[likelihood]"),
+        "evaluation.option_shuffle: True -> False",
+        "evaluation.peer_probe: 4 -> 0",
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["evaluation.further_judges=[llm]"], ["evaluation.further_judges", "rule or likelihood"]),
+        (
+            ["evaluation.further_judges=[rule]"],
+            ["evaluation.further_judges", "rule judges already"],
+        ),
+        (["evaluation.peer_probe=1"], ["evaluation.peer_probe=1", "set it to 2 or more"]),
+        (
+            ["evaluation.peer_probe=2", "algorithm.shared_prompt=false"],
+            ["evaluation.peer_probe=2", "algorithm.shared_prompt=true"],
+        ),
+    ],
+)
+def test_measures_that_could_not_be_made_are_refused(evaluate, tmp_path, overrides, parts):
+    assert_refused(evaluate(tmp_path, *overrides), *parts)
 
 
 def test_an_untagged_reply_is_wrong_or_its_own_answer(evaluate, tmp_path, monkeypatch):
@@ -559,7 +617,11 @@ def assert_same_evaluation(ours: Path, wanted: Path) -> None:
                     value = pytest.approx(value, abs=1e-5)
                 assert mine[key] == value, key
         mine, result = results_of(ours)[level], results_of(wanted)[level]
+        intervals, wanted_intervals = mine.pop("intervals"), result.pop("intervals")
         assert mine == pytest.approx(result, abs=1e-5)
+        assert set(intervals) == set(wanted_intervals)
+        for name, interval in wanted_intervals.items():
+            assert intervals[name] == pytest.approx(interval, abs=1e-4), name
 
 
 def evaluate_on_two_ranks(server: RankServer, world: Path, folder: Path, *overrides: str) -> None:
@@ -570,7 +632,11 @@ def evaluate_on_two_ranks(server: RankServer, world: Path, folder: Path, *overri
 
 def test_two_replicas_share_the_samples(rank_server, evaluate, world, tmp_path):
     """The last batch of a level leaves the second replica nothing to do; media come ahead."""
-    overrides = ["data.validation.samples_per_level=5", "evaluation.judge=likelihood"]
+    overrides = [
+        *("data.validation.samples_per_level=5", "evaluation.judge=likelihood"),
+        *("evaluation.further_judges=[rule]", "evaluation.option_shuffle=true"),
+        "evaluation.peer_probe=3",
+    ]
     two = ["evaluation.samples_per_batch=2", "data.workers=1"]
     evaluate_on_two_ranks(rank_server, world, tmp_path / "two", *overrides, *two)
     assert evaluate(tmp_path / "one", *overrides)[0] == 0

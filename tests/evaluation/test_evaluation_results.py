@@ -39,7 +39,13 @@ def test_results_of_a_level():
         row(0.0, 1, None),
         row(1.0, 0, True, words=0, tokens=60),
     ]
-    assert level_results(rows, skipped=3, judged=True) == {
+    results = level_results(rows, skipped=3, judged=True)
+    intervals = results.pop("intervals")
+    assert {name: part["count"] for name, part in intervals.items()} == {
+        "accuracy": 5,
+        "consistency_rate": 3,
+    }
+    assert results == {
         "accuracy": 0.7,
         # Of the well-formed ones with a verdict, and of those that are right too.
         "consistency_rate": pytest.approx(2 / 3),
@@ -84,6 +90,39 @@ def test_probe_values_are_means_over_the_samples_that_have_one():
     ]
     results = level_results(rows, skipped=0, judged=False)
     assert (results["probe_implied"], results["probe_true"]) == (0.5, 0.25)
+
+
+def test_measures_come_with_their_count_interval_and_agreement_with_the_judge():
+    def measured(answer, implied, consistent, follows, peer):
+        text = f"<think> it moves </think> <answer> {answer} </answer>"
+        columns = {"implied_answer": implied, "shuffle_follows": follows, "peer_probe": peer}
+        return row(1.0, 1, consistent, completion=text, consistent_rule=None, **columns)
+
+    rows = [
+        measured("A", "A", True, True, 2.0),
+        measured("A", "B", True, False, None),
+        measured("B", None, False, None, 1.0),
+        measured("C", "C", None, True, 0.0),
+        # Not well-formed: in no agreement, but a prompt like any other.
+        row(0.0, 0, True, implied_answer=None, shuffle_follows=True, peer_probe=5.0),
+        # Asked, without an answer that could be read.
+        row(1.0, 1, True, shuffle_follows=True),
+    ]
+    results = level_results(rows, skipped=0, judged=True)
+    intervals = results["intervals"]
+    assert results["implied_rate"] == 0.5
+    assert results["shuffle_rate"] == 0.75
+    assert results["peer_probe"] == 2.0
+    assert results["consistency_rate_rule"] is None
+    assert "probe_implied" not in results
+    assert "consistency_rate_likelihood" not in intervals
+    implied, shuffle = intervals["implied_rate"], intervals["shuffle_rate"]
+    assert (implied["count"], implied["agreement"]) == (4, pytest.approx(2 / 3))
+    assert (shuffle["count"], shuffle["agreement"]) == (4, pytest.approx(2 / 3))
+    assert intervals["peer_probe"]["count"] == 4
+    assert 0 <= intervals["peer_probe"]["low"] < 2 < intervals["peer_probe"]["high"] <= 5
+    rule = {"count": 0, "low": None, "high": None, "agreement": None}
+    assert intervals["consistency_rate_rule"] == rule
 
 
 class LateVerdict(Future):
@@ -133,14 +172,14 @@ def test_rows_come_in_order_while_a_slow_judge_lags_behind(
     recipe = small_recipe(checkpoint, world)
     recipe.evaluation.judge, recipe.evaluation.samples_per_batch = "llm", 2
     model = load_model(recipe, ranks)
-    tokenizer = load_tokenizer(checkpoint, model.hf)
+    tokenizer = load_tokenizer(checkpoint, model.family.prompt)
     layout = BatchLayout.of(ranks.layout, 1, tokenizer.pad_id, shared_prompt=True)
     workers = DecodingWorkers.of(recipe.data, leads=True)
     evaluator = build_evaluator(
         recipe,
         ranks,
         Scorer(model, ranks, layout),
-        PromptLoader(PromptBuilder(recipe.data, model.hf, tokenizer), workers),
+        PromptLoader(PromptBuilder(recipe.data, model.family.prompt, tokenizer), workers),
         likelihoods=None,
         folder=tmp_path,
     )

@@ -15,6 +15,7 @@ from nemo_care.data.tokenizer import ChatTokenizer, load_tokenizer
 from nemo_care.evaluation.likelihood_judge import LikelihoodJudge
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.group import Group
+from nemo_care.models.families import read_family
 from nemo_care.scoring.scorer import Scorer
 from nemo_care.training.build import load_model
 
@@ -25,7 +26,7 @@ OPTIONS = {"A": "left", "B": "right", "C": "up", "D": "down"}
 
 @pytest.fixture(scope="module")
 def tokenizer(checkpoint):
-    return load_tokenizer(checkpoint, hf_model(checkpoint).config)
+    return load_tokenizer(checkpoint, read_family(checkpoint).prompt)
 
 
 @pytest.fixture(scope="module")

@@ -100,6 +100,39 @@ def test_reply_without_a_verdict_is_unjudged_and_asked_again(endpoint, judge, re
     assert len(endpoint.requests) == 2 * 3
 
 
+def test_the_implied_answer_is_asked_without_showing_the_one_given(endpoint, judge):
+    replies = iter(["It goes right.\n**B**.", "It names two.\nNONE", "B or A", "B or A", "B or A"])
+    implied = []
+
+    def answer(request):
+        if "Answer: " in request["messages"][0]["content"]:
+            return says("INCONSISTENT")
+        implied.append(request["messages"])
+        return says(next(replies))
+
+    endpoint.answer = answer
+    asking = judge(implied_answer=True, concurrency=1)
+    named, none, unread = ask(asking, completion(0), completion(1), completion(2))
+    assert [verdict.consistent for verdict in (named, none, unread)] == [False] * 3
+    assert named.details["implied_answer"] == "B"
+    assert none.details["implied_answer"] is None
+    assert "implied_answer" not in unread.details
+    assert unread.details["implied_error"]
+    assert [len(messages) for messages in implied] == [1, 1, 1, 3, 3]
+    assert "it moves right, 0" in implied[0][0]["content"]
+    # Both replies are kept; what was not read is asked again.
+    replies = iter(["A"])
+    again = ask(asking, completion(0), completion(2))
+    assert [verdict.details["implied_answer"] for verdict in again] == ["B", "A"]
+    assert len(implied) == 6
+
+
+def test_a_question_without_options_has_no_implied_answer(endpoint, judge):
+    future = judge(implied_answer=True).submit(Sample("1", "How far?", "3"), completion())
+    assert "implied_answer" not in future.result(timeout=PATIENCE).details
+    assert len(endpoint.requests) == 1
+
+
 def test_reply_in_another_form_is_asked_for_again_in_the_same_conversation(endpoint, judge):
     endpoint.answer = lambda request: says(
         "It is NOT CONSISTENT." if len(request["messages"]) == 1 else "INCONSISTENT"

@@ -13,10 +13,13 @@ import pytest
 
 from nemo_care.commands.study import main, run_study
 from nemo_care.errors import InputError
-from nemo_care.experiments.config import find_study, read_study
+from nemo_care.experiments.config import Study, Variant, find_study, read_study
 from nemo_care.experiments.docs import filled_page
+from nemo_care.experiments.figures import draw_curves
 from nemo_care.experiments.findings import Findings
-from nemo_care.experiments.results import check_results, read_results
+from nemo_care.experiments.results import check_results, read_result, read_results
+from nemo_care.experiments.tables import main_sheet
+from nemo_care.experiments.training_runs import TrainingRun
 from nemo_care.files.json_lines import complete_lines
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -155,6 +158,30 @@ def test_results_hold_what_tables_and_figures_need(made):
     assert "care/answer_likelihood" not in curves
 
 
+def test_finished_run_without_metrics_has_a_result(tmp_path):
+    (tmp_path / "recipe.yaml").touch()
+    (tmp_path / "summary.json").write_text('{"steps": 0, "end": {"L1": {"accuracy": 0.5}}}')
+    result = read_result("care", TrainingRun("tiny_cpu", (), 1, tmp_path))
+    assert (result.end, result.seconds_per_step) == ({"L1": {"accuracy": 0.5}}, None)
+    assert result.curves == {"step": []}
+    study = Study(title="", recipe="tiny_cpu", seeds=[1], variants={"care": Variant()})
+    findings = Findings(study, [result])
+    assert main_sheet(findings).markdown().splitlines()[-1] == "| care | 0.50 | 1 |"
+    assert draw_curves(findings, tmp_path, "none") is None
+
+
+def test_variant_may_train_a_recipe_of_its_own(made):
+    made.edit("  care:\n", "  care: {recipe: tiny_cpu_grpo}\n")
+    assert made.run(only=["care"]) == []
+    made_with = json.loads((made.out / "runs/care-seed1/study.json").read_text())
+    assert made_with["recipe"] == "tiny_cpu_grpo"
+    assert "| care |  | --config-name tiny_cpu_grpo |" in (made.out / "study.md").read_text()
+    # Its runs are not taken for those of another recipe.
+    made.edit("tiny_cpu_grpo", "tiny_cpu")
+    with pytest.raises(InputError, match="variant care has changed"):
+        made.run(only=["care"])
+
+
 def test_unfinished_run_is_given_the_same_command_again(made):
     made.run(only=["care"])
     (made.out / "runs/care-seed2/summary.json").unlink()
@@ -251,7 +278,7 @@ def test_unusable_recipe_is_refused_before_the_first_run(made, old, new, named):
 def test_unknown_names_are_refused(made):
     with pytest.raises(InputError, match="--only: no variant is called cure; variants: grpo, care"):
         made.run(only=["cure"])
-    with pytest.raises(InputError, match="no study minr; studies: study_miniature"):
+    with pytest.raises(InputError, match=r"no study minr; studies: .*study_miniature"):
         find_study("minr")
     with pytest.raises(InputError, match="--jobs=0"):
         made.run(jobs=0)
@@ -436,6 +463,7 @@ def test_unusable_docs_are_refused_before_the_first_run(made, old, new, named):
         ({"overrides": ["a=1"]}, "seed 1 of grpo was made with other overrides: a=1"),
         ({"seed": 2}, "seed 2 of grpo is there twice"),
         ({"mood": "good"}, 'some.jsonl:1: unknown key "mood"'),
+        ({"curves": {"step": [1, 2], "x": [0.5]}}, 'some.jsonl:1: its "curves" differ in length'),
     ],
 )
 def test_results_of_another_study_are_refused(made, trained, change, named):

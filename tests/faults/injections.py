@@ -61,27 +61,28 @@ def load_or_hang(request: "MediaRequest") -> "Media":
 
 def _in_phase(phase: str, step: int, strike: Callable[[], None]) -> None:
     from nemo_care.checkpoints.manifest import HashedFile
-    from nemo_care.models.qwen2_5_vl import Qwen25VL
+    from nemo_care.models.video_language_model import VideoLanguageModel
     from nemo_care.training.console import Console
+    from nemo_care.training.step import Step
     from nemo_care.training.trainer import GRPOCareTrainer
 
     now: dict[str, Any] = {"phase": None, "step": 0, "calls": 0}
     run_training_step, show, forward = (
         GRPOCareTrainer.run_training_step,
         Console.phase,
-        Qwen25VL.forward,
+        VideoLanguageModel.forward,
     )
     close = HashedFile.close
 
-    def note_step(self: GRPOCareTrainer) -> Any:
-        now["step"] = self.step
-        return run_training_step(self)
+    def note_step(self: GRPOCareTrainer, step: Step) -> None:
+        now["step"] = step.number
+        run_training_step(self, step)
 
     def note_phase(self: Console, name: str) -> None:
         now.update(phase=name, calls=0)
         show(self, name)
 
-    def struck_forward(self: Qwen25VL, *arguments: Any, **keywords: Any) -> Any:
+    def struck_forward(self: VideoLanguageModel, *arguments: Any, **keywords: Any) -> Any:
         out = forward(self, *arguments, **keywords)
         if (now["phase"], now["step"]) == (phase, step):
             now["calls"] += 1
@@ -102,6 +103,6 @@ def _in_phase(phase: str, step: int, strike: Callable[[], None]) -> None:
 
     GRPOCareTrainer.run_training_step = note_step
     Console.phase = note_phase
-    Qwen25VL.forward = struck_forward
+    VideoLanguageModel.forward = struck_forward
     if phase == "checkpoint":
         HashedFile.close = struck_close

@@ -57,13 +57,14 @@ fetch megatron-core==0.16.1 decord==0.6.0 hydra-core==1.3.2 'omegaconf>=2.3,<2.4
     antlr4-python3-runtime==4.9.3 rouge-score==0.1.2
 
 if [[ -n $engine ]]; then
-    # Megatron Core 0.16.1 and this project were read against 2.4 to 2.18.
+    # Megatron Core 0.16.1 and this project were read against 2.9 to 2.20.
     version=2.18.0
     fetch "transformer-engine==$version" "transformer-engine-cu13==$version" \
         nvidia-cudnn-frontend nvdlfw-inspect onnx onnxscript onnx-ir ml-dtypes protobuf \
         pydantic pydantic-core annotated-types typing-inspection typing-extensions pybind11
     # What builds its torch part: a virtual environment has neither, and torch brings setuptools alone.
-    fetch wheel ninja
+    # crt: headers that nvcc's own need, where there is no CUDA_HOME.
+    fetch wheel ninja 'nvidia-cuda-crt>=13,<14'
     # Its torch part is built where the GPU is. pip would ask for CUDA to read the archive's name.
     "$python" - "$folder" "transformer_engine_torch-$version.tar.gz" <<'PYTHON'
 import hashlib

@@ -112,7 +112,6 @@ install_transformer_engine() {
         left_out+=("TransformerEngine: its core wheel and the source archive of its torch part are not both in $WHEELS")
         return 0
     fi
-    install "$core" "$WHEELS"/transformer_engine-*.whl || return 1
     headers=$(nvidia_headers) || headers=
     cudnn=$(nvidia_part cudnn)
     export NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE
@@ -129,7 +128,12 @@ install_transformer_engine() {
         export LIBRARY_PATH=$cudnn/lib${LIBRARY_PATH:+:$LIBRARY_PATH}
         export LD_LIBRARY_PATH=$cudnn/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     fi
-    MAX_JOBS=${MAX_JOBS:-$(nproc)} install --no-build-isolation "$torch_part"
+    # All three or none: Megatron looks for the first two alone, and can't be imported with them.
+    mkdir -p "$out/built"
+    MAX_JOBS=${MAX_JOBS:-$(nproc)} "$python" -m pip wheel --quiet --no-index --no-deps \
+        --disable-pip-version-check --no-build-isolation --wheel-dir "$out/built" "$torch_part" ||
+        return 1
+    install "$core" "$WHEELS"/transformer_engine-*.whl "$out"/built/*.whl
 }
 
 if [[ $WHEELS != NONE ]]; then
@@ -140,7 +144,7 @@ if [[ $WHEELS != NONE ]]; then
     fi
 fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-if ! "$python" -c 'import transformer_engine.pytorch' >>"$out/transformer_engine.log" 2>&1; then
+if ! "$python" -c 'import torch, transformer_engine.pytorch' >>"$out/transformer_engine.log" 2>&1; then
     left_out+=("tests and measurements of TransformerEngine and of 8 bits: it can't be imported, see $out/transformer_engine.log")
 fi
 

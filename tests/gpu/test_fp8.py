@@ -81,13 +81,12 @@ def test_first_and_last_layers_in_bf16_are_nearer(job: Job, name):
 
 @pytest.mark.parametrize("name", [name for name in FP8_RECIPES if name != "delayed"])
 def test_a_whole_step_in_8_bits_trains(job: Job, tmp_path, name):
-    from small_runs import small_trainer
+    from small_runs import one_step, small_trainer
 
     recipe = fp8_recipe(job, name, scoring=True, rollout=True)
     recipe.rollout.max_logprob_difference = 0.1
     recipe.algorithm.reference.max_logprob_difference = 0.1
     trainer = small_trainer(recipe, job.ranks, tmp_path)
-    trainer.step = 1
-    metrics, _, _ = trainer.run_training_step()
+    metrics = one_step(trainer, 1).metrics
     assert metrics["train/bad_step"] == 0
     assert metrics["train/grad_norm"] > 0

@@ -17,7 +17,7 @@ from golden import _disk_name, golden_step, hf_model
 from gpu_passes import Job, assert_same, needs_transformer_engine, passes_of
 from layouts import gather_weights, record_gradients
 from records import lines
-from small_runs import small_trainer
+from small_runs import one_step, small_trainer, updated
 
 from nemo_care.checkpoints.writer import _StateWriter
 from nemo_care.megatron.cpu import compute_device
@@ -53,7 +53,7 @@ def hf_logits(model, prompt) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_logits_equal_hugging_face_on_the_same_device(job: Job, dtype):
-    from nemo_care.models.qwen2_5_vl import ModelInputs
+    from nemo_care.models.video_language_model import ModelInputs
 
     prompt = job.prompts[0]
     device = compute_device()
@@ -108,7 +108,7 @@ def test_whole_step_equals_that_of_plain_torch_on_the_cpu(job: Job, golden, tmp_
     trainer.reference.score_answers(groups)
     trainer.credit(groups)
     gradients = record_gradients(trainer.policy)
-    metrics = trainer.policy.update(groups)
+    metrics = updated(trainer.policy, groups)
     trainer.reference.track(trainer.policy.model, 1)
     for group, p, bonus, advantage in zip(
         groups, golden.answer_likelihood, golden.bonus, golden.advantage, strict=True
@@ -135,8 +135,8 @@ def test_a_step_in_either_precision_stays_near_the_golden_one(job: Job, golden, 
     groups = copy.deepcopy(job.groups)
     trainer.reference.score_answers(groups)
     trainer.credit(groups)
-    metrics = trainer.policy.update(groups)
-    assert trainer.policy.not_finite is None
+    metrics = updated(trainer.policy, groups)
+    assert metrics["train/grad_norm"] is not None
     for group, p in zip(groups, golden.answer_likelihood, strict=True):
         bound = 1e-4 if dtype == "fp32" else 0.1
         assert group.answer_likelihood.tolist() == pytest.approx(p, abs=bound, nan_ok=True)
@@ -171,8 +171,7 @@ def test_greedy_tokens_equal_hugging_face_given_the_same_positions(job: Job, tmp
 def test_rollout_and_update_agree_on_sampled_tokens(job: Job, tmp_path, dtype):
     """The comparison by which a run finds wrong weights or positions in its first step."""
     trainer = small_trainer(job.recipe(dtype), job.ranks, tmp_path)
-    trainer.step = 1
-    metrics, _, _ = trainer.run_training_step()
+    metrics = one_step(trainer, 1).metrics
     assert metrics["train/bad_step"] == 0
     assert metrics["rollout/logprob_difference"] <= job.recipe().rollout.max_logprob_difference
 
@@ -218,13 +217,11 @@ def test_training_on_while_a_checkpoint_is_written_does_not_change_it(
     recipe = job.recipe()
     recipe.trainer.max_steps = 2
     trainer = small_trainer(recipe, job.ranks, tmp_path)
-    trainer.step = 1
-    trainer.run_training_step()
+    one_step(trainer, 1)
     before = everything(trainer)
     monkeypatch.setattr(_StateWriter, "write", wait_and_write)
     trainer.save()
-    trainer.step = 2
-    trainer.run_training_step()
+    one_step(trainer, 2)
     assert not unchanged(before, everything(trainer))
     event.set()
     trainer.checkpoints.wait()
@@ -254,15 +251,13 @@ def test_a_resumed_run_goes_on_like_one_that_was_never_interrupted(job: Job, tmp
 @pytest.mark.parametrize("kind", ["gradient", "rollout", "reference", "loss"])
 def test_a_step_that_is_not_finite_changes_nothing(job: Job, tmp_path, kind):
     trainer = small_trainer(job.recipe("bf16"), job.ranks, tmp_path)
-    trainer.step = 1
-    trainer.run_training_step()
+    one_step(trainer, 1)
     before = everything(trainer)
     undo = inject(trainer, kind)
-    trainer.step = 2
-    metrics, _, _ = trainer.run_training_step()
+    step = one_step(trainer, 2)
     undo()
-    assert metrics["train/bad_step"] == 1
-    assert kind in trainer.policy.not_finite.first
+    assert step.metrics["train/bad_step"] == 1
+    assert kind in step.not_finite.first
     assert unchanged(before, everything(trainer))
 
 

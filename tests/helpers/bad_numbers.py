@@ -66,17 +66,14 @@ def inject_at(trainer, steps: dict[int, str]) -> None:
     """Make these steps of a run bad."""
     run = trainer.run_training_step
 
-    def step():
-        kind = steps.get(trainer.step)
-        if kind is None:
-            return run()
-        undo = inject(trainer, kind)
+    def injected(step):
+        undo = inject(trainer, steps[step.number]) if step.number in steps else lambda: None
         try:
-            return run()
+            run(step)
         finally:
             undo()
 
-    trainer.run_training_step = step
+    trainer.run_training_step = injected
 
 
 def everything(trainer) -> list[torch.Tensor]:

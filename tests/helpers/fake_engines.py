@@ -16,7 +16,7 @@ from nemo_care.planning.gpus import read_gpu
 from nemo_care.planning.plan import Plan, Question, make_plan, plan_as_json
 from nemo_care.planning.search import search, search_report
 from nemo_care.planning.tables import plan_report
-from nemo_care.recipe.schema import Recipe
+from nemo_care.recipe.schema import RANGES, Recipe
 
 # By name: the stages of a pipeline and the keys under rollout.vllm; None: the ranks sample.
 PLANS: dict = {
@@ -120,7 +120,7 @@ def refusals(folder: str, plans: dict[str, Plan]) -> dict:
 def doctors(folder: str) -> dict:
     """What the doctor's process says of a GPU of which a quarter is in use, and of a CPU."""
 
-    def composed(arguments: list[str], *, with_nemo: bool) -> Recipe:
+    def composed(arguments: list[str]) -> Recipe:
         return recipe_of(folder, 1, {})
 
     with patch("nemo_care.recipe.compose.compose_recipe", composed):
@@ -130,6 +130,8 @@ def doctors(folder: str) -> dict:
 def engines_planned(folder: str) -> dict:
     """By subject, with the folder of a small model's shape."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # The model is so small that the smallest share holds it many times.
+    RANGES["rollout.vllm.gpu_memory_utilization"] = (0.001, 1.0)
     plans = made_plans(folder)
     (run,) = dry_run(plans["level 1"])
     return {

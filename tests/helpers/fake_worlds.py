@@ -15,15 +15,16 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from nemo_care.commands import plan as command
 from nemo_care.errors import InputError
-from nemo_care.planning.advice import _without_optimizer, remedies
+from nemo_care.planning.advice import _changes, _variant, remedies
 from nemo_care.planning.dry_run import dry_run
 from nemo_care.planning.gpus import read_gpu
+from nemo_care.planning.measured import Measurements
 from nemo_care.planning.plan import Question, make_plan, plan_as_json
 from nemo_care.planning.search import search
 from nemo_care.planning.shapes import lengths_of, read_model_shape
 from nemo_care.planning.stage import built_stage
 from nemo_care.planning.tables import plan_report
-from nemo_care.planning.work import Clock, head_flops, layer_flops, packed_tokens, vision_flops
+from nemo_care.planning.work import Clock, head_flops, layer_flops, packed_tokens
 
 
 def parameter_counts() -> dict:
@@ -32,7 +33,7 @@ def parameter_counts() -> dict:
     for name in PACKAGED:
         shape = read_model_shape(f"nowhere/{name}")
         with torch.device("meta"):
-            model = Qwen2_5_VLForConditionalGeneration(shape.hf)
+            model = Qwen2_5_VLForConditionalGeneration(shape.family.hf)
         counts[name] = {"hugging_face": sum(p.numel() for p in model.parameters())}
         for tensor, pipeline in ((2, 2), (1, 4)):
             recipe = plan_recipe(f"nowhere/{name}", tensor, pipeline)
@@ -65,8 +66,40 @@ def offloaded(folder: str) -> dict:
         question = _question(0.001)
         plan = make_plan(recipe, question, compare=False)
         found[str(offload)] = plan_as_json(plan, remedies(plan))
-        if not offload:
-            found["advised"] = _without_optimizer(plan.stages[0])
+    return found
+
+
+def variants(folder: str) -> dict:
+    """By change that may be offered: the recipe planned from what is known of it, and anew."""
+    found = {}
+    for only in ("", "rollout.vllm"):
+        recipe = plan_recipe(folder, 1, 1)
+        recipe.model.precision.dtype = "bf16"
+        recipe.trainer.devices, recipe.trainer.num_nodes = 4, 2
+        recipe.algorithm.prompts_per_step = 128
+        recipe.algorithm.groups_per_micro_batch = 2
+        recipe.rollout.groups_per_batch = recipe.evaluation.samples_per_batch = 2
+        recipe.data.validation.annotations = {"L1": "nowhere.jsonl"}
+        if only:
+            recipe.rollout.backend = "vllm"
+            recipe.rollout.vllm.sleep_level = 0
+        question = Question(read_gpu("h100-80gb", 4.0), prompt_tokens=80)
+        plan = make_plan(recipe, question, compare=False)
+        for change in _changes(plan):
+            if str(change).startswith(only):
+                variant = _variant(plan, change.keys)
+                assert variant is not None, change
+                reused = make_plan(variant, question, compare=False, measured=plan.measured)
+                anew = make_plan(variant, question, compare=False)
+                found[str(change)] = [
+                    {"seconds": planned.seconds.total, "host": sum(planned.host.values())}
+                    | {
+                        f"{s.stage} {phase}": s.peaks[phase]
+                        for s in planned.stages
+                        for phase in s.peaks
+                    }
+                    for planned in (reused, anew)
+                ]
     return found
 
 
@@ -95,8 +128,8 @@ def eight_bits(folder: str) -> dict:
             with built_stage(recipe, shape, number) as stage:
                 made.append(stage.build)
         question = _question(1.0)
-        lengths = lengths_of(recipe, shape.hf, *LENGTHS)
-        clock = Clock(recipe, shape.hf, lengths, question.gpu, question.efficiency)
+        lengths = lengths_of(recipe, shape.family, *LENGTHS)
+        clock = Clock(recipe, shape.family, lengths, question.gpu, question.efficiency)
         found[name] = {
             "builds": [vars(build) for build in made],
             "seconds": vars(clock.step(made)),
@@ -110,15 +143,14 @@ def uses(folder: str) -> dict:
     for granularity in ("none", "selective", "full"):
         recipe = plan_recipe(folder, 1, 1, granularity)
         shape = read_model_shape(folder)
-        with built_stage(recipe, shape, 0) as stage:
-            found[granularity] = vars(stage.use(lengths_of(recipe, shape.hf, *LENGTHS)))
+        found[granularity] = vars(Measurements(shape).use(recipe, 0))
     return found
 
 
 def vision_kernels(folder: str) -> dict:
     """What the vision tower keeps with its windows in one kernel call, and in one call each."""
     recipe, shape = plan_recipe(folder, 1, 1), read_model_shape(folder)
-    lengths = lengths_of(recipe, shape.hf, *LENGTHS)
+    lengths = lengths_of(recipe, shape.family, *LENGTHS)
     found = {}
     for name in ("together", "one_by_one"):
         with built_stage(recipe, shape, 0) as stage:
@@ -131,26 +163,27 @@ def vision_kernels(folder: str) -> dict:
 def schedule(folder: str) -> list:
     """Peaks of the real 1F1B schedule on the first of four stages, and what the plan says."""
     recipe, shape = plan_recipe(folder, 1, 4), read_model_shape(folder)
-    lengths = lengths_of(recipe, shape.hf, *LENGTHS)
+    lengths = lengths_of(recipe, shape.family, *LENGTHS)
+    measured, planned = Measurements(shape), []
+    for count in (1, 2, 3, 4):
+        recipe.algorithm.prompts_per_step = count
+        inputs = count * measured.use(recipe, 0).inputs
+        planned.append((count, measured.needs(recipe, 0, "update"), inputs))
     with built_stage(recipe, shape, 0) as stage:
-        use = stage.use(lengths)
-        return [
-            (stage.update(lengths, count)[0] + count * use.inputs, use.update_peak(count, count))
-            for count in (1, 2, 3, 4)
-        ]
+        return [(stage.update(lengths, n)[0] + inputs, says) for n, says, inputs in planned]
 
 
 def flops(folder: str) -> dict:
     """Matrix products of one micro-batch's forward, counted by torch and by the plan."""
     recipe, shape = plan_recipe(folder, 1, 1), read_model_shape(folder)
-    lengths = lengths_of(recipe, shape.hf, *LENGTHS)
+    lengths = lengths_of(recipe, shape.family, *LENGTHS)
     size = recipe.algorithm.group_size
     with built_stage(recipe, shape, 0) as stage, FlopCounterMode(display=False) as counter:
         batch = stage.layout.batches(stage.groups(lengths, 1))[0]
         hidden = stage.model(batch.inputs)
         batch.log_probs(stage.model, hidden, batch.mask)
     by_operator = counter.get_flop_counts()["Global"]
-    vision = shape.hf.vision_config
+    vision = shape.family.hf.vision_config
     window = (vision.window_size // vision.patch_size) ** 2
     whole = len(vision.fullatt_block_indexes)
     # The counter is asked for matrix products only: attention's is left out on both sides.
@@ -163,10 +196,10 @@ def flops(folder: str) -> dict:
     rows = size * (lengths.completion - 1) + 1
     return {
         "torch": sum(n for op, n in by_operator.items() if "attention" not in str(op)),
-        "plan": layer_flops(shape.hf, tokens)
-        + vision_flops(shape.hf, lengths)
+        "plan": layer_flops(shape.architecture, tokens)
+        + shape.family.vision_flops(lengths.grids)
         - attention
-        + head_flops(shape.hf, rows),
+        + head_flops(shape.architecture, rows),
     }
 
 
@@ -243,6 +276,7 @@ def made_plans(folder: str) -> dict:
         "uses": uses(folder),
         "eight_bits": eight_bits(folder),
         "offloaded": offloaded(folder),
+        "variants": variants(folder),
         "vision": vision_kernels(folder),
         "schedule": schedule(folder),
         "flops": flops(folder),

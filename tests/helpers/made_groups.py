@@ -9,7 +9,7 @@ from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.groups.answer_span import answer_token_span
 from nemo_care.groups.group import Completion, Group
-from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.families import read_family
 from nemo_care.objective.rewards import accuracy_reward, format_reward
 
 
@@ -18,8 +18,8 @@ def make_prompts(checkpoint, world, folder):
     from PIL import Image
 
     recipe = small_recipe(checkpoint, world)
-    hf = read_hf_config(checkpoint)
-    builder = PromptBuilder(recipe.data, hf, load_tokenizer(checkpoint, hf))
+    prompt_format = read_family(checkpoint).prompt
+    builder = PromptBuilder(recipe.data, prompt_format, load_tokenizer(checkpoint, prompt_format))
     image = folder / "image.png"
     Image.linear_gradient("L").resize((28, 28)).convert("RGB").save(image)
     plain = read_jsonl(world, "train.jsonl").samples[:4]
@@ -49,7 +49,7 @@ TEXTS = [
 
 def make_groups(prompts, checkpoint):
     """Right, wrong, inconsistent and unfinished completions of unequal length."""
-    tokenizer = load_tokenizer(checkpoint, read_hf_config(checkpoint))
+    tokenizer = load_tokenizer(checkpoint, read_family(checkpoint).prompt)
     groups = []
     for number, prompt in enumerate(prompts):
         right = prompt.sample.solution

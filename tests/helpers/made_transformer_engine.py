@@ -249,9 +249,10 @@ class DotProductAttention(_Layer):
 
     def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None,
                  attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal",
-                 layer_number=None, softmax_scale=None):  # fmt: skip
+                 layer_number=None, softmax_scale=None, attention_type="self"):  # fmt: skip
         super().__init__()
         assert (qkv_format, attn_mask_type) == ("thd", "padding_causal_bottom_right")
+        assert attention_type == "cross"
         self.scale = softmax_scale
 
     def forward(self, q, k, v, *, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv):

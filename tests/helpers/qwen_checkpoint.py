@@ -12,10 +12,10 @@ from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
-from nemo_care.miniature.checkpoint import tiny_config
 from nemo_care.miniature.vocabulary import DIRECTIONS, LETTERS
-from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.families import read_family
 from nemo_care.recipe.schema import Recipe
+from tiny_model import tiny_config
 
 COMPLETIONS = [
     f"<think>the shape moves {direction}</think>\n<answer>{letter}</answer><|im_end|>"
@@ -60,9 +60,9 @@ def qwen_recipe(folder: Path, world: Path) -> Recipe:
 
 
 def _teach(model, recipe: Recipe, world: Path, steps: int) -> None:
-    hf = read_hf_config(recipe.model.hf_path)
-    tokenizer = load_tokenizer(recipe.model.hf_path, hf)
-    builder = PromptBuilder(recipe.data, hf, tokenizer)
+    prompt_format = read_family(recipe.model.hf_path).prompt
+    tokenizer = load_tokenizer(recipe.model.hf_path, prompt_format)
+    builder = PromptBuilder(recipe.data, prompt_format, tokenizer)
     prompts = [
         builder.build(index, sample)
         for index, sample in enumerate(read_jsonl(world, "train.jsonl").samples[:4])

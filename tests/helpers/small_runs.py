@@ -5,11 +5,14 @@ from pathlib import Path
 import torch
 
 from nemo_care.data.decoding import DecodingWorkers
-from nemo_care.data.sources import read_levels, read_training
+from nemo_care.data.sources import RunData
+from nemo_care.groups.group import Group
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.schema import Recipe
 from nemo_care.runs.files import RunFiles
 from nemo_care.training.build import build_trainer
+from nemo_care.training.policy import Policy
+from nemo_care.training.step import Step
 from nemo_care.training.trainer import GRPOCareTrainer
 
 
@@ -44,13 +47,17 @@ def small_recipe(checkpoint: Path, world: Path) -> Recipe:
 
 def small_trainer(recipe: Recipe, ranks: Ranks, folder: Path) -> GRPOCareTrainer:
     """A trainer of the recipe without NeMo's loggers."""
+    data = RunData.on_every_rank(
+        ranks, None, lambda: RunData.read(recipe.data, seed=recipe.trainer.seed)
+    )
+    assert data.training is not None
     return build_trainer(
         recipe,
         ranks,
         RunFiles(folder),
         [],
-        training=read_training(recipe.data, seed=recipe.trainer.seed),
-        levels=read_levels(recipe.data, seed=recipe.trainer.seed),
+        training=data.training,
+        levels=data.levels,
         workers=DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader),
     )
 
@@ -58,3 +65,18 @@ def small_trainer(recipe: Recipe, ranks: Ranks, folder: Path) -> GRPOCareTrainer
 def weights(trainer: GRPOCareTrainer) -> dict[str, torch.Tensor]:
     """Copies of the policy's parameters."""
     return {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}
+
+
+def one_step(trainer: GRPOCareTrainer, number: int = 1) -> Step:
+    """A step of the trainer, neither recorded nor saved."""
+    trainer.step = number
+    step = Step(number)
+    trainer.run_training_step(step)
+    return step
+
+
+def updated(policy: Policy, groups: list[Group]) -> dict[str, float | None]:
+    """The metrics of an update on these groups."""
+    step = Step(1, trained=groups)
+    policy.update(step)
+    return step.metrics

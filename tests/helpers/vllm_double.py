@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from nemo_care.process.environment import VLLM_KEY
 from nemo_care.rollouts.vllm import host as hosts
 from nemo_care.rollouts.vllm.messages import Reply, Sampled, SampleReply
 
@@ -118,7 +119,7 @@ class HostThread:
         module = types.ModuleType("nemo_care.rollouts.vllm.llm")
         module.Engine = DoubleEngine
         monkeypatch.setitem(sys.modules, "nemo_care.rollouts.vllm.llm", module)
-        monkeypatch.setenv(hosts.KEY, KEY)
+        monkeypatch.setenv(VLLM_KEY.name, KEY)
         DoubleEngine.made.clear()
         self.listener = Listener(("127.0.0.1", 0), backlog=64)
         node, port = self.listener.address

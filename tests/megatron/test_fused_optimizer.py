@@ -1,7 +1,8 @@
 """A fused AdamW in Megatron's optimizer: its state before a first step, in checkpoints and away.
 
-What TransformerEngine's FusedAdam (2.4 to 2.18) does with its state is written out in torch: steps
-are counted for a group of parameters, and loading makes new tensors beside the parameters.
+What TransformerEngine's FusedAdam (2.4 to 2.20) does with its state is written out in torch: steps
+are counted for a group of parameters, in an integer, and loading makes new tensors beside the
+parameters. `tests/te` runs the real one, with its kernel written in torch.
 """
 
 import math
@@ -9,9 +10,8 @@ import math
 import pytest
 import torch
 from bad_numbers import everything, unchanged
-from megatron.core import optimizer as megatron_optimizer
-from megatron.core.optimizer import distrib_optimizer
-from small_runs import small_recipe, small_trainer
+from made_optimizer import optimizer_of_megatron, resumed, uninterrupted
+from small_runs import one_step, small_recipe, small_trainer
 
 NAMES = ("exp_avg", "exp_avg_sq")
 
@@ -19,9 +19,8 @@ NAMES = ("exp_avg", "exp_avg_sq")
 class FusedAdam(torch.optim.Optimizer):
     def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode):
         assert adam_w_mode
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-        )
+        settings = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, settings | {"bias_correction": True})
 
     @torch.no_grad()
     def step(self):
@@ -30,6 +29,9 @@ class FusedAdam(torch.optim.Optimizer):
                 continue
             group["step"] = group.get("step", 0) + 1
             (first, second), step = group["betas"], group["step"]
+            # The kernel takes an integer.
+            assert isinstance(step, int)
+            assert group["bias_correction"]
             for parameter in group["params"]:
                 state = self.state[parameter]
                 for name in NAMES if not state else ():
@@ -57,31 +59,26 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 @pytest.fixture(params=[False, True], ids=["in_place", "offloaded"])
-def recipe(checkpoint, world, monkeypatch, request):
-    monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
-    monkeypatch.setattr(megatron_optimizer, "Adam", FusedAdam)
-    monkeypatch.setattr(distrib_optimizer, "Adam", FusedAdam)
-    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
-    monkeypatch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", True)
+def recipe(checkpoint, world, request):
     recipe = small_recipe(checkpoint, world)
     recipe.model.precision.dtype = "bf16"
     recipe.rollout.max_logprob_difference = 1.0
     recipe.optimizer.offload = request.param
     recipe.trainer.max_steps = 2
-    return recipe
+    with optimizer_of_megatron(FusedAdam):
+        yield recipe
 
 
-def steps(trainer) -> set[int | None]:
-    return {group.get("step") for group in trainer.policy.optimizer.param_groups}
+def steps(trainer) -> set[int]:
+    return {group.get("step", 0) for group in trainer.policy.optimizer.param_groups}
 
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_checkpoint_holds_its_state(recipe, ranks, tmp_path, step):
     """Also where no step could be taken yet."""
     trainer = small_trainer(recipe, ranks, tmp_path)
-    trainer.step = step
     if step:
-        trainer.run_training_step()
+        one_step(trainer, step)
         assert steps(trainer) == {1}
     trainer.save()
     trainer.checkpoints.wait()
@@ -90,8 +87,7 @@ def test_a_checkpoint_holds_its_state(recipe, ranks, tmp_path, step):
     assert steps(resumed) == steps(trainer)
     assert unchanged(everything(trainer), everything(resumed))
     for either in (trainer, resumed):
-        either.step = step + 1
-        either.run_training_step()
+        one_step(either, step + 1)
     assert steps(resumed) == {step + 1}
     assert unchanged(everything(trainer), everything(resumed))
 
@@ -106,3 +102,16 @@ def test_a_resumed_run_has_the_recipes_settings_and_the_checkpoints_steps(recipe
     assert {(group["lr"], group["eps"], group["betas"]) for group in groups} == {
         (7e-3, 1e-5, (recipe.optimizer.beta1, 0.5))
     }
+
+
+@pytest.mark.parametrize("trained", [0, 2])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(None, None), (None, FusedAdam), (FusedAdam, None), (FusedAdam, FusedAdam)],
+    ids=["torch to torch", "torch to fused", "fused to torch", "fused to fused"],
+)
+def test_a_run_goes_on_with_either_kind_of_adamw(ranks, tmp_path, first, then, trained):
+    """From a checkpoint before the first step, and from one after two."""
+    wanted = uninterrupted(None, trained + 2)
+    found = resumed(tmp_path / "checkpoint", first, then, trained)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from layouts import LAYOUTS, gather_weights, share_of
 from made_groups import make_groups, make_prompts
-from small_runs import small_recipe, small_trainer
+from small_runs import small_recipe, small_trainer, updated
 
 
 def two_steps(ranks, job) -> dict:
@@ -20,7 +20,7 @@ def two_steps(ranks, job) -> dict:
             mine = share_of(groups, ranks)
             trainer.reference.score_answers(mine)
             trainer.credit(mine)
-            norms.append(trainer.policy.update(mine)["train/grad_norm"])
+            norms.append(updated(trainer.policy, mine)["train/grad_norm"])
             trainer.reference.track(trainer.policy.model, step)
         weights, average = (
             gather_weights(model)

@@ -1,26 +1,28 @@
 import json
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 from records import lines
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from nemo_care.errors import InputError
-from nemo_care.miniature.batched import (
+import make_checkpoint
+from batched import (
     completion_logits,
     patches,
     prompt_positions,
     prompt_token_ids,
     vision_features,
 )
-from nemo_care.miniature.build import CHECKPOINT, GATE_FILE, build
-from nemo_care.miniature.checkpoint import build_model, load_checkpoint, save_checkpoint
+from gate import Gate, GateNotPassed, measure_gate
+from make_checkpoint import GATE_FILE, build
+from nemo_care.errors import InputError
+from nemo_care.miniature import CHECKPOINT
 from nemo_care.miniature.files import ensure_world, write_world
-from nemo_care.miniature.gate import Gate, GateNotPassed, measure_gate
 from nemo_care.miniature.vocabulary import DIRECTIONS, LETTERS, OPPOSITE, SHAPES, WORDS, encode
-from nemo_care.miniature.warm_start import STAGES, draw_batch, draw_completion
 from nemo_care.miniature.world import (
     FRAMES,
     GRID,
@@ -32,6 +34,8 @@ from nemo_care.miniature.world import (
     draw_level,
     draw_scenes,
 )
+from tiny_model import build_model, load_checkpoint, save_checkpoint
+from warm_start import STAGES, draw_batch, draw_completion
 
 
 @pytest.fixture(autouse=True)
@@ -297,6 +301,17 @@ def test_a_build_that_fails_the_gate_is_set_aside(tmp_path):
     with pytest.raises(GateNotPassed, match="truth_without_reasoning is 0"):
         build(out, seed=0, scale=0.0005)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.rejected"]
+
+
+def test_the_command_runs_from_any_folder_and_keeps_what_is_there(tmp_path):
+    script = make_checkpoint.__file__
+    (tmp_path / "notes.txt").write_text("mine")
+    done = subprocess.run(
+        [sys.executable, script, "."], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "exists already; remove it or choose another directory" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.sources import read_training
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
-from nemo_care.models.hf_config import architecture, read_hf_config
+from nemo_care.models.families import read_family
 from nemo_care.models.hf_tensors import check_weights
 from nemo_care.models.pipeline import forward_only
-from nemo_care.models.qwen2_5_vl import ModelInputs
+from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.planning.shapes import _CONFIGURATIONS
 from nemo_care.training.build import load_model
 
@@ -40,7 +40,7 @@ def assert_one_line(error: InputError, *parts: str) -> None:
 
 def refused(folder: Path, *parts: str) -> None:
     with pytest.raises(InputError) as caught:
-        read_hf_config(folder)
+        read_family(folder)
     assert_one_line(caught.value, str(folder), *parts)
 
 
@@ -88,9 +88,9 @@ def refused(folder: Path, *parts: str) -> None:
         ({"text_config__num_experts": 8}, ["text_config.num_experts is 8"]),
         ({"vision_config__deepstack_visual_indexes": [1]}, ["deepstack_visual_indexes"]),
         # Other kinds of model.
-        ({"model_type": "qwen3_vl"}, ["qwen3_vl", "only qwen2_5_vl"]),
-        ({"model_type": "no_such_model"}, ["no_such_model", "only qwen2_5_vl"]),
-        ({"model_type": MISSING}, ["only qwen2_5_vl"]),
+        ({"model_type": "qwen3_vl"}, ["qwen3_vl", "supported: qwen2_5_vl"]),
+        ({"model_type": "no_such_model"}, ["no_such_model", "supported: qwen2_5_vl"]),
+        ({"model_type": MISSING}, ["supported: qwen2_5_vl"]),
         ({"text_config__model_type": "qwen3_moe"}, ['model_type is "qwen3_moe"']),
         ({"vision_config__model_type": ["qwen2_5_vl"]}, ["vision_config.model_type"]),
         ({"architectures": ["Qwen2_5_VLForSequenceClassification"]}, ["architectures"]),
@@ -164,21 +164,21 @@ def test_a_flat_layout_without_mrope_section_is_refused(folder, section):
 )
 def test_what_changes_nothing_is_accepted(folder, checkpoint, changes):
     change_json(folder / "config.json", **changes)
-    assert architecture(read_hf_config(folder)) == architecture(read_hf_config(checkpoint))
+    assert read_family(folder).signature() == read_family(checkpoint).signature()
 
 
 @pytest.mark.parametrize("layout", [flat_config, doubled_config])
 def test_older_layouts_say_the_same(folder, checkpoint, layout):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(layout(config)))
-    assert architecture(read_hf_config(folder)) == architecture(read_hf_config(checkpoint))
+    assert read_family(folder).signature() == read_family(checkpoint).signature()
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted(_CONFIGURATIONS.iterdir())])
 def test_published_configurations_are_accepted_as_they_are_and_as_saved_again(name, tmp_path):
-    hf = read_hf_config(_CONFIGURATIONS / name)
-    hf.save_pretrained(tmp_path)
-    assert architecture(read_hf_config(tmp_path)) == architecture(hf)
+    family = read_family(_CONFIGURATIONS / name)
+    family.hf.save_pretrained(tmp_path)
+    assert read_family(tmp_path).signature() == family.signature()
 
 
 # ------------------------------------------------------------------ honoured
@@ -262,8 +262,8 @@ def test_tokens_per_second_spread_a_video_s_positions(folder, world):
     times = []
     for tokens in (2, 8):
         change_json(folder / "config.json", vision_config__tokens_per_second=tokens)
-        hf = read_hf_config(folder)
-        prompt = PromptBuilder(data, hf, load_tokenizer(folder, hf)).build(0, sample)
+        form = read_family(folder).prompt
+        prompt = PromptBuilder(data, form, load_tokenizer(folder, form)).build(0, sample)
         time = prompt.position_ids[0, prompt.is_vision]
         times.append((time - time[0]).tolist())
         seconds = torch.arange(len(time)) * prompt.seconds_per_grid[0]

@@ -21,10 +21,10 @@ from small_runs import small_recipe
 
 from nemo_care.checks.recipe import check_training_inputs
 from nemo_care.cli import main
-from nemo_care.data.patches import CLIP_MEAN, CLIP_STD
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
-from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.families import read_family
+from nemo_care.models.families.qwen2_5_vl.patches import CLIP_MEAN, CLIP_STD
 from nemo_care.models.hf_tensors import check_weights
 from nemo_care.models.weights import iterate_hf_weights
 from nemo_care.training.build import load_model
@@ -275,7 +275,7 @@ def test_a_template_that_is_not_text_is_named(folder, refused):
 def test_config_json_says_where_completions_end_without_a_generation_config(folder):
     (folder / "generation_config.json").unlink()
     change_json(folder / "config.json", text_config__eos_token_id=[2, 0])
-    assert load_tokenizer(folder, read_hf_config(folder)).eos_ids == {0, 2}
+    assert load_tokenizer(folder, read_family(folder).prompt).eos_ids == {0, 2}
 
 
 # ------------------------------------------------------------------ code, and other pixels

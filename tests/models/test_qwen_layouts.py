@@ -16,7 +16,7 @@ from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.groups.answer_span import find_answer_tokens
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.group import Completion, Group
-from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.families import read_family
 from nemo_care.objective.text import find_answer
 from nemo_care.rollouts.completions import completion_of
 from nemo_care.scoring.scorer import Scorer
@@ -53,9 +53,9 @@ def untaught(tmp_path_factory, world):
 @pytest.fixture(scope="module")
 def groups(untaught, world):
     """Two groups about videos with all of these answers."""
-    hf = read_hf_config(untaught)
-    tokenizer = load_tokenizer(untaught, hf)
-    builder = PromptBuilder(qwen_recipe(untaught, world).data, hf, tokenizer)
+    prompt_format = read_family(untaught).prompt
+    tokenizer = load_tokenizer(untaught, prompt_format)
+    builder = PromptBuilder(qwen_recipe(untaught, world).data, prompt_format, tokenizer)
     made = []
     for index, sample in enumerate(read_jsonl(world, "train.jsonl").samples[:2]):
         texts = [
@@ -121,7 +121,7 @@ def test_likelihoods_equal_hugging_face_s_in_both_layouts(untaught, world, ranks
 
 
 def test_every_answer_follows_every_reasoning_as_one_text(untaught, world, ranks, groups):
-    model, tokenizer = hf_model(untaught), load_tokenizer(untaught, read_hf_config(untaught))
+    model, tokenizer = hf_model(untaught), load_tokenizer(untaught, read_family(untaught).prompt)
     tables = scorer(untaught, world, ranks, shared_prompt=True).pair_likelihoods(groups)
     for group, table in zip(groups, tables, strict=True):
         answered = [i for i, c in enumerate(group.completions) if c.answer_span]

@@ -38,6 +38,8 @@ class WrittenOutKernel(torch.nn.Module):
     def forward(self, q, k, v, *, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv):
         assert self.arguments["qkv_format"] == "thd"
         assert self.arguments["attn_mask_type"] == "padding_causal_bottom_right"
+        # What a row's keys are masked by: their own number, not that of its queries.
+        assert self.arguments["attention_type"] == "cross"
         assert q.shape[1] == self.arguments["num_attention_heads"]
         assert k.shape[1] == v.shape[1] == self.arguments["num_gqa_groups"]
         assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32

@@ -15,10 +15,10 @@ from made_groups import make_groups, make_prompts
 from made_transformer_engine import PRODUCTS
 from on_ranks import OnRanks
 from safetensors.torch import load_file
-from small_runs import small_recipe, small_trainer
+from small_runs import small_recipe, small_trainer, updated
 
 from nemo_care.checkpoints.store import sharding_metadata
-from nemo_care.models.weights import _mapping, export_hf
+from nemo_care.models.weights import _source, export_hf
 from nemo_care.ranks.process_groups import Ranks
 
 pytestmark = pytest.mark.skipif(
@@ -41,7 +41,7 @@ def marks(model) -> dict[str, tuple]:
     names = ("tensor_model_parallel", "partition_dim", "sequence_parallel", "allreduce")
     defaults = (False, -1, False, True)
     return {
-        " ".join(_mapping(model, name).hf_names): tuple(
+        " ".join(_source(model, name).names): tuple(
             getattr(parameter, mark, default) for mark, default in zip(names, defaults, strict=True)
         )
         for name, parameter in model.named_parameters()
@@ -56,7 +56,7 @@ def step(trainer, job, ranks: Ranks) -> dict:
     trainer.reference.score_answers(groups)
     trainer.credit(groups)
     gradients = record_gradients(trainer.policy)
-    result["metrics"] = trainer.policy.update(groups)
+    result["metrics"] = updated(trainer.policy, groups)
     trainer.reference.track(trainer.policy.model, 1)
     return result | {
         "likelihoods": [group.answer_likelihood for group in groups],
@@ -94,7 +94,7 @@ def in_eight_bits(job, ranks: Ranks, folder: Path, **keys) -> dict[str, list]:
         {
             "rollout": lambda: generate(trainer, job["prompts"], 1.0, ranks),
             "scoring": score,
-            "update": lambda: trainer.policy.update(groups),
+            "update": lambda: updated(trainer.policy, groups),
         }
     )
     state = trainer.policy.model.sharded_state_dict("", metadata=sharding_metadata())

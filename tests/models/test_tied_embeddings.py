@@ -9,11 +9,11 @@ import torch.distributed as dist
 from golden import hf_model
 from layouts import gather_vocabulary
 from safetensors.torch import load_file, save_file
-from small_runs import small_recipe, small_trainer
+from small_runs import small_recipe, small_trainer, updated
 
 from nemo_care.groups.group import Completion, Group
 from nemo_care.models.pipeline import forward_only
-from nemo_care.models.qwen2_5_vl import ModelInputs
+from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.models.weights import export_hf
 from nemo_care.ranks.process_groups import Layout, Ranks
 
@@ -69,7 +69,7 @@ def computed(ranks: Ranks, job: tuple) -> dict:
     )
     logits = gather_vocabulary(logits[0] if logits else None, ranks)
     export_hf(model, checkpoint, out / "export")
-    norms = [trainer.policy.update(given_groups(trainer))["train/grad_norm"] for _ in range(2)]
+    norms = [updated(trainer.policy, given_groups(trainer))["train/grad_norm"] for _ in range(2)]
     export_hf(model, checkpoint, out / "trained")
     shared = model.shared_embedding_or_output_weight().detach().clone()
     copies = [torch.empty_like(shared) for _ in range(ranks.world_size)]

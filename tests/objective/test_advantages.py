@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from nemo_care.objective.advantages import group_advantages
+from nemo_care.objective.advantages import ADVANTAGES, group_advantages
 
 pytestmark = pytest.mark.numeric
 
@@ -36,6 +36,32 @@ def test_equal_rewards_give_exactly_zero(dtype, value):
         advantages = group_advantages(torch.full((2, group_size), value, dtype=dtype))
         assert (advantages == 0).all()
         assert advantages.dtype == dtype
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 8])
+def test_other_estimators_agree_with_plain_python(group_size):
+    draw = random.Random(group_size)
+    rewards = [[draw.uniform(0, 2.5) for _ in range(group_size)] for _ in range(20)]
+    wanted = {
+        "dr_grpo": [[r - statistics.fmean(group) for r in group] for group in rewards],
+        "rloo": [
+            [r - statistics.fmean(group[:i] + group[i + 1 :]) for i, r in enumerate(group)]
+            for group in rewards
+        ],
+    }
+    for name, expected in wanted.items():
+        advantages = ADVANTAGES[name](torch.tensor(rewards, dtype=torch.float64))
+        torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_every_estimator_keeps_types_refuses_nan_and_gives_equal_rewards_zero(name):
+    advantages = ADVANTAGES[name]
+    assert (advantages(torch.full((2, 7), 1 / 3)) == 0).all()
+    assert (advantages(torch.full((2, 1), 1 / 3)) == 0).all()
+    assert advantages(torch.tensor([[0, 2]])).dtype == torch.float32
+    with pytest.raises(ValueError, match="NaN"):
+        advantages(torch.tensor([[1.0, math.nan]]))
 
 
 def test_groups_do_not_touch_each_other():

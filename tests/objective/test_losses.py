@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from nemo_care.objective.losses import PolicyLoss, PolicyLossInputs, policy_loss
+from nemo_care.objective.losses import LOSSES, PolicyLoss, PolicyLossInputs, policy_loss
 
 pytestmark = pytest.mark.numeric
 
@@ -80,6 +80,101 @@ def test_loss_and_gradient_agree_with_the_formula(
     torch.testing.assert_close(inputs.log_probs.grad, torch.tensor(gradient))
     # The cases mean something: the clip bites where it is narrow, and only there.
     assert (clipped > 0) == (several_updates and clip_high < 1)
+
+
+LONGEST = 9
+
+
+def objective_by_loops(
+    name: str, inputs: PolicyLossInputs, clip_low: float, clip_high: float
+) -> tuple[float, torch.Tensor]:
+    """The whole objective as its paper writes it, token by token in float64, and its gradient."""
+    log_probs = inputs.log_probs.detach().double().requires_grad_()
+    rows, lengths = [], []
+    for i in range(N):
+        tokens = [t for t in range(C) if inputs.mask[i, t]]
+        if not tokens:
+            continue
+        advantage = inputs.advantages[i].double()
+        new = [log_probs[i, t] for t in tokens]
+        old = [value.detach() for value in new]
+        if inputs.old_log_probs is not None:
+            old = [inputs.old_log_probs[i, t].double() for t in tokens]
+        ratios = [torch.exp(a - b) for a, b in zip(new, old, strict=True)]
+        if name == "gspo":
+            mean = sum(a - b for a, b in zip(new, old, strict=True)) / len(tokens)
+            ratios = [torch.exp(mean)] * len(tokens)
+        values = []
+        for ratio, log_prob in zip(ratios, new, strict=True):
+            if name == "cispo":
+                bounded = min(max(ratio.item(), 1 - clip_low), 1 + clip_high)
+                values.append(bounded * advantage * log_prob)
+                continue
+            bounded = torch.clamp(ratio, 1 - clip_low, 1 + clip_high)
+            values.append(torch.min(ratio * advantage, bounded * advantage))
+        rows.append(values)
+        lengths.append(len(tokens))
+    sums = [sum(values) for values in rows]
+    if name in ("grpo", "gspo"):
+        objective = sum(s / n for s, n in zip(sums, lengths, strict=True)) / len(rows)
+    elif name == "dr_grpo":
+        objective = sum(sums) / (len(rows) * LONGEST)
+    else:
+        objective = sum(sums) / sum(lengths)
+    (-objective).backward()
+    return -objective.item(), log_probs.grad
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("several_updates", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_loss_is_its_papers_objective(inputs, name, several_updates, masked):
+    if not several_updates:
+        inputs = dataclasses.replace(inputs, old_log_probs=None)
+    if masked:
+        # A completion that was cut off is in no mean.
+        mask = inputs.mask.clone()
+        mask[3] = False
+        inputs = dataclasses.replace(inputs, mask=mask)
+    clips = {"clip_low": 0.03, "clip_high": 0.05} if name == "gspo" else {}
+    output = policy_loss(inputs, kind=LOSSES[name], **clips)
+    count = LOSSES[name].mean.count(inputs.mask, LONGEST)
+    (output.loss_sum / count).backward()
+    value, gradient = objective_by_loops(
+        name, inputs, clips.get("clip_low", 0.2), clips.get("clip_high", 0.2)
+    )
+    assert output.loss_sum.item() / count == pytest.approx(value, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(inputs.log_probs.grad, gradient.float())
+    # The clip bites with old log-probabilities, and only then.
+    assert (output.clipped_sum > 0) == several_updates
+    assert output.completions == N - masked
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_totals_and_counts_of_each_loss_add_up_over_micro_batches(inputs, name):
+    loss = LOSSES[name]
+    whole = policy_loss(inputs, kind=loss).loss_sum
+    total = count = 0
+    for rows in (slice(0, 2), slice(2, 5)):
+        names = ("log_probs", "advantages", "mask", "old_log_probs", "reference_log_probs")
+        part = PolicyLossInputs(**{name: getattr(inputs, name)[rows] for name in names})
+        total += policy_loss(part, kind=loss).loss_sum
+        count += loss.mean.count(part.mask, LONGEST)
+    torch.testing.assert_close(total, whole)
+    assert count == loss.mean.count(inputs.mask, LONGEST)
+
+
+@pytest.mark.parametrize(("name", "same_as"), [("gspo", "grpo"), ("cispo", "token_mean")])
+def test_with_one_update_per_rollout_the_ratio_makes_no_difference(inputs, name, same_as):
+    inputs = dataclasses.replace(inputs, old_log_probs=None)
+    gradients = []
+    for kind in (name, same_as):
+        log_probs = inputs.log_probs.detach().clone().requires_grad_()
+        policy_loss(
+            dataclasses.replace(inputs, log_probs=log_probs), kind=LOSSES[kind]
+        ).loss_sum.backward()
+        gradients.append(log_probs.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_one_update_per_rollout_is_the_policy_gradient(inputs):

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.megatron.optimizer import initialise_adamw_state
-from nemo_care.models.qwen2_5_vl import ModelInputs
+from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.planning.shapes import lengths_of, made_group, read_model_shape
 from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.generator import Sampling
@@ -23,6 +23,7 @@ from nemo_care.rollouts.megatron import Decoding, MegatronGenerator
 from nemo_care.scoring.reference import Reference
 from nemo_care.training.build import build_model
 from nemo_care.training.policy import Policy
+from nemo_care.training.step import Step
 
 GRANULARITIES = ("none", "selective", "full")
 
@@ -122,12 +123,12 @@ def test_peak_of_a_real_update_is_what_the_plan_says(planned, small, ranks, gran
     policy = Policy(model, recipe, ranks, layout)
     # Its temporary copies differ between CPU and GPU.
     policy.optimizer.step = lambda: (True, 0.0, None)
-    hf = model.hf
-    group = made_group(lengths_of(recipe, hf, *LENGTHS), hf, 0, recipe.algorithm.group_size)
+    family = model.family
+    group = made_group(lengths_of(recipe, family, *LENGTHS), family, 0, recipe.algorithm.group_size)
     group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
-    policy.update([group])
+    policy.update(Step(0, trained=[group]))
     use = planned["uses"][granularity]
-    real = allocated_peak(lambda: policy.update([group]))
+    real = allocated_peak(lambda: policy.update(Step(0, trained=[group])))
     assert use["update"] + use["inputs"] == pytest.approx(real, rel=0.02)
 
 
@@ -143,8 +144,8 @@ def allocated_peak(run) -> int:
 
 def real_inputs(recipe, small) -> ModelInputs:
     """A micro-batch with real patches."""
-    hf = read_model_shape(str(small)).hf
-    group = made_group(lengths_of(recipe, hf, *LENGTHS), hf, 0, recipe.algorithm.group_size)
+    family = read_model_shape(str(small)).family
+    group = made_group(lengths_of(recipe, family, *LENGTHS), family, 0, recipe.algorithm.group_size)
     group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
     layout = BatchLayout(1, 0, multiple=16)
     return layout.batches([group])[0].inputs
@@ -157,14 +158,14 @@ def test_recomputation_is_planned_to_keep_less(planned):
 
 def test_cache_bytes_equal_those_of_real_decoding(planned, small, ranks):
     recipe = plan_recipe(small, 1, 1)
-    hf = read_model_shape(str(small)).hf
+    family = read_model_shape(str(small)).family
     model = build_model(recipe, ranks)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
     size = recipe.algorithm.group_size
-    lengths = lengths_of(recipe, hf, *LENGTHS)
-    prompt = made_group(lengths, hf, 0, size).prompt
+    lengths = lengths_of(recipe, family, *LENGTHS)
+    prompt = made_group(lengths, family, 0, size).prompt
     prompt.pixel_values = torch.randn(prompt.pixel_values.shape)
     tokenizer = ChatTokenizer(base=None, eos_ids=frozenset(), pad_id=0)
     sampling = Sampling(size, 1.0, 1.0, LENGTHS[1], ())
@@ -173,7 +174,7 @@ def test_cache_bytes_equal_those_of_real_decoding(planned, small, ranks):
         decoding = Decoding(model, ranks, [prompt], size, sampling, tokenizer)
         decoding.run(torch.rand(size, LENGTHS[1], dtype=torch.float64))
     assert planned["uses"]["none"]["key_value_cache"] == decoding.cache.nbytes
-    text = hf.text_config
+    text = family.hf.text_config
     width = text.hidden_size // text.num_attention_heads
     entries = LENGTHS[0] + size * LENGTHS[1]
     per_token = 2 * 4 * text.num_key_value_heads * width * text.num_hidden_layers
@@ -218,7 +219,7 @@ def test_search_lists_what_the_plan_accepts_and_nothing_else(planned):
     assert found
     for overrides, peak, planned_peak, fits in found:
         assert fits, overrides
-        assert peak == planned_peak, overrides
+        assert peak == pytest.approx(planned_peak, abs=2**13), overrides
     refused = [line for line in tried if line.endswith("does not fit")]
     assert refused
     assert len(tried) == len(refused) + len(found)
@@ -363,9 +364,25 @@ def test_state_in_cpu_memory_is_held_there_and_comes_for_the_step(planned):
     assert times[1] - times[0] == pytest.approx(2 * state / 20e9, rel=1e-3)
 
 
-def test_advice_says_what_the_state_in_cpu_memory_would_leave(planned):
+def test_advice_is_the_plan_of_the_recipe_with_the_change(planned):
     plain, offloaded = (planned["offloaded"][name] for name in ("False", "True"))
-    peaks = offloaded["stages"][0]["peaks"]
-    assert planned["offloaded"]["advised"] == pytest.approx(peaks, abs=1024)
-    assert any(line.startswith("optimizer.offload=true") for line in plain["remedies"])
+    (line,) = [line for line in plain["remedies"] if line.startswith("optimizer.offload=true")]
+    # The state is back for the step: that is the peak with little else to hold.
+    assert f"{offloaded['peak_bytes'] / 2**30:.1f} GiB at the peak" in line
+    assert f"{offloaded['seconds']['step']:.1f} s per step" in line
     assert not any("optimizer.offload" in line for line in offloaded["remedies"])
+
+
+def test_a_variant_of_a_plan_is_what_planning_it_anew_gives(planned):
+    found = planned["variants"]
+    for change, (reused, anew) in found.items():
+        # What a part leaves of a few kilobytes depends on the parts before it.
+        assert reused == pytest.approx(anew, abs=2**13), change
+    assert {part.partition("=")[0] for change in found for part in change.split(" ")} == {
+        "evaluation.samples_per_batch", "rollout.groups_per_batch",
+        "algorithm.groups_per_micro_batch", "rollout.vllm.sleep_level",
+        "rollout.vllm.gpu_memory_utilization", "algorithm.reference.offload", "optimizer.offload",
+        "model.recompute_granularity", "model.tensor_model_parallel_size",
+        "model.sequence_parallel", "model.pipeline_model_parallel_size", "trainer.num_nodes",
+        "data.max_prompt_tokens",
+    }  # fmt: skip

@@ -7,15 +7,14 @@ from fake_engines import engines_planned
 from made_shapes import write_small_shape
 
 from nemo_care.checks.fit import fit_of
-from nemo_care.planning.counts import replicas_of
 from nemo_care.planning.engines import engine_plan, most_prompts
 from nemo_care.planning.gpus import GIB, read_gpu
 from nemo_care.planning.shapes import Lengths, read_model_shape
 from nemo_care.planning.stage import StageBuild
 from nemo_care.planning.work import Clock, Efficiency, StepTime
-from nemo_care.recipe.schema import Recipe
+from nemo_care.recipe.schema import Recipe, replicas_of
 
-SEVEN = read_model_shape("nowhere/Qwen2.5-VL-7B-Instruct").hf
+SEVEN = read_model_shape("nowhere/Qwen2.5-VL-7B-Instruct").family
 H100 = read_gpu("h100-80gb")
 # The model keeps some tables from its first pass, whichever that is.
 KEPT = 2**14
@@ -80,7 +79,9 @@ def test_an_engines_weights_and_cached_tokens_are_those_of_its_part_of_the_model
 def test_ranks_beyond_the_key_value_heads_share_them():
     per_token = {}
     for size in (1, 2, 4, 7):
-        engine = engine_plan(seven_billion(tensor_parallel_size=size), SEVEN, 8 * 10**9, H100)
+        engine = engine_plan(
+            seven_billion(tensor_parallel_size=size), SEVEN.architecture, 8 * 10**9, H100
+        )
         per_token[size] = engine.bytes_per_token
         assert engine.weights == 16 * 10**9 // size
     layers_and_width = 2 * 28 * 128 * 2
@@ -89,15 +90,15 @@ def test_ranks_beyond_the_key_value_heads_share_them():
 
 
 def test_a_cache_of_its_own_size_counts_where_it_exceeds_the_share():
-    small = engine_plan(seven_billion(kv_cache_gib=4.0), SEVEN, 8 * 10**9, H100)
+    small = engine_plan(seven_billion(kv_cache_gib=4.0), SEVEN.architecture, 8 * 10**9, H100)
     assert small.cache == 4 * GIB
     assert small.share == int(0.6 * H100.memory)
-    large = engine_plan(seven_billion(kv_cache_gib=60.0), SEVEN, 8 * 10**9, H100)
+    large = engine_plan(seven_billion(kv_cache_gib=60.0), SEVEN.architecture, 8 * 10**9, H100)
     assert large.share == 8 * 10**9 + 60 * GIB
-    too_large = engine_plan(seven_billion(kv_cache_gib=75.0), SEVEN, 8 * 10**9, H100)
+    too_large = engine_plan(seven_billion(kv_cache_gib=75.0), SEVEN.architecture, 8 * 10**9, H100)
     assert "kv_cache_gib=75" in too_large.problem
     # A sequence of 17152 tokens is 0.46 GiB.
-    too_small = engine_plan(seven_billion(kv_cache_gib=0.4), SEVEN, 8 * 10**9, H100)
+    too_small = engine_plan(seven_billion(kv_cache_gib=0.4), SEVEN.architecture, 8 * 10**9, H100)
     assert "0.5 GiB" in too_small.problem
     assert not too_small.fits
 
@@ -114,8 +115,8 @@ def test_engines_beside_training_take_their_share_awake_and_a_context_asleep(pla
     beside, ranks = planned["plans"]["level 2"], planned["plans"]["megatron"]
     share = int(0.6 * 8 * GIB)
     for ours, before in zip(beside["stages"], ranks["stages"], strict=True):
-        # Two ranks: 2 GiB for CUDA and NCCL.
-        rollout = ours["held"] + 2 * GIB + share
+        # Two ranks: 2 GiB for CUDA and NCCL. The weights travel through a buffer of bucket_mib.
+        rollout = ours["held"] + 2 * GIB + share + GIB // 2
         assert ours["peaks"] == {
             "rollout": rollout,
             "validation": rollout + ours["use"]["scoring"] + ours["use"]["inputs"],
@@ -156,7 +157,8 @@ def test_an_engine_without_room_for_one_sequence_does_not_fit(planned):
     for words in ("gpu_memory_utilization=0.001", "tensor_parallel_size", "352 tokens"):
         assert words in verdict
     (remedy,) = plan["remedies"]
-    assert remedy.startswith("rollout.vllm.gpu_memory_utilization=0.7")
+    # 7.2 of 8 GiB, less one for CUDA, a half for the weights on their way and 0.07 for the model.
+    assert remedy.startswith("rollout.vllm.gpu_memory_utilization=0.7: ")
     assert "tensor_parallel_size" in planned["refusals"]["engine"]
 
 
@@ -207,7 +209,7 @@ def test_search_finds_what_the_plan_says(planned):
     found = planned["search"]["found"]
     assert len(found) == 2  # the two layouts of which an engine of two GPUs can be made
     for peak, planned_peak, time, planned_time, fits in found:
-        assert peak == planned_peak
+        assert peak == pytest.approx(planned_peak, abs=KEPT)
         assert time == planned_time
         assert fits
 
@@ -229,8 +231,8 @@ def test_doctor_takes_an_engines_share_of_the_whole_gpu(planned):
     assert gpu["engine"] == cpu["engine"] == ""
     # Of 80 GiB, although a quarter of them is in use.
     assert 49 * GIB < gpu["peak"] < 50 * GIB
-    # On a CPU engines stay awake: the update has 6 of 10 GiB less.
-    assert cpu["phase"] == "update"
+    # On a CPU engines stay awake: every phase has 6 of 10 GiB less, and sampling half a one more.
+    assert cpu["phase"] == "validation"
     assert 7 * GIB < cpu["peak"] < 8 * GIB
 
 
@@ -241,7 +243,7 @@ def test_doctor_names_an_engine_that_can_not_work(monkeypatch, tmp_path):
     recipe.trainer.max_steps = 1
     recipe.model.hf_path = recipe.data.train.root = str(tmp_path)
     recipe.exp_manager.explicit_log_dir = str(tmp_path / "run")
-    monkeypatch.setattr("nemo_care.checks.fit._inputs", lambda recipe: iter(()))
+    monkeypatch.setattr("nemo_care.checks.fit.found_by", lambda *given: iter(()))
     fit = fit_of(recipe, made_machine(), [], made_plan(engine="an engine needs more"))
     assert "an engine needs more" in fit.problems
 
@@ -317,5 +319,5 @@ def test_prompts_are_dealt_to_engines_as_the_ranks_deal_them(keys, engines, prom
     recipe.algorithm.prompts_per_step = 32
     assert replicas_of(recipe) == 4
     assert most_prompts(recipe) == prompts
-    engine = engine_plan(recipe, SEVEN, 8 * 10**9, H100)
+    engine = engine_plan(recipe, SEVEN.architecture, 8 * 10**9, H100)
     assert engine.engines == engines

@@ -269,7 +269,7 @@ def test_starting_leaves_the_process_as_it_was():
 
     before = [signal.getsignal(number) for number in ending.ASKING]
     with ending.starting(lambda number: None):
-        assert os.environ[ending.STARTER] == str(os.getpid())
+        assert os.environ[ending.STARTER.name] == str(os.getpid())
     assert [signal.getsignal(number) for number in ending.ASKING] == before
-    assert ending.STARTER not in os.environ
+    assert ending.STARTER.name not in os.environ
     assert ending._watch is None

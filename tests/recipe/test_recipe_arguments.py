@@ -10,7 +10,7 @@ from nemo_care.recipe.explain import free_form_keys
 
 
 def composed(*arguments, name="grpo_care_qwen2_5_vl_7b"):
-    return compose_recipe(["--config-name", name, *arguments], with_nemo=False)
+    return compose_recipe(["--config-name", name, *arguments])
 
 
 def refusal(*arguments) -> str:

@@ -8,7 +8,8 @@ import pytest
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
-from nemo_care.models.qwen2_5_vl import check_layout
+from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
+from nemo_care.models.transformer_config import check_layout
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.compose import compose_recipe, recipe_changes, recipe_names
 from nemo_care.recipe.schema import Recipe, check_world
@@ -70,7 +71,8 @@ def test_only_what_a_user_can_run_is_listed():
 @pytest.mark.parametrize(("size", "nodes"), [("3b", 1), ("7b", 1), ("32b", 4), ("72b", 8)])
 def test_layout_divides_the_model_and_fills_nodes_of_eight_gpus(size, nodes):
     recipe = composed(f"grpo_care_qwen2_5_vl_{size}")
-    check_layout(Qwen2_5_VLConfig(text_config=SHAPES[size]), Layout.of(recipe))
+    family = Qwen25VLFamily(Qwen2_5_VLConfig(text_config=SHAPES[size]))
+    check_layout(family.architecture, Layout.of(recipe))
     assert (recipe.trainer.num_nodes, recipe.trainer.devices) == (nodes, GPUS_OF_A_NODE)
     # Tensor parallelism talks in every layer: it stays inside a node.
     assert GPUS_OF_A_NODE % recipe.model.tensor_model_parallel_size == 0
@@ -191,13 +193,11 @@ ABLATIONS = {
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_ablation_changes_what_it_says_and_nothing_else(ablation):
-    recipe = composed(f"{PAPER}_{ablation}")
-    assert changes(composed(PAPER), recipe) == ABLATIONS[ablation]
-    # As a group it does the same to any recipe, whose run gets a directory of its own.
-    base = "grpo_care_qwen2_5_vl_72b"
-    other = composed(base, f"+ablation={ablation}")
-    assert changes(composed(base), other) == ABLATIONS[ablation]
-    assert other.exp_manager.name == f"{base}_{ablation}"
+    for base in (PAPER, "grpo_care_qwen2_5_vl_72b"):
+        recipe = composed(base, f"+ablation={ablation}")
+        assert changes(composed(base), recipe) == ABLATIONS[ablation]
+        # In a run directory of its own.
+        assert recipe.exp_manager.name == f"{base}_{ablation}"
 
 
 @pytest.mark.parametrize("size", ["32b", "72b"])
@@ -263,15 +263,23 @@ def test_changed_keys_of_two_recipes_are_named():
     assert recipe_changes(old, new) == {"algorithm.consistency.margin": [0.01, 0.1]}
 
 
-def test_hydra_alone_composes_what_nemo_s_runner_does(tmp_path):
+def test_hydra_alone_composes_what_nemo_s_runner_does(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(
         "defaults: [tiny_cpu, _self_]\ntrainer: {max_steps: '${multiply:2,21}'}\n"
     )
     command = ["--config-path", str(tmp_path), "--config-name", "mine", "rollout.top_p=0.5"]
-    alone = compose_recipe(command, with_nemo=False)
+    alone = compose_recipe(command)
     assert alone is not None
     assert (alone.trainer.max_steps, alone.rollout.top_p) == (42, 0.5)
-    assert alone == compose_recipe(command)
+    from nemo.core.config import hydra_runner
+
+    asked = []
+    monkeypatch.setattr(
+        "hydra.main",
+        lambda version_base, config_path: asked.append("NeMo") or hydra_runner(config_path),
+    )
+    assert compose_recipe(command) == alone
+    assert asked == ["NeMo"]
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,7 @@ def test_sources_and_names_of_levels_are_looked_at_too():
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "-1e999"])
 def test_numbers_of_the_command_line_that_are_not_finite(text):
     with pytest.raises(InputError, match=r"rollout\.temperature=.*finite"):
-        compose_recipe(
-            ["--config-name", "tiny_cpu", f"rollout.temperature={text}"], with_nemo=False
-        )
+        compose_recipe(["--config-name", "tiny_cpu", f"rollout.temperature={text}"])
 
 
 @pytest.mark.parametrize("text", [".nan", ".inf", "-.inf", "1.0e999"])

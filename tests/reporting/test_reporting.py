@@ -117,7 +117,7 @@ def test_report_is_one_page_without_foreign_resources(tmp_path):
     assert target == folder / "report.html"
     text = target.read_text()
     assert ATTACK not in text
-    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;" in text
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in text
     assert "&lt;b&gt;bad&lt;/b&gt;" in text
     page = Resources()
     page.feed(text)
@@ -276,9 +276,46 @@ def test_compare_trains_all_and_writes_the_table(tmp_path, fake, capsys):
     assert accuracy["std"] == pytest.approx(math.sqrt(2) * 0.01)
     assert accuracy["seeds"] == 2
 
+    results = complete_lines(out / "results.jsonl")
+    assert [(one["variant"], one["seed"]) for one in results] == [
+        ("grpo", 1), ("grpo", 3), ("care", 1), ("care", 3),
+    ]  # fmt: skip
+
     printed = capsys.readouterr()
     assert "grpo-seed3: done, 2 steps" in printed.err
-    assert "±0.01" in printed.out
+    shown = [line.split() for line in printed.out.splitlines()]
+    assert shown[1:4] == [
+        ["L1", "L3", "L1", "L3", "L1"],
+        ["run", "seed", "acc", "acc", "cons", "cons", "probe"],
+        ["─" * 46],
+    ]
+    assert shown[4:11] == [
+        ["start", "all", "0.47", "0.23", "0.77", "–", "0.70"],
+        [],
+        ["grpo", "1", "0.91", "0.46", "0.40", "–", "0.02"],
+        ["3", "0.93", "0.47", "0.40", "–", "0.02"],
+        ["mean", "0.92", "0.46", "0.40", "–", "0.02"],
+        ["±0.01", "±0.01", "±0.00", "±0.00"],
+        [],
+    ]
+
+
+def test_compare_shows_where_each_recipe_started_where_they_differ(tmp_path, fake):
+    text = (tmp_path / "fake_train.py").read_text()
+    start = "level(0.47, 0.77, 0.7)"
+    assert start in text
+    (tmp_path / "fake_train.py").write_text(
+        text.replace(start, "level(0.47 + (recipe == 'care') * seed / 100, 0.77, 0.7)")
+    )
+    out = tmp_path / "out"
+    assert compare(["grpo", "care"], [3, 1], out, [], 2, None, train_command=fake) == []
+    table = (out / "comparison.md").read_text()
+    assert [line[:30] for line in table.splitlines() if "start of" in line] == [
+        "| start of grpo | all | 0.47 |",
+        "| start of care | 1 | 0.48 | 0",
+        "| start of care | 3 | 0.50 | 0",
+        "| **start of care** | **mean**",
+    ]
 
 
 def test_compare_goes_on_where_it_stopped(tmp_path, fake):

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_care.cli import main
 from nemo_care.errors import InputError
-from nemo_care.reporting.scaling import efficiencies, size_of
+from nemo_care.reporting.scaling import sizes_of
 from nemo_care.runs.reader import read_run
 
 RECIPE = """
@@ -39,18 +39,18 @@ def write_run(folder: Path, nodes: int, seconds: float, steps: int = 4) -> Path:
 
 
 def test_tokens_per_gpu_and_efficiency_follow_from_lengths_and_times(tmp_path):
-    small, large = (
-        size_of(read_run(write_run(tmp_path / str(nodes), nodes, seconds)))
-        for nodes, seconds in ((1, 8.0), (2, 5.0))
-    )
-    assert (small.gpus, large.gpus) == (8, 16)
-    assert small.tokens == 32 * (600 + 4 * 100)
-    assert small.tokens_per_gpu == 32_000 / 8 / 8
-    assert large.tokens_per_second == 6_400
-    assert efficiencies([small, large]) == [1.0, pytest.approx(0.8)]
-    assert small.phases == {
-        "rollout": 4.0, "reward": 0.0, "scoring": 1.0, "update": 2.0, "other": 1.0,
-    }  # fmt: skip
+    runs = [
+        read_run(write_run(tmp_path / str(nodes), nodes, seconds))
+        for nodes, seconds in ((2, 5.0), (1, 8.0))
+    ]
+    small, large = sizes_of(runs).to_dict("records")
+    assert (small["GPUs"], large["GPUs"]) == (8, 16)
+    assert small["tokens"] == 32 * (600 + 4 * 100)
+    assert small["tokens/s per GPU"] == 32_000 / 8 / 8
+    assert large["tokens/s"] == 6_400
+    assert (small["efficiency"], large["efficiency"]) == (1.0, pytest.approx(0.8))
+    phases = ("rollout", "reward", "scoring", "update", "other")
+    assert [small[f"{phase} (s)"] for phase in phases] == [4.0, 0.0, 1.0, 2.0, 1.0]
 
 
 def test_the_page_needs_no_other_file_and_the_table_is_printed(tmp_path, capsys):
@@ -70,12 +70,12 @@ def test_the_page_needs_no_other_file_and_the_table_is_printed(tmp_path, capsys)
 
 def test_runs_that_can_not_be_measured_are_named(tmp_path):
     with pytest.raises(InputError, match="1 steps so far; a comparison needs at least 2"):
-        size_of(read_run(write_run(tmp_path / "short", 1, 8.0, steps=1)))
+        sizes_of([read_run(write_run(tmp_path / "short", 1, 8.0, steps=1))])
     run = write_run(tmp_path / "old", 1, 8.0)
     text = (run / "metrics.jsonl").read_text().replace("rollout/prompt_tokens", "gone")
     (run / "metrics.jsonl").write_text(text)
     with pytest.raises(InputError, match=r"no rollout/prompt_tokens; run it again"):
-        size_of(read_run(run))
+        sizes_of([read_run(run)])
 
 
 def test_several_runs_need_the_option():

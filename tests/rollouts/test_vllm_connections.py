@@ -20,7 +20,7 @@ from nemo_care.rollouts.vllm.connections import bound_sending, connect, greet
 from nemo_care.rollouts.vllm.engine import Engine
 from nemo_care.rollouts.vllm.messages import Call, EngineSettings, SampleRequest
 
-SETTINGS = EngineSettings("/m", "float32", 1, 100, 784, "disk", 0.9, None, True, False)
+SETTINGS = EngineSettings("/m", "float32", 1, 100, {}, "disk", 0.9, None, True, False)
 REQUEST = SampleRequest("one", [5, 3], [], [], 2, 1.0, 1.0, 8, 1, [2])
 
 

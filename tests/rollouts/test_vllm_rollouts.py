@@ -16,17 +16,19 @@ from small_runs import small_recipe, small_trainer
 from transformers import Qwen2_5_VLConfig
 from vllm_double import KEY, DoubleEngine, HostThread
 
-from nemo_care.data.patches import PatchSize, PixelBounds, frames_to_patches
-from nemo_care.data.positions import mrope_positions
-from nemo_care.data.unpatch import patches_to_frames
+from nemo_care.data.patches import PixelBounds
 from nemo_care.errors import InputError, RunFailed
-from nemo_care.models.hf_config import read_hf_config
+from nemo_care.models.families import read_family
+from nemo_care.models.families.qwen2_5_vl.engine import vllm_times
+from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
+from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
+from nemo_care.models.families.qwen2_5_vl.positions import mrope_positions
+from nemo_care.process.environment import VLLM_KEY
 from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import Recipe, check_recipe
 from nemo_care.recipe.vllm import VLLMConfig
 from nemo_care.rollouts.build import check_rollouts
 from nemo_care.rollouts.generator import Sampling
-from nemo_care.rollouts.vllm import host as host_module
 from nemo_care.rollouts.vllm.engine import Engine
 from nemo_care.rollouts.vllm.placement import (
     check_placement,
@@ -34,7 +36,7 @@ from nemo_care.rollouts.vllm.placement import (
     colocate,
     share,
 )
-from nemo_care.rollouts.vllm.requests import RequestBuilder, seed_of, vllm_times
+from nemo_care.rollouts.vllm.requests import RequestBuilder, seed_of
 from nemo_care.rollouts.vllm.shared_memory import SharedMemorySender
 from nemo_care.rollouts.vllm.weight_stream import WeightStream
 from nemo_care.training.build import load_model
@@ -50,7 +52,7 @@ def prompts(checkpoint, world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def builder(checkpoint):
-    return RequestBuilder(read_hf_config(checkpoint), frozenset({2}))
+    return RequestBuilder(read_family(checkpoint), frozenset({2}))
 
 
 # ------------------------------------------------------------------ frames
@@ -61,20 +63,20 @@ def test_frames_come_back_from_their_patches_bit_for_bit(count):
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (count, 56, 84, 3), generator=generator, dtype=torch.uint8)
     patch, bounds = PatchSize(), PixelBounds(784, 56 * 84)
-    patches, grid = frames_to_patches(frames, bounds, patch)
-    again = patches_to_frames(patches, grid, patch)
+    patches, grid = patch.patches(frames, bounds)
+    again = patch.frames_of(patches, grid)
     assert torch.equal(again[:count], frames)
     # An image fills its temporal patch with itself.
     assert torch.equal(again[-1], frames[-1])
-    assert torch.equal(frames_to_patches(again, bounds, patch)[0], patches)
+    assert torch.equal(patch.patches(again, bounds)[0], patches)
 
 
 def test_every_pixel_value_survives_normalising():
     values = torch.arange(256, dtype=torch.uint8).repeat(12)[: 28 * 28 * 3 + 720]
     frame = values[: 28 * 28 * 3].reshape(28, 28, 3)
     assert len(frame.unique()) == 256
-    patches, grid = frames_to_patches([frame], PixelBounds(784, 784))
-    assert torch.equal(patches_to_frames(patches, grid, PatchSize())[0], frame)
+    patches, grid = PatchSize().patches([frame], PixelBounds(784, 784))
+    assert torch.equal(PatchSize().frames_of(patches, grid)[0], frame)
 
 
 # ------------------------------------------------------------------ requests
@@ -100,14 +102,14 @@ def test_greedy_completions_are_asked_for_once(builder, prompts):
     assert builder.build(prompts[0], GREEDY).count == 1
 
 
-def test_vllm_computes_our_positions_at_any_frame_rate(builder, prompts):
+def test_vllm_computes_our_positions_at_any_frame_rate(builder):
     """30000 frames per 1001 seconds and the like, where products are whole but for rounding."""
     generator = np.random.default_rng(0)
     rates = [1.0, 2.0, 29.97 / 15, 30000 / 1001 / 15, 0.7, 1 / 3, *generator.uniform(0.05, 30, 300)]
     for rate in rates:
         for seconds in (2 / rate, 2 / (8 / 240 * rate)):
             grid = (64, 4, 4)
-            fps = builder._fps(prompts[0], grid, seconds)
+            fps = builder.family.video_fps(grid, seconds)
             ids = torch.full((64 * 4,), 7)
             ours = mrope_positions(ids, [grid], [seconds], image_token_id=6, video_token_id=7)
             theirs = vllm_times(fps, 64, 2, 2).repeat(4)
@@ -161,16 +163,16 @@ def test_engines_and_replicas_share_each_other_out(engines, replicas, mine, want
 )
 def test_engines_that_do_not_fit_the_ranks_are_refused(keys, message, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    machines = {"devices": 2, "machines": 4, "tensor": 2, "pipeline": 2}
+    machines = {"devices": 2, "replicas": 2, "tensor": 2, "pipeline": 2}
     if "gpus" in keys:
-        machines = {"devices": 4, "machines": 1, "tensor": 2, "pipeline": 1}
+        machines = {"devices": 4, "replicas": 2, "tensor": 2, "pipeline": 1}
     with pytest.raises(InputError, match=message):
         check_placement(VLLMConfig(**keys), **machines)
 
 
 def test_gpus_that_train_are_those_that_the_ranks_see(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    machines = {"devices": 2, "machines": 1, "tensor": 2, "pipeline": 1}
+    machines = {"devices": 2, "replicas": 1, "tensor": 2, "pipeline": 1}
     check_placement(VLLMConfig(placement="separate", gpus=[6, 7]), **machines)
     with pytest.raises(InputError, match=r"GPU 5 trains \(trainer.devices=2 ranks take 4, 5\)"):
         check_placement(VLLMConfig(placement="separate", gpus=[5, 6]), **machines)
@@ -192,19 +194,20 @@ def test_a_size_that_vllm_cannot_cut_the_model_into_is_refused(
     text = {"num_attention_heads": heads, "num_key_value_heads": groups, "intermediate_size": width}
     vision = {"num_heads": 16, "intermediate_size": vision_width}
     hf = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    model = Qwen25VLFamily(hf).architecture
     for size in good:
-        check_tensor_parallel(hf, size)
+        check_tensor_parallel(model, size)
     for size in {3, 5, 8, 16, 32} - set(good):
         message = f"tensor_parallel_size={size} does not.* use {', '.join(map(str, good))}$"
         with pytest.raises(InputError, match=message):
-            check_tensor_parallel(hf, size)
+            check_tensor_parallel(model, size)
 
 
 def test_every_replicas_engines_have_to_stay_on_a_machine():
     """Ranks 0 to 2 do, ranks 3 to 5 are on two."""
     vllm = VLLMConfig(tensor_parallel_size=3)
     with pytest.raises(InputError, match="ranks 3 to 5 would share an engine but are on several"):
-        check_placement(vllm, devices=4, machines=3, tensor=3, pipeline=1)
+        check_placement(vllm, devices=4, replicas=4, tensor=3, pipeline=1)
 
 
 @pytest.mark.parametrize(
@@ -490,7 +493,7 @@ def test_every_rank_sees_the_whole_model_tensor_by_tensor(
 def sampled_twice(ranks: Ranks, job: tuple) -> list:
     """What this rank's groups hold, before and after an update."""
     checkpoint, world, out, address = job
-    os.environ[host_module.KEY] = KEY
+    os.environ[VLLM_KEY.name] = KEY
     recipe = small_recipe(checkpoint, world)
     recipe.rollout.backend = "vllm"
     recipe.rollout.vllm.placement = "separate"

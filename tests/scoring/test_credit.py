@@ -1,19 +1,22 @@
 """Credit: the recipe's keys reach the formulas, and new kinds need no change of the package."""
 
 import math
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import small_recipe, small_trainer
+from small_runs import one_step, small_recipe, small_trainer
 
 from nemo_care.errors import InputError
+from nemo_care.groups.group import Group
 from nemo_care.objective.advantages import ADVANTAGES
 from nemo_care.objective.bonuses import BONUSES, Bonus
 from nemo_care.objective.losses import LOSSES, Loss, Mean, clipped_ratio
 from nemo_care.recipe.algorithm import AlgorithmConfig, ConsistencyConfig
 from nemo_care.recipe.schema import check_recipe
 from nemo_care.scoring.credit import Credit
+from nemo_care.training.step import Step
 
 
 def group():
@@ -58,6 +61,19 @@ def test_each_kind_of_bonus_follows_its_keys(keys, bonus):
     torch.testing.assert_close(made.reward, made.base_reward + made.consistency_bonus)
 
 
+def test_masked_completions_count_in_the_baseline_and_get_no_advantage():
+    made = group()
+    ended = (True, False, True, True)
+    made.completions = [SimpleNamespace(ended=value) for value in ended]
+    kept = group()
+    Credit(AlgorithmConfig())([kept])
+    Credit(AlgorithmConfig(), truncated="mask")([made])
+    assert made.advantage[1] == 0 != kept.advantage[1]
+    rest = torch.tensor(ended)
+    assert torch.equal(made.advantage[rest], kept.advantage[rest])
+    assert torch.equal(made.reward, kept.reward)
+
+
 def likeliest_bonus(inputs, keys):
     """A toy bonus: for the likeliest answer of each group."""
     likelihood = inputs.answer_likelihood.nan_to_num(0)
@@ -69,8 +85,8 @@ def centred(rewards):
     return rewards - rewards.mean(dim=-1, keepdim=True)
 
 
-TOKEN_MEAN = Mean(
-    total=lambda values, mask: torch.where(mask, values, 0.0).sum(), count=lambda mask: mask.sum()
+TOY_MEAN = Mean(
+    total=lambda values, mask: (values * mask).sum(), count=lambda mask, longest: mask.sum()
 )
 
 
@@ -79,7 +95,7 @@ def toys(monkeypatch):
     """Kinds that the package does not know."""
     monkeypatch.setitem(BONUSES, "likeliest", Bonus(likeliest_bonus))
     monkeypatch.setitem(ADVANTAGES, "centred", centred)
-    monkeypatch.setitem(LOSSES, "token_mean", Loss(clipped_ratio, TOKEN_MEAN))
+    monkeypatch.setitem(LOSSES, "toy", Loss(clipped_ratio, TOY_MEAN))
 
 
 def test_kinds_that_no_table_has_are_refused(checkpoint, world):
@@ -97,13 +113,13 @@ def test_a_bonus_an_advantage_and_a_loss_are_added_without_touching_the_package(
     recipe = small_recipe(checkpoint, world)
     recipe.algorithm.consistency.kind = "likeliest"
     recipe.algorithm.advantage = "centred"
-    recipe.algorithm.loss = "token_mean"
+    recipe.algorithm.loss = "toy"
     check_recipe(recipe)
     trainer = small_trainer(recipe, ranks, tmp_path)
-    metrics, groups, _ = trainer.run_training_step()
+    step = one_step(trainer)
 
     loss, tokens = 0.0, 0
-    for group in groups:
+    for group in step.groups:
         likelihood = group.answer_likelihood.nan_to_num(0)
         bonus = 0.5 * (likelihood == likelihood.max()).float()
         torch.testing.assert_close(group.consistency_bonus, bonus)
@@ -112,5 +128,26 @@ def test_a_bonus_an_advantage_and_a_loss_are_added_without_touching_the_package(
         for advantage, completion in zip(group.advantage, group.completions, strict=True):
             loss -= float(advantage) * completion.length
             tokens += completion.length
-    assert len({c.length for group in groups for c in group.completions}) > 1
-    assert metrics["train/loss"] == pytest.approx(loss / tokens, abs=1e-6)
+    assert len({c.length for group in step.groups for c in group.completions}) > 1
+    assert step.metrics["train/loss"] == pytest.approx(loss / tokens, abs=1e-6)
+
+
+def test_each_phase_sets_its_fields_of_a_group_and_no_other(checkpoint, world, ranks, tmp_path):
+    trainer = small_trainer(small_recipe(checkpoint, world), ranks, tmp_path)
+    groups = trainer.next_rollouts(Step(1))
+    with pytest.raises(ValueError, match="set by a phase that has not run"):
+        trainer.credit(groups)
+    unset = {field.name for field in fields(Group)} - {"prompt", "completions"}
+    phases = [
+        (trainer.rewards, {"rewards", "base_reward"}),
+        (trainer.reference.score_answers, {"answer_likelihood", "reference_log_probs"}),
+        (trainer.credit, {"consistency_bonus", "reward", "advantage"}),
+    ]
+    for phase, its in phases:
+        assert all(getattr(group, name) is None for group in groups for name in unset)
+        phase(groups)
+        assert all(getattr(group, name) is not None for group in groups for name in its)
+        unset -= its
+    # Without a counterfactual bonus and dynamic sampling.
+    assert unset == {"pair_likelihood", "used"}
+    assert all(getattr(group, name) is None for group in groups for name in unset)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from small_runs import small_recipe, small_trainer
+from small_runs import one_step, small_recipe, small_trainer
 
 from nemo_care.errors import InputError
+from nemo_care.models import hf_tensors
 from nemo_care.recipe.schema import check_recipe
 from nemo_care.training import step_watch
 
@@ -50,16 +51,16 @@ def test_selection_rate_of_a_step_is_recorded_and_decides_whether_the_reference_
     trainer = small_trainer(recipe, ranks, tmp_path)
     asked = []
     trainer.reference.track = lambda model, step, rate: asked.append(rate)
-    metrics, groups, _ = trainer.run_training_step()
+    step = one_step(trainer)
     chosen = choices = 0
-    for group in groups:
+    for group in step.groups:
         accurate = (group.accuracy > 0) & ~group.answer_likelihood.isnan()
         if accurate.sum() > 1:
             choices += 1
             chosen += len(set(group.consistency_bonus[accurate].tolist())) > 1
     assert chosen > 0
-    assert metrics["care/selection_rate"] == chosen / choices
-    assert asked == [metrics["care/selection_rate"]]
+    assert step.metrics["care/selection_rate"] == chosen / choices
+    assert asked == [step.metrics["care/selection_rate"]]
 
 
 def test_a_bonus_that_no_longer_selects_is_told_now_and_then(recipe, ranks, tmp_path, capsys):
@@ -88,3 +89,26 @@ def test_the_counterfactual_bonus_needs_shared_prompts(recipe):
     recipe.algorithm.shared_prompt = False
     with pytest.raises(InputError, match=r"needs algorithm\.shared_prompt=true"):
         check_recipe(recipe)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_reference_starts_with_the_policy_s_weights_and_the_checkpoint_is_read_once(
+    recipe, ranks, tmp_path, monkeypatch, offload
+):
+    opened = []
+
+    def noted(file):
+        opened.append(file.name)
+        return open_shard(file)
+
+    open_shard = hf_tensors._opened
+    monkeypatch.setattr(hf_tensors, "_opened", noted)
+    recipe.algorithm.reference.offload = offload
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    assert opened == ["model.safetensors"]
+    policy, average = dict(trainer.policy.model.named_parameters()), trainer.reference.average
+    with average.in_place():
+        for name, parameter in average.model.named_parameters():
+            assert torch.equal(parameter, policy[name])
+            assert torch.equal(average.state[name].to(parameter.device), policy[name].float())
+            assert parameter.data_ptr() != policy[name].data_ptr()

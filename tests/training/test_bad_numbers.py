@@ -11,7 +11,7 @@ import torch
 from bad_numbers import broken, everything, inject, inject_at, unchanged
 from layouts import LAYOUTS
 from records import lines
-from small_runs import small_recipe, small_trainer
+from small_runs import one_step, small_recipe, small_trainer
 
 from nemo_care.checkpoints.writer import _StateWriter
 from nemo_care.errors import RunFailed, RunStopped
@@ -40,11 +40,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_trains(
     inject_at(trainer, {2: kind})
     run = trainer.run_training_step
 
-    def observed():
+    def observed(step):
         before = everything(trainer)
-        result = run()
+        run(step)
         states.append(unchanged(before, everything(trainer)))
-        return result
 
     trainer.run_training_step = observed
     summary = trainer.fit()
@@ -111,16 +110,14 @@ def test_no_likelihood_is_not_a_bad_number(recipe, ranks, tmp_path):
 
 def test_a_gradient_whose_norm_overflows_is_left_out(recipe, ranks, tmp_path):
     trainer = small_trainer(recipe, ranks, tmp_path)
-    trainer.step = 1
-    trainer.run_training_step()
+    one_step(trainer)
     before = everything(trainer)
     # Finite itself, but not its square.
     undo = inject(trainer, "gradient", value=1e30)
-    trainer.step = 2
-    metrics, _, _ = trainer.run_training_step()
+    step = one_step(trainer, 2)
     undo()
-    assert metrics["train/bad_step"] == 1
-    assert trainer.policy.not_finite.first == {"gradient": None}
+    assert step.metrics["train/bad_step"] == 1
+    assert step.not_finite.first == {"gradient": None}
     assert unchanged(before, everything(trainer))
     about = json.loads((tmp_path / "bad_steps" / "step_000002.json").read_text())
     assert about["not_finite"] == [{"what": "gradient", "first_rank": None, "replica": None}]
@@ -129,13 +126,12 @@ def test_a_gradient_whose_norm_overflows_is_left_out(recipe, ranks, tmp_path):
 def test_infinity_counts_like_nan_in_bf16_too(recipe, ranks, tmp_path):
     recipe.model.precision.dtype = "bf16"
     trainer = small_trainer(recipe, ranks, tmp_path)
-    trainer.step = 1
     before = everything(trainer)
     inject(trainer, "gradient", value=-math.inf)
-    metrics, _, _ = trainer.run_training_step()
+    step = one_step(trainer)
     assert unchanged(before, everything(trainer))
-    assert trainer.policy.not_finite.first == {"gradient": 0}
-    assert metrics["train/bad_step"] == 1
+    assert step.not_finite.first == {"gradient": 0}
+    assert step.metrics["train/bad_step"] == 1
 
 
 def test_a_bad_update_ends_the_updates_of_its_rollouts(recipe, ranks, tmp_path):
@@ -144,7 +140,7 @@ def test_a_bad_update_ends_the_updates_of_its_rollouts(recipe, ranks, tmp_path):
     trainer = small_trainer(recipe, ranks, tmp_path)
     tracked = []
     track = trainer.track_policy
-    trainer.track_policy = lambda: (tracked.append(trainer.step), track())
+    trainer.track_policy = lambda step: (tracked.append(step.number), track(step))
     compute = trainer.policy.forward_backward
     calls = []
 
@@ -199,7 +195,7 @@ def test_a_save_under_way_is_completed_when_bad_steps_end_the_run(
     write = _StateWriter.write
 
     def slow(writer):
-        while writer.folder.name.startswith("step_000002") and not trainer.watch.in_bad_steps:
+        while writer.folder.name.startswith("step_000002") and not trainer.watch.bad_steps.in_a_row:
             time.sleep(0.01)
         return write(writer)
 
@@ -266,9 +262,9 @@ def test_later_differences_are_told_not_raised(recipe, ranks, tmp_path, capsys):
     trainer = small_trainer(recipe, ranks, tmp_path)
     check = trainer.watch.check_differences
 
-    def lower_bound_later(step, metrics, *, untouched, **keywords):
-        recipe.rollout.max_logprob_difference = 0.05 if untouched else 0.0
-        check(step, metrics, untouched=untouched, **keywords)
+    def lower_bound_later(step):
+        recipe.rollout.max_logprob_difference = 0.0 if step.optimizer_steps else 0.05
+        check(step)
 
     trainer.watch.check_differences = lower_bound_later
     trainer.fit()
@@ -318,19 +314,18 @@ def steps_with_bad_numbers(ranks, job) -> list[dict]:
     recipe.trainer.max_steps = len(STEPS)
     trainer = small_trainer(recipe, ranks, folder)
     decided = []
-    for kind in STEPS:
-        trainer.step += 1
+    for number, kind in enumerate(STEPS, start=1):
         before = everything(trainer)
         undo = inject(trainer, kind) if kind and ranks.rank == 1 else lambda: None
-        metrics, groups, skipped = trainer.run_training_step()
+        step = one_step(trainer, number)
         undo()
-        trainer.log(metrics, groups, skipped)
-        bad = trainer.policy.not_finite
+        trainer.record(step)
+        bad = step.not_finite
         decided.append(
             {
                 "kind": kind,
                 "first": dict(bad.first) if bad else None,
-                "bad_step": metrics["train/bad_step"],
+                "bad_step": step.metrics["train/bad_step"],
                 "unchanged": unchanged(before, everything(trainer)),
             }
         )

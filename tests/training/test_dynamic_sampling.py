@@ -7,11 +7,12 @@ import pytest
 from bad_numbers import everything, inject, unchanged
 from made_rewards import SIGNALS
 from records import lines, without_timing
-from small_runs import small_recipe, small_trainer
+from small_runs import one_step, small_recipe, small_trainer, updated
 
 from nemo_care.data.stream import TooManySkipped
 from nemo_care.groups.files import read_groups
 from nemo_care.ranks.process_groups import Layout, Ranks
+from nemo_care.training.step import Step
 
 # Places in the stream of the groups with a signal; with shuffle=false sample 13 is at place 13.
 WITH_SIGNAL = [place for place in range(48) if str(place)[-1] in SIGNALS]
@@ -41,9 +42,9 @@ def watched(trainer) -> list[list[int]]:
     trained: list[list[int]] = []
     update = trainer.policy.update
 
-    def observed(groups, **keywords):
-        trained.append([group.prompt.index for group in groups])
-        return update(groups, **keywords)
+    def observed(step, **keywords):
+        trained.append([group.prompt.index for group in step.trained])
+        update(step, **keywords)
 
     trainer.policy.update = observed
     return trained
@@ -108,8 +109,10 @@ def test_the_step_is_that_of_the_chosen_groups_alone(recipe, ranks, tmp_path):
     (metrics,) = lines(tmp_path / "dynamic" / "metrics.jsonl")
     recipe.rollout.dynamic_sampling.enabled = False
     plain = small_trainer(recipe, ranks, tmp_path / "plain")
-    groups = [group for _ in range(4) for group in plain.sample_groups()]
-    wanted = plain.policy.update([group for group in groups if group.prompt.index in (3, 6, 7, 13)])
+    groups = [group for _ in range(4) for group in plain.next_rollouts(Step(1))]
+    plain.rewards(groups)
+    plain.credit(groups)
+    wanted = updated(plain.policy, [g for g in groups if g.prompt.index in (3, 6, 7, 13)])
     for key in ("train/loss", "train/grad_norm", "rollout/logprob_difference"):
         assert metrics[key] == pytest.approx(wanted[key], abs=1e-7)
 
@@ -179,16 +182,16 @@ def test_a_group_that_is_not_finite_is_never_set_aside(recipe, ranks, tmp_path):
     """Its completions are empty and so without a signal: the update has to hear of it."""
     recipe.trainer.max_steps = 1
     trainer = small_trainer(recipe, ranks, tmp_path)
-    sample, rounds = trainer.sample_groups, []
+    sample, rounds = trainer.next_rollouts, []
 
-    def bad_in_the_second_round():
+    def bad_in_the_second_round(step):
         rounds.append(1)
         undo = inject(trainer, "rollout") if len(rounds) == 2 else lambda: None
-        groups = sample()
+        groups = sample(step)
         undo()
         return groups
 
-    trainer.sample_groups = bad_in_the_second_round
+    trainer.next_rollouts = bad_in_the_second_round
     trained = watched(trainer)
     trainer.fit()
     assert trained == [[4, 5, 6, 7]]
@@ -202,8 +205,7 @@ def test_a_group_that_is_not_finite_is_never_set_aside(recipe, ranks, tmp_path):
 
 def test_what_is_set_aside_holds_no_media(recipe, ranks, tmp_path):
     trainer = small_trainer(recipe, ranks, tmp_path)
-    trainer.step = 1
-    _, groups, _ = trainer.run_training_step()
+    groups = one_step(trainer).groups
     assert len(groups) == 16
     assert all((group.prompt.pixel_values is not None) == group.used for group in groups)
 
@@ -236,10 +238,11 @@ def two_steps(ranks: Ranks, job: tuple) -> dict:
     trained: list[list[int]] = []
     update = trainer.policy.update
 
-    def observed(groups, **keywords):
+    def observed(step, **keywords):
+        groups = step.trained
         assert all(group.used and group.prompt.pixel_values is not None for group in groups)
         trained.append([group.prompt.index for group in groups])
-        return update(groups, **keywords)
+        update(step, **keywords)
 
     trainer.policy.update = observed
     trainer.fit()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from made_groups import make_groups, make_prompts
 from records import lines
-from small_runs import small_recipe, small_trainer
+from small_runs import small_recipe, small_trainer, updated
 
 from nemo_care.errors import InputError
 from nemo_care.objective.importance import importance_weights
@@ -148,7 +148,7 @@ def test_a_step_weights_each_token_and_logs_how(recipe, ranks, tmp_path, groups,
         ratios.append(of_completion)
         loss -= advantage * of_completion.clamp(max=1.25).mean().item() / len(completions)
     ratio = torch.cat(ratios)
-    metrics = policy.update(groups)
+    metrics = updated(policy, groups)
     assert metrics["train/loss"] == pytest.approx(loss, rel=1e-4)
     assert metrics["rollout/importance_mean"] == pytest.approx(
         ratio.clamp(max=1.25).mean().item(), rel=1e-5
@@ -176,7 +176,7 @@ def test_later_updates_keep_the_weights_from_before_the_first(
     monkeypatch.setattr(module, "importance_weights", observed)
     policy = small_trainer(recipe, ranks, tmp_path / "run").policy
     before = next(iter(policy.model.parameters())).clone()
-    policy.update(groups)
+    updated(policy, groups)
     assert not torch.equal(before, next(iter(policy.model.parameters())))
     first, second = seen
     assert torch.equal(first.weights, second.weights)

@@ -14,11 +14,12 @@ from golden import golden_step, hf_model, vision_inputs
 from layouts import LAYOUTS, gather_vocabulary, gather_weights, generate, record_gradients, share_of
 from made_groups import make_groups, make_prompts
 from safetensors.torch import load_file
-from small_runs import small_recipe, small_trainer
+from small_runs import one_step, small_recipe, small_trainer, updated
 
 from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.models.families import read_family
 from nemo_care.models.pipeline import forward_only
-from nemo_care.models.qwen2_5_vl import ModelInputs
+from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.models.weights import export_hf
 from nemo_care.ranks.process_groups import Ranks
 
@@ -49,7 +50,7 @@ def computed(ranks: Ranks, job: dict) -> dict:
     trainer.reference.score_answers(groups)
     trainer.credit(groups)
     gradients = record_gradients(trainer.policy)
-    metrics = trainer.policy.update(groups)
+    metrics = updated(trainer.policy, groups)
     trainer.reference.track(model, 1)
     rows = [
         (g.answer_likelihood.tolist(), g.consistency_bonus.tolist(), g.advantage.tolist())
@@ -70,7 +71,7 @@ def computed(ranks: Ranks, job: dict) -> dict:
     trainer.reference.all_tokens = True
     trainer.reference.score_answers(groups)
     trainer.credit(groups)
-    result["with_kl"] = trainer.policy.update(groups)
+    result["with_kl"] = updated(trainer.policy, groups)
     recipe.algorithm.kl_coefficient = 0.0
 
     # And one whose sampler was another model than the trainer.
@@ -79,14 +80,12 @@ def computed(ranks: Ranks, job: dict) -> dict:
             chances = torch.arange(completion.length) % 7 + number
             completion.log_probs = -0.4 * chances.float()
     recipe.rollout.importance_sampling.enabled = True
-    result["weighted"] = trainer.policy.update(groups)
+    result["weighted"] = updated(trainer.policy, groups)
     recipe.rollout.importance_sampling.enabled = False
 
     # A trainer's own first step, from prompts to EMA.
     trainer = small_trainer(recipe, ranks, folder / f"{name}-step")
-    trainer.step = 1
-    metrics, groups, skipped = trainer.run_training_step()
-    trainer.log(metrics, groups, skipped)
+    trainer.record(one_step(trainer))
     result["files"] = str(folder / f"{name}-step")
 
     # A run that one process began, resumed in this layout.
@@ -178,7 +177,7 @@ def test_greedy_tokens_equal_hugging_face_given_the_same_positions(layout, job, 
     """Step by step without a cache: `generate` would compute positions of its own."""
     _, result = layout
     model = hf_model(checkpoint)
-    eos = load_tokenizer(checkpoint, model.config).eos_ids
+    eos = load_tokenizer(checkpoint, read_family(checkpoint).prompt).eos_ids
     for prompt, completions in zip(job["prompts"], result["greedy"], strict=True):
         ids, wanted = prompt.token_ids, []
         while len(wanted) < 16 and not (wanted and wanted[-1] in eos):

@@ -51,9 +51,9 @@ def watched(trainer) -> list[tuple]:
         events.append(("reward",))
         return rewards(groups)
 
-    def updated(groups, **keywords):
-        events.append(("update", [group.prompt.index for group in groups]))
-        return update(groups, **keywords)
+    def updated(step, **keywords):
+        events.append(("update", [group.prompt.index for group in step.trained]))
+        update(step, **keywords)
 
     def validated(**keywords):
         events.append(("validation",))
@@ -271,7 +271,7 @@ def test_an_engine_that_dies_while_it_is_ahead_ends_the_run(recipe, ranks, tmp_p
 
 
 def test_later_rounds_take_what_is_in_flight(recipe, ranks, tmp_path):
-    """The order of the data, and so what is trained on, is that of tests/test_dynamic_sampling."""
+    """The order of the data, and so what is trained on, is that of test_dynamic_sampling."""
     recipe.trainer.max_steps = 2
     recipe.algorithm.rewards = ["made_rewards.told_apart"]
     recipe.algorithm.consistency.bonus_coefficient = 0.0

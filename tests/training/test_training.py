@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from records import lines, without_timing
-from small_runs import small_recipe, small_trainer, weights
+from small_runs import small_recipe, small_trainer, updated, weights
 
 from nemo_care.errors import InputError, RunFailed
 
@@ -240,7 +240,7 @@ def test_recomputation_computes_attention_again(recipe, ranks, tmp_path, granula
     layers = trainer.policy.model.language_model.decoder.layers
     for layer in layers:
         layer.self_attention.core_attention.register_forward_hook(lambda *_: calls.append(1))
-    trainer.policy.update(groups)
+    updated(trainer.policy, groups)
     assert len(calls) == times * len(layers) * len(groups)
 
 
@@ -355,7 +355,7 @@ def test_sampled_vision_tokens_are_ordinary_tokens(recipe, ranks, tmp_path):
 
     trainer = small_trainer(recipe, ranks, tmp_path)
     prompts, _ = trainer.prompts.next_step()
-    video_pad = trainer.policy.model.hf.video_token_id
+    video_pad = trainer.policy.model.family.prompt.placeholders["video"]
     groups = [
         Group(
             prompt,

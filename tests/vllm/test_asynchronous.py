@@ -70,11 +70,11 @@ def test_an_engine_that_is_killed_while_it_is_ahead_ends_the_run(make, tmp_path)
 
     hosts = []
 
-    def killed(groups, **keywords):
+    def killed(step, **keywords):
         ((_, engine),) = trainer.generator.fleet.own
         hosts.append(engine.process.process)
         engine.process.process.kill()
-        return update(groups, **keywords)
+        update(step, **keywords)
 
     trainer.policy.update = killed
     with pytest.raises(RunFailed, match=r"vLLM's engine 0\.0 has died"):

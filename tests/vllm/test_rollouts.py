@@ -50,10 +50,11 @@ def test_samples_repeat_with_their_seed_and_differ_with_another(trainer, prompts
 
 def test_after_real_updates_both_sides_have_moved_alike(trainer, megatron, prompts):
     """The same prompts as before: prefixes and vision features of old weights would show."""
+    from small_runs import one_step
+
     before = tokens(trainer.generator.generate(prompts, GREEDY))
-    for _ in range(3):
-        trainer.step += 1
-        metrics, _, _ = trainer.run_training_step()
+    for number in range(1, 4):
+        metrics = one_step(trainer, number).metrics
         print({k: v for k, v in metrics.items() if k.startswith("rollout/logprob")})
         assert metrics["rollout/logprob_difference"] < 1e-4
         assert metrics["rollout/logprob_difference_max"] < 1e-3

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import InputError, RunFailed
+from nemo_care.process.environment import RESOLVED_RECIPE, VLLM_KEY
 from nemo_care.rollouts.vllm.connections import bound_sending, connect
-from nemo_care.rollouts.vllm.host import KEY
 from nemo_care.rollouts.vllm.messages import LEAVE, Call, EngineSettings, Reply
 
 _SHOWN_LINES = 15
@@ -37,12 +37,12 @@ class HostProcess:
         # A socket's path may have some hundred characters at most, so not in the run directory.
         self._folder = tempfile.TemporaryDirectory(prefix="nemo-care-")
         self.address = str(Path(self._folder.name) / "engine")
-        self.key = os.environ.get(KEY) or secrets.token_hex(32)
+        self.key = VLLM_KEY.value or secrets.token_hex(32)
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         # Other ranks' addresses and settings are nothing to vLLM, which reads the same names.
         env = {k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES}
-        env[KEY] = self.key
+        env[VLLM_KEY.name] = self.key
         # Plugins of other packages, such as NeMo's, are loaded by every vLLM process else.
         env.setdefault("VLLM_PLUGINS", "")
         if gpus is not None:
@@ -94,7 +94,7 @@ _RANK_VARIABLES = frozenset(
         "MASTER_PORT",
         "TORCHELASTIC_RUN_ID",
         "TORCHELASTIC_USE_AGENT_STORE",
-        "NEMO_CARE_RESOLVED_RECIPE",
+        RESOLVED_RECIPE.name,
     }
 )
 
@@ -189,7 +189,7 @@ class Engine:
             except AuthenticationError as error:
                 raise InputError(
                     f"rollout.vllm.hosts: the engine at {self.address} was started with another "
-                    f"secret: give it the same {KEY} as the trainers"
+                    f"secret: give it the same {VLLM_KEY} as the trainers"
                 ) from error
             # The end of a connection: a host that goes away, or another program.
             except (OSError, EOFError) as error:

@@ -1,6 +1,6 @@
 """The engines of one replica: started or connected to, each by the rank that owns it."""
 
-import os
+import gc
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from nemo_care.errors import InputError
+from nemo_care.process.environment import VLLM_KEY
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.vllm import VLLMConfig
 from nemo_care.rollouts.vllm.engine import Engine, HostProcess
-from nemo_care.rollouts.vllm.host import KEY
 from nemo_care.rollouts.vllm.messages import EngineSettings
 from nemo_care.rollouts.vllm.placement import Share, colocate, share
 
@@ -82,6 +82,18 @@ class Fleet:
         pool = ThreadPoolExecutor(len(self.own))
         self._begun = [pool.submit(engine.begin) for _, engine in self.own]
         pool.shutdown(wait=False)
+
+    def make_room(self) -> None:
+        """Give GPU memory that training has let go of back to CUDA. Collective over all ranks.
+
+        torch keeps it for itself, and an engine that starts or wakes on this GPU takes its share
+        from what CUDA has left.
+        """
+        if self.vllm.placement == "colocated" and torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+            # An engine takes memory of several ranks' GPUs.
+            self.ranks.barrier()
 
     def close(self) -> None:
         """Leave the engines."""
@@ -160,11 +172,11 @@ def hosts_key() -> str:
     Raises:
         InputError: the environment has none.
     """
-    key = os.environ.get(KEY)
+    key = VLLM_KEY.value
     if not key:
         raise InputError(
-            f"rollout.vllm.hosts needs the engines' secret in the environment: set {KEY} as where "
-            "they were started"
+            "rollout.vllm.hosts needs the engines' secret in the environment: set "
+            f"{VLLM_KEY} as where they were started"
         )
     return key
 

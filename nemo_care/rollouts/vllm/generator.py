@@ -10,7 +10,7 @@ from nemo_care.data.prompts import Prompt
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import InputError, RunFailed
 from nemo_care.groups.group import Group
-from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.rollouts.completions import completion_of
 from nemo_care.rollouts.generator import Sampling
@@ -42,7 +42,7 @@ class VLLMGenerator:
 
     def __init__(
         self,
-        model: Qwen25VL,
+        model: VideoLanguageModel,
         tokenizer: ChatTokenizer,
         ranks: Ranks,
         fleet: Fleet,
@@ -60,7 +60,7 @@ class VLLMGenerator:
         self.fleet = fleet
         self.version = version
         self.from_checkpoint = from_checkpoint
-        self.requests = RequestBuilder(model.hf, tokenizer.eos_ids)
+        self.requests = RequestBuilder(model.family, tokenizer.eos_ids)
         self.weights = WeightStream(model, ranks)
         self._sender: Sender | None = None
         self._sent: int | None = None
@@ -154,6 +154,8 @@ class VLLMGenerator:
     def _wake(self) -> None:
         """Weights of this version in the engines, and all of their memory. Collective."""
         first = self._sender is None
+        if first or self._asleep:
+            self.fleet.make_room()
         if first:
             self.ranks.together(self.fleet.start)
         if self._asleep:

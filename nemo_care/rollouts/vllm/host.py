@@ -3,8 +3,8 @@
     python -m nemo_care.rollouts.vllm.host --listen 0.0.0.0:5600
 
 Trainers start it themselves on the machines where they run. Elsewhere it is started by hand or by a
-batch script, with the same NEMO_CARE_VLLM_KEY in its environment as the trainers have; it takes
-the first trainer's settings and ends when the last trainer has left.
+batch script, with the trainers' secret in its environment (docs/vllm.md); it takes the first
+trainer's settings and ends when the last trainer has left.
 
 A process of its own keeps vLLM's GPUs, threads, and changes to other packages out of the trainer,
 and lets the trainer compute while the engine generates.
@@ -23,14 +23,13 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from typing import TYPE_CHECKING
 
+from nemo_care.process.environment import VLLM_KEY
 from nemo_care.process.screen import say
 from nemo_care.rollouts.vllm.connections import address_of, bound_sending, greet, hang_up
 from nemo_care.rollouts.vllm.messages import LEAVE, Call, EngineSettings, Reply
 
 if TYPE_CHECKING:
     from nemo_care.rollouts.vllm.llm import Engine
-
-KEY = "NEMO_CARE_VLLM_KEY"
 
 # Seconds that an engine has to end in, once who started its process has.
 _PATIENCE = 60.0
@@ -193,9 +192,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--listen", required=True, help="NODE:PORT, or the path of a socket")
     parser.add_argument("--watch-stdin", action="store_true", help="end with who holds stdin")
     chosen = parser.parse_args(arguments)
-    key = os.environ.get(KEY)
+    key = VLLM_KEY.value
     if not key:
-        say(f"{KEY} is not set: give engines and trainers the same secret", file=sys.stderr)
+        say(f"{VLLM_KEY} is not set: give engines and trainers the same secret", file=sys.stderr)
         return 2
     # Whoever can connect can run code here, as with any pickle: hence the key.
     address = address_of(chosen.listen)

@@ -20,7 +20,6 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from nemo_care.data.patches import CLIP_MEAN, CLIP_STD
 from nemo_care.rollouts.vllm.messages import (
     EngineSettings,
     Reply,
@@ -29,7 +28,6 @@ from nemo_care.rollouts.vllm.messages import (
     SampleRequest,
 )
 
-_LEAST_PIXELS = 28 * 28
 _CPU_BATCH_TOKENS = 4096
 _EXTENSION = "nemo_care.rollouts.vllm.worker.WorkerExtension"
 
@@ -51,7 +49,7 @@ class Engine:
     def __init__(self, settings: EngineSettings) -> None:
         """Load the model; takes seconds to minutes."""
         self._folder = tempfile.TemporaryDirectory(prefix="nemo-care-vllm-")
-        make_model_folder(Path(settings.folder), Path(self._folder.name), settings.max_pixels)
+        make_model_folder(Path(settings.folder), Path(self._folder.name), settings.processor_files)
         options: dict[str, Any] = {}
         if settings.kv_cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
@@ -247,7 +245,9 @@ def sampled(output: Any) -> SampleReply:
     return SampleReply(list(output.prompt_token_ids), completions)
 
 
-def make_model_folder(source: Path, folder: Path, max_pixels: int) -> None:
+def make_model_folder(
+    source: Path, folder: Path, processor_files: dict[str, dict[str, Any]]
+) -> None:
     """Make a checkpoint's directory as vLLM wants it, of links to its files.
 
     The processor's settings are written anew: frames come in the size that they shall have, so
@@ -256,33 +256,8 @@ def make_model_folder(source: Path, folder: Path, max_pixels: int) -> None:
     for file in source.iterdir():
         if file.is_file():
             (folder / file.name).symlink_to(file.resolve())
-    vision = json.loads((source / "config.json").read_text())["vision_config"]
-    common = {
-        # vLLM normalises on the GPU, and reads here alone how.
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": CLIP_MEAN.flatten().tolist(),
-        "image_std": CLIP_STD.flatten().tolist(),
-        "size": {"shortest_edge": _LEAST_PIXELS, "longest_edge": max(max_pixels, _LEAST_PIXELS)},
-        "patch_size": vision.get("patch_size", 14),
-        "temporal_patch_size": vision.get("temporal_patch_size", 2),
-        "merge_size": vision.get("spatial_merge_size", 2),
-    }
-    settings = {
-        "preprocessor_config.json": {
-            **common,
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
-        },
-        "video_preprocessor_config.json": {
-            **common,
-            "video_processor_type": "Qwen2VLVideoProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
-        },
-    }
-    for name, content in settings.items():
+    for name, content in processor_files.items():
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2))
-    # It would override the two.
+    # It would override them.
     (folder / "processor_config.json").unlink(missing_ok=True)

@@ -13,16 +13,16 @@ LEAVE = "leave"
 class EngineSettings:
     """How an engine is made; whoever connects to it later has to want the same.
 
-    `folder` is the checkpoint's directory as the engine's machine sees it. `max_pixels` is the area
-    of the largest frame, `dtype` vLLM's name of the weights' type, `backend` that of its weight
-    transfer.
+    `folder` is the checkpoint's directory as the engine's machine sees it. `processor_files`
+    replace the checkpoint's (see `Family.processor_files`). `dtype` is vLLM's name of the weights'
+    type, `backend` that of its weight transfer.
     """
 
     folder: str
     dtype: str
     tensor_parallel_size: int
     max_tokens: int
-    max_pixels: int
+    processor_files: dict[str, dict[str, Any]]
     backend: str
     gpu_memory_utilization: float
     kv_cache_gib: float | None

@@ -4,9 +4,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import Qwen2_5_VLConfig
-
 from nemo_care.errors import InputError
+from nemo_care.models.architecture import Architecture
 from nemo_care.recipe.vllm import VLLMConfig
 
 
@@ -76,20 +75,19 @@ def share(engines: int, replicas: Sequence[int], mine: int, key: str) -> Share:
 
 
 def check_placement(
-    vllm: VLLMConfig, *, devices: int, machines: int, tensor: int, pipeline: int
+    vllm: VLLMConfig, *, devices: int, replicas: int, tensor: int, pipeline: int
 ) -> None:
     """Refuse, before any rank starts, what the ranks would refuse.
 
     Args:
         vllm: the recipe's keys.
         devices: ranks of one machine.
-        machines: how many there are.
+        replicas: of the model.
         tensor, pipeline: sizes of the trainer's layout.
 
     Raises:
         InputError: as `colocate` and `share`, or a rank trains on an engine's GPU.
     """
-    replicas = max(devices * machines // (tensor * pipeline), 1)
     if vllm.placement == "colocated":
         # Megatron counts tensor-parallel ranks first, then replicas, then stages.
         stages = range(0, tensor * replicas * pipeline, tensor * replicas)
@@ -123,7 +121,7 @@ def _check_apart(gpus: Sequence[int], devices: int) -> None:
         )
 
 
-def check_tensor_parallel(hf: Qwen2_5_VLConfig, size: int) -> None:
+def check_tensor_parallel(model: Architecture, size: int) -> None:
     """Refuse a tensor-parallel size that vLLM cannot cut the model into.
 
     Unlike Megatron, vLLM cuts the vision tower too, and gives several ranks the same key-value head
@@ -132,17 +130,17 @@ def check_tensor_parallel(hf: Qwen2_5_VLConfig, size: int) -> None:
     Raises:
         InputError: names the sizes that fit.
     """
-    text, vision = hf.text_config, hf.vision_config
-    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    vision = model.vision
+    heads, groups = model.heads, model.kv_heads
 
     def fits(size: int) -> bool:
-        cut = (heads, text.intermediate_size, vision.num_heads, vision.intermediate_size)
+        cut = (heads, model.ffn_size, vision.heads, vision.ffn_size)
         return not any(width % size for width in cut) and 0 in (groups % size, size % groups)
 
     if not fits(size):
-        good = [str(size) for size in range(1, vision.num_heads + 1) if fits(size)]
+        good = [str(size) for size in range(1, vision.heads + 1) if fits(size)]
         raise InputError(
             f"rollout.vllm.tensor_parallel_size={size} does not divide the model's {heads} "
-            f"attention heads, {groups} key-value heads, and the vision tower's {vision.num_heads} "
-            f"heads and {vision.intermediate_size} wide layers: use {', '.join(good)}"
+            f"attention heads, {groups} key-value heads, and the vision tower's {vision.heads} "
+            f"heads and {vision.ffn_size} wide layers: use {', '.join(good)}"
         )

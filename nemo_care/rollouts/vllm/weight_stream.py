@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from nemo_care.models.qwen2_5_vl import Qwen25VL
+from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.models.weights import iterate_hf_weights
 from nemo_care.ranks.process_groups import Ranks
 
@@ -28,7 +28,7 @@ class WeightStream:
     their source of weights.
     """
 
-    def __init__(self, model: Qwen25VL, ranks: Ranks) -> None:
+    def __init__(self, model: VideoLanguageModel, ranks: Ranks) -> None:
         """Nothing is gathered yet."""
         self.model = model
         self.ranks = ranks

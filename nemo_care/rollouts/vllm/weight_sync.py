@@ -5,13 +5,17 @@ vLLM has a sender for each way: `ipc` (the same GPU, two processes: CUDA memory 
 GPUs the way is ours, through shared memory.
 """
 
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
 from typing import Any, Protocol
 
 import torch
 
 from nemo_care.rollouts.vllm import shared_memory
+from nemo_care.rollouts.vllm.connections import address_of
 from nemo_care.rollouts.vllm.engine import Engine
 from nemo_care.rollouts.vllm.weight_stream import WeightStream
 
@@ -88,10 +92,16 @@ def make_sender(
             IPCTrainerWeightTransferEngine,
         )
 
-        return IPCTrainerWeightTransferEngine.trainer_init(
-            IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes),
-            client=receiver,
-            source=weights,
+        return _WithoutExpandableSegments(
+            IPCTrainerWeightTransferEngine.trainer_init(
+                IPCTrainerInitInfo(
+                    rank=rank,
+                    packed=True,
+                    packed_buffer_size_bytes=ipc_buffer_bytes(weights, bucket_bytes),
+                ),
+                client=receiver,
+                source=weights,
+            )
         )
     from vllm.distributed.weight_transfer.nccl_engine import (
         NCCLTrainerInitInfo,
@@ -99,7 +109,7 @@ def make_sender(
     )
 
     workers = sum(engine.settings.tensor_parallel_size for engine in engines)
-    address, port = _free_address() if engines else ("", 0)
+    address, port = _free_address(engines) if engines else ("", 0)
     return NCCLTrainerWeightTransferEngine.trainer_init(
         NCCLTrainerInitInfo(
             master_address=address,
@@ -113,8 +123,58 @@ def make_sender(
     )
 
 
-def _free_address() -> tuple[str, int]:
-    """This machine's address, and a port that nobody listens on now."""
+def ipc_buffer_bytes(weights: WeightStream, bucket_bytes: int) -> int:
+    """Size of the one buffer on the GPU that all pieces go through; collective in the replica.
+
+    vLLM's sender refuses a tensor that does not fit it, such as a large embedding.
+    """
+    sizes = [prod(described.shape) * described.dtype.itemsize for described in weights.metadata()]
+    return max(bucket_bytes, *sizes)
+
+
+class _WithoutExpandableSegments:
+    """A sender whose buffer is memory of the ordinary kind.
+
+    Another process opens memory of an expandable segment with the system call pidfd_getfd, which
+    containers and hardened kernels forbid.
+    """
+
+    def __init__(self, sender: Sender) -> None:
+        self.sender = sender
+
+    def send_weights(self) -> None:
+        """Send everything."""
+        with without_expandable_segments():
+            self.sender.send_weights()
+
+
+@contextmanager
+def without_expandable_segments() -> Iterator[None]:
+    """What is allocated inside is not part of a segment that can grow."""
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if "expandable_segments:True" not in settings:
+        yield
+        return
+    configure = torch._C._accelerator_setAllocatorSettings
+    # The settings are given as a whole.
+    configure(settings.replace("expandable_segments:True", "expandable_segments:False"))
+    try:
+        yield
+    finally:
+        configure(settings)
+
+
+def _free_address(engines: Sequence[Engine]) -> tuple[str, int]:
+    """This machine's address as the engines reach it, and a port that nobody listens on now.
+
+    The name of this machine won't do: Debian resolves it to a loopback address.
+    """
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return socket.gethostbyname(socket.gethostname()), probe.getsockname()[1]
+        port = probe.getsockname()[1]
+    hosts = [where for engine in engines if isinstance(where := address_of(engine.address), tuple)]
+    if not hosts:
+        # This process has started them.
+        return "127.0.0.1", port
+    with socket.create_connection(hosts[0]) as connected:
+        return connected.getsockname()[0], port

@@ -1,0 +1,118 @@
+"""All that may keep a recipe from running: one list, from which each face takes its part.
+
+The faces are a command before it starts ranks (`recipe.py`), a batch job on each of its nodes
+(`node.py`), and a person (`fit.py`, after what `machine.py` finds without a recipe).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nemo_care.checks.machine import Machine
+from nemo_care.errors import InputError
+from nemo_care.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from nemo_care.data.annotations import Annotations
+    from nemo_care.data.mixing import TrainingData
+
+TRAIN, EVALUATE, NODE = "train", "evaluate", "node"
+PERSON, WARNING = "person", "warning"
+"""Faces. A person also sees what may go wrong and need not, as a warning."""
+
+
+@dataclass
+class Situation:
+    """What is asked about.
+
+    `machine` is what was found here, for a person. With `writes` the miniature's files are written
+    where they are missing; otherwise they are left to the run, and not read. `training` and
+    `levels` are the samples that the probes have read, for a run that goes on with them.
+    """
+
+    recipe: Recipe
+    machine: Machine | None = None
+    writes: bool = False
+    training: "TrainingData | None" = None
+    levels: "dict[str, Annotations]" = field(default_factory=dict)
+
+    @property
+    def examined(self) -> Machine:
+        """The machine of a face that has one."""
+        assert self.machine is not None, "only a person's face asks, and examines it first"
+        return self.machine
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question: `find` gives a line for each problem with its remedy, or raises InputError.
+
+    `faces` are those that ask it.
+    """
+
+    name: str
+    faces: tuple[str, ...]
+    find: Callable[[Situation], Iterable[str] | None]
+
+
+def all_probes() -> tuple[Probe, ...]:
+    """In the order in which they are asked; what they need is imported now."""
+    from nemo_care.checks import hardware, inputs, local
+    from nemo_care.models.precision import check_transformer_engine
+    from nemo_care.process.environment import CPU
+    from nemo_care.recipe.schema import check_training, check_world
+    from nemo_care.rollouts.build import check_rollouts
+    from nemo_care.scoring.reward_functions import load_rewards
+
+    def of_recipe(check: Callable[[Recipe], object]) -> Callable[[Situation], None]:
+        def find(situation: Situation) -> None:
+            check(situation.recipe)
+
+        return find
+
+    def read_training(situation: Situation) -> None:
+        situation.training = inputs.training_data(situation.recipe, situation.writes)
+
+    def read_levels(situation: Situation) -> None:
+        situation.levels = inputs.validation_data(situation.recipe, situation.writes)
+
+    commands, training = (TRAIN, EVALUATE, PERSON), (TRAIN, PERSON)
+    return (
+        Probe(
+            "GPUs of a node",
+            (NODE,),
+            lambda s: [] if CPU.is_on else hardware.gpu_problems(s.recipe),
+        ),
+        Probe("memory of a node", (NODE,), lambda s: hardware.host_memory_problems()),
+        Probe("checkpoint on a node", (NODE,), of_recipe(inputs.checkpoint)),
+        Probe("data on a node", (NODE,), lambda s: inputs.data_roots(s.recipe)),
+        Probe("decoding on a node", (NODE,), lambda s: hardware.decoding_problems()),
+        Probe("devices", (PERSON,), lambda s: local.devices(s.recipe, s.examined)),
+        Probe("kernels", (PERSON,), lambda s: local.kernels(s.recipe, s.examined)),
+        Probe("loggers", (PERSON,), lambda s: local.loggers(s.recipe, s.examined)),
+        Probe("levels", (EVALUATE,), of_recipe(inputs.levels)),
+        Probe("layout", commands, of_recipe(inputs.layout)),
+        Probe("ranks", commands, of_recipe(check_world)),
+        Probe("8 bits", commands, of_recipe(inputs.eight_bits)),
+        Probe("backend", commands, lambda s: check_transformer_engine(s.recipe.model)),
+        Probe("rollouts", commands, of_recipe(check_rollouts)),
+        Probe("prompts", commands, of_recipe(inputs.prompts)),
+        Probe("training's keys", training, of_recipe(check_training)),
+        Probe("weights", training, lambda s: inputs.check_weights(s.recipe.model.hf_path)),
+        Probe("rewards", training, lambda s: load_rewards(s.recipe.algorithm) and None),
+        Probe("training's data", training, read_training),
+        Probe("evaluated models", (EVALUATE,), of_recipe(inputs.evaluated)),
+        Probe("validation's data", commands, read_levels),
+        Probe("warnings", (WARNING,), lambda s: local.warnings(s.recipe, s.examined)),
+    )
+
+
+def found_by(face: str, situation: Situation) -> Iterator[str]:
+    """What the probes of a face find, probe by probe."""
+    for probe in all_probes():
+        if face not in probe.faces:
+            continue
+        try:
+            yield from probe.find(situation) or ()
+        except InputError as error:
+            yield str(error)

@@ -1,0 +1,71 @@
+"""Import Megatron Core and transformers without the packages that they load and nobody here uses.
+
+Both look for optional packages, and Megatron compiles functions of fusions that are off on a CPU:
+without these, each process starts two seconds sooner.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+# Megatron's own inference engine would log to the first, transformers' assisted decoding draws on
+# the second. Both do without; W&B's logger finds its package afterwards.
+_NEVER_USED = ("wandb", "sklearn")
+
+
+def import_lightly() -> None:
+    """Import both; for commands that need them anyway, before their own modules are imported."""
+    if "megatron.core" in sys.modules:
+        return
+    with _absent(_NEVER_USED), _compiling_late():
+        import_module("megatron.core")
+        import_module("transformers.generation.candidate_generator")  # looks for sklearn
+
+
+@contextmanager
+def _absent(names: tuple[str, ...]) -> Iterator[None]:
+    """Packages that are not loaded yet seem not to be installed."""
+    hidden = [name for name in names if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+@contextmanager
+def _compiling_late() -> Iterator[None]:
+    """On a machine without CUDA, a function is compiled with its first call.
+
+    `torch.compile` loads torch's compiler for every function that it decorates.
+    """
+    import torch
+
+    compile_now = torch.compile
+    if torch.cuda.is_available():
+        yield
+        return
+
+    def compile_late(model: Callable | None = None, **options: Any) -> Any:
+        if model is None:
+            return functools.partial(compile_late, **options)
+        compiled: list[Callable] = []
+
+        @functools.wraps(model)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not compiled:
+                compiled.append(compile_now(model, **options))
+            return compiled[0](*args, **kwargs)
+
+        return call
+
+    torch.compile = compile_late
+    try:
+        yield
+    finally:
+        torch.compile = compile_now

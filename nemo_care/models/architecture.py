@@ -1,0 +1,41 @@
+"""The sizes of a model, whichever family it is of: what planning counts with."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class VisionArchitecture:
+    """Sizes of the vision tower: its blocks' heads and the width of their feed-forward layers."""
+
+    heads: int
+    ffn_size: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a language model with a vision tower.
+
+    `heads` query heads share `kv_heads` key-value heads, each `head_dim` wide. `tied`: the output
+    layer is the embedding. `max_positions` is the longest sequence that the model is made for.
+    """
+
+    layers: int
+    hidden_size: int
+    head_dim: int
+    heads: int
+    kv_heads: int
+    ffn_size: int
+    vocab_size: int
+    max_positions: int
+    tied: bool
+    vision: VisionArchitecture
+
+    @property
+    def query_size(self) -> int:
+        """Width of all queries together, and of what attention gives to its output layer."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all keys together, and of all values."""
+        return self.kv_heads * self.head_dim

@@ -1,0 +1,48 @@
+"""Qwen2.5-VL on Megatron: Hugging Face's vision tower in front of Megatron's GPTModel."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from nemo_care.models.families.qwen2_5_vl.vision_attention import WINDOW_ATTENTION
+from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
+
+if TYPE_CHECKING:
+    from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
+
+
+class Qwen25VL(VideoLanguageModel):
+    """This rank's part of a Qwen2.5-VL."""
+
+    def __init__(
+        self, family: "Qwen25VLFamily", config: TransformerConfig, backend: str = "auto"
+    ) -> None:
+        """As `VideoLanguageModel`."""
+        hf = family.hf
+        super().__init__(
+            family,
+            config,
+            backend,
+            position_embedding_type="mrope",
+            rotary_base=hf.text_config.rope_parameters["rope_theta"],
+        )
+        if not self.pre_process:
+            return
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+            Qwen2_5_VisionTransformerPretrainedModel,
+        )
+
+        tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(
+            hf.vision_config, attn_implementation="sdpa", dtype=config.params_dtype
+        ).to(torch.cuda.current_device())
+        tower.config._attn_implementation = WINDOW_ATTENTION
+        if config.recompute_granularity == "full":
+            tower.gradient_checkpointing_enable({"use_reentrant": False})
+        self._attach_vision_tower(tower)
+
+    def vision_features(self, inputs: ModelInputs) -> torch.Tensor:
+        """As `VideoLanguageModel.vision_features`."""
+        assert inputs.pixel_values is not None
+        pixels = inputs.pixel_values.to(self.visual.dtype)
+        return self.visual(pixels, grid_thw=inputs.grid_thw).pooler_output

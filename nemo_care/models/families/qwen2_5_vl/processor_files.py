@@ -1,0 +1,81 @@
+"""What a checkpoint's processor files may say.
+
+Frames are resized, normalised and cut here (`patches.py`), so what these files say has to be
+that. How many pixels and frames are used is the recipe's choice (`data.video`, `data.image`).
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig
+
+from nemo_care.data.checkpoint_files import read_checkpoint_json
+from nemo_care.errors import InputError
+from nemo_care.models.families.qwen2_5_vl.patches import CLIP_MEAN, CLIP_STD
+
+_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+# Blocks of processor_config.json that say what the other files say.
+_BLOCKS = ("image_processor", "video_processor", "feature_extractor")
+_BICUBIC = 3
+
+
+def check_processor_files(folder: Path, hf: Qwen2_5_VLConfig, *, key: str) -> None:
+    """Refuse processor files that make other pixels of a frame than is done here.
+
+    `key` is the recipe's key that names the folder. Missing files say nothing.
+
+    Raises:
+        InputError: names file, key and value.
+    """
+    vision = hf.vision_config
+    wanted: dict[str, Any] = {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "do_center_crop": False,
+        "do_pad": False,
+        "rescale_factor": 1 / 255,
+        "resample": _BICUBIC,
+        "image_mean": _rounded(CLIP_MEAN),
+        "image_std": _rounded(CLIP_STD),
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    for name in _FILES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        content = read_checkpoint_json(file)
+        for block in (content, *(content.get(part) for part in _BLOCKS)):
+            if not isinstance(block, dict):
+                continue
+            for setting, value in wanted.items():
+                said = block.get(setting)
+                if said is not None and not _equal(said, value):
+                    raise InputError(
+                        f"{key}={folder}: {name} says {setting}={json.dumps(said)}; only "
+                        f"{json.dumps(value)} is supported, with which Qwen2.5-VL was trained"
+                    )
+
+
+def _rounded(values: Tensor) -> list[float]:
+    """As the files have them, without the digits that float32 adds."""
+    return [round(value, 8) for value in values.flatten().tolist()]
+
+
+def _equal(said: Any, wanted: Any) -> bool:
+    if isinstance(wanted, list):
+        return (
+            isinstance(said, list)
+            and len(said) == len(wanted)
+            and all(_equal(*pair) for pair in zip(said, wanted, strict=True))
+        )
+    if isinstance(wanted, float):
+        # Written as 0.00392156862745098 or 0.48145466, computed with in float32.
+        return isinstance(said, int | float) and math.isclose(said, wanted, rel_tol=1e-6)
+    return type(said) is type(wanted) and bool(said == wanted)

@@ -1,0 +1,107 @@
+"""Megatron's configuration of a language model, and the layouts that divide it."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from nemo_care.errors import InputError
+from nemo_care.models.architecture import Architecture
+from nemo_care.models.precision import check_fp8, fp8_arguments
+from nemo_care.ranks.process_groups import Layout
+from nemo_care.recipe.model import FP8Config
+
+
+def check_layout(model: Architecture, layout: Layout) -> None:
+    """Refuse a layout that does not divide the model.
+
+    Raises:
+        InputError: names the key and the values that fit.
+    """
+    heads, groups, layers = model.heads, model.kv_heads, model.layers
+
+    def fits(size: int) -> bool:
+        cut = (heads, groups, model.ffn_size, model.hidden_size)
+        return not any(width % size for width in cut)
+
+    if not fits(layout.tensor):
+        good = [str(size) for size in range(1, groups + 1) if fits(size)]
+        raise InputError(
+            f"model.tensor_model_parallel_size={layout.tensor} does not divide the model's "
+            f"{heads} attention heads and {groups} key-value heads: use {', '.join(good)}"
+        )
+    if layers % layout.pipeline:
+        good = [str(size) for size in range(1, layers + 1) if layers % size == 0]
+        raise InputError(
+            f"model.pipeline_model_parallel_size={layout.pipeline} does not divide the model's "
+            f"{layers} layers: use {', '.join(good)}"
+        )
+
+
+def _gradients_can_be_fused() -> bool:
+    """Whether linear layers can add their gradients to the float32 sums in the product itself.
+
+    TransformerEngine's layers could without this extension of apex, but Megatron's own output layer
+    asks for it.
+    """
+    return torch.cuda.is_available() and find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def transformer_config(
+    model: Architecture,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute_granularity: str,
+    fp8: FP8Config | None,
+    **family: Any,
+) -> TransformerConfig:
+    """As `Family.transformer_config`; `family` are the arguments that only the family knows.
+
+    Raises:
+        InputError: the model or the layout does not fit 8-bit products.
+    """
+    if fp8 is not None:
+        check_fp8(fp8, model, layout)
+    recompute: dict[str, Any] = {}
+    if recompute_granularity != "none":
+        recompute["recompute_granularity"] = recompute_granularity
+    if recompute_granularity == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
+        # Micro-batches differ in length; this makes the stages tell each other the shapes, and
+        # Megatron asks for the all-to-all dispatcher with it, experts or not.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # All weights come from a checkpoint.
+        perform_initialization=False,
+        gradient_accumulation_fusion=_gradients_can_be_fused(),
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **family,
+        **recompute,
+        **fp8_arguments(fp8, recompute_granularity),
+    )

@@ -1,0 +1,261 @@
+"""A vision tower in front of Megatron's GPTModel: what the models of all families share.
+
+The vision tower lives whole on every tensor-parallel rank of the first pipeline stage. The
+language model is cut by Megatron. Both are trained.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+
+from nemo_care.models.decoding_cache import DecodingCache
+from nemo_care.models.family import Family
+from nemo_care.models.layer_specs import layer_spec
+from nemo_care.models.log_probs import token_log_probs
+from nemo_care.models.segments import PackedSegments
+
+# Independent of the tensor-parallel size, so that a checkpoint of any layout fits any other.
+_VOCABULARY_MULTIPLE = 128
+# What TransformerEngine's modules keep besides parameters.
+_EXTRA_STATE = "_extra_state"
+
+
+@dataclass
+class ModelInputs:
+    """One micro-batch: B rows, right-padded to S tokens.
+
+    `token_ids` [B, S], `position_ids` [3, B, S]. `pixel_values` [patches, values of
+    a patch] and `grid_thw` [items, 3] hold the images and videos of all rows in order of
+    appearance, `is_vision` bool [B, S] says which tokens their features replace; all None where
+    there are none. A vision token that the model itself has sampled is an ordinary token and not
+    marked. `packed` says what a token sees where the one row (B = 1) holds several segments, or
+    the next tokens of cached sequences; None: each row is one causal sequence.
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    pixel_values: torch.Tensor | None = None
+    grid_thw: torch.Tensor | None = None
+    is_vision: torch.Tensor | None = None
+    packed: PackedSegments | DecodingCache | None = None
+
+
+def padded_vocabulary(size: int) -> int:
+    """Vocabulary size V rounded up to what every tensor-parallel layout divides."""
+    return -(-size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+
+
+class _LanguageModel(GPTModel):
+    """GPTModel that stops before its output layer, which runs on chosen positions only."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def _without_extra_states(module: torch.nn.Module, incompatible: Any) -> None:
+    """Loading does not miss the states that `VideoLanguageModel.sharded_state_dict` leaves out."""
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not key.endswith(_EXTRA_STATE)
+    ]
+
+
+class VideoLanguageModel(MegatronModule, ABC):
+    """This rank's part of the model: its pipeline stage, cut by tensor parallelism.
+
+    A family's class adds the vision tower (`_attach_vision_tower`) on the first stage.
+    """
+
+    visual: Any
+
+    def __init__(
+        self,
+        family: Family,
+        config: TransformerConfig,
+        backend: str = "auto",
+        **language_model: Any,
+    ) -> None:
+        """Build without meaningful weights: `weights.load_hf_weights` fills them.
+
+        `language_model` are arguments of Megatron's GPTModel that say how this family turns
+        positions into rotations.
+        """
+        super().__init__(config)
+        # The pipeline schedules ask the outermost module for its kind and its place.
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = parallel_state.is_pipeline_first_stage()
+        self.post_process = parallel_state.is_pipeline_last_stage()
+        self.share_embeddings_and_output_weights = family.architecture.tied
+        self.family = family
+        self.vocab_size = family.architecture.vocab_size
+        self.language_model = _LanguageModel(
+            config,
+            layer_spec(config, backend),
+            vocab_size=padded_vocabulary(self.vocab_size),
+            max_sequence_length=family.architecture.max_positions,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            # The vision tokens are put in before the sequence is scattered.
+            scatter_embedding_sequence_parallel=False,
+            **language_model,
+        )
+        self._mark_tensor_parallel()
+        self.register_load_state_dict_post_hook(_without_extra_states)
+
+    def _attach_vision_tower(self, tower: torch.nn.Module) -> None:
+        """Make the tower part of the model, under the name `visual`."""
+        self.visual = tower
+        if torch.cuda.is_available():
+            # The copies on the tensor-parallel ranks see equal inputs, but CUDA's backward
+            # kernels are not deterministic: averaging keeps the copies equal.
+            for parameter in tower.parameters():
+                parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def vision_features(self, inputs: ModelInputs) -> torch.Tensor:
+        """The vision tower's features [N, H] for all vision tokens of the micro-batch, in order."""
+
+    def _mark_tensor_parallel(self) -> None:
+        """Mark the parameters that tensor parallelism cuts, as their initialisation would have.
+
+        The gradient norm counts a parameter without the mark on one rank only.
+        """
+        dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+        for module in self.language_model.modules():
+            weight = getattr(module, "weight", None)
+            if type(module) in dims and weight is not None:
+                tensor_parallel.set_tensor_model_parallel_attributes(
+                    weight, is_parallel=True, dim=dims[type(module)], stride=1
+                )
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The weights as Megatron's sharded tensors, under the same keys for every backend.
+
+        TransformerEngine's states are empty but for the delayed scales, and left out then: a
+        checkpoint fits any backend and recipe but that one.
+        """
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.config.fp8 and self.config.fp8_recipe == "delayed":
+            return sharded
+        return {key: entry for key, entry in sharded.items() if not key.endswith(_EXTRA_STATE)}
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the previous stage's hidden states (the pipeline schedules call this)."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """The tied embedding, whose gradient Megatron sums over first and last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def _embed(self, inputs: ModelInputs) -> torch.Tensor:
+        """Token embeddings, vision tokens replaced by the vision tower's features: [S, B, H]."""
+        embeddings = self.language_model.embedding(input_ids=inputs.token_ids, position_ids=None)
+        if inputs.pixel_values is None:
+            return embeddings
+        features = self.vision_features(inputs)
+        assert inputs.is_vision is not None
+        marked = int(inputs.is_vision.sum())
+        if marked != features.shape[0]:
+            raise ValueError(f"{marked} vision tokens but {features.shape[0]} vision features")
+        rows = embeddings.transpose(0, 1)
+        where = inputs.is_vision.unsqueeze(-1).expand_as(rows)
+        rows = rows.masked_scatter(where, features.to(rows.dtype))
+        return rows.transpose(0, 1).contiguous()
+
+    def forward(self, inputs: ModelInputs) -> torch.Tensor:
+        """Run this stage.
+
+        Returns:
+            Hidden states [S, B, H] ([S / TP, B, H] with sequence parallelism): for the next stage,
+            or on the last one normed, for `token_log_probs`, `logits` and `next_token_logits`.
+        """
+        hidden = None
+        if self.pre_process:
+            hidden = self._embed(inputs)
+            if self.config.sequence_parallel:
+                hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
+        return self.language_model(
+            input_ids=None,
+            position_ids=inputs.position_ids,
+            attention_mask=None,
+            decoder_input=hidden,
+            packed_seq_params=inputs.packed,
+        )
+
+    def _output_weight(self) -> torch.Tensor:
+        """This rank's slice of the output layer, [V_padded / TP, H] (last stage)."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.language_model.output_layer.weight
+
+    def token_log_probs(
+        self, hidden: torch.Tensor, places: torch.Tensor, token_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Log-probabilities float32 [T] of chosen tokens, on the last stage; differentiable.
+
+        Args:
+            hidden: what `forward` returned.
+            places: long [T]: where each token is predicted, as s * B + b in `hidden` [S, B, H].
+            token_ids: long [T].
+        """
+        if self.config.sequence_parallel:
+            # Backward sums the ranks' parts of the gradient while it scatters them again.
+            hidden = gather_from_sequence_parallel_region(hidden)
+        rows, row_of = torch.unique(places, return_inverse=True)
+        chosen = hidden.flatten(0, 1).index_select(0, rows)
+        if not self.config.sequence_parallel:
+            chosen = copy_to_tensor_model_parallel_region(chosen)
+        return token_log_probs(chosen, self._output_weight(), row_of, token_ids, self.vocab_size)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [B, S, V_padded / TP] of every position, this rank's slice (last stage)."""
+        logits, _ = self.language_model.output_layer(hidden, weight=self._output_weight())
+        return logits.transpose(0, 1)
+
+    def next_token_logits(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [N, V] at `places` [N], gathered over the ranks (last stage).
+
+        `hidden` must be whole: use it with `without_sequence_parallel`.
+        """
+        chosen = hidden.flatten(0, 1).index_select(0, places)
+        logits, _ = self.language_model.output_layer(
+            chosen[:, None], weight=self._output_weight(), runtime_gather_output=True
+        )
+        return logits[:, 0, : self.vocab_size].float()
+
+    @contextmanager
+    def without_sequence_parallel(self) -> Iterator[None]:
+        """Sequence parallelism off: single tokens can't be scattered over ranks."""
+        if not self.config.sequence_parallel:
+            yield
+            return
+        parts = [m for m in self.modules() if getattr(m, "sequence_parallel", False) is True]
+        for switch in (self.config, *parts):
+            switch.sequence_parallel = False
+        try:
+            yield
+        finally:
+            for switch in (self.config, *parts):
+                switch.sequence_parallel = True

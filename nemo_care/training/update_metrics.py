@@ -1,0 +1,109 @@
+"""The metrics of an update: each micro-batch's sums and maxima, and the step's values of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nemo_care.objective.importance import ImportanceWeights
+from nemo_care.objective.losses import PolicyLoss
+from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.schema import Recipe
+from nemo_care.runs import metrics as m
+from nemo_care.runs.metric import Metric, Over, Reduction
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the last pipeline stage keeps of a micro-batch.
+
+    `values` are scalars: by metric the sum, of which the step's mean is made, or the largest; by
+    `Over` how many there are. `log_probs` [N, C] are those under the policy.
+    """
+
+    values: Mapping[Metric | Over, torch.Tensor]
+    log_probs: torch.Tensor
+
+
+class UpdateMetrics:
+    """Measures micro-batches on the last pipeline stage, and reduces to a step on all ranks."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+        """The recipe says what there is to measure."""
+        self.recipe = recipe
+        self.ranks = ranks
+
+    @property
+    def measured(self) -> list[Metric]:
+        """What is measured; all ranks have to know it before they have any result."""
+        metrics = [m.LOSS, m.CLIPPED_FRACTION, m.REFERENCE_DIFFERENCE, m.ROLLOUT_DIFFERENCE]
+        metrics += [m.LARGEST_ROLLOUT_DIFFERENCE]
+        if self.recipe.algorithm.kl_coefficient:
+            metrics += [m.KL]
+        if self.recipe.rollout.importance_sampling.enabled:
+            metrics += [m.IMPORTANCE, m.LARGEST_IMPORTANCE, m.TRUNCATED]
+        return metrics
+
+    def of_batch(
+        self,
+        *,
+        loss: PolicyLoss,
+        log_probs: torch.Tensor,
+        mask: torch.Tensor,
+        rollout: torch.Tensor,
+        reference: torch.Tensor,
+        asked: torch.Tensor,
+        importance: ImportanceWeights | None,
+    ) -> Result:
+        """The result of a micro-batch.
+
+        All are [N, C]: log-probabilities under the policy, as the rollout saw them and under the
+        reference, `mask` for the tokens and `asked` for those that the reference scored.
+        """
+        log_probs = log_probs.detach()
+        from_rollout = torch.where(mask, (rollout - log_probs).abs(), 0.0)
+        from_reference = torch.where(asked, (reference - log_probs).abs(), 0.0)
+        values: dict[Metric | Over, torch.Tensor] = {
+            Over.TRAINED: loss.completions,
+            Over.TOKENS: mask.sum(),
+            Over.REFERENCE_TOKENS: asked.sum(),
+            m.LOSS: loss.loss_sum.detach(),
+            m.KL: loss.kl_sum,
+            m.CLIPPED_FRACTION: loss.clipped_sum,
+            m.REFERENCE_DIFFERENCE: from_reference.sum(),
+            m.ROLLOUT_DIFFERENCE: from_rollout.sum(),
+            m.LARGEST_ROLLOUT_DIFFERENCE: from_rollout.max(),
+        }
+        if importance is not None:
+            values[m.IMPORTANCE] = importance.weights.sum()
+            values[m.LARGEST_IMPORTANCE] = importance.log_ratio.max().exp()
+            values[m.TRUNCATED] = importance.truncated.sum()
+        return Result(values, log_probs)
+
+    def reduce(
+        self, results: Sequence[Result], loss_terms: torch.Tensor
+    ) -> dict[Metric, float | None]:
+        """The step's metrics from the micro-batches of all replicas, on all ranks. Collective.
+
+        `loss_terms` is the loss's count of the step. A mean over nothing is None, and so is the KL
+        term of a loss without one.
+        """
+        means = [metric for metric in self.measured if metric.reduction is Reduction.MEAN]
+        maxima = [metric for metric in self.measured if metric.reduction is Reduction.MAX]
+        summed: list[Metric | Over] = [*means, Over.TRAINED, Over.TOKENS, Over.REFERENCE_TOKENS]
+        sums = torch.zeros(len(summed), device=loss_terms.device)
+        largest = torch.zeros(len(maxima), device=loss_terms.device)
+        if results:
+            rows = [torch.stack([of.values[name] for name in summed]) for of in results]
+            sums = torch.stack(rows).sum(0)
+            rows = [torch.stack([of.values[name] for name in maxima]) for of in results]
+            largest = torch.stack(rows).amax(0)
+        self.ranks.broadcast_from_last_stage(sums)
+        self.ranks.broadcast_from_last_stage(largest)
+        total = dict(zip(summed, self.ranks.sum_over_data(sums).tolist(), strict=True))
+        total[Over.LOSS_TERMS] = float(loss_terms)
+        found: dict[Metric, float | None] = {m.KL: None}
+        found |= dict(zip(maxima, self.ranks.max_over_data(largest).tolist(), strict=True))
+        for metric in means:
+            found[metric] = total[metric] / total[metric.over] if total[metric.over] else None
+        return found
