@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from markdown import anchors, blocks, commands, inline_code, links
+from documentation import anchors, blocks, commands, inline_code, links
 from omegaconf import OmegaConf
+from test_house import ORDER
 
 from nemo_care import cli
 from nemo_care.errors import InputError
@@ -74,6 +75,13 @@ def test_every_page_is_in_the_table_of_contents():
     index = ROOT / "docs" / "index.md"
     listed = {(index.parent / link).resolve() for link in links(index.read_text())}
     assert [page.name for page in ROOT.glob("docs/*.md") if page not in {index, *listed}] == []
+
+
+def test_the_table_of_folders_has_their_order():
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("| folder of `nemo_care/` |")[1]
+    firsts = [line.split("|")[1] for line in text.split("\n\n")[0].splitlines() if "`" in line]
+    named = [re.sub(r"/|\.py", "", name) for name in re.findall("`(.+?)`", " ".join(firsts))]
+    assert ["__main__", *named] == ORDER
 
 
 def _pattern(name: str) -> str | None:
@@ -191,7 +199,7 @@ def _compose(words: list[str]) -> None:
     if "mine" in words:
         words = ["--config-path", "my_recipes", *words]
     try:
-        recipe = compose_recipe([word for word in words if word not in ("--cfg", "job", "...")])
+        recipe = compose_recipe([word for word in words if word not in ("--cfg", "job")])
     except InputError as error:
         pytest.fail(f"{' '.join(words)}: {error}")
     assert recipe is not None
@@ -235,6 +243,7 @@ def _own_commands(text: str) -> list[list[str]]:
                 found.append(words[place + 1 :])
             if words[place : place + 2] == ["-m", "nemo_care.train"]:
                 found.append(["train", *words[place + 2 :]])
+    found = [[word for word in words if word != "..."] for words in found]
     return [words for words in found if words and words[0].islower()]
 
 
