@@ -1,0 +1,63 @@
+"""What a page of documentation names: links, inline code, and the commands of its code blocks."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+_FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+# A block of code indented by four spaces; deeper lines of a list are text.
+_INDENTED = re.compile(r"(?:\A|\n)\n((?: {4}.*\n|\n(?= {4}))+)")
+_INLINE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
+_LINK = re.compile(r"\]\(([^()\s]+)\)")
+_ASSIGNMENT = re.compile(r"[A-Z_]+=")
+
+
+def prose(text: str) -> str:
+    """The page without its code blocks."""
+    return _INDENTED.sub("\n\n", _FENCED.sub("", text))
+
+
+def links(text: str) -> list[str]:
+    """The targets of the page's links and images."""
+    return _LINK.findall(_INLINE.sub("", prose(text)))
+
+
+def inline_code(text: str) -> list[str]:
+    """What stands between backticks, line breaks as spaces."""
+    return [" ".join(code.split()) for _, code in _INLINE.findall(prose(text))]
+
+
+def blocks(text: str) -> list[str]:
+    """The page's code blocks without their indentation."""
+    found = [block.split("\n", 1)[1].rsplit("\n", 1)[0] for block in _FENCED.findall(text)]
+    for block in _INDENTED.findall(_FENCED.sub("", text)):
+        found.append("\n".join(line[4:] for line in block.splitlines()))
+    return found
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each line of a code block that a shell would take, variables left out."""
+    for block in blocks(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError:
+                continue  # output, or a recipe
+            while words and _ASSIGNMENT.match(words[0]):
+                words.pop(0)
+            if words:
+                yield words
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of the page's headings."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ (.+)$", prose(page.read_text()), re.MULTILINE):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        count = found.get(slug, -1) + 1
+        found[slug] = count
+        if count:
+            found[f"{slug}-{count}"] = 0
+    return set(found)
