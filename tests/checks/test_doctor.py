@@ -140,7 +140,7 @@ def test_without_a_mandatory_package_the_status_is_2(monkeypatch, capsys):
     monkeypatch.setattr(machine, "is_there", lambda module: module != "decord" and there(module))
     assert main(["doctor"]) == 2
     shown = capsys.readouterr().out
-    assert "nothing can run here:" in shown
+    assert "no recipe can run here:" in shown
     assert "decord is missing" in shown.splitlines()[-1]
     assert "pip install" in shown.splitlines()[-1]
 

@@ -295,7 +295,7 @@ def test_replay_names_broken_tensors(run, refused):
 def test_replay_lists_the_steps_beside_stray_files(run, refused):
     for name in ("step_abc.json", "notes.json", "step_000002.json~"):
         (run / "bad_steps" / name).write_text("not ours")
-    assert "such steps of this run: 2" in refused("replay", run, "--step", 1)
+    assert "steps left out in this run: 2" in refused("replay", run, "--step", 1)
 
 
 def test_replay_pads_as_training_does(run, monkeypatch):

@@ -399,7 +399,7 @@ def test_variant_that_starts_elsewhere_is_named(made, trained):
 def test_study_without_a_finished_run_publishes_nothing(made, capsys):
     made.command = [sys.executable, "-c", "raise SystemExit(3)"]
     assert len(made.run(only=["care"])) == 2
-    assert "no run is done yet" in capsys.readouterr().err
+    assert "no run is complete yet" in capsys.readouterr().err
     assert not (made.out / "study.html").exists()
 
 
