@@ -230,7 +230,7 @@ def test_foreign_run_is_refused(made):
     folder = made.out / "runs/care-seed1"
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").touch()
-    with pytest.raises(InputError, match=r"variant care: .*no run of this study"):
+    with pytest.raises(InputError, match=r"variant care: .*not of this study"):
         made.run()
 
 
@@ -306,7 +306,7 @@ def test_table_has_means_of_what_is_done(published):
     heading = row(table, "variant")
     start, grpo, care = (row(table, name) for name in ("start", "GRPO", "care"))
     assert heading[:3] == ["L1 accuracy", "L2 accuracy", "L3 accuracy"]
-    assert heading[6:8] == [f"{level} consistency of the right ones" for level in ("L1", "L3")]
+    assert heading[6:8] == [f"{level} consistency of correct answers" for level in ("L1", "L3")]
     assert heading[8:] == [
         "L1 probe implied",
         "L1 probe true",
