@@ -250,7 +250,7 @@ def test_kernels_for_gpus_are_refused_without_one_or_when_broken(recipe_of):
     ("gpu", "part"),
     [
         (replace(H100, total=39 * GIB, free=38 * GIB), "set a key"),
-        (replace(H100, free=38 * GIB), "end what else is on the GPU"),
+        (replace(H100, free=38 * GIB), "end other processes on the GPU"),
     ],
 )
 def test_memory_that_the_plan_does_not_find_is_a_reason(recipe_of, gpu, part):
