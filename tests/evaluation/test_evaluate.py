@@ -579,7 +579,7 @@ def test_a_run_without_a_reference_can_not_judge(evaluate, trained, tmp_path, mo
     ("override", "parts"),
     [
         ("data.validation.annotations=null", ["data.validation.annotations"]),
-        ("data.validation.root=null", ["data.validation.root", "set those to null"]),
+        ("data.validation.root=null", ["data.validation.root", "set annotations to null"]),
         ("+data.validation.annotations.skipped=x", ["'skipped'", "can't name a file"]),
         ("evaluation.checkpoint=/no/such", ["evaluation.checkpoint", "/no/such", "no such folder"]),
         ("evaluation.checkpoint=tests", ["evaluation.checkpoint", "no checkpoint there"]),
