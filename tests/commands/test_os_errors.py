@@ -189,4 +189,4 @@ def test_a_run_under_ulimit_64_is_one_line(world, tmp_path):
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("nemo-care: this process may have 64 files open")
+    assert line.startswith("nemo-care: this process can have 64 open files")

@@ -217,7 +217,7 @@ def test_a_run_is_exported_with_the_recipe_of_its_checkpoint(
         os.umask(before)
     err = capfd.readouterr().err
     assert f"{run / 'recipe.yaml'}:1: not valid YAML" in err
-    assert "checkpoints/step_000003 is taken in its place" in err
+    assert "checkpoints/step_000003 instead" in err
     first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
     # Others may read what was exported, as far as the umask lets them.
