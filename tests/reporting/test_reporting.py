@@ -270,7 +270,7 @@ def test_report_of_a_run_before_its_first_step(tmp_path):
 
 def test_report_warns_when_the_bonus_no_longer_selects(tmp_path):
     folder = make_run(tmp_path / "run")
-    assert "lie at the clip (" not in write_report(folder).read_text()
+    assert "are at the clip (" not in write_report(folder).read_text()
     (folder / "metrics.jsonl").write_text(
         lines({**metric(step), "care/clipped_rate": 0.97} for step in range(1, 6))
     )
