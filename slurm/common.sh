@@ -196,7 +196,7 @@ choose_nodes() {
         esac
     done
     ((${#nodes[@]} >= wanted)) || fail 1 "preflight: ${#nodes[@]} of ${#all[@]} nodes are fit and \
-$wanted are needed: sbatch --exclude the others, or ask for spares (NEMO_CARE_SPARE_NODES)"
+$wanted are needed: sbatch --exclude the rest, or request spares (NEMO_CARE_SPARE_NODES)"
     nodes=("${nodes[@]:0:wanted}")
 }
 

@@ -168,9 +168,9 @@ def _why_not_writable(canary: Path) -> str | None:
 
 def _refuse_first(folder: Path, reason: str | None) -> None:
     """Raise the first rank's reason against the folder, on all ranks alike."""
-    told = Ranks.first_told(reason)
-    if told is not None:
-        rank, its = told
+    first = Ranks.first_told(reason)
+    if first is not None:
+        rank, its = first
         raise InputError(
             f"{folder}: no checkpoint can be written there: {its} (rank {rank}); repair the "
             "folder, or choose another exp_manager.exp_dir or exp_manager.explicit_log_dir"
@@ -223,9 +223,9 @@ def verify_checkpoint(path: Path, parts: Collection[str] | None = None) -> None:
         if parts is None or record.part is None or record.part in parts
     }
     mine = _dealt(wanted, dist.get_world_size())[dist.get_rank()]
-    told = Ranks.first_told(find_changed(path, mine))
-    if told is not None:
-        raise DamagedCheckpoint(told[1])
+    first = Ranks.first_told(find_changed(path, mine))
+    if first is not None:
+        raise DamagedCheckpoint(first[1])
 
 
 def _dealt(files: dict[str, FileRecord], ranks: int) -> list[dict[str, FileRecord]]:

@@ -51,7 +51,7 @@ from nemo_care.ranks.process_groups import Ranks
 # Megatron gathers the optimizer's state in separate memory for each checkpoint
 # (DistributedOptimizer.get_parameter_state_dp_zero). It does not change, so it needs no copy.
 _GATHERED = "optimizer.state."
-_REMEDY = "make room or mend the folder and give the same command again: it goes on from the newest"
+_REMEDY = "make room or repair the folder, then repeat the command: it resumes from the newest"
 
 Data = torch.Tensor | io.BytesIO
 
@@ -218,7 +218,7 @@ class PendingCheckpoint:
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint of step {self.step} is complete, but an older one could not be "
-                f"removed: {error}; mend the folder and give the same command again"
+                f"removed: {error}; repair the folder and repeat the command"
             ) from error
         return target
 

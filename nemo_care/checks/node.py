@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     quiet_libraries()
     name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
 
-    def tell(verdict: str) -> None:
+    def report(verdict: str) -> None:
         say(one_line(f"{name}: {verdict}"), file=sys.stdout if verdict == "ok" else sys.stderr)
         if options.verdict is not None:
             replace_file(options.verdict / name, verdict + "\n")
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         recipe = compose_recipe(rest)
     except InputError as error:
-        tell(f"recipe: {error}")
+        report(f"recipe: {error}")
         return 2
     if recipe is None:
         return 0
@@ -73,9 +73,9 @@ def main(arguments: Sequence[str]) -> int:
         problems = problems or problems_of(recipe)
     except Exception as error:
         # Anything that fails here would fail the run.
-        tell(f"{type(error).__name__}: {error}")
+        report(f"{type(error).__name__}: {error}")
         raise
-    tell("; ".join(problems) or "ok")
+    report("; ".join(problems) or "ok")
     return 1 if problems else 0
 
 

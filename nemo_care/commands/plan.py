@@ -141,10 +141,10 @@ def _search(recipe: "Recipe", question: "Question", options: argparse.Namespace)
     from nemo_care.planning.search import search, search_as_json, search_report
     from nemo_care.planning.tables import print_report
 
-    def tell(line: str) -> None:
+    def show(line: str) -> None:
         say(line, file=sys.stderr)
 
-    found = search(recipe, question, options.gpus, options.limit, tell)
+    found = search(recipe, question, options.gpus, options.limit, show)
     if options.json:
         say(json.dumps(search_as_json(found)))
         return

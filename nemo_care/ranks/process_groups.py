@@ -60,9 +60,9 @@ def _sendable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        told = RuntimeError(f"{type(error).__name__}: {error}")
-        told.__cause__ = error
-        return told
+        sendable = RuntimeError(f"{type(error).__name__}: {error}")
+        sendable.__cause__ = error
+        return sendable
     return error
 
 
@@ -259,9 +259,9 @@ class Ranks:
             result = do()
         except (InputError, RunFailed) as failure:
             error = failure
-        told = Ranks.first_told(None if error is None else _sendable(error))
-        if told is not None:
-            raise told[1]
+        first = Ranks.first_told(None if error is None else _sendable(error))
+        if first is not None:
+            raise first[1]
         return result  # type: ignore[return-value]
 
     @staticmethod
@@ -269,7 +269,7 @@ class Ranks:
         """Return, on all ranks, the lowest rank with a problem and the problem, or None."""
         problems: list[T | None] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
-        return next(((rank, told) for rank, told in enumerate(problems) if told is not None), None)
+        return next(((rank, it) for rank, it in enumerate(problems) if it is not None), None)
 
     def first_rank_with(self, ok: torch.Tensor) -> list[int | None]:
         """Find for each of `ok` (bool [N], on the compute device) the lowest rank with False.

@@ -138,13 +138,13 @@ def _runs_here(holder: dict[str, Any]) -> bool:
 
 
 def _in_use(file: Path, holder: dict[str, Any]) -> InputError:
-    who = "another process"
+    user = "another process"
     if holder:
-        who = (
+        user = (
             f"nemo-care {holder.get('command')} on {holder.get('host')} (process "
             f"{holder.get('pid')}, since {holder.get('since')})"
         )
     return InputError(
-        f"{file.parent} is in use by {who}: wait until it has ended, or choose another directory "
+        f"{file.parent} is in use by {user}: wait until it has ended, or choose another directory "
         "(exp_manager.explicit_log_dir)"
     )
