@@ -177,7 +177,7 @@ def test_every_measure_is_in_the_results_and_in_one_table(evaluate, tmp_path):
         (["evaluation.further_judges=[llm]"], ["evaluation.further_judges", "rule or likelihood"]),
         (
             ["evaluation.further_judges=[rule]"],
-            ["evaluation.further_judges", "rule judges already"],
+            ["evaluation.further_judges", "rule is the judge already"],
         ),
         (["evaluation.peer_probe=1"], ["evaluation.peer_probe=1", "set it to 2 or more"]),
         (

@@ -460,8 +460,8 @@ def test_unusable_docs_are_refused_before_the_first_run(made, old, new, named):
     [
         ({"variant": "cure"}, "seed 1 of cure is not in the study"),
         ({"seed": 9}, "seed 9 of grpo is not in the study"),
-        ({"overrides": ["a=1"]}, "seed 1 of grpo was made with other overrides: a=1"),
-        ({"seed": 2}, "seed 2 of grpo is there twice"),
+        ({"overrides": ["a=1"]}, "seed 1 of grpo was made with different overrides: a=1"),
+        ({"seed": 2}, "seed 2 of grpo occurs twice"),
         ({"mood": "good"}, 'some.jsonl:1: unknown key "mood"'),
         ({"curves": {"step": [1, 2], "x": [0.5]}}, 'some.jsonl:1: its "curves" differ in length'),
     ],

@@ -433,7 +433,7 @@ def test_compare_goes_on_where_it_stopped(tmp_path, fake):
     assert len(calls(out)) == 4
     record = json.loads((out / "comparison.json").read_text())
     assert [run["steps"] for run in record["runs"]] == [5, 5]
-    with pytest.raises(InputError, match="other overrides"):
+    with pytest.raises(InputError, match="different overrides"):
         compare(["grpo"], [1], out, ["optimizer.lr=1"], 1, None, train_command=fake)
 
 
