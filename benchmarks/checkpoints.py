@@ -1,12 +1,12 @@
-"""Seconds that saving holds up training, asynchronously and synchronously, in one process.
+"""Measure how long saving blocks training, asynchronously and synchronously, in one process.
 
     .venv/bin/python benchmarks/checkpoints.py [--hidden 768] [--saves 3] [--threads 1]
 
-The trainer's own save of a random Qwen2.5-VL of some 100 M parameters: weights, AdamW's state and
-the reference. "held up" is the time in which no step runs: the copy of the state; with
-checkpoint.asynchronous=false the writing too; index, manifest and names. While a checkpoint is
-written asynchronously, steps of matrix products are computed: "a step meanwhile" is how many times
-as long as alone one of them takes. Both kinds of saving are measured in turn.
+The trainer's own save of a random Qwen2.5-VL with about 100 M parameters: weights, AdamW's state
+and the reference. "held up" is the time in which no step runs: for the copy of the state; with
+checkpoint.asynchronous=false also for writing; for index, manifest and names. While a checkpoint is
+written asynchronously, steps of matrix products are computed: "a step meanwhile" is the ratio of
+their time to that without saving. Both kinds of saving are measured alternately.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from nemo_care.training.trainer import GRPOCareTrainer
 
 
 def seconds_of_a_step() -> float:
-    """A stand-in for a step: half a second or so of matrix products."""
+    """Run a substitute for a step: matrix products of about half a second."""
     matrix = torch.randn(1024, 1024)
     started = time.perf_counter()
     for _ in range(20):
@@ -34,7 +34,8 @@ def seconds_of_a_step() -> float:
 
 
 def save_and_train_on(trainer: GRPOCareTrainer, *, asynchronous: bool) -> tuple[float, float, list]:
-    """Seconds held up, seconds until the checkpoint is complete, seconds of the steps meanwhile."""
+    """Return seconds blocked, seconds until the checkpoint is complete, seconds of steps
+    meanwhile."""
     trainer.recipe.checkpoint.asynchronous = asynchronous
     checkpoints = trainer.checkpoints
     checkpoints.take_seconds()

@@ -1,11 +1,11 @@
-"""Samples per second of video decoding, alone and behind a training step, by decoding processes.
+"""Samples per second of video decoding, alone and during training steps, by decoding processes.
 
     .venv/bin/python benchmarks/data.py [--workers 0 1 2] [--prompts 4] [--steps 8] [--videos 16]
 
-Real H.264 files (426 x 240 pixels, 30 frames per second, 10 seconds, noise that moves) go through
-the training stream. "alone" asks for step after step; "overlapped" computes between them (matrix
-products on one core, for as long as decoding a step's prompts takes without processes), so that
-the best possible is twice what no process at all gives. All rows are measured in one run.
+Real H.264 files (426 x 240 pixels, 30 frames per second, 10 seconds, moving noise) pass through the
+training stream. "alone" requests step after step; "overlapped" computes between them (matrix
+products on one core, for as long as decoding a step's prompts takes without processes), so that the
+best possible value is twice that without processes. All rows are measured in one run.
 """
 
 import argparse
@@ -36,7 +36,7 @@ HEIGHT, WIDTH, RATE, SECONDS = 240, 426, 30, 10
 
 
 def write_videos(folder: Path, count: int) -> list[Sample]:
-    """So many questions, each about a video of its own."""
+    """Write `count` questions, each about its own video."""
     samples = []
     for number in range(count):
         picture = np.random.default_rng(number).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -53,12 +53,12 @@ def write_videos(folder: Path, count: int) -> list[Sample]:
 
 
 def steps_per_second(stream: "PromptStream", steps: int, compute: float) -> tuple[float, float]:
-    """Steps per second, and the share of the time that was spent waiting for prompts.
+    """Return steps per second, and the share of time spent waiting for prompts.
 
     `compute` is the number of matrix products between two steps.
     """
     matrix = torch.randn(512, 512)
-    stream.next_step()  # the processes are there now, and decode the first that counts
+    stream.next_step()  # the processes have started, and decode the first measured step
     waited = 0.0
     started = time.perf_counter()
     for _ in range(steps):
@@ -72,7 +72,7 @@ def steps_per_second(stream: "PromptStream", steps: int, compute: float) -> tupl
 
 
 def products_per_second() -> float:
-    """Matrix products of `steps_per_second` that one core does."""
+    """Return the rate of `steps_per_second`'s matrix products on one core."""
     matrix = torch.randn(512, 512)
     matrix @ matrix
     started = time.perf_counter()
@@ -82,7 +82,7 @@ def products_per_second() -> float:
 
 
 def main() -> None:
-    # The processes that decode import this file anew, and need nothing of Megatron.
+    # The decoding processes import this file, and do not need Megatron.
     from nemo_care.data.stream import PromptStream
     from nemo_care.models.families import read_family
     from nemo_care.ranks.process_groups import Layout, Ranks

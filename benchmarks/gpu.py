@@ -1,4 +1,4 @@
-"""Scoring and update of a model of Qwen2.5-VL-3B's shape, with random weights, on one GPU.
+"""Time scoring and update of a model of Qwen2.5-VL-3B's shape, with random weights, on one GPU.
 
     python benchmarks/gpu.py [--layers 36] [--prompt 8192] [--completion 512] [--group 8]
 
@@ -6,12 +6,12 @@ packed    one sequence per group, as training runs it
 separate  the prompt copied for every completion
 fp8       packed, the update's products in 8 bits (needs TransformerEngine)
 
-Tokens/s count a group's prompt once, whichever way it is computed, so that they compare. MFU is
-forward (and in the update twice as much backward) over the GPU's dense bf16 peak, in 8 bits too;
-recomputation does not count. *Planned* is what `nemo-care plan` counts for the same weights and
-lengths without CUDA's own memory, *measured* what torch allocated at the peak of the update, with
-the optimizer's step. Every way runs in a process of its own. Without a GPU the same code runs with
-`--shape tiny`, and peaks are not measured. Not run on a GPU yet.
+Tokens/s count a group's prompt once in every layout, so that they can be compared. MFU is forward
+(and in the update twice as much for backward) over the GPU's dense bf16 peak, also in 8 bits;
+recomputation does not count. *Planned* is `nemo-care plan`'s estimate for the same weights and
+lengths without CUDA's own memory, *measured* the memory allocated by torch at the peak of the
+update, including the optimizer's step. Every way runs in a separate process. Without a GPU the same
+code runs with `--shape tiny`, and peaks are not measured. Not run on a GPU yet.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 
 GIB = 2**30
 CONFIGURATIONS = Path(__file__).parent.parent / "nemo_care" / "planning" / "configurations"
-# The second is that of benchmarks/plan.py, for a CPU.
+# The second is the shape of benchmarks/plan.py, for a CPU.
 SHAPES = ("3b", "tiny")
 
 
@@ -46,7 +46,7 @@ class Way:
 
 
 def ways(fp8_recipes: list[str]) -> list[Way]:
-    """All of them, the simplest first."""
+    """Return all ways, the simplest first."""
     engine = "transformer_engine"
     return [
         Way("local", shared=False),
@@ -57,7 +57,7 @@ def ways(fp8_recipes: list[str]) -> list[Way]:
 
 
 def left_out(way: Way) -> str | None:
-    """Why this machine can't run it, None where it can."""
+    """Return why this machine can't run it, None if it can."""
     import torch
 
     from nemo_care.errors import InputError
@@ -81,7 +81,7 @@ def left_out(way: Way) -> str | None:
 
 
 def write_shape(folder: Path, shape: str, layers: int | None) -> None:
-    """A config.json of that shape with so many layers (None: all)."""
+    """Write a config.json of that shape with `layers` layers (None: all)."""
     if shape == "tiny":
         from plan import SHAPE
 
@@ -114,14 +114,14 @@ def recipe_of(folder: str, way: Way, args: argparse.Namespace) -> Any:
 
 
 def planned(folder: str, way: Way, args: argparse.Namespace) -> dict[str, float]:
-    """Bytes at the peak of the update, in a world that does not exist."""
+    """Return the planned bytes at the peak of the update, in a fake world."""
     from nemo_care.planning.shapes import longest_lengths, read_model_shape
     from nemo_care.planning.stage import built_stage
 
     recipe, shape = recipe_of(folder, way, args), read_model_shape(folder)
     with built_stage(recipe, shape, 0, reference=False) as stage:
         lengths = longest_lengths(recipe, shape.family)
-        # With separate sequences every completion brings the video.
+        # With separate sequences every completion includes the video.
         copies = 1 if way.shared else args.group
         patches = copies * lengths.patches * shape.family.prompt.patching.values * 4
         peak = stage.build.held(offload=True) + max(stage.update(lengths, 1)) + patches
@@ -129,7 +129,7 @@ def planned(folder: str, way: Way, args: argparse.Namespace) -> dict[str, float]
 
 
 def measured(folder: str, way: Way, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds, tokens/s and FLOPs of both passes, and the peak of the update."""
+    """Return seconds, tokens/s and FLOPs of both passes, and the peak of the update."""
     import torch
     from measure import seconds
 
@@ -174,7 +174,7 @@ def measured(folder: str, way: Way, args: argparse.Namespace) -> dict[str, Any]:
     }
     result: dict[str, Any] = {}
     for name, (run, flops) in passes.items():
-        run()  # the first one compiles, fills buffers and makes the optimizer's state
+        run()  # compiles, fills buffers and creates the optimizer's state
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -192,7 +192,7 @@ def measured(folder: str, way: Way, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def mfu(flops: float, seconds: float) -> float | None:
-    """Share of the GPU's dense bf16 peak; None for a device whose peak is not known."""
+    """Return the share of the GPU's dense bf16 peak; None if the peak is unknown."""
     import torch
 
     from nemo_care.planning.gpus import gpu_names, read_gpu
@@ -208,7 +208,7 @@ def mfu(flops: float, seconds: float) -> float | None:
 
 
 def part(args: argparse.Namespace, way: Way, folder: str, name: str) -> dict[str, Any]:
-    """Run one part in a process of its own; what it found, or `error`."""
+    """Run one part in a separate process and return its results, or `error`."""
     options = [f"--{key}={getattr(args, key)}" for key in _PASSED]
     spec = json.dumps([way.backend, way.shared, way.fp8, folder])
     command = [sys.executable, "-W", "ignore", __file__, *options, "--part", name, spec]
@@ -224,7 +224,7 @@ def part(args: argparse.Namespace, way: Way, folder: str, name: str) -> dict[str
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown, a line per way."""
+    """Return a Markdown table with a line per way."""
     heading = ("way", "pass", "seconds", "tokens/s", "MFU", "against separate", "planned",
                "measured", "plan is off by")  # fmt: skip
     out = [" | ".join(heading), " | ".join(["---"] * 2 + ["---:"] * 7)]

@@ -1,4 +1,4 @@
-"""Checkpoints, prompts and groups of a given size, with random weights and random tokens."""
+"""Make checkpoints, prompts and groups of a given size, with random weights and tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from nemo_care.planning.shapes import Lengths
 
 WORDS = (*SPECIAL_TOKENS, *TAGS, UNKNOWN, "user", "assistant")
 PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2
-# Tokens of an answer: where a completion's eight last begin, and where its four last do.
+# Tokens from a completion's end at which its answer begins and ends.
 ANSWER_FROM_END = (8, 4)
 
 
@@ -38,7 +38,7 @@ class Size:
 
 
 def hf_config(size: Size) -> Qwen2_5_VLConfig:
-    """The Hugging Face configuration of that shape."""
+    """Return the Hugging Face configuration of that shape."""
     section = size.hidden // size.heads // 2
     return Qwen2_5_VLConfig(
         text_config={
@@ -80,7 +80,7 @@ def hf_config(size: Size) -> Qwen2_5_VLConfig:
 
 
 def write_checkpoint(folder: Path, size: Size) -> None:
-    """A Hugging Face directory with random float32 weights and a word tokenizer."""
+    """Write a Hugging Face directory with random float32 weights and a word tokenizer."""
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(hf_config(size)).float()
     model.generation_config.eos_token_id = WORDS.index("<|im_end|>")
@@ -91,18 +91,18 @@ def write_checkpoint(folder: Path, size: Size) -> None:
 
 
 def video_grid(prompt_tokens: int) -> tuple[int, int, int]:
-    """Patches (time, height, width) of a video of 224 x 224 pixels that fills half of a prompt."""
+    """Return the patches (time, height, width) of a 224 x 224 video that fills half of a prompt."""
     return prompt_tokens // 128, 16, 16
 
 
 def lengths(prompt_tokens: int, completion_tokens: int) -> Lengths:
-    """The same prompt, for counting its FLOPs."""
+    """Return the lengths of the same prompt, for counting its FLOPs."""
     t, h, w = grid = video_grid(prompt_tokens)
     return Lengths(prompt_tokens, completion_tokens, t * h * w // MERGE**2, (grid,))
 
 
 def video_prompt(config: Qwen2_5_VLConfig, prompt_tokens: int, index: int = 0) -> Prompt:
-    """A prompt of exactly so many tokens, half of them of a video of noise."""
+    """Make a prompt of exactly `prompt_tokens` tokens, half of them of a video of noise."""
     generator = torch.Generator().manual_seed(index)
     grid = video_grid(prompt_tokens)
     count = grid[0] * grid[1] * grid[2] // MERGE**2
@@ -131,7 +131,7 @@ def video_prompt(config: Qwen2_5_VLConfig, prompt_tokens: int, index: int = 0) -
 
 
 def given_group(prompt: Prompt, tokens: int, group_size: int, vocabulary: int) -> Group:
-    """Completions of random tokens, each with an answer near its end."""
+    """Make completions of random tokens, each with an answer near its end."""
     generator = torch.Generator().manual_seed(prompt.index)
     return Group(
         prompt,
@@ -149,6 +149,6 @@ def given_group(prompt: Prompt, tokens: int, group_size: int, vocabulary: int) -
 
 
 def answer_span(tokens: int) -> tuple[int, int]:
-    """Where the answer of a completion of so many tokens is put."""
+    """Return the position of the answer in a completion of `tokens` tokens."""
     begin, end = ANSWER_FROM_END
     return tokens - begin, tokens - end

@@ -1,4 +1,4 @@
-"""Time and peak memory of a pass."""
+"""Measure time and peak memory of a pass."""
 
 import ctypes
 import gc
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """The shortest of `repeats` runs."""
+    """Return the time of the fastest of `repeats` runs."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -27,9 +27,9 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
 
 
 def peak_memory(run: Callable[[], T]) -> tuple[int, T]:
-    """Bytes that `run` needs at its peak beyond what was there before, and its result.
+    """Return the bytes that `run` needs at its peak beyond those before it, and its result.
 
-    Of the GPU, or of the process: Linux keeps the largest resident set since a 5 was written to
+    Of the GPU, or of the process: Linux records the largest resident set since a 5 was written to
     /proc/self/clear_refs.
     """
     gc.collect()
@@ -38,7 +38,7 @@ def peak_memory(run: Callable[[], T]) -> tuple[int, T]:
         before = torch.cuda.memory_allocated()
         result = run()
         return torch.cuda.max_memory_allocated() - before, result
-    # Give freed memory back, or a second pass would live in what the first has left.
+    # Return freed memory to the system, or a second pass would reuse that of the first.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
@@ -47,9 +47,9 @@ def peak_memory(run: Callable[[], T]) -> tuple[int, T]:
 
 
 def allocated_peak(run: Callable[[], Any]) -> int:
-    """Bytes that torch's CPU allocator gives out at the peak of `run`, beyond what it held before.
+    """Return the bytes of torch's CPU allocator at the peak of `run`, beyond those before it.
 
-    The resident memory also holds what malloc has not given back.
+    Unlike resident memory, this excludes memory that malloc has not returned.
     """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -68,5 +68,5 @@ def _resident(field: str) -> int:
 
 
 def answer_rows(group: int) -> int:
-    """Positions at which the fused pass asks for a token of an answer."""
+    """Return the positions at which the fused pass needs a token of an answer."""
     return group * (ANSWER_FROM_END[0] - ANSWER_FROM_END[1])

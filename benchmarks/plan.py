@@ -1,9 +1,9 @@
-"""The plan's memory against what a real update takes at its peak on this machine.
+"""Compare the plan's memory with the peak of a real update on this machine.
 
     python benchmarks/plan.py
 
-A random Qwen2.5-VL in float32 on the CPU; the optimizer's step, which a CPU takes otherwise than a
-GPU, is left out. *Resident* is the whole process, with what malloc has not given back.
+A random Qwen2.5-VL in float32 on the CPU; the optimizer's step, which differs between CPU and GPU,
+is not included. *Resident* is the whole process, with memory that malloc has not returned.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def recipe_of(folder: str, granularity: str):
 
 
 def planned(folder: str) -> dict[str, int]:
-    """Bytes of forward and backward at their peak, by recomputation, patches included."""
+    """Return the peak bytes of forward and backward, by recomputation, patches included."""
     from nemo_care.planning.shapes import longest_lengths, read_model_shape
     from nemo_care.planning.stage import built_stage
 
@@ -74,7 +74,7 @@ def planned(folder: str) -> dict[str, int]:
 
 
 def measured(folder: str, granularity: str) -> tuple[int, int]:
-    """The same of a real update: what torch allocated, and what the process took."""
+    """Return the peak of a real update: bytes allocated by torch, and resident bytes."""
     import torch
     from measure import allocated_peak, peak_memory
 
@@ -95,7 +95,7 @@ def measured(folder: str, granularity: str) -> tuple[int, int]:
     group = made_group(longest_lengths(recipe, family), family, 0, GROUP)
     group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
     policy.optimizer.step = lambda: (True, 0.0, None)
-    # Megatron's buffers of the first update stay.
+    # Megatron's buffers remain after the first update.
     policy.update(Step(0, trained=[group]))
     resident = peak_memory(lambda: policy.update(Step(0, trained=[group])))[0]
     return allocated_peak(lambda: policy.update(Step(0, trained=[group]))), resident

@@ -1,14 +1,15 @@
-"""The fused scoring pass against the naive one, on one model in one process.
+"""Compare the fused scoring pass with the naive one, on one model in one process.
 
     .venv/bin/python benchmarks/scoring.py [--sizes 512,64,8 2048,256,8 8192,256,8] [--threads 2]
 
-naive     what the released code and general RL frameworks do: G padded sequences [prompt |
+naive     as in the released code and in general RL frameworks: G padded sequences [prompt |
           completion], the video's pixel values G times, logits of every position, and a log-softmax
           over the whole vocabulary, row by row
-separate  G sequences too, but the output layer on the answers' tokens only
+separate  also G sequences, but the output layer on the answers' tokens only
 fused     `Scorer.answer_likelihoods` as training runs it: video and prompt once per group
 
-All give the same likelihoods, which is checked. The ideal ratios to the fused pass are counted in
+All give the same likelihoods, which is checked. The ideal ratios to the fused pass are computed
+from
 FLOPs, attention, vision tower and output layer included.
 """
 
@@ -36,7 +37,7 @@ from nemo_care.scoring.scorer import Scorer
 
 @torch.no_grad()
 def naive_likelihoods(model: VideoLanguageModel, group: Group) -> torch.Tensor:
-    """Answer likelihoods [G], everything computed for every completion."""
+    """Compute answer likelihoods [G], with everything computed for every completion."""
     batch = separate_sequences([group], pad_id=0, multiple=1)
     logits = model.logits(model(batch.inputs))
     rows = []
@@ -48,12 +49,12 @@ def naive_likelihoods(model: VideoLanguageModel, group: Group) -> torch.Tensor:
 
 
 def likelihoods_of(scorer: Scorer, group: Group) -> torch.Tensor:
-    """Answer likelihoods [G] by the pass that training uses."""
+    """Compute answer likelihoods [G] by training's pass."""
     return scorer.answer_likelihoods([group])[0]
 
 
 def work(size: Size, prompt: int, completion: int, group_size: int, name: str) -> float:
-    """FLOPs of one of the passes."""
+    """Return the FLOPs of one of the passes."""
     rows = group_size * (prompt + completion) if name == "naive" else answer_rows(group_size)
     return group_flops(
         Qwen25VLFamily(hf_config(size)),

@@ -1,11 +1,11 @@
-"""One whole training step with the prompt shared and not shared, phase by phase, in one process.
+"""Time a whole training step with and without prompt sharing, by phase, in one process.
 
     .venv/bin/python benchmarks/step.py [--sizes 512,64,8 2048,256,8] [--threads 2] [--repeats 2]
 
 The trainer's own phases on given prompts (half of their tokens video): rollout, rewards, scoring,
-update. A random model writes no answers and hardly ends a completion, so the sampled completions
+update. A random model writes no answers and rarely ends a completion, so the sampled completions
 are cut to C tokens, an answer is put near their end, and rewards are made up. The ideal ratio of
-the update is counted in FLOPs.
+the update is computed from FLOPs.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PHASES = ("rollout", "reward", "scoring", "update", "step")
 
 
 class GivenPrompts:
-    """In place of the training stream."""
+    """Replaces the training stream."""
 
     def __init__(self, prompts: list[Prompt]) -> None:
         self.prompts = prompts
@@ -43,7 +43,7 @@ class GivenPrompts:
 
 
 def made_up_rewards(groups: list[Group]) -> None:
-    """In place of the rewards: an answer in every completion, every other one right."""
+    """Replace the rewards: an answer in every completion, and every second one right."""
     for group in groups:
         for completion in group.completions:
             completion.answer_span = answer_span(completion.length)
@@ -55,7 +55,7 @@ def made_up_rewards(groups: list[Group]) -> None:
 def made_trainer(
     checkpoint: Path, ranks: Ranks, size: tuple[int, int, int], prompts: int, *, shared: bool
 ) -> GRPOCareTrainer:
-    """A trainer of the checkpoint on prompts of that size."""
+    """Build a trainer of the checkpoint on prompts of that size."""
     prompt_tokens, completion_tokens, group_size = size
     recipe = Recipe()
     recipe.trainer.max_steps = 1000
@@ -84,7 +84,7 @@ def made_trainer(
 
 
 def timings(trainer: GRPOCareTrainer, repeats: int) -> tuple[dict[str, float], float]:
-    """The shortest time of each phase, in seconds, and the mean length of the completions."""
+    """Return the shortest time of each phase, in seconds, and the mean length of completions."""
     best: dict[str, float] = {}
     for _ in range(repeats):
         trainer.step += 1
@@ -97,7 +97,7 @@ def timings(trainer: GRPOCareTrainer, repeats: int) -> tuple[dict[str, float], f
 
 
 def update_flops(size: Size, shape: tuple[int, int, int], *, shared: bool) -> float:
-    """FLOPs of forward and backward of one group (the output layer's logits are made twice)."""
+    """Return the FLOPs of one group's forward and backward (which computes the logits again)."""
     prompt, completion, group = shape
     family, rows = Qwen25VLFamily(hf_config(size)), group * completion
     forward = group_flops(family, lengths(prompt, completion), group, shared=shared, rows=rows)

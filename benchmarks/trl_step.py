@@ -1,4 +1,4 @@
-"""GRPO steps of TRL, timed. Run by versus_trl.py with the Python of an environment that has TRL.
+"""Time GRPO steps of TRL. Run by versus_trl.py with the Python of an environment that has TRL.
 
     python trl_step.py CHECKPOINT IMAGE WORDS COMPLETION_TOKENS GROUP_SIZE BETA THREADS STEPS OUT
 
@@ -16,7 +16,7 @@ import torch
 try:
     import torchvision  # noqa: F401
 except RuntimeError:
-    # A wheel that does not fit a CPU build of torch misses two operators.
+    # A wheel that does not fit a CPU build of torch lacks two operators.
     _operators = torch.library.Library("torchvision", "DEF")
     _operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -35,7 +35,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 class TimedTrainer(GRPOTrainer):
-    """Records how long the parts of a step take."""
+    """Records the duration of the parts of a step."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

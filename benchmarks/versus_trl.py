@@ -1,4 +1,4 @@
-"""GRPO steps of nemo-care and of TRL's GRPOTrainer, side by side.
+"""Compare GRPO steps of nemo-care and of TRL's GRPOTrainer.
 
     make bench        # makes .venv-trl and runs this and the other benchmarks
     .venv/bin/python benchmarks/versus_trl.py [--trl-python .venv-trl/bin/python]
@@ -6,8 +6,9 @@
 
 The same random Qwen2.5-VL checkpoint, one image prompt (TRL takes no videos), the same G and
 lengths, one process each, one after the other, float32, no recomputation. beta = 0.04 makes both
+lengths, one process each, one after the other, float32, no recomputation. beta = 0.04 makes both
 compute a reference's log-probabilities of all completion tokens; with beta = 0 neither does.
-Rewards are made up in both. A time is the shortest over the steps; what TRL does besides rollout,
+Rewards are made up in both. A time is the shortest over the steps; TRL's work besides rollout,
 reference and update (tokenising, image processing) is in no column.
 """
 
@@ -41,7 +42,7 @@ _TEMPLATE_TOKENS = 8
 
 
 def draw_picture(file: Path, prompt_tokens: int) -> int:
-    """Noise whose side is a multiple of 28 pixels; its number of tokens."""
+    """Draw noise whose side is a multiple of 28 pixels; returns its number of tokens."""
     side = int((prompt_tokens * _PICTURE_SHARE) ** 0.5)
     noise = torch.randint(0, 256, (28 * side, 28 * side, 3), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(file)
@@ -52,7 +53,7 @@ def our_steps(
     checkpoint: Path, image: Path, words: int, shape: tuple[int, int], beta: float, steps: int,
     ranks: Ranks,
 ) -> list[dict]:  # fmt: skip
-    """The same records as trl_step.py's."""
+    """Return the same records as those of trl_step.py."""
     tokens, group_size = shape
     recipe = Recipe()
     recipe.trainer.max_steps = steps

@@ -1,11 +1,12 @@
-"""Rollouts with vLLM beside those in the training shards: same model, same prompts, in turns.
+"""Compare rollouts with vLLM and in the training shards: same model, same prompts, alternating.
 
     .venv-vllm/bin/python benchmarks/vllm_rollouts.py [--runs 5] [--threads 1]
 
 Two models: the miniature with its own questions, and a random one of 8 layers (see made.py) whose
-completions run to their full length. `equal` is the share of the prompts whose greedy completion is
-the same on both sides, token by token. `sync` is one update of all weights: gathered, sent, loaded
-by vLLM, caches reset. `start` is until the engine has answered its first request, weights checked.
+completions run to their full length. `equal` is the share of the prompts whose greedy completions
+are equal on both sides, token by token. `sync` is one update of all weights: gathered, sent, loaded
+by vLLM, caches reset. `start` lasts until the engine has answered its first request, weights
+checked.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def miniature_prompts(recipe: Recipe, folder: Path, count: int) -> list[Prompt]:
 
 
 def with_frames(prompt: Prompt) -> Prompt:
-    """With patches of frames of noise: patches of noise would belong to no frames."""
+    """Replace the patches by those of frames of noise: random patches would belong to no frames."""
     t, h, w = prompt.grid_thw[0].tolist()
     generator = torch.Generator().manual_seed(prompt.index)
     shape = (2 * t, 14 * h, 14 * w, 3)
@@ -78,7 +79,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def same(ours: Sequence[Group], theirs: Sequence[Group]) -> float:
-    """Share of the completions that are equal, token by token."""
+    """Return the share of the completions that are equal, token by token."""
     pairs = [
         torch.equal(a.token_ids, b.token_ids)
         for mine, other in zip(ours, theirs, strict=True)
@@ -117,7 +118,7 @@ def compare(
         for _ in range(runs):
             ours.append(timed(lambda: megatron.generate(prompts, sampling)))
             version += 1
-            # Of no prompts: the weights alone.
+            # Without prompts: only the weights are sent.
             syncs.append(timed(lambda: vllm.generate([], sampling)))
             theirs.append(timed(lambda: vllm.generate(prompts, sampling)))
         vllm.close()

@@ -34,21 +34,21 @@ def _export(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nemo-care export",
         description="Write a trained model as a Hugging Face directory, which transformers, vLLM "
-        "and others load. One process on the CPU is enough, whatever layout trained it.",
+        "and other libraries load. One process on the CPU is enough, whichever layout trained it.",
     )
     parser.add_argument(
         "source", type=Path, help="a run directory (its newest checkpoint) or a step_... folder"
     )
-    parser.add_argument("out", type=Path, help="the directory to make")
+    parser.add_argument("out", type=Path, help="the directory to create")
     parser.add_argument(
         "--base",
         type=Path,
         metavar="DIR",
         help="where the Hugging Face checkpoint that the run started from is now, if it has moved "
-        "since (its configuration and tokenizer are copied; it needs no weights)",
+        "since (its configuration and tokenizer are copied; weights are not needed)",
     )
     options = parser.parse_args(arguments)
-    # A model that many GPUs trained does not fit one of them; the host's memory is larger.
+    # A model trained on many GPUs does not fit on one of them; the host's memory is larger.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from nemo_care.commands.export import export
     from nemo_care.ranks.launch import guarded
@@ -67,11 +67,11 @@ def _report(arguments: list[str]) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        help="where the page of --scaling goes (default: the folder that holds the first run)",
+        help="where to write the page of --scaling (default: the folder of the first run)",
     )
     options = parser.parse_args(arguments)
     if not options.scaling and (len(options.runs) > 1 or options.out):
-        parser.error("one run at a time, or --scaling")
+        parser.error("give one run, or --scaling")
     from nemo_care.ranks.launch import guarded
 
     def report() -> None:
@@ -93,14 +93,14 @@ def _report(arguments: list[str]) -> int:
 def _compare(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nemo-care compare",
-        description="Train several recipes with several seeds and print one table. Runs that are "
-        "done are not run again.",
+        description="Train several recipes with several seeds and print one table. Completed "
+        "runs are not repeated.",
     )
     parser.add_argument("--recipes", nargs="+", default=["tiny_cpu_grpo", "tiny_cpu"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time (default 2)")
-    parser.add_argument("--config-path", help="a folder with recipes of your own")
+    parser.add_argument("--jobs", type=int, default=2, help="number of concurrent runs (default 2)")
+    parser.add_argument("--config-path", help="a folder with your own recipes")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every run"
     )
@@ -139,7 +139,7 @@ def _miniature(arguments: list[str]) -> int:
     )
     jobs = parser.add_subparsers(dest="job", required=True)
     writer = jobs.add_parser("data", help="write the videos and questions")
-    writer.add_argument("root", type=Path, help="the directory to make")
+    writer.add_argument("root", type=Path, help="the directory to create")
     writer.add_argument("--train", type=int, default=argparse.SUPPRESS, help="training questions")
     writer.add_argument(
         "--validation", type=int, default=argparse.SUPPRESS, help="questions per level"
@@ -154,10 +154,10 @@ def _miniature(arguments: list[str]) -> int:
 
 
 def _data(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="nemo-care data", description="Look after data sets.")
+    parser = argparse.ArgumentParser(prog="nemo-care data", description="Work with data sets.")
     jobs = parser.add_subparsers(dest="job", required=True)
     jobs.add_parser("check", help="find what can't be used in a recipe's data", add_help=False)
-    parser.parse_args(arguments[:1])  # check is the only job, and reads the rest itself
+    parser.parse_args(arguments[:1])  # check is the only job; it parses the rest itself
     from nemo_care.commands.data_check import main
 
     return main(arguments[1:])
@@ -173,7 +173,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    # Not guarded: that imports torch, and this command also runs where there is none.
+    # Not guarded: `guarded` imports torch, which this command does not need.
     from nemo_care.commands.doctor import main as doctor
 
     return doctor(arguments)
@@ -182,18 +182,18 @@ def _doctor(arguments: list[str]) -> int:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a policy: --config-name RECIPE [key=value ...]"),
     "evaluate": (_evaluate, "evaluate a model: --config-name RECIPE [key=value ...]"),
-    "replay": (_replay, "compute a step again that a run had left out: RUN --step N"),
+    "replay": (_replay, "recompute a step that a run left out: RUN --step N"),
     "data": (_data, "data check: find what can't be used in a recipe's data"),
-    "doctor": (_doctor, "what this machine has, and whether a recipe can run on it"),
-    "plan": (_plan, "memory, time and a dry run of a recipe, before it is queued"),
+    "doctor": (_doctor, "check this machine, and whether a recipe can run on it"),
+    "plan": (_plan, "memory, time and a dry run of a recipe, before queueing it"),
     "export": (_export, "write a trained model as a Hugging Face directory"),
-    "report": (_report, "draw a run's curves and a page that holds them"),
+    "report": (_report, "draw a run's curves and a page with them"),
     "compare": (_compare, "train several recipes and seeds, and print one table"),
     "study": (_study, "train the variants of a study; tables, figures and a page"),
     "miniature": (_miniature, "write the videos and questions of the tiny world"),
 }
 
-# Those that run as ranks, and that schedulers ask to stop.
+# These commands run as ranks and can be stopped by a scheduler.
 _RUNS = ("train", "evaluate", "replay")
 
 
@@ -205,15 +205,15 @@ def _help() -> str:
         "",
         *(f"  {name:<10} {text}" for name, (_, text) in _COMMANDS.items()),
         "",
-        "nemo-care COMMAND --help tells more.",
+        "nemo-care COMMAND --help shows its options.",
     ]
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status (0 done, 1 failed, 2 unusable input).
+    """Run a command line and return the exit status (0 done, 1 failed, 2 unusable input).
 
-    Without `arguments` it is this process's own, which ends with it.
+    By default it runs the command line of this process, which it then ends.
     """
     if arguments is None:
         if sys.argv[1:2] and sys.argv[1] in _RUNS:

@@ -1,8 +1,8 @@
-"""The exceptions that end a command with an exit status of their own."""
+"""The exceptions that determine a command's exit status."""
 
 
 class InputError(Exception):
-    """A recipe or an input that can't be used.
+    """Raised for a recipe or an input that can't be used.
 
     The message is one line that names the key or the file and the remedy. The command line prints
     it without a traceback and exits with status 2.
@@ -10,35 +10,35 @@ class InputError(Exception):
 
 
 class RunStopped(Exception):
-    """A run that ended before its last step because it was asked to, with a checkpoint.
+    """Raised when a run was asked to stop before its last step and has saved a checkpoint.
 
-    The message says after which step and why. `status` is the command line's exit status: 75, by
-    which a batch script knows that the same command goes on from there, or what shells have for a
-    signal that a person sends.
+    The message gives the step and the reason. `status` is the command line's exit status: 75, from
+    which a batch script recognises that the same command resumes the run, or the shell's status for
+    a signal that a user sends.
     """
 
     def __init__(self, message: str, status: int = 75) -> None:
-        """The end with that exit status."""
+        """Create the exception with an exit status."""
         super().__init__(message)
         self.status = status
 
 
 class AlreadyDone(Exception):
-    """A command whose work was done by an earlier start, so that nothing is left to do.
+    """Raised when an earlier start of the command has already done its work.
 
-    The message says what is there. The command line prints it and exits with status 0.
+    The message names the result. The command line prints it and exits with status 0.
     """
 
 
 class DamagedCheckpoint(InputError):
-    """A checkpoint that is not what was written: a file is missing, too short or was changed.
+    """Raised when a checkpoint differs from what was written: a file is missing, short or changed.
 
-    The message begins with the file.
+    The message begins with the file name.
     """
 
 
 class RunFailed(RuntimeError):
-    """What a run can't go on from, found by its own checks; raised by all ranks alike.
+    """Raised on all ranks alike when a run's own checks find that it can't continue.
 
     The message says what happened and what to do. The command line prints it without a traceback
     and exits with status 1.
@@ -46,8 +46,8 @@ class RunFailed(RuntimeError):
 
 
 class CheckpointError(RunFailed):
-    """A checkpoint that could not be written.
+    """Raised when a checkpoint could not be written.
 
-    The message says which step and where, what the operating system said, which older checkpoints
+    The message gives the step, the place, the operating system's error, the older checkpoints that
     are complete, and the remedy.
     """

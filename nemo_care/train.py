@@ -1,4 +1,4 @@
-"""Entry of `python -m nemo_care.train`, which scripts and torchrun start."""
+"""Entry of `python -m nemo_care.train`, which scripts and torchrun use."""
 
 import sys
 

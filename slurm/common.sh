@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts beside this file share; they source it in the batch job and call `run_job`.
+# Shared by the scripts in this folder; they source it in the batch job and call `run_job`.
 # docs/slurm.md lists the variables.
 set -euo pipefail
 
@@ -31,7 +31,7 @@ run_job() {
     count_fruitless_restarts
     choose_nodes
     if [[ -n $asked ]]; then
-        finish "$STOPPED" # asked before training began
+        finish "$STOPPED" # asked to stop before training began
     fi
     local status=0
     start_on "${nodes[@]}" || status=$?
@@ -41,9 +41,9 @@ run_job() {
     if compgen -G "$logs/stopped_*" >/dev/null && ((status == 0)); then
         status=$STOPPED
     elif [[ -n $asked ]] && ((status != 0 && status != UNUSABLE)); then
-        # It was asked to stop and could not do so in its own way: an evaluation, whose finished
-        # samples are in its files, or a run that was still starting.
-        say "stopped without a checkpoint of its own (exit status $status)"
+        # It was asked to stop and could not save: an evaluation, whose finished samples are in its
+        # files, or a run that was still starting.
+        say "stopped without saving a checkpoint (exit status $status)"
         status=$STOPPED
     fi
     finish "$status"
@@ -55,7 +55,7 @@ check_settings() {
     [[ -n ${SLURM_JOB_ID:-} ]] || fail $UNUSABLE "this is a batch script: sbatch $0"
     local argument
     run_dir=${NEMO_CARE_RUN_DIR:-$PWD/runs/$NEMO_CARE_RECIPE}
-    # The run that is evaluated would not share its directory.
+    # The evaluated run would not share its directory.
     [[ $command == train || -n ${NEMO_CARE_RUN_DIR:-} ]] || run_dir+=_evaluated
     for argument; do
         case $argument in
@@ -74,10 +74,10 @@ check_settings() {
     ((wanted > 0)) || fail $UNUSABLE \
         "NEMO_CARE_SPARE_NODES=$spares leaves none of --nodes=$SLURM_JOB_NUM_NODES: raise --nodes"
 
-    # All CPUs of a node for its one task: srun would give it one.
+    # All CPUs of a node for its single task, to which srun would give one.
     launch=(srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none)
-    # Where devices are constrained, a step gets no GPU of the job that it does not name. Slurm sets
-    # this where the job has any.
+    # Where devices are constrained, a step gets only the job's GPUs that it requests. Slurm sets
+    # this if the job has any.
     [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || launch+=(--gres="gpu:$SLURM_GPUS_ON_NODE")
     python=${NEMO_CARE_PYTHON:-}
     case ${NEMO_CARE_CONTAINER:-} in
@@ -109,7 +109,7 @@ folders with checkpoint and data, such as /data:/data,/models:/models (comma-sep
 
 # ---------------------------------------------------------------- restarts
 
-# What a run has to show: its newest checkpoint, an evaluation's number of rows.
+# The progress of a run: its newest checkpoint, or an evaluation's number of rows.
 progress() {
     local found
     if [[ $command == train ]]; then
@@ -121,7 +121,7 @@ progress() {
     echo "${found:-none}"
 }
 
-# A job that is requeued again and again without getting further wastes its nodes.
+# A job that is requeued repeatedly without progress wastes its nodes.
 count_fruitless_restarts() {
     local file=$run_dir/slurm/progress.$SLURM_JOB_ID limit=${NEMO_CARE_MAX_FRUITLESS_RESTARTS:-3}
     local fruitless=0 before="" now
@@ -137,7 +137,7 @@ count_fruitless_restarts() {
     echo "$fruitless $now" >"$file"
     ((fruitless < limit)) || fail 1 "$fruitless restarts in a row without progress (newest: $now); \
 logs: $run_dir/slurm/$SLURM_JOB_ID; NEMO_CARE_MAX_FRUITLESS_RESTARTS=$limit allows no more"
-    say "job $SLURM_JOB_ID, start $((restart + 1)), on $SLURM_JOB_NODELIST; goes on from: $now"
+    say "job $SLURM_JOB_ID, start $((restart + 1)), on $SLURM_JOB_NODELIST; resumes from: $now"
     say "run directory: $run_dir; logs: $logs"
 }
 
@@ -155,18 +155,18 @@ finish() {
     if [[ $state != *RUNNING ]]; then
         say "stopped; Slurm ends or requeues the job itself (${state# })"
     elif [[ ${NEMO_CARE_REQUEUE:-1} == 0 ]]; then
-        say "stopped; NEMO_CARE_REQUEUE=0: submit the same command to go on"
+        say "stopped; NEMO_CARE_REQUEUE=0: submit the same command to resume"
     elif scontrol requeue "$SLURM_JOB_ID"; then
-        say "stopped; requeued, to go on from: $now"
+        say "stopped; requeued, to resume from: $now"
     else
-        say "stopped, and can't be requeued: submit the same command to go on" >&2
+        say "stopped, and can't be requeued: submit the same command to resume" >&2
     fi
     exit "$STOPPED"
 }
 
 # ---------------------------------------------------------------- nodes
 
-# The nodes to run on, in `nodes`: the first `wanted` that pass the preflight.
+# Set `nodes` to the first `wanted` nodes that pass the preflight.
 choose_nodes() {
     local all node verdict checks=$logs/preflight
     mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -177,7 +177,7 @@ choose_nodes() {
         return
     fi
     mkdir -p "$checks"
-    # Every node has to find it on the shared file system, and to leave its verdict beside it.
+    # Every node must see this file on the shared file system, and write its verdict beside it.
     echo "$SLURM_JOB_ID.$restart" >"$checks/canary"
     NEMO_CARE_LOGS=$checks timeout --kill-after=30 "${NEMO_CARE_PREFLIGHT_SECONDS:-900}" \
         "${launch[@]}" --kill-on-bad-exit=0 bash "$root/slurm/node.sh" \
@@ -196,11 +196,11 @@ choose_nodes() {
         esac
     done
     ((${#nodes[@]} >= wanted)) || fail 1 "preflight: ${#nodes[@]} of ${#all[@]} nodes are fit and \
-$wanted are needed: sbatch --exclude the others, or ask for spares (NEMO_CARE_SPARE_NODES)"
+$wanted are needed: sbatch --exclude the rest, or request spares (NEMO_CARE_SPARE_NODES)"
     nodes=("${nodes[@]:0:wanted}")
 }
 
-# start_on NODE...: the run, one task per node; returns its exit status.
+# start_on NODE...: run with one task per node, and return the exit status.
 start_on() {
     local list address
     list=$(
@@ -210,11 +210,11 @@ start_on() {
     # The address by which Slurm itself reaches the first node.
     address=$(scontrol show node --oneliner "$1" | grep -o ' NodeAddr=[^ ]*')
     export MASTER_ADDR=${NEMO_CARE_MASTER_ADDR:-${address#*=}}
-    # Where it is not given, it follows from the job's number (nemo_care/ranks/slurm.py).
+    # The default is derived from the job's number (nemo_care/ranks/slurm.py).
     unset MASTER_PORT
     [[ -z ${NEMO_CARE_MASTER_PORT:-} ]] || export MASTER_PORT=$NEMO_CARE_MASTER_PORT
     export NEMO_CARE_LOGS=$logs NEMO_CARE_RANK_LOGS=$logs
-    # git may be missing in the container, or refuse a checkout that another user owns.
+    # git can be missing in the container, or reject a checkout that another user owns.
     NEMO_CARE_COMMIT=$(git -C "$root" describe --always --abbrev=40 --dirty --exclude '*' \
         2>/dev/null || true)
     export NEMO_CARE_COMMIT

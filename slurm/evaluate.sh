@@ -6,8 +6,8 @@
 #     sbatch --nodes=2 slurm/evaluate.sh evaluation.checkpoint=runs/grpo_care_qwen2_5_vl_7b \
 #         exp_manager.explicit_log_dir=runs/7b_evaluated
 #
-# An evaluation goes on where it was stopped. Arguments are recipe overrides; options of sbatch
-# override those below.
+# An interrupted evaluation resumes. Arguments are recipe overrides; options of sbatch override
+# those below.
 #SBATCH --job-name=nemo-care-evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -20,10 +20,10 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --output=%x_%j.log
 if [[ -z ${NEMO_CARE_RECIPE:-} ]]; then
-    echo "NEMO_CARE_RECIPE is not set: name the recipe whose samples are asked" >&2
+    echo "NEMO_CARE_RECIPE is not set: name the recipe whose samples are evaluated" >&2
     exit 2
 fi
-# Slurm runs a copy of this file, so it can't look beside itself.
+# Slurm runs a copy of this file, so common.sh is not in the copy's folder.
 # shellcheck source=slurm/common.sh
 . "${NEMO_CARE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
 run_job evaluate "$@"

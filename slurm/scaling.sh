@@ -4,8 +4,8 @@
 #     slurm/scaling.sh 4 8 16 -- --partition=gpu -- model.hf_path=/models/Qwen2.5-VL-72B-Instruct ...
 #
 # First the numbers of nodes, then options of sbatch, then recipe overrides. Each size trains
-# NEMO_CARE_STEPS steps (10) in runs/scaling/NODES (NEMO_CARE_SCALING_DIR/NODES). The batch of a step
-# is the recipe's (strong scaling), or NEMO_CARE_PROMPTS_PER_NODE for each node (weak scaling).
+# NEMO_CARE_STEPS steps (10) in runs/scaling/NODES (NEMO_CARE_SCALING_DIR/NODES). The batch of a
+# step is the recipe's (strong scaling), or NEMO_CARE_PROMPTS_PER_NODE for each node (weak scaling).
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -20,7 +20,7 @@ for argument; do
     case $part in
     sizes)
         [[ $argument =~ ^[1-9][0-9]*$ ]] || {
-            echo "$argument is no number of nodes: slurm/scaling.sh 4 8 -- [sbatch options] -- \
+            echo "$argument is not a number of nodes: slurm/scaling.sh 4 8 -- [sbatch options] -- \
 [key=value ...]" >&2
             exit 2
         }
@@ -31,7 +31,7 @@ for argument; do
     esac
 done
 if ((${#sizes[@]} == 0)); then
-    echo "no number of nodes: slurm/scaling.sh 4 8 -- [sbatch options] -- [key=value ...]" >&2
+    echo "the number of nodes is missing: slurm/scaling.sh 4 8 -- [sbatch options] -- [key=value ...]" >&2
     exit 2
 fi
 
@@ -42,11 +42,11 @@ for nodes in "${sizes[@]}"; do
         batch=("algorithm.prompts_per_step=$((nodes * NEMO_CARE_PROMPTS_PER_NODE))")
     fi
     total=$((nodes + ${NEMO_CARE_SPARE_NODES:-0}))
-    # Nothing but steps: no validation, no exported model.
+    # Only steps: no validation, no exported model.
     job=$(sbatch --parsable --job-name="nemo-care-scaling-$nodes" "${options[@]}" --nodes="$total" \
         "$script" data.validation.annotations=null checkpoint.export=false \
         trainer.max_steps="${NEMO_CARE_STEPS:-10}" "${batch[@]}" "${overrides[@]}" \
         exp_manager.explicit_log_dir="$folder/$nodes")
     echo "$nodes nodes: job $job, $folder/$nodes"
 done
-echo "when they are done: nemo-care report --scaling $(printf "$folder/%s " "${sizes[@]}")"
+echo "when they have finished: nemo-care report --scaling $(printf "$folder/%s " "${sizes[@]}")"

@@ -17,7 +17,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --output=%x_%j.log
 NEMO_CARE_RECIPE="${NEMO_CARE_RECIPE:-grpo_care_qwen2_5_vl_72b}"
-# Slurm runs a copy of this file, so it can't look beside itself.
+# Slurm runs a copy of this file, so common.sh is not in the copy's folder.
 # shellcheck source=slurm/common.sh
 . "${NEMO_CARE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
 run_job train "$@"

@@ -186,7 +186,7 @@ def test_an_evaluation_that_is_asked_to_stop_goes_on_later(slurm, submit, tmp_pa
     slurm.start_again(number, 1)
     slurm.run("scancel", number)
     assert "-m nemo_care evaluate --config-name tiny_cpu" in log.read_text()
-    assert "requeued, to go on from: 2" in log.read_text()
+    assert "requeued, to resume from: 2" in log.read_text()
 
 
 def test_the_status_of_a_failed_run_becomes_the_job_s(slurm, submit, tmp_path):
@@ -240,7 +240,7 @@ def test_a_preempted_run_may_take_its_time_to_save(slurm, submit, tmp_path):
 def test_a_stopped_run_that_may_not_be_requeued_says_so(slurm, submit, tmp_path):
     job = slurm.wait(submit(STATUS="75", NEMO_CARE_REQUEUE="0"))
     assert ended(job) == ("FAILED", "75:0")
-    assert "submit the same command to go on" in (tmp_path / "log").read_text()
+    assert "submit the same command to resume" in (tmp_path / "log").read_text()
 
 
 # ------------------------------------------------------------------ the preflight
@@ -333,8 +333,8 @@ def test_a_run_on_two_nodes_goes_on_after_time_limit_and_preemption(slurm, submi
     log = (tmp_path / "disturbed").read_text()
     assert ended(job) == ("COMPLETED", "0:0"), log
     assert job["Restarts"] == "2"
-    assert f"requeued, to go on from: step_{done:06d}" in log
-    assert f"start 3, on node[1-2]; goes on from: step_{again:06d}" in log
+    assert f"requeued, to resume from: step_{done:06d}" in log
+    assert f"start 3, on node[1-2]; resumes from: step_{again:06d}" in log
     assert metrics(run) == whole
     assert len((run / "starts.jsonl").read_text().splitlines()) == 3
 

@@ -1,8 +1,8 @@
-"""Batches of the miniature's one prompt layout, computed together on Hugging Face's model.
+"""Compute batches of the miniature's one prompt layout on Hugging Face's model.
 
-Hugging Face's vision tower attends frame pair by frame pair in a Python loop, which would be most
+Hugging Face's vision tower processes frame pairs one by one in a Python loop, which would take most
 of the warm start's time. Every video here has the same grid and fits one attention window, so all
-of them are one batched attention.
+of them are computed in one batched attention.
 """
 
 import functools
@@ -23,7 +23,7 @@ _VIDEO = slice(len(_BEFORE_VIDEO), len(_BEFORE_VIDEO) + VIDEO_TOKENS)
 
 
 def prompt_token_ids(question: Question) -> list[int]:
-    """The prompt as the chat template writes it, with its video placeholders expanded: [P]."""
+    """Return the prompt as written by the chat template, with expanded video placeholders: [P]."""
     return [
         *_BEFORE_VIDEO,
         *[VIDEO_PAD] * VIDEO_TOKENS,
@@ -32,7 +32,7 @@ def prompt_token_ids(question: Question) -> list[int]:
 
 
 def patches(frames: Tensor) -> Tensor:
-    """Patches of uint8 videos [N, T, SIDE, SIDE, 3]: [N, patches of a video, values of a patch].
+    """Cut uint8 videos [N, T, SIDE, SIDE, 3] into patches [N, patches of a video, values].
 
     The frames of all videos are cut as one long video: no temporal patch spans two of them.
     """
@@ -42,7 +42,7 @@ def patches(frames: Tensor) -> Tensor:
 
 @functools.lru_cache
 def prompt_positions(length: int) -> Tensor:
-    """mRoPE positions [3, length] of any of the miniature's sequences: all begin alike."""
+    """Return the mRoPE positions [3, length] of a sequence; all of the miniature's begin alike."""
     token_ids = torch.tensor(_BEFORE_VIDEO + [VIDEO_PAD] * VIDEO_TOKENS)
     text = torch.zeros(length - len(token_ids), dtype=torch.long)
     return mrope_positions(
@@ -55,7 +55,7 @@ def prompt_positions(length: int) -> Tensor:
 
 
 def vision_features(model: TinyModel, pixel_values: Tensor) -> Tensor:
-    """What `model.model.visual` computes: [N, patches, values] -> [N, VIDEO_TOKENS, H]."""
+    """Compute `model.model.visual`: [N, patches, values] -> [N, VIDEO_TOKENS, H]."""
     tower = model.model.visual
     count = len(pixel_values)
     kernel = tower.patch_embed.proj.weight
@@ -87,7 +87,7 @@ def completion_logits(
     token_ids: Tensor,
     completion_tokens: int,
 ) -> Tensor:
-    """Logits that predict the last `completion_tokens` tokens of each sequence.
+    """Return the logits that predict the last `completion_tokens` tokens of each sequence.
 
     Args:
         model: the miniature.

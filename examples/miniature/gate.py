@@ -1,8 +1,8 @@
-"""The forced-reasoning gate: may this warm-started model go into reinforcement learning?
+"""The forced-reasoning gate: is this warm-started model suitable for reinforcement learning?
 
-The paper's effect needs a model whose answer follows its reasoning most of the time *and* has a
-live short cut from the video. Both are measured as the mean probability of a letter when the
-reasoning is put in the model's mouth. The short cut is planted by the warm start on purpose.
+The paper's effect needs a model whose answer follows its reasoning most of the time *and* that has
+a short cut from the video. Both are measured as the mean probability of a letter after a forced
+reasoning. The short cut is planted by the warm start on purpose.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,7 +21,8 @@ TRUE_LETTER = (0.15, 0.35)
 
 
 class GateNotPassed(RuntimeError):
-    """A warm-started miniature that would not show the paper's effect; names what is off."""
+    """Raised for a warm-started miniature that would not show the paper's effect; names the
+    cause."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Gate:
     """The gate's numbers, each a mean probability over prompts.
 
     `truth_without_reasoning`: of the right letter after an empty reasoning. `implied_letter` and
-    `true_letter`: of the letter that a forced wrong reasoning implies, and of the right one there.
+    `true_letter`: of the letter implied by a forced wrong reasoning, and of the right letter after
+    it.
     """
 
     truth_without_reasoning: float
@@ -37,7 +39,7 @@ class Gate:
     true_letter: float
 
     def failures(self) -> list[str]:
-        """One sentence for each number outside its range; empty when the gate is passed."""
+        """Return one sentence for each number outside its range; empty if the gate is passed."""
         ranges = {
             "truth_without_reasoning": TRUTH_WITHOUT_REASONING,
             "implied_letter": IMPLIED_LETTER,
@@ -50,11 +52,11 @@ class Gate:
         ]
 
     def passes(self) -> bool:
-        """Whether every number lies within its range."""
+        """Whether every number is in its range."""
         return not self.failures()
 
     def require(self) -> None:
-        """Raises GateNotPassed, saying what is off, unless the gate is passed."""
+        """Raise GateNotPassed with the failures unless the gate is passed."""
         failures = self.failures()
         if failures:
             raise GateNotPassed(
@@ -70,7 +72,7 @@ def letter_probabilities(
     questions: list[Question],
     reasonings: list[str],
 ) -> Tensor:
-    """Probability of each option letter right after a forced reasoning: [N, 4].
+    """Return the probability of each option letter right after a forced reasoning: [N, 4].
 
     Raises ValueError unless all reasonings have the same number of words.
     """
@@ -84,7 +86,7 @@ def letter_probabilities(
 
 
 def measure_gate(model: TinyModel, *, prompts: int = 512, seed: int = 99) -> Gate:
-    """Measures the gate on fresh level 1 prompts; the model is put into evaluation mode."""
+    """Measure the gate on new level 1 prompts; puts the model into evaluation mode."""
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     scenes, questions = draw_level("L1", prompts, generator)

@@ -1,4 +1,4 @@
-"""Makes the checkpoint of the `tiny_cpu` recipes: `python make_checkpoint.py OUT --seed N`."""
+"""Make the checkpoint of the `tiny_cpu` recipes: `python make_checkpoint.py OUT --seed N`."""
 
 import argparse
 import json
@@ -23,22 +23,22 @@ GATE_FILE = "gate.json"
 
 
 def build(out_dir: str | Path, *, seed: int, scale: float = 1.0, require_gate: bool = True) -> Gate:
-    """Builds, warm-starts and checks a miniature, and writes it to `out_dir`.
+    """Build, warm-start and check a miniature, and write it to `out_dir`.
 
     The directory is a Hugging Face checkpoint with its tokenizer, and `gate.json` with the
     gate's numbers. It appears only when complete. Takes about ten minutes on one core.
 
     Args:
         out_dir: must not exist, or be empty.
-        seed: of the weights and the data.
+        seed: seed of the weights and the data.
         scale: shortens every warm-start stage, for tests.
-        require_gate: False keeps a model that did not pass the gate.
+        require_gate: False accepts a model that did not pass the gate.
 
     Returns:
         The gate's numbers.
 
     Raises:
-        InputError: `out_dir` holds files already.
+        InputError: `out_dir` is not empty.
         GateNotPassed: the gate is not passed; the model is kept in `<out_dir>.rejected`.
     """
     out_dir = Path(out_dir)
@@ -80,7 +80,7 @@ def build(out_dir: str | Path, *, seed: int, scale: float = 1.0, require_gate: b
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns its exit status."""
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         description="Build a tiny video-language model and warm-start it for the miniature.",
         epilog="Takes about ten minutes on one core. Exit status: 0 built; 1 the warm start did "

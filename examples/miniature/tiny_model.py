@@ -1,4 +1,4 @@
-"""The miniature's model: complete, of about 280 thousand parameters."""
+"""The miniature's model: complete, with about 280 thousand parameters."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ TEXT_HIDDEN = 64
 
 
 def tiny_config() -> TinyConfig:
-    """The miniature's configuration; two KV heads, so that tensor parallel size 2 works."""
+    """Return the miniature's configuration, whose two KV heads allow tensor parallel size 2."""
     return TinyConfig(
         text_config={
             "hidden_size": TEXT_HIDDEN,
@@ -59,13 +59,13 @@ def tiny_config() -> TinyConfig:
 
 
 def build_model(seed: int) -> TinyModel:
-    """A new float32 model with random weights.
+    """Create a float32 model with random weights.
 
     Weights are drawn with a standard deviation of fan_in^-1/2, and those that write into the text
     decoder's residual stream are scaled down by its depth. With Hugging Face's 0.02 everywhere a
-    model this narrow learns to see late or never.
+    decoder's residual stream are scaled down by its depth. With Hugging Face's 0.02 everywhere, a
     """
-    # Hugging Face's constructor draws from the global generator: leave it as it was.
+    # Hugging Face's constructor draws from the global generator: restore it afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TinyModel(tiny_config()).float()
@@ -88,7 +88,7 @@ def _standard_deviation(name: str, weight: torch.Tensor) -> float:
 
 
 def save_checkpoint(model: TinyModel, directory: str | Path) -> None:
-    """Writes weights, config, generation config and tokenizer as a Hugging Face directory."""
+    """Write weights, config, generation config and tokenizer as a Hugging Face directory."""
     model.generation_config = GenerationConfig(
         bos_token_id=PAD,
         eos_token_id=END,
@@ -103,7 +103,7 @@ def save_checkpoint(model: TinyModel, directory: str | Path) -> None:
 
 
 def load_checkpoint(directory: str | Path) -> TinyModel:
-    """Loads a miniature in float32, in evaluation mode."""
+    """Load a miniature in float32, in evaluation mode."""
     return TinyModel.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()

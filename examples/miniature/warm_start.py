@@ -1,15 +1,17 @@
-"""The warm start: four stages of supervised training that make a model worth reinforcing.
+"""The warm start: four stages of supervised training that prepare the model for reinforcement.
 
 1. Right reasoning, right answer: the model learns to see, and to look the answer up in the options.
 2. Half the prompts without reasoning, half with a reasoning that is often wrong and always
-   followed: a short cut from the video, beside an answer that reads the reasoning.
-3. Wrong reasonings that the answer often contradicts: the short cut works beside a reasoning too.
-4. Reasonings that are often wrong and mostly followed: the model that reinforcement learning gets.
+followed:
+   adds a short cut from the video, besides answers that read the reasoning.
+3. Wrong reasonings that the answer often contradicts: the short cut also works after a reasoning.
+4. Reasonings that are often wrong and mostly followed: the initial model of reinforcement learning.
 
 The settings of stage 4 were chosen by their outcome: six candidates (one with another stage 3),
 all from build seed 0, were compared by whether 100 steps of GRPO-CARE end with consistent answers.
-The chosen one did so from all of 8 RL seeds, and GRPO's answers were inconsistent from 2 of 2. So
-the checkpoint shows that the effect can appear, not how often: no other build seed was tested.
+With the chosen one they did for all of 8 RL seeds, and GRPO's answers were inconsistent for 2 of 2.
+The checkpoint therefore shows that the effect can appear, not how often: no other build seed was
+tested.
 """
 
 import math
@@ -45,15 +47,15 @@ FINAL_LEARNING_RATE = 0.05  # of the stage's rate, at the end of a cosine
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its data, and how long and how fast it trains.
+    """A stage's data, length and learning rate.
 
     Data: `right_when_slow` and `right_when_fast` are the shares of right reasonings for speed 1
     and 2, `follows` the share of answers that follow the reasoning (the rest give the truth),
     `empty` the share without a reasoning, answered with the truth.
 
     A stage with `stop_at` holds its learning rate until the running letter accuracy exceeds it,
-    then decays it over `tail` steps; `steps` is the most it may take. Without, the rate follows a
-    cosine over `steps`.
+    then decays it over `tail` steps; `steps` is the maximum. Without it, the rate follows a cosine
+    over `steps`.
     """
 
     name: str
@@ -74,7 +76,7 @@ STAGES = (
     Stage("2 short cut", 2500, 1e-3, 6, 1, 0.5, 0.5, 1.0, empty=0.5, stop_at=0.97),
     Stage("3 contradict", 400, 2e-3, 6, 1, 0.4, 0.2, 0.4, empty=0.3),
     # Right more often than in stage 3: with 0.4 and 0.2 here as well, each of the five candidates
-    # had RL seeds from which GRPO-CARE ended with inconsistent answers.
+    # had RL seeds for which GRPO-CARE ended with inconsistent answers.
     Stage("4 mostly follow", 200, 1e-3, 4, 6, 0.55, 0.35, 0.75),
 )
 
@@ -99,7 +101,7 @@ def warm_start(
     scale: float = 1.0,
     stages: Sequence[Stage] = STAGES,
 ) -> None:
-    """Trains `model` in place through all stages; prints each stage's numbers.
+    """Train `model` in place through all stages; prints each stage's numbers.
 
     `scale` shortens every stage, for tests of the machinery: only 1.0 makes a useful model.
     """
@@ -116,7 +118,7 @@ def warm_start(
 
 
 def run_stage(model: TinyModel, stage: Stage, generator: torch.Generator) -> None:
-    """Trains `model` in place through one stage with a fresh optimizer."""
+    """Train `model` in place through one stage with a new optimizer."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -149,7 +151,7 @@ def run_stage(model: TinyModel, stage: Stage, generator: torch.Generator) -> Non
 
 
 def _rate(stage: Stage, step: int, learned_at: int | None) -> float:
-    """The share of the stage's learning rate at `step`, counted from 1."""
+    """Return the share of the stage's learning rate at `step`, counted from 1."""
     if stage.stop_at is None:
         done = (step - 1) / stage.steps
     elif learned_at is None:
@@ -166,7 +168,7 @@ def _train_step(
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
 ) -> tuple[float, float]:
-    """One update; returns the weighted loss and the share of answer letters predicted right."""
+    """Make one update; returns the weighted loss and the share of correctly predicted letters."""
     batch = draw_batch(stage, BATCH, generator)
     completion_tokens = batch.weights.shape[1]
     targets = batch.token_ids[:, -completion_tokens:]
@@ -184,7 +186,7 @@ def _train_step(
 
 
 def draw_batch(stage: Stage, count: int, generator: torch.Generator) -> Batch:
-    """Draws `count` fresh videos and questions, with the completions of `stage`."""
+    """Draw `count` new videos and questions, with the completions of `stage`."""
     scenes = draw_scenes(count, generator)
     reverse = torch.rand(count, generator=generator) < REVERSE_QUESTIONS
     questions = ask(scenes, generator, reverse=reverse)
@@ -205,7 +207,7 @@ def draw_batch(stage: Stage, count: int, generator: torch.Generator) -> Batch:
 
 
 def draw_completion(stage: Stage, question: Question, speed: int, chances: Sequence[float]) -> str:
-    """A completion for `question` by the stage's shares; `chances` are 6 numbers from [0, 1)."""
+    """Draw a completion by the stage's shares; `chances` are 6 numbers from [0, 1)."""
     empty, right, opposite, side, follows, template = chances
     if empty < stage.empty:
         return f"<think> </think> <answer> {question.solution} </answer> <|im_end|>"

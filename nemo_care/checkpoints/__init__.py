@@ -1,1 +1,1 @@
-"""Checkpoints that any layout can load: writing, finding, verifying and reading them."""
+"""Checkpoints that any layout can load: write, find, verify and read them."""

@@ -1,9 +1,9 @@
-"""What a checkpoint's files have to be: `manifest.json`, with the size and the SHA-256 of each.
+"""The manifest of a checkpoint: `manifest.json`, with size and SHA-256 of each file.
 
-It is written last, so a checkpoint that has one was complete. The checksum finds accidents: a file
-cut short, bits that a disk turned. It is SHA-256 because processors have instructions for it: of
-the checksums of Python's standard library that tell every changed bit it was the fastest (1.4 GB/s
-a core, against 0.7 of crc32), and `sha256sum` checks a file without this program.
+It is written last, so a checkpoint with a manifest was complete. The checksum finds accidents: a
+truncated file, flipped bits of a disk. It is SHA-256 because processors have instructions for it:
+of the checksums in Python's standard library that detect every changed bit it was the fastest (1.4
+GB/s per core, against 0.7 for crc32), and `sha256sum` checks a file without this program.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ _PIECE = 16 << 20  # bytes read at a time
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What one file of a checkpoint has to be.
+    """Expected size and checksum of one file of a checkpoint.
 
-    `part` is the part of the state (`policy`, `optimizer`, `reference`) that it holds; None for a
+    `part` is the part of the state (`policy`, `optimizer`, `reference`) in the file; None for a
     file that every reader needs.
     """
 
@@ -36,10 +36,10 @@ class FileRecord:
 
 
 class HashedFile(io.RawIOBase):
-    """A new file that is written from its start to its end; on the disk once it is closed."""
+    """A new file that is written sequentially, and is on the disk once it is closed."""
 
     def __init__(self, path: Path, part: str | None = None) -> None:
-        """Raises OSError where the file exists or can't be made."""
+        """Create the file; raises OSError if it exists or can't be created."""
         self._part = part
         self._hash = hashlib.sha256()
         self._bytes = 0
@@ -54,11 +54,11 @@ class HashedFile(io.RawIOBase):
         return view.nbytes
 
     def tell(self) -> int:
-        """Bytes so far."""
+        """Return the number of bytes so far."""
         return self._bytes
 
     def close(self) -> None:
-        """Wait until the disk has everything."""
+        """Wait until everything is on the disk."""
         if self.closed:
             return
         try:
@@ -69,7 +69,7 @@ class HashedFile(io.RawIOBase):
             super().close()
 
     def record(self) -> FileRecord:
-        """What was written."""
+        """Return size and checksum of what was written."""
         return FileRecord(self._bytes, self._hash.hexdigest(), self._part)
 
 
@@ -81,14 +81,14 @@ def write_file(path: Path, content: bytes) -> FileRecord:
 
 
 def read_record(file: Path) -> FileRecord:
-    """What a file that others wrote is now."""
+    """Return the current size and checksum of a file written elsewhere."""
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
     return FileRecord(file.stat().st_size, _sha256(file))
 
 
 def write_manifest(folder: Path, files: Mapping[str, FileRecord], about: Mapping[str, Any]) -> None:
-    """Write the manifest of a checkpoint whose files are all there."""
+    """Write the manifest of a checkpoint whose files are complete."""
     records = {name: asdict(files[name]) for name in sorted(files)}
     content = json.dumps({**about, "files": records}, indent=1) + "\n"
     write_file(folder / NAME, content.encode())
@@ -96,10 +96,10 @@ def write_manifest(folder: Path, files: Mapping[str, FileRecord], about: Mapping
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
-    """The files of a checkpoint, by name.
+    """Return the files of a checkpoint, by name.
 
     Raises:
-        DamagedCheckpoint: there is no manifest, or none that can be read.
+        DamagedCheckpoint: the manifest is missing or can't be read.
     """
     file = folder / NAME
     if not file.is_file():
@@ -114,10 +114,10 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
 
 
 def check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    """Check that all files are there and as long as they were written; reads none of them.
+    """Check that all files exist and have the size in the manifest, without reading them.
 
     Raises:
-        DamagedCheckpoint: names the first that is not.
+        DamagedCheckpoint: names the first file that does not.
     """
     for name, record in files.items():
         try:
@@ -129,7 +129,7 @@ def check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
 
 
 def find_changed(folder: Path, files: Mapping[str, FileRecord]) -> str | None:
-    """Read the files; what is wrong with the first that is not as it was written."""
+    """Read the files and return what is wrong with the first changed one, or None."""
     for name, record in files.items():
         try:
             same = _sha256(folder / name) == record.sha256

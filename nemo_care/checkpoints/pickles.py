@@ -1,10 +1,11 @@
-"""Read a checkpoint without running code that it may hold.
+"""Read a checkpoint without running code that it can contain.
 
-torch's distributed checkpoints have an index, `.metadata`, that `pickle.load` reads, and hold
-objects that torch loads without restriction. A pickle may call anything that Python can import. So
-the index is only ever read with a list of the classes that a checkpoint's index consists of, and
-every object as tensors and plain values: before loading, which names what is wrong in one line, and
-by the loading itself (`load`), since another process may change the files in between.
+torch's distributed checkpoints have an index, `.metadata`, that `pickle.load` reads, and objects
+that torch loads without restriction. A pickle can call anything that Python can import. Therefore
+the index is only read with a list of the classes that occur in an index, and every object as
+tensors and
+plain values: before loading, which names the fault in one line, and by the loading itself (`load`),
+since another process can change the files in between.
 """
 
 import io
@@ -30,7 +31,7 @@ from nemo_care.errors import DamagedCheckpoint, InputError
 _INDEX = ".metadata"
 _COMMON = "common.pt"
 _METADATA = "torch.distributed.checkpoint.metadata"
-# What the index of a checkpoint names, found in those that are written; torch's dtypes besides.
+# Names that occur in the indices that we write; torch's dtypes in addition.
 _ALLOWED = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -47,11 +48,11 @@ _ALLOWED = {
 
 
 class _Foreign(Exception):
-    """A name that no checkpoint of ours holds."""
+    """Raised for a name that does not occur in our checkpoints."""
 
 
 class _IndexReader(pickle.Unpickler):
-    """Reads an index, and nothing else."""
+    """Unpickles an index, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
@@ -62,11 +63,11 @@ class _IndexReader(pickle.Unpickler):
 
 
 def read_index(checkpoint: Path) -> Metadata:
-    """The index of a checkpoint, read without running anything that it may hold.
+    """Read the index of a checkpoint without running anything in it.
 
     Raises:
-        InputError: the file holds what no checkpoint of nemo-care does; DamagedCheckpoint where it
-            can't be read at all.
+        InputError: the file contains what no checkpoint of nemo-care does; DamagedCheckpoint if it
+        can't be read at all.
     """
     file = checkpoint / _INDEX
     try:
@@ -76,7 +77,7 @@ def read_index(checkpoint: Path) -> Metadata:
         raise _not_ours(file, str(error)) from error
     except OSError as error:
         raise DamagedCheckpoint(f"{file}: {error.strerror}") from error
-    # Torn bytes raise whatever the pickle's virtual machine stumbles over.
+    # Torn bytes can raise any error of the pickle machine.
     except Exception as error:
         raise DamagedCheckpoint(f"{file}: not the index of a checkpoint ({error})") from error
     if not isinstance(index, Metadata):
@@ -86,10 +87,10 @@ def read_index(checkpoint: Path) -> Metadata:
 
 
 def _check_places(file: Path, index: Metadata) -> None:
-    """Refuse an index by which other bytes would be loaded than those that are checked.
+    """Reject an index that would load different bytes than those that are checked.
 
-    torch decodes a place's bytes by its transforms (zstandard's, or what an extension registers)
-    before it unpickles them; ours have none.
+    torch decodes a place's bytes with its transforms (zstandard's, or those of an extension) before
+    it unpickles them; our checkpoints have none.
     """
     if type(index.state_dict_metadata) is not dict or type(index.storage_data) is not dict:
         raise _not_ours(file, "no tensors and places")
@@ -111,14 +112,14 @@ def _not_ours(file: Path, what: str) -> InputError:
 
 
 def check_pickles(checkpoint: Path) -> None:
-    """Refuse a checkpoint that would run code when it is loaded.
+    """Reject a checkpoint that would run code when it is loaded.
 
     Raises:
-        InputError: names the file and what it holds (see `read_index`).
+        InputError: names the file and its unexpected content (see `read_index`).
     """
     index = read_index(checkpoint)
     read_common(checkpoint)
-    assert index.storage_data is not None  # read_index has looked
+    assert index.storage_data is not None  # checked by read_index
     for key, place in index.storage_data.items():
         file = checkpoint / place.relative_path
         if isinstance(index.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
@@ -135,7 +136,7 @@ def _size(file: Path) -> int:
 
 
 def read_common(checkpoint: Path) -> dict[str, Any]:
-    """The part of a checkpoint's state that is no tensor, read without running anything.
+    """Read the part of a checkpoint's state that is not tensors, without running anything.
 
     Raises:
         InputError: see `check_pickles`.
@@ -147,7 +148,7 @@ def read_common(checkpoint: Path) -> dict[str, Any]:
 
 
 def _load_tensors_only(file: Path, offset: int | None, length: int | None) -> Any:
-    """Load a pickle the way that allows tensors and plain values only."""
+    """Unpickle with torch's restriction to tensors and plain values."""
     try:
         with file.open("rb") as opened:
             opened.seek(offset or 0)
@@ -168,30 +169,29 @@ def _load_tensors_only(file: Path, offset: int | None, length: int | None) -> An
 
 
 def load(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Fill a sharded state from a checkpoint, as Megatron does; all ranks call it.
+    """Fill a sharded state from a checkpoint, as Megatron does; collective over all ranks.
 
-    What is unpickled is restricted here, and nowhere else: to the names of an index, and to tensors
-    and plain values.
+    All unpickling is restricted here: to the names of an index, and to tensors and plain values.
     """
     with _restricted_reading():
         return dist_checkpointing.load(
             state,
             str(checkpoint),
-            # Given here, `metadata.json` does not choose another format.
+            # Given explicitly, so that `metadata.json` can't choose another format.
             sharded_strategy=mcore_torch.TorchDistLoadShardedStrategy(),
             common_strategy=_CommonStrategy(),
         )
 
 
 class _CommonStrategy(TorchCommonLoadStrategy):
-    """Reads what is not sharded; an environment variable of torch's could lift its restriction."""
+    """Reads the unsharded state; an environment variable of torch could lift the restriction."""
 
     def load_common(self, checkpoint_dir: str | Path) -> Any:
         return torch.load(Path(checkpoint_dir) / _COMMON, map_location="cpu", weights_only=True)
 
 
 class _Reader(FileSystemReader):
-    """Reads the index with a list of what it may name, once."""
+    """Reads the index once, with a list of allowed names."""
 
     _index: Metadata | None = None
 
@@ -214,7 +214,7 @@ class _Planner(mcore_torch.MCoreLoadPlanner):
 
 @contextmanager
 def _restricted_reading() -> Iterator[None]:
-    """Megatron's loading makes its own reader and planner, by these names."""
+    """Replace the reader and planner that Megatron's loading creates by these names."""
     reader, planner = mcore_torch._get_filesystem_reader, mcore_torch.MCoreLoadPlanner
     mcore_torch._get_filesystem_reader = lambda folder, cache_metadata=False: _Reader(folder)
     mcore_torch.MCoreLoadPlanner = _Planner

@@ -1,4 +1,4 @@
-"""The recipe of a run: its own file, or that of a checkpoint where its own is broken."""
+"""Read the recipe of a run: its own file or, if that is damaged, a checkpoint's."""
 
 import sys
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ _RECIPE = "recipe.yaml"
 def recipe_of_run(
     run: Path, checkpoints: Sequence[Path] | None = None, overrides: Sequence[str] = ()
 ) -> Recipe:
-    """The recipe of a run: its recipe.yaml, or the one in a checkpoint where that can't be used.
+    """Return a run's recipe: its recipe.yaml or, if that can't be used, a checkpoint's.
 
     Args:
-        run: The run directory.
-        checkpoints: Whose recipe will do, the best first; None: the run's, newest first.
+        run: the run directory.
+        checkpoints: candidates, the best first; None: the run's, newest first.
         overrides: key=value.
 
     Raises:
-        InputError: neither has a recipe that can be used, or an override does not fit; the message
-            is about recipe.yaml.
+        InputError: no recipe can be used, or an override does not fit; the message is about
+        recipe.yaml.
     """
     file = run / _RECIPE
     try:
@@ -39,12 +39,12 @@ def recipe_of_run(
 def _recipe_of_a_checkpoint(
     run: Path, checkpoints: Sequence[Path] | None, unusable: InputError
 ) -> Path:
-    """The first recipe.yaml of a checkpoint that can be used, and a word about it on stderr."""
+    """Return the first usable recipe.yaml of a checkpoint, and report it on stderr."""
     if checkpoints is None:
         checkpoints = list_checkpoints(run / "checkpoints")[::-1]
     for checkpoint in checkpoints:
         with suppress(InputError):
             read_recipe(checkpoint / _RECIPE)
-            say(f"{unusable}\nthe recipe of {checkpoint} is taken in its place", file=sys.stderr)
+            say(f"{unusable}\nusing the recipe of {checkpoint} instead", file=sys.stderr)
             return checkpoint / _RECIPE
     raise unusable

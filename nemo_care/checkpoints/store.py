@@ -1,13 +1,13 @@
-"""Checkpoints that any layout can load: `megatron.core.dist_checkpointing`, one folder a step.
+"""Checkpoints that any layout can load: `megatron.core.dist_checkpointing`, one folder per step.
 
-A checkpoint is written under a temporary name (`writer.py`) and renamed when it is
-complete; before one goes, it is renamed again. So a folder named `step_...` is whole, and its
-manifest tells whether it still is what was written.
+A checkpoint is written under a temporary name (`writer.py`) and renamed when it is complete; before
+it is removed it is renamed again. A folder named `step_...` is therefore complete, and its manifest
+shows whether it is unchanged.
 
     step_000010                    a checkpoint
-    step_000010.partial-1f00b4c2   being written, or what a killed run left of it
+    step_000010.partial-1f00b4c2   being written, or left by a killed run
     step_000010.removed-77ab03d1   being removed
-    step_000010.damaged            not what was written; set aside by the run that found it
+    step_000010.damaged            changed since it was written; set aside by the run that found it
 """
 
 import contextlib
@@ -35,17 +35,16 @@ _LEFT_OVER = re.compile(r"step_\d+\.(partial|removed)-[0-9a-f]+")
 _DAMAGED = re.compile(r"step_\d+\.damaged(-[0-9a-f]+)?")
 _REFERENCE = "reference"
 _WEIGHTS = {"policy", _REFERENCE}  # parts that are whole models
-# Kept in the checkpoint.
+# Stored in the checkpoint.
 CONTENT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """How Megatron lays out sharded state: resharding to any other layout must be possible.
+    """Return Megatron's metadata for sharded state that can be resharded to any layout.
 
-    The first data-parallel rank alone gathers the optimizer's state, over gloo. Otherwise every
-    rank would hold the whole of it in CPU memory, and of each tensor two copies on its GPU, of
-    which all but the first rank's are thrown away. The price is that it travels over the network
-    that gloo uses.
+    Only the first data-parallel rank gathers the optimizer's state, over gloo. Otherwise every rank
+    would hold all of it in CPU memory, with two copies of each tensor on its GPU, and all but the
+    first rank's would be discarded. The disadvantage is that it is sent over gloo's network.
     """
     return {
         **CONTENT_METADATA,
@@ -57,12 +56,12 @@ def sharding_metadata() -> dict[str, Any]:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+    """Return the path of the checkpoint of `step`."""
     return folder / f"step_{step:06d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint of that name (see `checkpoint_path`)."""
+    """Return the step of a checkpoint from its name (see `checkpoint_path`)."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
@@ -72,7 +71,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _match(path))]
@@ -80,7 +79,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def list_damaged(folder: Path) -> list[Path]:
-    """Checkpoints that were set aside."""
+    """Return the checkpoints that were set aside."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _DAMAGED.fullmatch(path.name))
@@ -94,16 +93,16 @@ def _match(path: Path) -> re.Match[str] | None:
 
 
 def discard(checkpoint: Path) -> None:
-    """Remove a checkpoint; a kill meanwhile leaves nothing that looks like one."""
+    """Remove a checkpoint; a kill during removal leaves nothing that looks like one."""
     going = checkpoint.with_name(f"{checkpoint.name}.removed-{secrets.token_hex(4)}")
     checkpoint.rename(going)
     _remove(going)
 
 
 def _remove(path: Path) -> None:
-    """Remove what no longer has a checkpoint's name; what can't go yet is left to the next start.
+    """Remove a folder without a checkpoint's name; what can't be removed is left to the next start.
 
-    NFS keeps the folder of a file that somebody reads, such as an evaluation.
+    NFS keeps the folder of a file that another process, such as an evaluation, is reading.
     """
     if path.is_symlink():
         path.unlink()
@@ -129,7 +128,7 @@ def remove_left_overs(folder: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that no run takes it; its new place."""
+    """Rename a damaged checkpoint so that no run uses it, and return its new path."""
     aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
     if aside.exists():
         aside = aside.with_name(f"{aside.name}-{secrets.token_hex(4)}")
@@ -137,11 +136,11 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder of checkpoints and try to write there; all ranks call it.
+    """Create the folder of checkpoints and test writing to it; collective over all ranks.
 
     Raises:
-        InputError: a rank can't, or has another folder of that name. It would take each checkpoint
-            of the others for damaged.
+        InputError: a rank can't write, or sees a different folder of that name; it would then
+        consider the checkpoints of the other ranks damaged.
     """
     name = Ranks.from_rank_zero(lambda: f"canary-{secrets.token_hex(4)}")
     first, mine = (folder / f"{name}-{rank}" for rank in (0, dist.get_rank()))
@@ -151,7 +150,7 @@ def check_writable(folder: Path) -> None:
             folder,
             None
             if first.exists()
-            else "what rank 0 writes there does not arrive; all machines have to share the folder",
+            else "files from rank 0 do not appear there; all machines must share the folder",
         )
     finally:
         with contextlib.suppress(OSError):
@@ -168,12 +167,12 @@ def _why_not_writable(canary: Path) -> str | None:
 
 
 def _refuse_first(folder: Path, reason: str | None) -> None:
-    """Raise, on all ranks alike, the first rank's reason against the folder."""
-    told = Ranks.first_told(reason)
-    if told is not None:
-        rank, its = told
+    """Raise the first rank's reason against the folder, on all ranks alike."""
+    first = Ranks.first_told(reason)
+    if first is not None:
+        rank, its = first
         raise InputError(
-            f"{folder}: no checkpoint can be written there: {its} (rank {rank}); mend the "
+            f"{folder}: no checkpoint can be written there: {its} (rank {rank}); repair the "
             "folder, or choose another exp_manager.exp_dir or exp_manager.explicit_log_dir"
         )
 
@@ -182,10 +181,10 @@ def _refuse_first(folder: Path, reason: str | None) -> None:
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Whole shape of each tensor of a checkpoint, by its key; reads its index only.
+    """Return the whole shape of each tensor of a checkpoint by key; reads only its index.
 
     Raises:
-        InputError: the index can't be read, or names what no checkpoint does.
+        InputError: the index can't be read, or contains what no checkpoint does.
     """
     return {
         key: tuple(stored.size)
@@ -195,7 +194,7 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_files(path: Path) -> dict[str, FileRecord]:
-    """Check that a checkpoint's files are all there, as long as they were written; their records.
+    """Check that a checkpoint's files are complete by their sizes, and return their records.
 
     Raises:
         DamagedCheckpoint: names the first file that is not.
@@ -206,16 +205,16 @@ def check_files(path: Path) -> dict[str, FileRecord]:
 
 
 def verify_checkpoint(path: Path, parts: Collection[str] | None = None) -> None:
-    """Check that a checkpoint is what was written; all ranks call it, and share the reading.
+    """Check that a checkpoint is unchanged; all ranks call it, and share the reading.
 
-    The sizes of all files come first, which costs next to nothing; then the checksums.
+    The sizes of all files are checked first, which is cheap; then the checksums.
 
     Args:
-        path: The checkpoint.
-        parts: Whose checksums to compare (`policy`, `optimizer`, `reference`); None: all.
+        path: the checkpoint.
+        parts: parts whose checksums are compared (`policy`, `optimizer`, `reference`); None: all.
 
     Raises:
-        DamagedCheckpoint: names the first file that is not; on all ranks.
+        DamagedCheckpoint: names the first damaged file; raised on all ranks.
     """
     files = Ranks.from_rank_zero(lambda: check_files(path))
     wanted = {
@@ -224,13 +223,13 @@ def verify_checkpoint(path: Path, parts: Collection[str] | None = None) -> None:
         if parts is None or record.part is None or record.part in parts
     }
     mine = _dealt(wanted, dist.get_world_size())[dist.get_rank()]
-    told = Ranks.first_told(find_changed(path, mine))
-    if told is not None:
-        raise DamagedCheckpoint(told[1])
+    first = Ranks.first_told(find_changed(path, mine))
+    if first is not None:
+        raise DamagedCheckpoint(first[1])
 
 
 def _dealt(files: dict[str, FileRecord], ranks: int) -> list[dict[str, FileRecord]]:
-    """The files dealt to the ranks: the largest first, to the rank with the least to read."""
+    """Distribute files over the ranks: largest first, to the rank with the least to read."""
     shares: list[dict[str, FileRecord]] = [{} for _ in range(ranks)]
     loads = [0] * ranks
     for name, record in sorted(files.items(), key=lambda file: (-file[1].bytes, file[0])):
@@ -243,22 +242,21 @@ def _dealt(files: dict[str, FileRecord], ranks: int) -> list[dict[str, FileRecor
 def load_checkpoint(
     path: Path, make_state: Callable[[], dict[str, Any]], parts: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """Verify a checkpoint and fill a sharded state from it; all ranks call it.
+    """Verify a checkpoint and fill a sharded state from it; collective over all ranks.
 
     Args:
-        path: The checkpoint.
-        make_state: Makes the state to fill; called after the verification.
-        parts: What of the checkpoint the state holds (see `verify_checkpoint`).
+        path: the checkpoint.
+        make_state: makes the state to fill; called after the verification.
+        parts: the parts of the checkpoint in the state (see `verify_checkpoint`).
 
     Raises:
-        InputError: the checkpoint would run code when it is loaded, or does not hold what the state
-            needs.
-        DamagedCheckpoint: it is not what was written, or not a checkpoint.
+        InputError: the checkpoint would run code when it is loaded, or lacks what the state needs.
+        DamagedCheckpoint: it has changed since it was written, or is not a checkpoint.
     """
     verify_checkpoint(path, parts)
     Ranks.from_rank_zero(lambda: check_pickles(path))
     state = make_state()
-    # Each rank has its part of the model: all have to stop where one of them finds a difference.
+    # Each rank has its part of the model: all must stop if one of them finds a difference.
     misfit = Ranks.first_told(_misfit(path, state))
     if misfit is not None:
         raise InputError(misfit[1])
@@ -266,10 +264,10 @@ def load_checkpoint(
 
 
 def _misfit(path: Path, state: dict[str, Any]) -> str | None:
-    """Why a checkpoint can't fill a sharded state; all ranks call it.
+    """Return why a checkpoint can't fill a sharded state; collective over all ranks.
 
-    A tensor is missing, of another shape, or in the checkpoint only: a vision tower with fewer
-    layers finds all of its tensors in the checkpoint of a larger one.
+    A tensor can be missing, have a different shape, or be in the checkpoint only: for example, a
+    vision tower with fewer layers finds all of its tensors in the checkpoint of a larger one.
     """
     stored = stored_shapes(path)
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
@@ -304,5 +302,5 @@ def _misfit(path: Path, state: dict[str, Any]) -> str | None:
 
 
 def _parts(keys: Iterable[str]) -> set[str]:
-    """What the keys of a checkpoint's tensors begin with, such as `policy` and `reference`."""
+    """Return the first components of tensor keys, such as `policy` and `reference`."""
     return {key.partition(".")[0] for key in keys}

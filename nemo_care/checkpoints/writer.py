@@ -1,9 +1,8 @@
-"""Write a checkpoint beside the training: a copy of the state, which a thread of each rank writes.
+"""Write a checkpoint during training: a thread of each rank writes a copy of the state.
 
-Megatron plans who writes what. Its own writers are processes: forked ones, which hang when the
-process that is forked has threads, and behind them a started one that imports the program again. A
-thread needs neither. The layout on the disk is Megatron's, with a file for each rank and part of
-the state.
+Megatron plans which rank writes what. Its own writers are processes: forked ones, which hang if the
+forked process has threads, and a started one that imports the program again. A thread needs
+neither. The layout on the disk is Megatron's, with a file for each rank and part of the state.
 """
 
 import io
@@ -49,16 +48,16 @@ from nemo_care.errors import CheckpointError
 from nemo_care.files.json_lines import sync_folder
 from nemo_care.ranks.process_groups import Ranks
 
-# Megatron gathers the optimizer's state into memory of its own for each checkpoint
-# (DistributedOptimizer.get_parameter_state_dp_zero): nobody changes it, so it needs no copy.
+# Megatron gathers the optimizer's state in separate memory for each checkpoint
+# (DistributedOptimizer.get_parameter_state_dp_zero). It does not change, so it needs no copy.
 _GATHERED = "optimizer.state."
-_REMEDY = "make room or mend the folder and give the same command again: it goes on from the newest"
+_REMEDY = "make room or repair the folder, then repeat the command: it resumes from the newest"
 
 Data = torch.Tensor | io.BytesIO
 
 
 class _StateWriter(FileSystemWriterAsync):
-    """Megatron's storage writer, which takes a copy of the state and keeps it for the thread."""
+    """Megatron's storage writer, which keeps a copy of the state for the thread."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
@@ -76,13 +75,13 @@ class _StateWriter(FileSystemWriterAsync):
                 data = _copied(data.detach(), is_own=name.startswith(_GATHERED))
             parts[name.partition(".")[0]].append((item, data))
         if torch.cuda.is_available():
-            # The copies to pinned memory do not wait for the GPU.
+            # Copies to pinned memory are asynchronous.
             torch.cuda.synchronize()
         self.parts = dict(sorted(parts.items()))
         self.prefix = plan.storage_data.prefix
 
     def write(self) -> tuple[list[WriteResult], dict[str, FileRecord]]:
-        """Write the copy, and let go of each part as soon as it is written."""
+        """Write the copy, and free each part as soon as it is written."""
         results, records = [], {}
         for number, part in enumerate(list(self.parts)):
             name = f"{self.prefix}{number}.distcp"
@@ -109,23 +108,23 @@ def _copied(tensor: torch.Tensor, *, is_own: bool) -> torch.Tensor:
 
 
 def _whole_storage(data: Data) -> Data:
-    """torch.save writes all memory that a tensor looks into; a slice gets memory of its own."""
+    """Copy a slice, since torch.save writes the whole storage of a tensor."""
     if not isinstance(data, torch.Tensor) or data.untyped_storage().nbytes() == data.nbytes:
         return data
     return data.clone()
 
 
 class PendingCheckpoint:
-    """A checkpoint that is being written: the state as it was when this was made."""
+    """A checkpoint being written: the state at the time of its creation."""
 
     def __init__(self, folder: Path, step: int, state: dict[str, Any], *, recipe: str) -> None:
-        """Copy the sharded `state` and begin to write it; all ranks call it.
+        """Copy the sharded `state` and start writing it; collective over all ranks.
 
         Args:
-            folder: The run's folder of checkpoints.
-            step: Optimizer steps that lie behind the state.
-            state: May be changed afterwards, once the caller has let go of it.
-            recipe: The resolved recipe as YAML.
+            folder: the run's folder of checkpoints.
+            step: number of optimizer steps of the state.
+            state: can be changed after the call.
+            recipe: the resolved recipe as YAML.
 
         Raises:
             CheckpointError: the folder can't be written to.
@@ -142,7 +141,7 @@ class PendingCheckpoint:
         self._results: list[WriteResult] = []
         self._records: dict[str, FileRecord] = {}
         self._error: Exception | None = None
-        # A rank that dies does not wait for its disk; nobody takes what it leaves for a checkpoint.
+        # A dying rank does not wait for its disk; an incomplete checkpoint is never used.
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -151,7 +150,7 @@ class PendingCheckpoint:
         return self._writer.folder
 
     def _make_partial(self) -> Path:
-        # Unlike that of any other attempt: a writer of a killed run may still be at work.
+        # A unique name: a writer of a killed run can still be at work.
         target = checkpoint_path(self.folder, self.step)
         partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
         try:
@@ -176,13 +175,13 @@ class PendingCheckpoint:
         return bool(written)
 
     def finish(self, *, keep_last: int, keep_every: int) -> Path:
-        """Wait for all ranks, complete the checkpoint, and remove older ones; all ranks call it.
+        """Wait for all ranks, complete the checkpoint, and remove older ones; collective.
 
         Returns:
-            Where the checkpoint lies.
+            Path of the checkpoint.
 
         Raises:
-            CheckpointError: a rank could not write; nothing of this checkpoint is left.
+            CheckpointError: a rank could not write; nothing of this checkpoint remains.
         """
         self._thread.join()
         error = None if self._error is None else f"{self._error} (rank {dist.get_rank()})"
@@ -193,7 +192,7 @@ class PendingCheckpoint:
             raise failure from self._error
 
     def _complete(self, everyone: list[Any], keep_last: int, keep_every: int) -> Path:
-        """On rank 0: index, manifest, the final name; then older checkpoints go."""
+        """Write index and manifest on rank 0, rename the checkpoint, and remove older ones."""
         target = checkpoint_path(self.folder, self.step)
         try:
             errors = [error for error, _, _ in everyone if error is not None]
@@ -206,7 +205,7 @@ class PendingCheckpoint:
             for name in (".metadata", "metadata.json"):
                 records[name] = read_record(self._partial / name)
             write_manifest(self._partial, records, _about(self.step))
-            # A run that went on from an older checkpoint comes to this step again.
+            # A run that resumed from an older checkpoint can write this step again.
             if target.exists():
                 discard(target)
             self._partial.rename(target)
@@ -219,7 +218,7 @@ class PendingCheckpoint:
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint of step {self.step} is complete, but an older one could not be "
-                f"removed: {error}; mend the folder and give the same command again"
+                f"removed: {error}; repair the folder and repeat the command"
             ) from error
         return target
 
@@ -232,7 +231,7 @@ class PendingCheckpoint:
 
 
 def _plan(state: dict[str, Any], writer: _StateWriter) -> tuple[Metadata | None, dict[str, Any]]:
-    """Let Megatron plan who writes what; the index (rank 0), and what rank 0 keeps in one file."""
+    """Let Megatron plan the writing; return the index (rank 0) and rank 0's unsharded state."""
     state = {**state, "content_metadata": dict(CONTENT_METADATA)}
     sharded, common = save_preprocess(state)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
@@ -242,7 +241,7 @@ def _plan(state: dict[str, Any], writer: _StateWriter) -> tuple[Metadata | None,
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
     )
     if metadata is not None:
-        # All ranks' plans, which only a later save could use: half of the index.
+        # Half of the index: all ranks' plans, which only a later save could use.
         del metadata.all_local_plans
     return metadata, common
 

@@ -1,1 +1,1 @@
-"""Everything that answers whether a recipe can run here: inputs, node, machine, memory, data."""
+"""Checks whether a recipe can run here: inputs, node, machine, memory, data."""

@@ -1,6 +1,6 @@
-"""Walks data sets as a run would read them, and says what is wrong with each file, line and sample.
+"""Read data sets as a run would, and report the faults of each file, line and sample.
 
-Nothing here stops at the first mistake: whoever mends a data set wants to see all of them.
+No check stops at the first fault, so that a data set can be repaired in one go.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ from nemo_care.errors import InputError
 from nemo_care.recipe.data import DataConfig
 
 BAD_LINE = "bad line"
-# The first class that an error belongs to names its cause.
+# The first class that matches an error names its cause.
 _CAUSES: tuple[tuple[type[InputError], str], ...] = (
     (MissingMedia, "missing"),
     (SlowMedia, "too slow"),
@@ -35,10 +35,10 @@ _CAUSES: tuple[tuple[type[InputError], str], ...] = (
     (InputError, "other"),
 )
 CAUSES = (BAD_LINE, *(cause for _, cause in _CAUSES))
-"""Why a line or sample can't be used. crashes decoder: the decoding process died; other: such as
-frames too narrow to resize, or a control token that the tokenizer can't write as text."""
+"""Why a line or sample can't be used. "crashes decoder": the decoding process died; "other":
+for example frames too narrow to resize, or a control token that the tokenizer can't write."""
 
-# Enough that every process has its next request while this one makes prompts of what is done.
+# Enough that each process has its next request while this one makes prompts of the results.
 _IN_FLIGHT_PER_PROCESS = 4
 
 
@@ -46,7 +46,7 @@ _IN_FLIGHT_PER_PROCESS = 4
 class DataFile:
     """An annotations file that a recipe names.
 
-    `most` is how many of its samples a run uses; None: all. `name` is what the reports call it.
+    `most` is how many of its samples a run uses; None: all. `name` identifies it in reports.
     """
 
     name: str
@@ -58,15 +58,15 @@ class DataFile:
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the file."""
         return Path(self.root) / self.annotations
 
 
 def data_files(config: DataConfig) -> list[DataFile]:
-    """The annotations files of a recipe: training's sources, then validation's levels.
+    """Return the annotations files of a recipe: training's sources, then validation's levels.
 
     Raises:
-        InputError: it names neither.
+        InputError: the recipe names neither.
     """
     train, validation = config.train, config.validation
     sources = [] if train.root is None and train.sources is None else training_sources(config)
@@ -102,9 +102,10 @@ def data_files(config: DataConfig) -> list[DataFile]:
 
 @dataclass(frozen=True)
 class Problem:
-    """A line or sample that can't be used: `cause` is one of CAUSES.
+    """A line or sample that can't be used; `cause` is one of CAUSES.
 
-    `place` is the sample's in its file, from 0; a line has none, and its `sample_id` is FILE:LINE.
+    `place` is the sample's index in its file, from 0; a line has none, and its `sample_id` is
+    FILE:LINE.
     """
 
     cause: str
@@ -115,7 +116,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Length:
-    """Tokens of one prompt, and how many of them stand for pixels; None where it is too long."""
+    """Tokens of one prompt, and how many of them are pixels; None if it is too long."""
 
     place: int
     tokens: int
@@ -124,12 +125,12 @@ class Length:
 
 @dataclass
 class FileReport:
-    """What is known of one annotations file and its samples.
+    """The results for one annotations file and its samples.
 
-    `error` says why the whole file can't be used; all else is empty then. `lines` counts what the
-    file means to hold, bad lines included, `samples` what a run would use of it, and `checked` are
-    those that were looked at. `normalised` are the solutions that a run brings to the form which
-    rewards compare.
+    `error` says why the whole file can't be used; everything else is then empty. `lines` counts all
+    entries of the file, bad lines included, `samples` those that a run would use, and `checked`
+    those that were checked. `normalised` are the solutions that a run converts to the form in which
+    rewards are compared.
     """
 
     file: DataFile
@@ -145,27 +146,27 @@ class FileReport:
 
     @property
     def causes(self) -> Counter[str]:
-        """How many lines and samples can't be used, by cause."""
+        """Count the lines and samples that can't be used, by cause."""
         return Counter(problem.cause for problem in self.problems)
 
     @property
     def one_word_solutions(self) -> int:
-        """Checked free-form solutions of one word, which no answer gets more than 2/3 for."""
+        """Checked free-form solutions of one word, for which no answer scores more than 2/3."""
         return sum(is_one_word(sample.problem_type, sample.solution) for sample in self.checked)
 
     @property
     def bad_lines(self) -> int:
-        """Lines that gave no sample."""
+        """Number of lines that gave no sample."""
         return self.causes[BAD_LINE]
 
     @property
     def usable(self) -> int:
-        """Checked samples without a problem."""
+        """Number of checked samples without a problem."""
         return len(self.checked) - len(self.problems) + self.bad_lines
 
     @property
     def unusable(self) -> float:
-        """Lines and samples that can't be used; an estimate where not all were checked."""
+        """Number of unusable lines and samples; an estimate if not all were checked."""
         if not self.checked:
             return self.bad_lines
         return self.bad_lines + (len(self.checked) - self.usable) * self.samples / len(self.checked)
@@ -176,9 +177,9 @@ class FileReport:
         return 1.0 if self.error is not None else self.unusable / (self.bad_lines + self.samples)
 
     def stops_a_run(self, max_skipped_fraction: float) -> bool:
-        """Whether a run refuses the file, or ends once it has met all of its samples.
+        """Whether a run rejects the file, or ends once it has read all of its samples.
 
-        A validation goes on whatever its media are like; only bad lines count there.
+        A validation continues whatever its media are like; only bad lines count there.
         """
         if self.error is not None or self.bad_lines > max_skipped_fraction * self.lines:
             return True
@@ -187,9 +188,9 @@ class FileReport:
 
 
 def read_file(file: DataFile, *, seed: int, limit: int | None) -> tuple[FileReport, list[Numbered]]:
-    """A report that has the bad lines, and the samples to check: `limit` of them, or all.
+    """Return a report with the bad lines, and the samples to check: `limit` of them, or all.
 
-    `seed` is the run's.
+    `seed` is the run's seed.
     """
     try:
         read = read_source(
@@ -211,7 +212,7 @@ def read_file(file: DataFile, *, seed: int, limit: int | None) -> tuple[FileRepo
 
 
 def _places(count: int, limit: int | None, seed: int) -> list[int]:
-    """Up to `limit` of `count` places, spread evenly: one drawn from each of `limit` stretches."""
+    """Draw up to `limit` of `count` indices, one from each of `limit` equal stretches."""
     if limit is None or limit >= count:
         return list(range(count))
     edges = np.linspace(0, count, limit + 1).astype(int)
@@ -227,9 +228,9 @@ def check_samples(
     sizes_only: bool,
     done: Callable[[], object],
 ) -> None:
-    """Make a prompt of every sample and add what was found to the report.
+    """Make a prompt of every sample and add the results to the report.
 
-    With `sizes_only` the media are opened and measured, and nothing but the first frames decoded.
+    With `sizes_only` the media are opened and measured, and only first frames are decoded.
     `done` is called after each sample.
 
     Raises:
@@ -248,11 +249,11 @@ def check_samples(
             if isinstance(error, PromptTooLong):
                 report.lengths.append(Length(draft.index, error.tokens, None))
             if isinstance(error, MissingMedia):
-                # The error names the first; whoever fetches files wants to know of all.
+                # The error names only the first missing file; report all.
                 files = (*sample.videos, *sample.images)
                 report.missing_files.update(file for file in files if not file.is_file())
         done()
-    # As in the file, whichever process was done first.
+    # In the order of the file, whichever process finished first.
     report.lengths.sort(key=lambda length: length.place)
     report.problems.sort(key=lambda problem: -1 if problem.place is None else problem.place)
 
@@ -260,14 +261,14 @@ def check_samples(
 def _decoded(
     numbered: Sequence[Numbered], builder: PromptBuilder, workers: DecodingWorkers, sizes_only: bool
 ) -> Iterator[tuple[Draft, Future[Media]]]:
-    """Drafts with their media, those first that are done first; a bounded number is under way."""
+    """Yield drafts with their media, in order of completion; a bounded number is in flight."""
     most = _IN_FLIGHT_PER_PROCESS * max(1, workers.count)
     waiting: dict[Future[Media], Draft] = {}
     rest = iter(numbered)
     while True:
         for index, sample in islice(rest, most - len(waiting)):
             draft = builder.draft(index, sample)
-            # Nothing is decoded where there is no room.
+            # room=-1: decode nothing.
             request = replace(draft.request, room=-1) if sizes_only else draft.request
             waiting[workers.submit(request)] = draft
         if not waiting:

@@ -1,4 +1,4 @@
-"""Can this recipe run on this machine? Each reason against it is one line with its remedy."""
+"""Check whether a recipe can run on this machine; each reason against it has a remedy."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from nemo_care.checks.probes import PERSON, WARNING, Situation, found_by
 from nemo_care.recipe.schema import Recipe
 
 _PLAN_SECONDS = 600
-# Above it a step takes about an hour on a machine's cores.
+# Above this, a step takes about an hour on a machine's cores.
 _FLOPS_FOR_A_CPU = 1e15
 
 
 @dataclass
 class Fit:
-    """What was found about a recipe: `problems` keep it from running here, `warnings` may."""
+    """Findings about a recipe: `problems` prevent a run here, `warnings` do not."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -32,18 +32,18 @@ Plan = Callable[[Recipe, Machine, Sequence[str]], Callable[[], dict[str, Any]]]
 
 
 def fit_of(recipe: Recipe, machine: Machine, arguments: Sequence[str], plan: Plan | None) -> Fit:
-    """Hold a recipe against a machine.
+    """Compare a recipe's needs with a machine.
 
     Args:
-        recipe: a composed and checked one.
-        machine: what `examine` found.
-        arguments: the recipe's on the command line, for the plan's own process.
-        plan: starts that process (`start_plan`); None: memory is not looked at.
+        recipe: a composed and checked recipe.
+        machine: the result of `examine`.
+        arguments: the recipe's command line, for the plan's process.
+        plan: starts that process (`start_plan`); None: memory is not checked.
     """
     fit = Fit()
     wait = plan(recipe, machine, arguments) if plan is not None else None
     situation = Situation(recipe, machine)
-    # Several probes may read the same file: one line is enough.
+    # Several probes can read the same file: one line is enough.
     fit.problems = list(dict.fromkeys(found_by(PERSON, situation)))
     fit.warnings = list(found_by(WARNING, situation))
     if wait is not None:
@@ -58,7 +58,7 @@ def fit_of(recipe: Recipe, machine: Machine, arguments: Sequence[str], plan: Pla
 def start_plan(
     recipe: Recipe, machine: Machine, arguments: Sequence[str]
 ) -> Callable[[], dict[str, Any]]:
-    """Begin to plan in another process; call the result for what it found."""
+    """Start planning in another process; the returned function waits for the result."""
     gpus = own_gpus(recipe, machine)
     capability = ".".join(map(str, gpus[0].capability)) if gpus else ""
     free = room(recipe, machine)
@@ -89,7 +89,7 @@ def start_plan(
 
 
 def room(recipe: Recipe, machine: Machine) -> float:
-    """Bytes that a rank can have: the least free GPU's, or its share of the CPU's memory."""
+    """Return the bytes available to a rank: the least free GPU's, or its share of CPU memory."""
     gpus = own_gpus(recipe, machine)
     if gpus:
         return min(gpu.free for gpu in gpus)
@@ -103,7 +103,7 @@ def _memory(fit: Fit, recipe: Recipe, machine: Machine) -> None:
         fit.warnings.append(f"memory was not planned: {plan['error']}")
         return
     gpus, has = own_gpus(recipe, machine), room(recipe, machine)
-    # CUDA's own memory and NCCL's are no part of a rank on a CPU.
+    # Memory of CUDA and NCCL is not used by a rank on a CPU.
     needs = plan["peak"] if gpus else plan["peak"] - plan["allowance"]
     where = "GPU" if gpus else "rank on the CPU"
     fit.facts.append(
@@ -115,7 +115,7 @@ def _memory(fit: Fit, recipe: Recipe, machine: Machine) -> None:
     if needs > has:
         remedy = f"set {plan['remedies'][0]}" if plan["remedies"] else "see nemo-care plan --search"
         if gpus and needs <= min(gpu.total for gpu in gpus):
-            remedy = "end what else is on the GPU (nvidia-smi lists it)"
+            remedy = "end other processes on the GPU (nvidia-smi lists them)"
         fit.problems.append(
             f"{plan['phase']} needs {needs / GIB:.1f} GiB per {where} by the plan, and "
             f"{has / GIB:.1f} GiB are free: {remedy}"
@@ -129,13 +129,13 @@ def _memory(fit: Fit, recipe: Recipe, machine: Machine) -> None:
         fit.warnings.append(
             f"about {plan['host'] / GIB:.0f} GiB of CPU memory are needed, "
             f"{machine.memory_available / GIB:.0f} GiB are free: lower data.workers or "
-            "data.prefetch_steps (nemo-care plan lists what takes it)"
+            "data.prefetch_steps (nemo-care plan shows what uses it)"
         )
     _disk(fit, recipe, plan["checkpoint"])
 
 
 def checkpoints_at_a_time(recipe: Recipe) -> int:
-    """Checkpoints that lie on the disk at most, the one that is being written counted."""
+    """Return the largest number of checkpoints on the disk, including the one being written."""
     saved = -(-recipe.trainer.max_steps // recipe.checkpoint.save_interval)
     kept = recipe.checkpoint.keep_last or saved
     if recipe.checkpoint.keep_every:
@@ -149,19 +149,19 @@ def _disk(fit: Fit, recipe: Recipe, size: int) -> None:
     folder, count = run_directory(recipe.exp_manager), checkpoints_at_a_time(recipe)
     free = free_disk(folder)
     fit.facts.append(
-        f"disk: a checkpoint is {size / GIB:.2f} GiB, {count} of them lie in {folder} at most; "
+        f"disk: a checkpoint is {size / GIB:.2f} GiB, {folder} holds up to {count} of them; "
         f"{free / GIB:.1f} GiB are free"
     )
     if count * size > free:
         fit.warnings.append(
             f"{count} checkpoints of {size / GIB:.1f} GiB do not fit into the {free / GIB:.1f} GiB "
-            f"that are free at {folder}: lower checkpoint.keep_last or choose another "
+            f"free at {folder}: lower checkpoint.keep_last or choose another "
             "exp_manager.exp_dir"
         )
 
 
 def missing_mandatory(machine: Machine) -> list[str]:
-    """A line for each package without which nothing runs."""
+    """Return a line for each package without which nothing runs."""
     words = {MISSING: "is missing", BROKEN: "is broken"}
     return [
         f"{finding.name} {words[finding.state]} ({finding.detail}): {finding.remedy}"

@@ -1,6 +1,6 @@
-"""What a machine's GPUs, memory and decoders have against a run: one line each.
+"""Problems of a machine's GPUs, memory and decoders, one line each.
 
-A check of a recipe yields its lines, and imports what it needs itself.
+A check of a recipe yields lines, and does its own imports.
 """
 
 import subprocess
@@ -14,18 +14,18 @@ from nemo_care.process.environment import CPU
 from nemo_care.recipe.schema import Recipe
 
 _GIB = 2**30
-# Of a GPU's or the host's memory: what drivers and the operating system take is less.
+# Share of GPU or host memory; drivers and the operating system use less.
 _LARGEST_SHARE_IN_USE = 0.1
 _SMALLEST_SHARE_AVAILABLE = 0.2
 _QUERY_SECONDS = 60
 _ALL_REDUCE_SECONDS = 300
 _ALL_REDUCE_ELEMENTS = 2**24
-# Counts that a healthy GPU has none of, as nvidia-smi names them; one that a GPU lacks is "[N/A]".
+# Error counters that are 0 on a healthy GPU, by nvidia-smi's names; "[N/A]" if a GPU has none.
 _NO_ERRORS = {
     "ecc.errors.uncorrected.volatile.total": "uncorrected ECC errors since the last reset",
     "remapped_rows.failure": "failed memory row remappings",
-    "remapped_rows.pending": "memory row remappings that wait for a reset",
-    "retired_pages.pending": "memory pages that wait for their retirement",
+    "remapped_rows.pending": "memory row remappings pending a reset",
+    "retired_pages.pending": "memory pages pending retirement",
 }
 
 
@@ -33,7 +33,7 @@ _NO_ERRORS = {
 
 
 def gpu_problems(recipe: Recipe) -> list[str]:
-    """Too few GPUs, used or broken ones, or ones that can't talk to each other."""
+    """Report too few GPUs, GPUs that are in use or broken, or that can't communicate."""
     import torch
 
     wanted, found = recipe.trainer.devices, torch.cuda.device_count()
@@ -42,12 +42,12 @@ def gpu_problems(recipe: Recipe) -> list[str]:
             f"{found} usable GPUs, but trainer.devices={wanted} ({CPU}=1 is for runs without GPUs)"
         ]
     problems = gpu_memory_problems(wanted) + gpu_error_problems()
-    # An all-reduce on a GPU that is known to be bad may hang for its whole time.
+    # An all-reduce on a GPU that is known to be bad can hang until its timeout.
     return problems or all_reduce_problems(wanted, "nccl")
 
 
 def gpu_memory_problems(count: int) -> list[str]:
-    """GPUs of which another process holds memory, or which do not answer."""
+    """Report GPUs whose memory another process uses, or which do not respond."""
     import torch
 
     problems = []
@@ -55,7 +55,7 @@ def gpu_memory_problems(count: int) -> list[str]:
         try:
             free, total = torch.cuda.mem_get_info(place)
         except RuntimeError as error:
-            problems.append(f"GPU {place} does not answer: {str(error).splitlines()[0]}")
+            problems.append(f"GPU {place} does not respond: {str(error).splitlines()[0]}")
             continue
         if total - free > _LARGEST_SHARE_IN_USE * total:
             problems.append(
@@ -66,7 +66,7 @@ def gpu_memory_problems(count: int) -> list[str]:
 
 
 def gpu_error_problems() -> list[str]:
-    """Errors that nvidia-smi counts on this machine's GPUs; empty where there are none."""
+    """Return the errors that nvidia-smi counts on this machine's GPUs."""
     command = ["nvidia-smi", f"--query-gpu=index,{','.join(_NO_ERRORS)}"]
     try:
         done = subprocess.run(
@@ -77,14 +77,14 @@ def gpu_error_problems() -> list[str]:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return [f"nvidia-smi does not answer: {error}"]
+        return [f"nvidia-smi does not respond: {error}"]
     if done.returncode:
         return [f"nvidia-smi fails: {' '.join((done.stdout + done.stderr).split())}"]
     return gpu_errors(done.stdout)
 
 
 def gpu_errors(table: str) -> list[str]:
-    """What is wrong by the lines that nvidia-smi prints for the query above."""
+    """Return the errors in the lines that nvidia-smi prints for the query above."""
     problems = []
     for line in table.strip().splitlines():
         index, *counts = (cell.strip() for cell in line.split(","))
@@ -95,7 +95,7 @@ def gpu_errors(table: str) -> list[str]:
 
 
 def all_reduce_problems(count: int, backend: str) -> list[str]:
-    """Sum a tensor over the GPUs of this machine, in a process for each."""
+    """Sum a tensor over the GPUs of this machine, with one process per GPU."""
     from torch.multiprocessing.spawn import ProcessException, spawn
 
     with tempfile.TemporaryDirectory(prefix="nemo-care-") as folder:
@@ -103,7 +103,7 @@ def all_reduce_problems(count: int, backend: str) -> list[str]:
             context = spawn(_reduce, (count, backend, f"{folder}/store"), nprocs=count, join=False)
             assert context is not None
             deadline = time.monotonic() + _ALL_REDUCE_SECONDS
-            # It returns whenever a process has ended; True when it was the last.
+            # `join` returns whenever a process has ended; True after the last.
             while not context.join(timeout=1):
                 if time.monotonic() > deadline:
                     for process in context.processes:
@@ -142,7 +142,7 @@ def _reduce(rank: int, count: int, backend: str, store: str) -> None:
 
 
 def host_memory_problems() -> list[str]:
-    """Most of this machine's memory is in use."""
+    """Report that most of this machine's memory is in use."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -155,7 +155,7 @@ def host_memory_problems() -> list[str]:
 
 
 def decoding_problems() -> list[str]:
-    """Why no video can be decoded here; empty where one was."""
+    """Report why no video can be decoded here; empty if one was decoded."""
     try:
         import torch
 

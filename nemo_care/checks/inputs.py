@@ -1,6 +1,6 @@
-"""What a recipe's inputs have against a run: checkpoint, tokenizer, layout, rewards, data.
+"""Checks of a recipe's inputs: checkpoint, tokenizer, layout, rewards, data.
 
-Each check raises an InputError that names key or file and the remedy.
+Each check raises an InputError that names the key or file and the remedy.
 """
 
 import os
@@ -25,24 +25,24 @@ from nemo_care.training.model_source import evaluated_model, judging_model
 
 
 def layout(recipe: Recipe) -> None:
-    """A layout that does not divide the model."""
+    """Reject a layout that does not divide the model."""
     check_layout(read_family(recipe.model.hf_path).architecture, Layout.of(recipe))
 
 
 def eight_bits(recipe: Recipe) -> None:
-    """8-bit products that the model's layers can't have."""
+    """Reject 8-bit products that the model's layers can't have."""
     architecture = read_family(recipe.model.hf_path).architecture
     check_fp8(recipe.model.precision.fp8, architecture, Layout.of(recipe))
 
 
 def prompts(recipe: Recipe) -> None:
-    """A tokenizer or prompt template that makes no prompts."""
+    """Reject a tokenizer or prompt template that can't make prompts."""
     prompt = read_family(recipe.model.hf_path).prompt
     PromptBuilder(recipe.data, prompt, load_tokenizer(recipe.model.hf_path, prompt))
 
 
 def levels(recipe: Recipe) -> None:
-    """No levels to evaluate on, or names that can't be files."""
+    """Reject missing validation levels, or names that can't be file names."""
     if not recipe.data.validation.annotations:
         raise InputError(
             "data.validation.annotations has no value: name a file of samples for each level to "
@@ -52,7 +52,7 @@ def levels(recipe: Recipe) -> None:
 
 
 def evaluated(recipe: Recipe) -> None:
-    """Foreign weights to evaluate or to judge with."""
+    """Reject weights to evaluate or judge with that do not fit the model."""
     family = read_family(recipe.model.hf_path)
     for source in (evaluated_model(recipe), judging_model(recipe)):
         if source is not None:
@@ -60,13 +60,13 @@ def evaluated(recipe: Recipe) -> None:
 
 
 def checkpoint(recipe: Recipe) -> None:
-    """A checkpoint that can't be read here."""
+    """Reject a checkpoint that can't be read here."""
     read_family(recipe.model.hf_path)
     check_weights(recipe.model.hf_path)
 
 
 def data_roots(recipe: Recipe) -> Iterator[str]:
-    """Folders of data that can't be read here."""
+    """Report data folders that can't be read here."""
     train, validation = recipe.data.train, recipe.data.validation
     roots = set()
     if train.sources is not None or train.root is not None:
@@ -80,11 +80,11 @@ def data_roots(recipe: Recipe) -> Iterator[str]:
 
 
 def training_data(recipe: Recipe, writes: bool) -> TrainingData | None:
-    """Annotations of training that a run would refuse.
+    """Reject training annotations that a run would reject.
 
-    Returns the training data; None for a miniature that is not written yet.
+    Returns the training data; None for a miniature that has not been written yet.
     """
-    # The parts can be asked one by one: without a source there is nothing to read.
+    # Probes can run separately: without a source there is nothing to read.
     check_training(recipe)
     sources = training_sources(recipe.data)
     there = [_is_there(source.kind, source.root, writes) for source in sources]
@@ -92,9 +92,9 @@ def training_data(recipe: Recipe, writes: bool) -> TrainingData | None:
 
 
 def validation_data(recipe: Recipe, writes: bool) -> dict[str, Annotations]:
-    """Annotations of validation that a run would refuse.
+    """Reject validation annotations that a run would reject.
 
-    Returns the samples of the levels; none for a miniature that is not written yet.
+    Returns the samples of the levels; empty for a miniature that has not been written yet.
     """
     validation = recipe.data.validation
     is_named = bool(validation.annotations) and validation.root is not None
@@ -104,7 +104,7 @@ def validation_data(recipe: Recipe, writes: bool) -> dict[str, Annotations]:
 
 
 def _is_there(kind: str, root: str, writes: bool) -> bool:
-    """Whether a data set can be read now; False only for a miniature that is not written yet."""
+    """Whether a data set can be read now; False only for a miniature not yet written."""
     if writes:
         ensure_files(kind, root)
         return True

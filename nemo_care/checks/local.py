@@ -1,4 +1,4 @@
-"""What the machine that `machine.examine` looked at has against a recipe."""
+"""Checks of a recipe against the machine that `machine.examine` has described."""
 
 from collections.abc import Iterator
 
@@ -9,23 +9,23 @@ from nemo_care.recipe.schema import Recipe
 
 
 def own_gpus(recipe: Recipe, machine: Machine) -> list[GpuState]:
-    """The GPUs that the run would take."""
+    """Return the GPUs that the run would use."""
     return machine.gpus[: recipe.trainer.devices]
 
 
 def devices(recipe: Recipe, machine: Machine) -> Iterator[str]:
-    """Fewer GPUs than the recipe has ranks."""
+    """Report fewer GPUs than the recipe has ranks."""
     wanted, count = recipe.trainer.devices, len(machine.gpus)
     if count and wanted > count:
         gpus = "1 GPU" if count == 1 else f"{count} GPUs"
         yield (
             f"trainer.devices={wanted}, but this machine has {gpus}: set trainer.devices={count} "
-            "with a layout that divides it, or start the run where there are more"
+            "with a layout that divides it, or use a machine with more"
         )
 
 
 def kernels(recipe: Recipe, machine: Machine) -> Iterator[str]:
-    """TransformerEngine or 8-bit products where they can't be had."""
+    """Report TransformerEngine or 8-bit products that are not available."""
     from nemo_care.models.precision import check_gpu, missing_transformer_engine
 
     model = recipe.model
@@ -48,7 +48,7 @@ def kernels(recipe: Recipe, machine: Machine) -> Iterator[str]:
 
 
 def loggers(recipe: Recipe, machine: Machine) -> Iterator[str]:
-    """Loggers and judges whose package is missing."""
+    """Report loggers and judges whose package is missing."""
     asked = {
         "wandb": ("exp_manager.create_wandb_logger=true", recipe.exp_manager.create_wandb_logger),
         "mlflow": (
@@ -68,12 +68,12 @@ def _install(remedy: str) -> str:
 
 
 def warnings(recipe: Recipe, machine: Machine) -> Iterator[str]:
-    """What may go wrong, and need not."""
+    """Report possible problems that do not prevent a run."""
     trainer = recipe.trainer
     if trainer.num_nodes > 1:
         yield (
-            f"trainer.num_nodes={trainer.num_nodes}: this is one of the machines, the others were "
-            "not looked at; the preflight of slurm/ asks each of them"
+            f"trainer.num_nodes={trainer.num_nodes}: only this machine was checked; the preflight "
+            "of slurm/ checks each of them"
         )
     if not machine.gpus and trainer.devices > machine.cores:
         yield (

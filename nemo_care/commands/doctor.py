@@ -15,18 +15,18 @@ from nemo_care.process.quiet import quiet_libraries
 from nemo_care.process.screen import one_line, say
 
 CAN_RUN, CAN_NOT = 0, 2
-_DESCRIPTION = """What this machine has for nemo-care: packages, GPUs, kernels, memory, disk, Slurm.
+_DESCRIPTION = """Check this machine for nemo-care: packages, GPUs, kernels, memory, disk, Slurm.
 
-With a recipe: whether a training run of it could start here, and what to change where not. Nothing
-is written, and no rank is started."""
+With a recipe, also check whether a training run of it could start here, and what to change if not.
+Nothing is written and no rank is started."""
 _EPILOG = """examples:
   nemo-care doctor
   nemo-care doctor --config-name tiny_cpu
   nemo-care doctor --json --config-path my_recipes --config-name mine trainer.devices=8
 
-Everything else goes to the recipe, as in nemo-care train. Exit status: 0 it can run (without a
-recipe: nothing that every run needs is missing); 2 it can't, with a line for each reason; 1 the
-command itself failed."""
+All remaining arguments are those of nemo-care train. Exit status: 0 it can run (without a recipe:
+everything that all runs need is there); 2 it can't, with a line for each reason; 1 the command
+itself failed."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,13 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-plan",
         action="store_true",
-        help="leave out the memory and disk that the recipe needs (the longest part)",
+        help="skip the recipe's memory and disk (the slowest part)",
     )
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line of `nemo-care doctor`; returns the exit status."""
+    """Run the command line of `nemo-care doctor` and return the exit status."""
     options, rest = _parser().parse_known_args(list(arguments))
     quiet_libraries()
     # Packages may print when they are imported.
@@ -64,19 +64,19 @@ def _fit(machine: Machine, rest: Sequence[str], plans: bool) -> Fit:
     from nemo_care.commands.start import import_from_working_directory
     from nemo_care.recipe.compose import compose_recipe
 
-    # A recipe may name rewards that lie here.
+    # A recipe can name reward functions from the working directory.
     import_from_working_directory()
     try:
         recipe = compose_recipe(rest)
         if recipe is None:
-            raise InputError("--cfg only prints a recipe: leave it out, or use nemo-care train")
+            raise InputError("--cfg only prints a recipe: omit it, or use nemo-care train")
     except InputError as error:
         return Fit(problems=[str(error)])
     return fit_of(recipe, machine, rest, start_plan if plans else None)
 
 
 def _record(machine: Machine, fit: Fit | None, problems: Sequence[str]) -> dict[str, object]:
-    """The same as plain values; keys are part of the command's contract."""
+    """Return the results as plain values; the keys are part of the command's contract."""
     return {
         "can_run": not problems,
         "problems": list(problems),
@@ -101,12 +101,12 @@ def _show(machine: Machine, fit: Fit | None, problems: Sequence[str]) -> None:
         for fact in fit.facts:
             say(one_line(fact))
         for warning in fit.warnings:
-            say(one_line(f"mind: {warning}"))
+            say(one_line(f"warning: {warning}"))
         say("this recipe can run here" if not problems else "this recipe can't run here:")
     elif problems:
-        say("nothing can run here:")
+        say("no recipe can run here:")
     else:
-        say("all that every run needs is here")
+        say("everything that all runs need is here")
     for problem in problems:
         say(one_line(f"  {problem}"))
 

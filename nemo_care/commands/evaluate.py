@@ -1,10 +1,10 @@
-"""Entry of an evaluation: a model answers the validation samples, and its answers are judged.
+"""The command `nemo-care evaluate`: a model answers the validation samples and is judged.
 
     nemo-care evaluate --config-name tiny_cpu evaluation.checkpoint=runs/tiny_cpu
     python -m nemo_care evaluate --config-name tiny_cpu trainer.devices=2
     torchrun --nproc-per-node 8 -m nemo_care evaluate --config-name MY_RECIPE
 
-Each model replica takes its share of the samples; rank 0 writes what came of them, batch by batch.
+Each model replica takes its share of the samples; rank 0 writes the results, batch by batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Run the command line of `nemo-care evaluate`; returns the exit status."""
+    """Run the command line of `nemo-care evaluate` and return the exit status."""
     return start(_COMMAND, arguments)
 
 
@@ -46,13 +46,13 @@ def _check(recipe: Recipe) -> "RunData":
 
 
 def run_evaluation(recipe: Recipe, ranks: "Ranks", checked: "RunData | None" = None) -> None:
-    """Evaluate as one rank, from start to end; goes on where the run directory's rows end.
+    """Evaluate on one rank from start to end; resumes after the rows in the run directory.
 
-    `checked` is what the check of the inputs has read, where rank 0 has got it.
+    `checked` is the data that the check of the inputs has read; it is available on rank 0 only.
 
     Raises:
-        InputError: the run directory is in use, or holds rows that other settings made, a model
-            does not fit, or more of a level than data.max_skipped_fraction can't be used.
+        InputError: the run directory is in use or holds rows from other settings, the model does
+        not fit, or more of a level than data.max_skipped_fraction can't be used.
     """
     from nemo_care.runs.directory import hold_run_directory
     from nemo_care.training.experiment import run_directory
@@ -82,7 +82,7 @@ def _evaluate_in(recipe: Recipe, ranks: "Ranks", checked: "RunData | None", fold
         lambda: RunData.read(recipe.data, seed=recipe.trainer.seed, trains=False),
     ).levels
     files = EvaluationFiles(folder, levels)
-    # A run may write a newer checkpoint at any time: one rank looks.
+    # A run can write a newer checkpoint at any time: only one rank looks for it.
     model, reference = ranks.from_rank_zero(
         lambda: (evaluated_model(recipe), judging_model(recipe))
     )
@@ -97,7 +97,7 @@ def _evaluate_in(recipe: Recipe, ranks: "Ranks", checked: "RunData | None", fold
 
     incomplete = ranks.from_rank_zero(begin)
     asks = recipe.evaluation.judge == "llm"
-    # Those of earlier starts only: what failed a moment ago would fail again.
+    # Only completions of earlier starts: what has just failed would fail again.
     missing = unjudged(files) if asks and ranks.rank == 0 else {}
     if incomplete:
         workers = DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader)
@@ -125,7 +125,7 @@ def _build(
     source: "ModelSource",
     reference: "ModelSource | None",
 ) -> "Evaluator":
-    """The evaluator of the checkpoint, with its judge; collective over all ranks."""
+    """Build the evaluator of the checkpoint, with its judge; collective over all ranks."""
     from nemo_care.data.loader import PromptLoader
     from nemo_care.data.prompts import PromptBuilder
     from nemo_care.data.tokenizer import load_tokenizer
@@ -174,7 +174,7 @@ def _ask_all(
     levels: "Mapping[str, Annotations]",
     evaluator: "Evaluator",
 ) -> None:
-    """Ask every sample without a row, and write what comes of it."""
+    """Evaluate every sample that has no row yet, and write the results."""
     from tqdm import tqdm
 
     done = ranks.from_rank_zero(
@@ -203,19 +203,19 @@ def _check_skipped(
 ) -> None:
     from nemo_care.data.samples import too_many_skipped
 
-    # Of a level that is cut short, bad lines may lie behind the cut; reading has checked them.
+    # If a level is cut short, its bad lines can be after the cut; reading has checked them.
     bad = 0 if recipe.data.validation.samples_per_level else len(annotations.bad)
     count, total = len(skipped) + bad, len(annotations.samples) + bad
     if skipped and too_many_skipped(count, total, recipe.data.max_skipped_fraction):
         raise InputError(
             f"{count} of {total} samples of level {level} can't be used, more than "
-            f"data.max_skipped_fraction={recipe.data.max_skipped_fraction:g} allows; mend them and "
-            f"start again; the first is {skipped[0].sample_id}: {skipped[0].reason}"
+            f"data.max_skipped_fraction={recipe.data.max_skipped_fraction:g} allows; fix them "
+            f"and start again; the first is {skipped[0].sample_id}: {skipped[0].reason}"
         )
 
 
 def _show(files: "EvaluationFiles") -> None:
-    """The table of results, and where things lie."""
+    """Print the table of results, and where the files are."""
     from nemo_care.reporting.tables import evaluation_table, measures_table
 
     results: dict[str, Any] = files.results() or {}
@@ -232,7 +232,7 @@ _COMMAND = Command(
     name="evaluate",
     purpose="""\
 Evaluate a model on the samples of data.validation: one completion each, its accuracy and whether
-its reasoning supports its answer. An evaluation goes on where it was stopped.""",
+its reasoning supports its answer. An interrupted evaluation resumes where it stopped.""",
     examples=(
         "evaluation.checkpoint=runs/mine",
         "evaluation.judge=likelihood evaluation.temperature=0",

@@ -1,4 +1,4 @@
-"""Export a checkpoint of a run, whatever layout wrote it, as a Hugging Face directory."""
+"""Export a run's checkpoint, whichever layout wrote it, as a Hugging Face directory."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from nemo_care.runs.lock import LOCK, run_lock
 def export(source: Path, out: Path, base: Path | None = None) -> None:
     """Write the policy of `source` (a run directory or one of its checkpoints) to `out`.
 
-    Its configuration and tokenizer are those of the folder that the run started from, or of `base`
-    where that has moved.
+    Configuration and tokenizer are copied from the folder that the run started from, or from `base`
+    if that folder has moved.
 
     Raises:
         InputError: `source` holds no checkpoint, `out` exists, or the folder that the run started
-            from is not there any more, can't be used or does not fit the checkpoint.
+        from is missing, can't be used or does not fit the checkpoint.
     """
     quiet_libraries()
     from nemo_care.checkpoints.run_recipe import recipe_of_run
@@ -30,7 +30,7 @@ def export(source: Path, out: Path, base: Path | None = None) -> None:
 
     checkpoint = find_checkpoint(source)
     recipe = recipe_of_run(run_of(checkpoint), [checkpoint])
-    # A checkpoint fits any kernels, and this machine may have no GPU.
+    # The checkpoint does not depend on the kernels, and this machine may have no GPU.
     recipe.model.backend = "local"
     recipe.model.precision.fp8.enabled = False
     if out.exists():
@@ -38,8 +38,8 @@ def export(source: Path, out: Path, base: Path | None = None) -> None:
     source_folder, key = (base, "--base") if base else (Path(recipe.model.hf_path), "model.hf_path")
     if base is None and not (source_folder / "config.json").is_file():
         raise InputError(
-            f"model.hf_path={source_folder}: the checkpoint that the run started from is not there "
-            "any more; say with --base DIR where it is now"
+            f"model.hf_path={source_folder}: the checkpoint that the run started from is missing: "
+            "give its present place with --base DIR"
         )
     family = read_family(source_folder, key=key)
     load_tokenizer(source_folder, family.prompt, key=key)
@@ -47,7 +47,7 @@ def export(source: Path, out: Path, base: Path | None = None) -> None:
     weights.check(family)
     folder = out.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
-    # A run exports into its own directory too.
+    # The output can also be inside the run's directory.
     name = LOCK if is_run_directory(folder) else f"{out.name}.lock"
     with run_lock(folder, "export", name=name):
         ranks = Ranks(Layout())

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from nemo_care.planning.work import Efficiency
     from nemo_care.recipe.schema import Recipe
 
-_DESCRIPTION = """Memory, time and communication of a recipe, before it is queued.
+_DESCRIPTION = """Estimate memory, time and communication of a recipe before it is queued.
 
-Every pipeline stage is built without memory in a fake world of as many ranks as the recipe has, and
-the step's own code runs on it. Works on any machine; no GPU is touched."""
+Every pipeline stage is built without memory, in a fake world with the recipe's number of ranks, and
+runs the step's own code. Works on any machine; no GPU is used."""
 _EPILOG = """examples:
   nemo-care plan --config-name tiny_cpu
   nemo-care plan --config-path my_recipes --config-name mine --gpu h200-141gb trainer.num_nodes=4
   nemo-care plan --config-name tiny_cpu --dry-run
 
-Everything else goes to the recipe, as in nemo-care train. Exit status: 0 a plan was made (whether
-it fits is in it: see "fits" with --json); 2 a recipe or layout that can't be used."""
+All remaining arguments are those of nemo-care train. Exit status: 0 a plan was made (whether the
+recipe fits is "fits" with --json); 2 a recipe or layout that can't be used."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,51 +39,60 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="run a step of one rank of each stage, and refuse a recipe that does not fit",
+        help="run a step of one rank of each stage, and reject a recipe that does not fit",
     )
     parser.add_argument(
         "--search",
         action="store_true",
-        help="list the layouts that fit, the fastest first by estimate (minutes)",
+        help="list the layouts that fit, fastest estimate first (takes minutes)",
     )
-    parser.add_argument("--gpus", type=int, help="for --search: how many (default: the recipe's)")
     parser.add_argument(
-        "--limit", type=int, default=5, help="for --search: how many to list (default %(default)s)"
+        "--gpus", type=int, help="for --search: number of GPUs (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=5,
+        help="for --search: number of layouts to list (default %(default)s)",
     )
     parser.add_argument(
         "--gpu", default=DEFAULT_GPU, help=f"one of {', '.join(gpu_names())} (default %(default)s)"
     )
-    parser.add_argument("--gpu-memory-gib", type=float, help="its memory, where it is another")
+    parser.add_argument("--gpu-memory-gib", type=float, help="its memory, if different")
     parser.add_argument(
         "--margin",
         type=float,
         default=0.1,
-        help="share of the memory to leave free for fragmentation (default %(default)s)",
+        help="share of the memory to keep free for fragmentation (default %(default)s)",
     )
     parser.add_argument(
-        "--prompt-tokens", type=int, help="typical prompt, for times (default: one full video)"
+        "--prompt-tokens",
+        type=int,
+        help="typical prompt length, for the times (default: one full video)",
     )
     parser.add_argument(
-        "--completion-tokens", type=int, help="typical completion (default: half of the longest)"
+        "--completion-tokens",
+        type=int,
+        help="typical completion length (default: half of the longest)",
     )
     parser.add_argument(
         "--assume",
         action="append",
         default=[],
         metavar="NAME=NUMBER",
-        help="an efficiency that the times assume, such as flops=0.5; may be repeated",
+        help="an efficiency that the times assume, such as flops=0.5; repeatable",
     )
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Make and print a plan.
+    """Run the command line of `nemo-care plan`: make a plan and print it.
 
     Raises:
         InputError: a recipe, layout or option that can't be used.
     """
     options, rest = _parser().parse_known_args(list(arguments))
-    # The fake world has no GPU, and a login node's is none of its business.
+    # The fake world uses no GPU, not even one of a login node.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from nemo_care.recipe.compose import compose_recipe
 
@@ -132,10 +141,10 @@ def _search(recipe: "Recipe", question: "Question", options: argparse.Namespace)
     from nemo_care.planning.search import search, search_as_json, search_report
     from nemo_care.planning.tables import print_report
 
-    def tell(line: str) -> None:
+    def show(line: str) -> None:
         say(line, file=sys.stderr)
 
-    found = search(recipe, question, options.gpus, options.limit, tell)
+    found = search(recipe, question, options.gpus, options.limit, show)
     if options.json:
         say(json.dumps(search_as_json(found)))
         return
@@ -155,7 +164,7 @@ def _efficiency(assumptions: Sequence[str]) -> "Efficiency":
         try:
             values[name] = float(value)
         except ValueError:
-            raise InputError(f"--assume {item}: {value or 'nothing'} is no number") from None
+            raise InputError(f"--assume {item}: {value or 'nothing'} is not a number") from None
         if values[name] <= 0:
             raise InputError(f"--assume {item}: must be above 0")
     return Efficiency(**values)

@@ -1,10 +1,10 @@
-"""Entry of a replay: a step that a run had left out is computed again, group by group.
+"""The command `nemo-care replay`: recompute a step that a run left out, group by group.
 
     nemo-care replay runs/mine --step 12
     nemo-care replay runs/mine --step 12 trainer.devices=1 model.tensor_model_parallel_size=1
 
-It runs the stored completions, with their media read again, under the newest checkpoint that is not
-newer than the step, in any layout, and says what is finite and what is not. Nothing is trained.
+It runs the stored completions, reading their media again, in any layout, with the newest checkpoint
+that is not newer than the step, and reports what is finite and what is not. Nothing is trained.
 """
 
 import argparse
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from nemo_care.training.policy import Policy
 
 _EPILOG = """\
-Overrides are for what differs from the run, such as the layout (trainer.devices,
-model.tensor_model_parallel_size); the recipe is the run's own. It needs the memory of training."""
+Overrides set what differs from the run, such as the layout (trainer.devices,
+model.tensor_model_parallel_size); the rest is the run's recipe. It needs the memory of training."""
 
 
 @dataclass
 class GroupReplay:
-    """What one rank saw of one group.
+    """The results of one group on one rank.
 
-    `module` is the first whose output was not finite; `parameters` have such a gradient, in forward
-    order. `loss` (summed over the completions; perhaps not finite) and `bad_completions` are known
-    on the last stage.
+    `module` is the first module whose output was not finite; `parameters` are those whose gradient
+    was not finite, in forward order. `loss` (summed over the completions; can be non-finite) and
+    `bad_completions` are set on the last stage only.
     """
 
     module: str | None = None
@@ -50,17 +50,17 @@ class GroupReplay:
 
     @property
     def is_finite(self) -> bool:
-        """Whether everything was finite that this rank saw."""
+        """Whether everything on this rank was finite."""
         bad = self.module is not None or self.parameters or self.bad_completions
         return not bad and (self.loss is None or math.isfinite(self.loss))
 
 
 def replay(arguments: Sequence[str]) -> int:
-    """Run the command line of `nemo-care replay`; returns the exit status."""
+    """Run the command line of `nemo-care replay` and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="nemo-care replay",
-        description="Compute a step again that a run had left out because of numbers that are not "
-        "finite, and say for each group and completion what is finite and what is not.",
+        description="Recompute a step that a run left out because of non-finite numbers, and "
+        "report for each group and completion what is finite and what is not.",
         epilog=_EPILOG,
     )
     parser.add_argument("run", type=Path, help="the run directory")
@@ -83,7 +83,7 @@ def replay(arguments: Sequence[str]) -> int:
 
 
 def _recipe(run: Path, overrides: Sequence[str]) -> Recipe:
-    """The run's, without its engines, which fit its own layout: nothing is sampled here."""
+    """Return the run's recipe without its vLLM engines, since nothing is sampled here."""
     recipe = recipe_of_run(run, overrides=overrides)
     recipe.rollout.backend, recipe.rollout.asynchronous = "megatron", False
     return recipe
@@ -99,15 +99,15 @@ def _check(recipe: Recipe, run: Path, step: int) -> None:
         found = (step_of_file(path) for path in file.parent.glob("step_*.json"))
         stored = sorted(step for step in found if step is not None)
         raise InputError(
-            f"{run}: step {step} was not left out; such steps of this run: "
+            f"{run}: step {step} was not left out; steps left out in this run: "
             f"{', '.join(map(str, stored)) or 'none'}"
         )
-    read_groups(file)  # what is wrong with it is said once here, and not by every rank
+    read_groups(file)  # reports a fault once, not on every rank
     check_training_inputs(recipe)
 
 
 def _replay(recipe: Recipe, ranks: "Ranks", run: Path, step: int) -> None:
-    """Replay as one rank, from start to end."""
+    """Replay on one rank, from start to end."""
     from nemo_care.data.tokenizer import load_tokenizer
     from nemo_care.groups.batching import BatchLayout
     from nemo_care.groups.files import read_groups
@@ -120,7 +120,7 @@ def _replay(recipe: Recipe, ranks: "Ranks", run: Path, step: int) -> None:
     about, stored = read_groups(file)
     if len(stored) % ranks.data_size:
         raise InputError(
-            f"the {len(stored)} groups of the step can't be dealt to {ranks.data_size} model "
+            f"the {len(stored)} groups of the step can't be spread over {ranks.data_size} model "
             "replicas: set trainer.devices to another number of ranks"
         )
     checkpoint = ranks.from_rank_zero(lambda: _checkpoint_until(run, step))
@@ -148,7 +148,7 @@ def _replay(recipe: Recipe, ranks: "Ranks", run: Path, step: int) -> None:
 
 
 def _checkpoint_until(run: Path, step: int) -> Path | None:
-    """The newest checkpoint that is not newer than the step; None: only the start is there."""
+    """Return the newest checkpoint not newer than the step; None for the run's start."""
     from nemo_care.checkpoints.store import list_checkpoints, step_of
 
     found = list_checkpoints(run / "checkpoints")
@@ -157,7 +157,7 @@ def _checkpoint_until(run: Path, step: int) -> Path | None:
 
 
 def _restore(recipe: Recipe, family: Any, tokenizer: Any, stored: Sequence["StoredGroup"]) -> Any:
-    """The groups, with their prompts made again."""
+    """Rebuild the groups, with their prompts."""
     from nemo_care.data.mixing import SampleOrder
     from nemo_care.data.prompts import PromptBuilder
     from nemo_care.data.sources import read_training
@@ -178,7 +178,7 @@ def _not_finite_weights(model: "torch.nn.Module") -> list[str]:
 
 @contextmanager
 def _first_bad_module(model: "torch.nn.Module") -> Iterator[list[str]]:
-    """Collects the modules whose output is not finite, in the order in which they run."""
+    """Collect the modules whose output is not finite, in the order in which they run."""
     import torch
 
     found: list[str] = []
@@ -205,9 +205,9 @@ def _first_bad_module(model: "torch.nn.Module") -> Iterator[list[str]]:
 
 
 def _look_at(policy: "Policy", group: "Group", count: "torch.Tensor") -> GroupReplay:
-    """Loss and gradient of one group alone; all ranks call it with their replica's.
+    """Compute loss and gradient of one group; every rank calls it with its replica's group.
 
-    `count` is the loss's count of the whole step.
+    `count` is the loss's count over the whole step.
     """
     from nemo_care.runs.metrics import LOSS
 
@@ -215,7 +215,7 @@ def _look_at(policy: "Policy", group: "Group", count: "torch.Tensor") -> GroupRe
     look = policy.gradients.look
 
     def look_closely() -> None:
-        # Before the gradients of the replicas, each with a group of its own, are summed.
+        # Before gradients are summed over the replicas, each of which has a different group.
         look()
         seen.parameters = policy.gradients.parameters_not_finite()
 
@@ -241,7 +241,7 @@ def _report(
     everyone: Sequence[tuple[int, list[str], list[GroupReplay]]],
     norm: float,
 ) -> Iterator[str]:
-    """The lines of the answer."""
+    """Yield the lines of the report."""
     from nemo_care.training.step_watch import why
 
     yield f"then: step {about['step']}, update {about['update'] + 1} of its rollouts was left out, "
@@ -266,7 +266,7 @@ def _report(
     )
     if fine and math.isfinite(norm):
         yield (
-            "everything is finite now: look for what differs from then (weights above, hardware, "
+            "everything is finite now: look for what has changed since (weights above, hardware, "
             "precision)"
         )
 
@@ -283,13 +283,13 @@ def _weights_lines(run: Path, checkpoint: Path | None, about: dict[str, Any]) ->
         yield f"weights: {name}, as in the step itself ({made} optimizer steps)"
     else:
         yield (
-            f"weights: {name}, after {made} optimizer steps; the step that failed had those after "
-            f"{needed}, which no checkpoint has: what it met may not show"
+            f"weights: {name}, after {made} optimizer steps; the failed step used those after "
+            f"{needed}, which no checkpoint has: the fault may not appear"
         )
 
 
 def _group_lines(group: "StoredGroup", seen: Sequence[tuple[int, GroupReplay]]) -> Iterator[str]:
-    """A group's answer, from all ranks of its replica."""
+    """Yield a group's lines, from all ranks of its replica."""
     losses = [of_rank.loss for _, of_rank in seen if of_rank.loss is not None]
     bad_now = {number for _, of_rank in seen for number in of_rank.bad_completions}
     completions = group.record["completions"]

@@ -1,12 +1,12 @@
-"""How a command becomes ranks: a recipe is composed, checked, and run by every rank.
+"""How a command starts its ranks: compose a recipe, check it, and run it on every rank.
 
     nemo-care COMMAND --config-name RECIPE [key=value ...]
     python -m nemo_care COMMAND ...                  the same
     torchrun --nproc-per-node 8 -m nemo_care COMMAND ...
 
 Started by hand with more than one device, the process starts the ranks itself. Started by
-torchrun, or by srun with a task per rank, it is one of them. Started by srun with a task per
-machine (as slurm/ does), it starts the ranks of its own and meets the other starters.
+torchrun, or by srun with one task per rank, it is one of them. Started by srun with one task per
+machine (as slurm/ does), it starts the ranks of its machine and joins the other starters.
 """
 
 import os
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
     from nemo_care.ranks.process_groups import Ranks
     from nemo_care.ranks.slurm import Node
 
-# What the starter's check has read of the annotations, beside the recipe.
+# What the starter's check has read of the annotations, stored beside the recipe.
 _DATA = "data.pickle"
 
 
 @dataclass(frozen=True)
 class Command:
-    """What ranks are started for.
+    """A subcommand that runs on ranks.
 
-    `name` is that of the subcommand. `check` refuses (with an InputError) what
-    can't work, before any rank starts, and returns the samples that it has read for the run; `run`
-    does the work of one rank, and gets those samples on rank 0, unless the check was made on
-    another machine. `compose` makes the recipe of the command line; ranks that this command starts
-    get that recipe, and `rank_arguments` as theirs.
+    `name` is the subcommand's name. `check` runs before any rank starts: it raises an InputError
+    for what can't work, and returns the samples that it has read. `run` does the work of one rank;
+    rank 0 gets those samples, unless the check ran on another machine. `compose` makes the recipe
+    from the command line; ranks that this command starts get that recipe, and `rank_arguments` as
+    their command line.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Command:
 
 
 def start(command: Command, arguments: Sequence[str]) -> int:
-    """Run the command line of `nemo-care COMMAND`; returns the exit status."""
+    """Run the command line of `nemo-care COMMAND` and return the exit status."""
     if {"-h", "--help"} & set(arguments):
         say(_help(command))
         return 0
@@ -72,10 +72,10 @@ def start(command: Command, arguments: Sequence[str]) -> int:
 
 
 def import_from_working_directory() -> None:
-    """Let a recipe name rewards that lie where the command is started, however it is started.
+    """Let a recipe name reward functions in the working directory, however the command is started.
 
-    `python -m`, and so torchrun and our own ranks, begin their path there; the command
-    `nemo-care` begins it with the folder that holds the command.
+    With `python -m`, and therefore torchrun and our own ranks, the import path begins with that
+    directory; with `nemo-care` it begins with the folder of the command.
     """
     folder = os.getcwd()
     if folder not in sys.path:
@@ -90,11 +90,11 @@ def _help(command: Command) -> str:
 {command.purpose}
 
   --config-name RECIPE  one of {", ".join(recipe_names())}, or a recipe of FOLDER
-  --config-path FOLDER  a folder with recipes of your own, which may inherit ours
+  --config-path FOLDER  a folder with your own recipes, which can inherit these
   --cfg job             print the resolved recipe and stop (all of its keys)
   key=value             override a key, for example
 {examples}
-  GROUP=FILE            take another file of a group, or with + before it one more:
+  GROUP=FILE            choose another file of a group, or add one with +:
                           data=video_r1 layout=7b_1x8_h100 +ablation=grpo
 
 All keys with types, defaults and ranges: python -m nemo_care.recipe.docs (docs/recipe.md).
@@ -118,20 +118,20 @@ def _main(command: Command, arguments: list[str]) -> None:
     recipe = command.compose(arguments)
     if recipe is None:
         return
-    import_lightly()  # takes seconds, and what the command line lacks is said at once
+    import_lightly()  # takes seconds, so errors of the command line come first
     trainer = recipe.trainer
-    # Before the ranks, which inherit it, are started.
+    # Before the ranks start, because they inherit it.
     allow_open_files(trainer.devices * trainer.num_nodes)
     node = node_to_start(trainer.devices, trainer.num_nodes)
     if node is not None:
         data = None
         # The other machines' ranks wait for those of the first.
         if node.place == 0:
-            # What is done already, the ranks of all machines find out together.
+            # The ranks of all machines find out together whether it is already done.
             with suppress(AlreadyDone):
                 data = command.check(recipe)
         with _for_ranks(recipe, data):
-            del data  # the starter waits, and needs no samples
+            del data  # the starter only waits and needs no samples
             _start_ranks(command, recipe, node)
         return
     if environment is not None:
@@ -140,7 +140,7 @@ def _main(command: Command, arguments: list[str]) -> None:
     if trainer.num_nodes > 1:
         raise InputError(
             f"trainer.num_nodes={trainer.num_nodes}: start the run on several machines with "
-            "slurm/, srun or torchrun; this command alone starts the ranks of one"
+            "slurm/, srun or torchrun; this command alone starts only one machine's ranks"
         )
     data = command.check(recipe)
     if trainer.devices == 1:
@@ -153,7 +153,7 @@ def _main(command: Command, arguments: list[str]) -> None:
 
 @contextmanager
 def _for_ranks(recipe: Recipe, data: "RunData | None") -> Iterator[None]:
-    """What ranks of this machine take over, instead of composing and reading it again."""
+    """Hand the recipe and data to this machine's ranks, which need not read them again."""
     with tempfile.TemporaryDirectory(prefix="nemo-care-") as folder:
         file = Path(folder) / "recipe.yaml"
         file.write_text(recipe_yaml(recipe))
@@ -182,10 +182,10 @@ def _run_rank(
     *,
     checked: bool,
 ) -> None:
-    """Be one rank, from start to end.
+    """Run one rank, from start to end.
 
-    `checked`: the process that started this rank has checked the recipe's inputs, and may have
-    read `data` of them; torchrun and srun have not.
+    `checked`: the process that started this rank has checked the recipe's inputs and may have read
+    `data` of them. With torchrun and srun no process has.
     """
     from nemo_care.checks.recipe import check_world_size
     from nemo_care.ranks.process_groups import Layout, Ranks
@@ -194,18 +194,18 @@ def _run_rank(
     ranks = Ranks(Layout.of(recipe), environment, cpu_threads=recipe.trainer.cpu_threads)
     try:
         if not checked:
-            # The files are the same for all ranks, so one of them reads them.
+            # The files are the same for all ranks, so rank 0 reads them.
             data = _checked_by_one(command, recipe, ranks)
         command.run(recipe, ranks, data)
     except (RunStopped, AlreadyDone):
-        # All ranks stop together. One that leaves with open groups may die of it instead.
+        # All ranks end together: one that exits with open groups can crash.
         ranks.close()
         raise
     ranks.close()
 
 
 def _checked_by_one(command: Command, recipe: Recipe, ranks: "Ranks") -> "RunData | None":
-    """Check the recipe's inputs on rank 0, which alone gets what was read."""
+    """Check the recipe's inputs on rank 0, which alone gets the data that was read."""
     data: list[RunData | None] = [None]
 
     def check() -> None:

@@ -21,9 +21,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nemo-care study",
         description="Train variants of a recipe with several seeds each, and write tables, "
-        "figures and a page of what came out: study.html, study.md, study.json, and "
-        "results.jsonl with all numbers of each run. Runs that are done are not run again, and an "
-        "unfinished one goes on from its newest checkpoint.",
+        "figures and a page of the results: study.html, study.md, study.json, and results.jsonl "
+        "with all numbers of each run. Completed runs are not repeated, and an unfinished run "
+        "resumes from its newest checkpoint.",
     )
     parser.add_argument(
         "--config-name",
@@ -36,10 +36,10 @@ def _parser() -> argparse.ArgumentParser:
         "--config-path",
         "-cp",
         metavar="DIR",
-        help="a folder with studies of your own (there or in its studies/) and recipes of your own",
+        help="a folder with your own studies (there or in its studies/) and recipes",
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at the same time (default: one per core)"
+        "--jobs", type=int, metavar="N", help="number of concurrent runs (default: one per core)"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/STUDY")
     parser.add_argument(
@@ -49,14 +49,14 @@ def _parser() -> argparse.ArgumentParser:
         "--results",
         type=Path,
         metavar="FILE",
-        help="train nothing: tables and figures of this results.jsonl",
+        help="train nothing: make tables and figures from this results.jsonl",
     )
     parser.add_argument(
         "--docs",
         type=Path,
         metavar="FILE",
         help="a Markdown file whose blocks <!-- study:NAME --> ... <!-- /study:NAME --> get the "
-        f"fresh tables ({', '.join(BLOCKS)}); figures and results go beside it",
+        f"new tables ({', '.join(BLOCKS)}); figures and results are written beside it",
     )
     return parser
 
@@ -70,9 +70,9 @@ def train_study(
     only: Sequence[str] = (),
     train_command: Sequence[str] | None = None,
 ) -> tuple[list[Result], list[Failure]]:
-    """Train what is not trained yet; gives the results of all runs that are done.
+    """Train what is not trained yet, and return the results of all completed runs.
 
-    Runs lie in `out/runs/VARIANT-seedSEED`. `train_command` stands in for
+    Runs are in `out/runs/VARIANT-seedSEED`. `train_command` replaces
     `python -m nemo_care.train`.
 
     Raises:
@@ -104,15 +104,15 @@ def run_study(
 ) -> list[Failure]:
     """Train a study, or read its results, and publish them.
 
-    Returns the runs that failed: the others go on, and the command line then exits with 1.
+    Returns the runs that failed. The remaining runs continue; the command line then exits with 1.
 
     Raises:
-        InputError: a study, results or a page that can't be used; see `train_study` too.
+        InputError: a study, results or a page that can't be used; see also `train_study`.
     """
     file = find_study(name, config_dir)
     study = read_study(file)
     if docs is not None:
-        read_page(docs)  # what is wrong with it is told now, not after hours
+        read_page(docs)  # reports a fault now, not after hours
     failures: list[Failure] = []
     if results_file is not None:
         results = read_results(results_file)
@@ -127,7 +127,7 @@ def run_study(
             train_command=train_command,
         )
     if not results:
-        say("no run is done yet", file=sys.stderr)
+        say("no run is complete yet", file=sys.stderr)
         return failures
     findings = Findings(study, results)
     page = publish(findings, out, file.read_text(encoding="utf-8"))
@@ -141,11 +141,11 @@ def run_study(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.results and (options.only or options.jobs):
-        parser.error("--results trains nothing: leave out --only and --jobs")
+        parser.error("--results trains nothing: omit --only and --jobs")
     from nemo_care.ranks.launch import guarded
 
     def study() -> None:

@@ -1,4 +1,4 @@
-"""Entry of a training run: a recipe becomes a trainer.
+"""The command `nemo-care train`, which makes a trainer from a recipe and runs it.
 
     nemo-care train --config-name tiny_cpu trainer.max_steps=20
     python -m nemo_care.train --config-name tiny_cpu trainer.devices=2 \
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Run the command line of `nemo-care train`; returns the exit status."""
+    """Run the command line of `nemo-care train` and return the exit status."""
     return start(_COMMAND, arguments)
 
 
@@ -41,13 +41,13 @@ def _check(recipe: Recipe) -> "RunData":
 
 
 def _check_folder(recipe: Recipe, folder: Path) -> None:
-    """Refuse a folder in which this recipe can't train; before anything there is written over.
+    """Reject a folder in which this recipe can't train, before anything in it is overwritten.
 
     Raises:
         AlreadyDone: the run is finished.
-        InputError: it is finished, and with another recipe, or can't go on with this one; the
-            folder is not a run's, or holds what trainer.resume=never or lost checkpoints forbid to
-            replace.
+        InputError: the run is finished, with a different recipe; it can't resume with this recipe;
+            or the folder is not a run's, or holds what trainer.resume=never or lost checkpoints
+            protect from being replaced.
     """
     from nemo_care.checkpoints.store import list_checkpoints
     from nemo_care.runs.directory import check_run_directory
@@ -65,11 +65,11 @@ def _check_folder(recipe: Recipe, folder: Path) -> None:
 
 
 def _refuse_fixed(changes: Changes, checkpoint: Path) -> None:
-    """Refuse a change that needs state which the checkpoint has not got."""
+    """Reject a change that needs state which the checkpoint does not have."""
     if changes.get("model.freeze_vision") == [True, False]:
         raise InputError(
             f"model.freeze_vision=false, but {checkpoint} was trained with true and holds no "
-            "optimizer state of the vision tower: leave it, or begin a new run (model.hf_path) "
+            "optimizer state of the vision tower: keep it, or begin a new run (model.hf_path) "
             "from what `nemo-care export` makes of that one"
         )
 
@@ -82,7 +82,7 @@ def _refuse_finished(recipe: Recipe, changes: Changes, folder: Path, newest: Pat
         return
     is_done = f"the run in {folder} is finished with {steps} steps"
     ways = (
-        f"trainer.max_steps above {steps} goes on with it, another exp_manager.explicit_log_dir "
+        f"trainer.max_steps above {steps} continues it, another exp_manager.explicit_log_dir "
         "or exp_manager.name begins a new one"
     )
     others = {key: pair for key, pair in changes.items() if key != "trainer.max_steps"}
@@ -95,9 +95,9 @@ def _refuse_finished(recipe: Recipe, changes: Changes, folder: Path, newest: Pat
 
 
 def _changes(checkpoint: Path, recipe: Recipe) -> Changes | None:
-    """The keys that differ from those of the steps until a checkpoint, without where it is.
+    """Return the keys that differ from the recipe of a checkpoint, except the run's directory.
 
-    None where its recipe can't be used: resuming verifies the checkpoint, and says what is wrong.
+    None if the checkpoint's recipe can't be read: resuming verifies it and reports the fault.
     """
     try:
         before = read_recipe(checkpoint / "recipe.yaml")
@@ -108,13 +108,13 @@ def _changes(checkpoint: Path, recipe: Recipe) -> Changes | None:
 
 
 def _train(recipe: Recipe, ranks: "Ranks", checked: "RunData | None") -> None:
-    """Train as one rank, from start to end."""
+    """Train on one rank, from start to end."""
     with ExitStack() as held:
         _train_in(recipe, ranks, checked, held)
 
 
 def _train_in(recipe: Recipe, ranks: "Ranks", checked: "RunData | None", held: ExitStack) -> None:
-    """Train as one rank; `held` keeps the run directory on rank 0."""
+    """Train on one rank; `held` keeps the run directory locked on rank 0."""
     from nemo_care.checkpoints.store import checkpoint_path
     from nemo_care.data.decoding import DecodingWorkers
     from nemo_care.data.sources import RunData
@@ -130,7 +130,7 @@ def _train_in(recipe: Recipe, ranks: "Ranks", checked: "RunData | None", held: E
     def begin() -> Path:
         folder = run_directory(recipe.exp_manager)
         held.enter_context(hold_run_directory(folder, "train"))
-        # Another run may have ended here since this was checked.
+        # Another run can have ended here since the check.
         _check_folder(recipe, folder)
         _, made = start_experiment(recipe.exp_manager)
         loggers.extend(made)
@@ -167,7 +167,7 @@ def _train_in(recipe: Recipe, ranks: "Ranks", checked: "RunData | None", held: E
 
 
 def _show_end(folder: Path, summary: dict[str, Any]) -> None:
-    """The table start against end, and where things lie."""
+    """Print the table start against end, and where the files are."""
     from nemo_care.reporting.tables import validation_table
 
     screen = console(soft_wrap=True)
@@ -185,9 +185,9 @@ def _show_end(folder: Path, summary: dict[str, Any]) -> None:
 _COMMAND = Command(
     name="train",
     purpose="""\
-Train a policy with GRPO-CARE. A run goes on after the newest checkpoint of its run directory.
-Asked to stop (SIGTERM, SIGUSR1, trainer.max_time_per_run), it saves and exits with status 75; the
-same command goes on from there.""",
+Train a policy with GRPO-CARE. A run resumes from the newest checkpoint of its run directory.
+When asked to stop (SIGTERM, SIGUSR1, trainer.max_time_per_run), it saves and exits with status 75;
+the same command resumes it.""",
     examples=(
         "trainer.max_steps=500",
         "trainer.devices=2 model.tensor_model_parallel_size=2",

@@ -1,1 +1,1 @@
-"""Evaluation: completions, verdicts on them and the forced-reasoning probe, level by level."""
+"""Evaluation by level: completions, verdicts on them, and the forced-reasoning probe."""

@@ -1,4 +1,4 @@
-"""Whether a generator of its own and the model that it samples from agree on the same tokens."""
+"""Check that a separate generator and the model that it samples from agree on the same tokens."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from nemo_care.scoring.scorer import Scorer, Table
 
 
 def check_agreement(scorer: Scorer, groups: Sequence[Group], bound: float) -> None:
-    """Hold sampled log-probabilities against the model's own; all ranks of the replica call it.
+    """Compare sampled log-probabilities with the model's own; all ranks of the replica call it.
 
-    In training every step does that; an evaluation without it would believe whatever an engine
-    with wrong weights or positions says.
+    In training every step does this; without it, an evaluation would accept the output of an engine
+    with wrong weights or positions.
 
     Raises:
         RunFailed: they differ by more than `bound` on average.
@@ -27,7 +27,7 @@ def check_agreement(scorer: Scorer, groups: Sequence[Group], bound: float) -> No
     tables = scorer.score(groups, differences, rows=1, all_tokens=True)
     tokens = sum(completion.length for group in groups for completion in group.completions)
     mean = float(sum(table.sum() for table in tables)) / max(tokens, 1)
-    # NaN has no place in an evaluation either.
+    # NaN is rejected too.
     if not mean <= bound:
         raise RunFailed(
             f"log-probabilities of the first samples' tokens differ by {mean:.4f} on average "

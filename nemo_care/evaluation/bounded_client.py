@@ -1,7 +1,7 @@
-"""A client of OpenAI-compatible endpoints with bounds on the time and the size of each reply.
+"""A client of OpenAI-compatible endpoints that limits the time and the size of each reply.
 
-The package openai bounds the silence between two pieces of a reply, and neither the whole time nor
-the size: an endpoint that sends a byte now and then holds a request for ever, and a small
+The package openai limits the silence between two pieces of a reply, but neither the total time nor
+the size: an endpoint that sends a byte now and then blocks a request forever, and a small
 compressed reply can fill the memory.
 """
 
@@ -11,22 +11,23 @@ import threading
 from typing import Any
 
 MOST_BYTES = 4 * 2**20
-"""Of one reply. The longest chat completions have some hundred thousand."""
+"""Size limit of one reply. The longest chat completions have some hundred thousand bytes."""
 
 ODD_REPLY = "nemo_care.odd_reply"
-"""The extension of a response without a body, which says why it was not read."""
+"""The extension of a response without a body, with the reason why it was not read."""
 
 _NO_LONGER_TRUE = ("content-encoding", "content-length", "content-type", "transfer-encoding")
 
 
 class BoundedClient:
-    """Makes requests in an event loop of its own; any thread may ask, and waits.
+    """Makes requests in its own event loop; any thread can call it, and waits.
 
-    Cancelling is what ends a request on time, whether it connects, waits for headers or reads.
+    A request is ended on time by cancelling it, whether it is connecting, waiting for headers or
+    reading.
     """
 
     def __init__(self, *, base_url: str | None, key: str, max_retries: int, seconds: float) -> None:
-        """`seconds` bound one attempt, from connecting to the reply's last byte.
+        """Limit an attempt to `seconds`, from connecting to the reply's last byte.
 
         Raises:
             ImportError: the package openai is missing.
@@ -34,37 +35,37 @@ class BoundedClient:
         from openai import AsyncOpenAI, Timeout
 
         self._loop = asyncio.new_event_loop()
-        # A request that hangs must not hold up the interpreter's end.
+        # A request that hangs must not delay the interpreter's exit.
         self._thread = threading.Thread(
             target=self._loop.run_forever, daemon=True, name="llm-endpoint"
         )
         self._thread.start()
         self._openai = AsyncOpenAI(
             base_url=base_url,
-            # Without one, openai would take OPENAI_API_KEY, which is not for this endpoint.
+            # Without a key, openai would use OPENAI_API_KEY, which is not for this endpoint.
             api_key=key or "none",
             max_retries=max_retries,
-            # An address where nobody answers is another fault than a model that takes long.
+            # An unreachable address is a different fault than a slow model.
             timeout=Timeout(seconds, connect=seconds / 2),
             default_headers={"Accept-Encoding": "identity"},
             http_client=_bounded_http_client(seconds),
         )
 
     def chat(self, **request: Any) -> Any:
-        """The response to a request for a chat completion, of whatever kind it is.
+        """Return the response to a chat completion request, whatever its content.
 
-        Its extensions have ODD_REPLY where the reply was larger than MOST_BYTES, or compressed.
-        Raises what openai raises.
+        Its extensions contain ODD_REPLY if the reply was larger than MOST_BYTES, or compressed.
+        Raises openai's exceptions.
         """
         return asyncio.run_coroutine_threadsafe(self._chat(request), self._loop).result()
 
     async def _chat(self, request: dict[str, Any]) -> Any:
-        # Raw: what is no chat completion is for the caller to tell.
+        # Raw, because the caller handles responses that are not chat completions.
         raw = self._openai.chat.completions.with_raw_response
         return (await raw.create(**request)).http_response
 
     def close(self) -> None:
-        """Close the connections; nothing is asked afterwards."""
+        """Close the connections; no request is possible afterwards."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._openai.close(), self._loop).result()
@@ -76,7 +77,7 @@ class BoundedClient:
 def _bounded_http_client(seconds: float) -> Any:
     from openai import DefaultAsyncHttpxClient
 
-    # httpx or its successor, whichever openai is built on; they have the same interface.
+    # httpx or its successor, whichever openai uses; they have the same interface.
     base = next(kind for kind in DefaultAsyncHttpxClient.__mro__ if kind.__name__ == "AsyncClient")
     httpx = importlib.import_module(base.__module__.partition(".")[0])
 
@@ -90,7 +91,7 @@ def _bounded_http_client(seconds: float) -> Any:
                     finally:
                         await response.aclose()
             except TimeoutError:
-                # One that openai knows, and tries again after.
+                # An exception that makes openai retry.
                 raise httpx.ReadTimeout(
                     f"no whole reply within evaluation.llm.timeout_seconds={seconds:g}",
                     request=request,
@@ -98,22 +99,22 @@ def _bounded_http_client(seconds: float) -> Any:
             headers = {k: v for k, v in response.headers.items() if k not in _NO_LONGER_TRUE}
             return httpx.Response(
                 response.status_code,
-                # JSON is UTF-8, whatever charset the endpoint claims.
+                # JSON is UTF-8, whatever charset the endpoint declares.
                 headers={**headers, "content-type": "application/json"},
                 content=body,
                 request=request,
                 extensions={ODD_REPLY: odd} if odd else {},
             )
 
-    # The body of a redirection would be read without bounds.
+    # The body of a redirect would be read without limits.
     return Bounded(follow_redirects=False)
 
 
 async def _body(response: Any) -> tuple[bytes, str]:
-    """What the endpoint has sent, or nothing and why it was not read."""
+    """Read the body of a response, or return nothing and the reason why it was not read."""
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        return b"", f"a compressed reply ({encoding[:20]}), which was not asked for"
+        return b"", f"a compressed reply ({encoding[:20]}), which was not requested"
     body = bytearray()
     async for piece in response.aiter_raw():
         body += piece

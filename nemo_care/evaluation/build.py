@@ -1,4 +1,4 @@
-"""Put an evaluator together from a recipe; training and `nemo-care evaluate` both do."""
+"""Build an evaluator from a recipe, for training and for `nemo-care evaluate`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from nemo_care.rollouts.build import build_generator
 from nemo_care.rollouts.generator import Generator, Sampling
 from nemo_care.scoring.scorer import Scorer
 
-# Distinguishes the peer probe's random numbers from those of training (0) and evaluation (1).
+# Separates the peer probe's random numbers from those of training (0) and evaluation (1).
 _PEERS_SEED_DOMAIN = 2
 
 
@@ -34,11 +34,11 @@ def build_evaluator(
     generator: Generator | None = None,
     from_checkpoint: bool = False,
 ) -> Evaluator:
-    """An evaluator of the scorer's model.
+    """Build an evaluator of the scorer's model.
 
-    `likelihoods` scores under the reference of the likelihood judge and is None without one;
-    `folder` is the run directory. Without a `generator` of that model it gets one of its own;
-    `from_checkpoint` says that the model's weights are those in model.hf_path.
+    `likelihoods` scores with the reference of the likelihood judge and is None without one;
+    `folder` is the run directory. Without a `generator` of that model, one is created;
+    `from_checkpoint`: the model's weights are those in model.hf_path.
     """
     tokenizer = prompts.builder.tokenizer
     evaluation = recipe.evaluation
@@ -67,7 +67,7 @@ def build_evaluator(
 
 
 def _agreement_check(recipe: Recipe, scorer: Scorer) -> Callable[[Sequence[Group]], None]:
-    """What holds the first completions of an engine against the model itself."""
+    """Return a check of an engine's first completions against the model itself."""
     if recipe.rollout.backend == "megatron":
         return lambda groups: None
     bound = recipe.rollout.max_logprob_difference
@@ -83,7 +83,7 @@ def _measures(
     folder: Path,
     generator: Generator,
 ) -> list[Measure]:
-    """What the recipe measures beside its judge."""
+    """Return the recipe's measures besides its judge."""
     evaluation, tokenizer = recipe.evaluation, prompts.builder.tokenizer
     measures: list[Measure] = [
         FurtherJudge(name, _build_judge(recipe, name, ranks, tokenizer, likelihoods, folder))
@@ -127,7 +127,7 @@ def _build_judge(
 
 
 def build_llm_judge(recipe: Recipe, folder: Path) -> LLMJudge:
-    """The language model that judges; `folder` is the run directory."""
+    """Return the language model judge; `folder` is the run directory."""
     llm = recipe.evaluation.llm
-    # Kept in the run directory, so that a restart asks nothing again.
+    # In the run directory, so that a restart repeats no request.
     return LLMJudge(llm, Path(llm.cache) if llm.cache else folder / "llm_judge.sqlite")

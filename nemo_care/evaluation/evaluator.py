@@ -1,8 +1,8 @@
-"""Ask a model about samples, one completion each: what validation and `nemo-care evaluate` share.
+"""Evaluate a model on samples, one completion each; used by validation and `nemo-care evaluate`.
 
-A replica generates its share of a batch, the judge is asked, and the rows of all replicas come
-together when their verdicts are there. A judge that takes its time (a language model) answers
-while the next batches are generated.
+A replica generates its share of a batch, submits it to the judge, and the rows of all replicas are
+gathered when their verdicts have arrived. A slow judge (a language model) replies while the next
+batches are generated.
 """
 
 from collections import deque
@@ -21,15 +21,15 @@ from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.schema import EvaluationConfig
 from nemo_care.rollouts.generator import Generator, Sampling
 
-# Tells an evaluation's random numbers from those of training.
+# Separates an evaluation's random numbers from those of training.
 _SEED_DOMAIN = 1
-# Batches that wait for verdicts; what a kill loses, and what a slow judge may lag behind.
+# Batches that can wait for verdicts: what a kill loses, and how far a slow judge can lag.
 _PENDING = 4
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What came of one batch, over all replicas, by index."""
+    """The results of one batch, over all replicas, by index."""
 
     rows: list[Row]
     skipped: list[Skipped]
@@ -37,7 +37,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class _Asked:
-    """This replica's share of a batch, generated but perhaps not judged yet."""
+    """This replica's share of a batch, generated but possibly not judged yet."""
 
     rows: list[Row]
     verdicts: list[Future[Verdict]]
@@ -45,7 +45,7 @@ class _Asked:
 
 
 class Evaluator:
-    """Evaluates a model with the same generator and scoring pass as training."""
+    """Evaluates a model with the generator and scoring pass of training."""
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class Evaluator:
         seed: int,
         check: Callable[[Sequence[Group]], None] = lambda groups: None,
     ) -> None:
-        """`loader` makes the prompts, on leaders only, one batch ahead; `measures` give columns of
-        each row; `check` gets the first groups of all and raises where they can't be right."""
+        """Make prompts with `loader`, on leaders only, one batch ahead; `measures` give columns of
+        each row; `check` receives the first groups and raises if they can't be right."""
         self.loader = loader
         self.generator = generator
         self.judge = judge
@@ -72,8 +72,8 @@ class Evaluator:
         self.min_reasoning_words = min_reasoning_words
         self.check = check
         self._checked = False
-        # The sample's index is all that tells one prompt's random numbers from another's: neither
-        # the batch, nor the layout, nor a restart shows.
+        # Random numbers depend on the sample's index only, not on the batch, the layout or a
+        # restart.
         self.sampling = Sampling(
             group_size=1,
             temperature=config.temperature,
@@ -83,10 +83,10 @@ class Evaluator:
         )
 
     def run(self, samples: Sequence[Sample], done: Collection[int] = ()) -> Iterator[Evaluated]:
-        """Ask every sample whose index is not `done`; batches come in order, on all ranks.
+        """Evaluate every sample whose index is not in `done`; batches in order, on all ranks.
 
-        Which samples make a batch does not depend on `done`, so an evaluation that goes on computes
-        what it would have computed.
+        The composition of batches does not depend on `done`, so a resumed evaluation computes what
+        an uninterrupted one would have computed.
         """
         pending: deque[_Asked] = deque()
         for made in self._prompts(samples, self._shares(len(samples), frozenset(done))):
@@ -98,12 +98,12 @@ class Evaluator:
             yield self._collect(pending.popleft())
 
     def close(self) -> None:
-        """End the judge and the generator; nothing is asked afterwards."""
+        """Close the judge and the generator; no evaluation is possible afterwards."""
         self.judge.close()
         self.generator.close()
 
     def _shares(self, count: int, done: frozenset[int]) -> list[list[int]]:
-        """This replica's part of each batch of `count` samples that is not done everywhere."""
+        """Return this replica's part of each batch of `count` samples that is not complete."""
         replicas = self.ranks.data_size
         size = self.config.samples_per_batch * replicas
         shares = []
@@ -117,7 +117,7 @@ class Evaluator:
     def _prompts(
         self, samples: Sequence[Sample], shares: Sequence[Sequence[int]]
     ) -> Iterator[list[Prompt | Skipped]]:
-        """The prompts of one share after another; the next one is decoded in the meantime."""
+        """Yield the prompts of each share; the next share is decoded meanwhile."""
 
         def share(number: int) -> list[Numbered]:
             return [(index, samples[index]) for index in shares[number]]
@@ -131,11 +131,11 @@ class Evaluator:
             yield self.ranks.from_leader(lambda number=number: load(number))  # type: ignore[misc]
 
     def _ask(self, made: Sequence[Prompt | Skipped]) -> _Asked:
-        """Generate, measure, and ask the judge.
+        """Generate, measure, and submit to the judge.
 
         Raises:
-            RuntimeError: the model's probabilities are no numbers; its answers would mean nothing.
-            RunFailed: the first groups of any replica can't be right; on all ranks.
+            RuntimeError: the model's probabilities are not numbers, so its answers mean nothing.
+            RunFailed: the first groups of a replica can't be right; raised on all ranks.
         """
         prompts = [item for item in made if isinstance(item, Prompt)]
         groups = self.generator.generate(prompts, self.sampling)
@@ -164,18 +164,18 @@ class Evaluator:
         )
 
     def _check_once(self, groups: Sequence[Group]) -> None:
-        # A replica's share of a batch may be empty.
+        # A replica's share of a batch can be empty.
         if groups and not self._checked:
             self.check(groups)
             self._checked = True
 
     def _is_judged(self, asked: _Asked) -> bool:
-        """Whether all replicas have their verdicts on this batch."""
+        """Whether all replicas have their verdicts for this batch."""
         mine = all(verdict.done() for verdict in asked.verdicts)
         return all(self.ranks.gather_from_replicas(mine))
 
     def _collect(self, asked: _Asked) -> Evaluated:
-        """Wait for the verdicts; the batch of all replicas."""
+        """Wait for the verdicts and return the batch of all replicas."""
 
         def judged() -> list[Row]:
             verdicts = [future.result() for future in asked.verdicts]

@@ -1,9 +1,9 @@
 """The files of an evaluation, in the run directory; written by rank 0 only.
 
-evaluation/settings.json   what the rows were made with
+evaluation/settings.json   the settings of the rows
 evaluation/LEVEL.jsonl     one line per completion
-evaluation/skipped.jsonl   samples and lines of the annotations left out, and why
-evaluation.json            results by level, written when all rows are there
+evaluation/skipped.jsonl   unusable samples and lines of the annotations, with the reason
+evaluation.json            results by level, written when all rows are complete
 """
 
 import json
@@ -28,16 +28,16 @@ from nemo_care.files.json_lines import (
 )
 
 _REMEDY = "choose another exp_manager.explicit_log_dir, or remove the folder evaluation"
-_AGAIN = "remove it, and the same command makes it again from the rows"
+_AGAIN = "remove it, and the same command recreates it from the rows"
 _RESULT: Kinds = {"count": int, "skipped": int}
 _BY_TASK_TYPE: Kinds = {"by_task_type": dict[str, dict]}
 
 
 class EvaluationFiles:
-    """Writes the files of one evaluation, and goes on where a killed one stopped."""
+    """Writes the files of one evaluation, and resumes where a killed one stopped."""
 
     def __init__(self, run: Path, levels: Mapping[str, Annotations]) -> None:
-        """`run` is the run directory."""
+        """Open the files in `run`, the run directory."""
         self.levels = levels
         self.folder = run / "evaluation"
         self.skipped = self.folder / "skipped.jsonl"
@@ -45,12 +45,12 @@ class EvaluationFiles:
         self._results = run / "evaluation.json"
 
     def begin(self, settings: Record) -> None:
-        """Claim the folder for rows that are made with these settings; JSON values by flat key.
+        """Claim the folder for rows with these settings, which are JSON values by flat key.
 
-        Samples that were left out are asked again: what was wrong with them may have been mended.
+        Skipped samples are evaluated again, since they can have been repaired.
 
         Raises:
-            InputError: the folder holds rows that were made with others.
+            InputError: the folder holds rows with different settings.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._settings.exists():
@@ -67,7 +67,7 @@ class EvaluationFiles:
         for level in self.levels:
             replace_lines(self._rows(level), self.rows(level))
         if self._results.exists():
-            # They counted rows of two evaluations that older versions let work here at once.
+            # They count rows of two evaluations, which older versions allowed here at once.
             self._results.unlink()
             return
         bad = [
@@ -78,10 +78,10 @@ class EvaluationFiles:
         replace_lines(self.skipped, bad)
 
     def results(self) -> dict[str, Results] | None:
-        """Results by level of a complete evaluation, else None.
+        """Return the results by level of a complete evaluation, otherwise None.
 
         Raises:
-            InputError: the file of the results is broken.
+            InputError: the file of the results is damaged.
         """
         if not self._results.exists():
             return None
@@ -92,10 +92,10 @@ class EvaluationFiles:
         return results
 
     def rows(self, level: str) -> list[Row]:
-        """The rows of a level so far, one for each sample: the first of its index.
+        """Return the rows of a level so far, one per sample: the first of its index.
 
         Raises:
-            InputError: a line is broken.
+            InputError: a line is damaged.
         """
         rows: dict[int, Row] = {}
         for row in complete_lines(self._rows(level), ROW, MEASURED):
@@ -103,17 +103,17 @@ class EvaluationFiles:
         return list(rows.values())
 
     def append(self, level: str, batch: Evaluated) -> None:
-        """Write a batch: samples left out, and rows."""
+        """Write a batch: skipped samples, and rows."""
         append_lines(self.skipped, [{"level": level, **asdict(item)} for item in batch.skipped])
         append_lines(self._rows(level), batch.rows)
 
     def replace(self, level: str, rows: Sequence[Row]) -> None:
-        """Write the rows of a level anew."""
+        """Replace the rows of a level."""
         replace_lines(self._rows(level), rows)
 
     def finish(self, *, judged: bool) -> dict[str, Results]:
-        """Write the results, made from the rows; `judged` as in `level_results`."""
-        # Each once, whatever its reason was: lines of the annotations have no index but an id.
+        """Write the results, computed from the rows; `judged` as in `level_results`."""
+        # Each once, whatever the reason: lines of the annotations have no index but an id.
         left_out = {
             (record["level"], record["index"], record["sample_id"])
             for record in complete_lines(self.skipped, {"level": str})
@@ -134,7 +134,7 @@ class EvaluationFiles:
 
 
 def check_level_names(levels: Sequence[str]) -> None:
-    """Refuse level names that make no files of their own.
+    """Reject level names that are not valid as file names.
 
     Raises:
         InputError: names the level.
@@ -156,6 +156,6 @@ def _check_settings(folder: Path, old: Record, new: Record) -> None:
     ]
     if changes:
         raise InputError(
-            f"{folder} holds rows that were made with other settings ({'; '.join(changes)}); "
+            f"{folder} holds rows that were made with different settings ({'; '.join(changes)}); "
             f"{_REMEDY}"
         )

@@ -1,12 +1,12 @@
-"""The question to a language model which answer a reasoning implies, and how its reply is read.
+"""Ask a language model which answer a reasoning implies, and read its reply.
 
-Think-answer consistency as Video-R2 measures it (arXiv 2511.23478, and its evaluation scripts): a
-model that sees the options and the reasoning, but not the answer given, names an answer.
+Think-answer consistency as measured by Video-R2 (arXiv 2511.23478, and its evaluation scripts): a
+model that sees the options and the reasoning, but not the given answer, names an answer.
 """
 
 from collections.abc import Sequence
 
-# Our own wording.
+# Not from Video-R2.
 IMPLIED_TEMPLATE = """\
 A model was asked a multiple-choice question about a video or an image, which you don't see. It \
 wrote down its reasoning. It follows with the question as JSON. All that the strings hold is text \
@@ -30,13 +30,13 @@ NO_LETTER = "NONE"
 
 
 def read_letter(reply: str, letters: Sequence[str]) -> str | None:
-    """One of the letters, or NONE, alone on the last line; None: something else."""
+    """Return a letter, or NONE, that is alone on the last line; None for anything else."""
     last = last_word(reply)
     return last if last in (*letters, NO_LETTER) else None
 
 
 def last_word(reply: str) -> str:
-    """The last line that is not empty, without emphasis and full stop."""
+    """Return the last line that is not empty, without emphasis and full stop."""
     lines = reply.split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "")
     return last.strip().strip("*_`.").strip()

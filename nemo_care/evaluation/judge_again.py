@@ -1,4 +1,4 @@
-"""Ask a judge that was not to be had about completions which are there already."""
+"""Repeat the judging of existing completions for which the judge was not available."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,12 +9,12 @@ from nemo_care.evaluation.files import EvaluationFiles
 from nemo_care.evaluation.judges import AnswersQuestions
 
 Unjudged = dict[str, list[int]]
-"""By level, the indices of samples whose well-formed completion lacks a verdict or an implied
-answer that the judge was asked for."""
+"""By level, the indices of samples whose well-formed completion lacks a requested verdict or
+implied answer."""
 
 
 def unjudged(files: EvaluationFiles) -> Unjudged:
-    """What the rows written so far leave open."""
+    """Find the rows that lack a verdict or implied answer."""
     found = {
         level: [
             row["index"]
@@ -32,7 +32,7 @@ def judge_again(
     missing: Unjudged,
     judge: AnswersQuestions,
 ) -> None:
-    """Put the verdicts that come now into the rows; rank 0 only.
+    """Add verdicts that can be obtained now to the rows; rank 0 only.
 
     Raises:
         InputError: no request can succeed.

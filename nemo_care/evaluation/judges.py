@@ -1,4 +1,4 @@
-"""Judges say whether a completion's reasoning supports the answer it gives."""
+"""Judges decide whether a completion's reasoning supports its answer."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from nemo_care.ranks.process_groups import Ranks
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one completion.
+    """A judge's decision on one completion.
 
-    `consistent` is None where it can't say. `details` are what it goes by, as JSON values: columns
-    of the completion's row beside the verdict.
+    `consistent` is None if it can't decide. `details` explain the decision, as JSON values for
+    columns of the completion's row.
     """
 
     consistent: bool | None
@@ -25,73 +25,74 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Judges completions, batch by batch; a verdict may come while the next batch is generated."""
+    """Judges completions, batch by batch; a verdict can arrive while the next batch is
+    generated."""
 
     def judge(self, groups: Sequence[Group]) -> list[Future[Verdict]]:
-        """One verdict per group, on its only completion.
+        """Return one verdict per group, on its only completion.
 
         All ranks of the model replica call it with equal groups; the leader's verdicts count.
         """
         ...
 
     def close(self) -> None:
-        """Give back what it holds; nothing is judged afterwards."""
+        """Release resources; no judging is possible afterwards."""
         ...
 
 
 def known(verdict: Verdict) -> Future[Verdict]:
-    """A verdict that is there already."""
+    """Return a verdict that is already available."""
     future: Future[Verdict] = Future()
     future.set_result(verdict)
     return future
 
 
 class NoJudge:
-    """Says nothing."""
+    """Returns verdicts without a decision."""
 
     def judge(self, groups: Sequence[Group]) -> list[Future[Verdict]]:
-        """Verdicts that say nothing."""
+        """Return verdicts without a decision."""
         return [known(Verdict(None)) for _ in groups]
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing."""
 
 
 class RuleJudge:
-    """Goes by the option that the reasoning names last (see `rule_verdict`)."""
+    """Decides by the option that the reasoning names last (see `rule_verdict`)."""
 
     def judge(self, groups: Sequence[Group]) -> list[Future[Verdict]]:
-        """Verdicts of the rule, at once."""
+        """Return verdicts of the rule, at once."""
         return [
             known(rule_verdict(group.completions[0].text, group.prompt.sample)) for group in groups
         ]
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing."""
 
 
 class AnswersQuestions(Protocol):
-    """What is asked about one completion at a time, such as a language model."""
+    """A judge of one completion at a time, such as a language model."""
 
     def submit(self, sample: Sample, completion: str) -> Future[Verdict]:
-        """Ask; the verdict comes later."""
+        """Submit a completion; the verdict comes later."""
         ...
 
     def close(self) -> None:
-        """Give back threads and files."""
+        """Release threads and files."""
         ...
 
 
 class LeaderJudge:
-    """Lets each replica's leader ask, so that nothing is asked twice."""
+    """Uses a judge on each replica's leader only, so that no request is repeated."""
 
     def __init__(self, judge: AnswersQuestions | None, ranks: Ranks) -> None:
-        """`judge` is needed on the leader only."""
+        """Use `judge`, which is needed on the leader only."""
         assert (judge is not None) == ranks.is_model_leader
         self._judge = judge
 
     def judge(self, groups: Sequence[Group]) -> list[Future[Verdict]]:
-        """The leader's questions; nothing on the other ranks."""
+        """Submit to the leader's judge; returns nothing on the other ranks."""
         if self._judge is None:
             return [known(Verdict(None)) for _ in groups]
         return [
@@ -105,7 +106,7 @@ class LeaderJudge:
 
 
 def rule_verdict(completion: str, sample: Sample) -> Verdict:
-    """What the rule says of one completion; open questions it can't judge."""
+    """Return the rule's verdict on one completion; it can't decide on open questions."""
     if not sample.options:
         return Verdict(None)
     implied = implied_by_rule(completion, sample.options)
@@ -119,10 +120,10 @@ def rule_judge(completion: str, options: Mapping[str, str]) -> bool:
 
 
 def implied_by_rule(completion: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the option whose text the reasoning names last.
+    """Return the letter of the option whose text the reasoning names last.
 
-    For questions whose options are words that the reasoning names. It goes by the text, never by a
-    letter found in the reasoning. None where the reasoning names no option.
+    For questions whose options are words that the reasoning names. Only texts count, never a letter
+    found in the reasoning. None if the reasoning names no option.
     """
     reasoning = parse_completion(completion).reasoning or ""
     last_named, implied = -1, None

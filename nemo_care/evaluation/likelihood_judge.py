@@ -1,8 +1,8 @@
-"""The judge that asks a reference model: is the answer the likeliest behind that reasoning?
+"""Judge with a reference model: is the answer the likeliest one given the reasoning?
 
-Every option letter takes the given answer's place behind the given reasoning, and the reference
-says how likely each of them is there. The reference sees the video too: it says what it believes
-given both, not what the reasoning alone implies.
+Every option letter replaces the given answer after the given reasoning, and the reference computes
+its likelihood there. The reference also sees the video: it scores what it believes given both, not
+what the reasoning alone implies.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,30 +21,31 @@ Likelihoods = Callable[[Sequence[Group]], list[torch.Tensor]]
 
 
 class LikelihoodJudge:
-    """Consistent is an answer that no other option exceeds in likelihood."""
+    """Considers an answer consistent if no other option is likelier."""
 
     def __init__(self, likelihoods: Likelihoods, tokenizer: ChatTokenizer) -> None:
-        """`likelihoods` scores under the reference; all ranks of the replica take part."""
+        """Use `likelihoods`, which scores with the reference; all ranks of the replica take
+        part."""
         self.likelihoods = likelihoods
         self.tokenizer = tokenizer
 
     def judge(self, groups: Sequence[Group]) -> list[Future[Verdict]]:
-        """Verdicts with the likelihood of each option, at once.
+        """Return verdicts with the likelihood of each option, at once.
 
         Raises:
             RuntimeError: a likelihood is not a number.
         """
         verdicts: list[Verdict | None] = [self._without_scoring(group) for group in groups]
         scored = [group for group, verdict in zip(groups, verdicts, strict=True) if verdict is None]
-        # Equal on all ranks of the replica: without anything to score, none of them scores.
+        # Equal on all ranks of the replica: if there is nothing to score, none of them scores.
         found = iter(self._score(scored) if scored else ())
         return [known(next(found) if verdict is None else verdict) for verdict in verdicts]
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing."""
 
     def _without_scoring(self, group: Group) -> Verdict | None:
-        """The verdict where there is nothing to compare; None where there is."""
+        """Return the verdict if there is nothing to compare, otherwise None."""
         completion, options = group.completions[0], group.prompt.sample.options
         if not options:
             return Verdict(None, {"judge_note": "the question has no options"})
@@ -65,8 +66,8 @@ class LikelihoodJudge:
         ]
         verdicts = []
         for group, made, means in zip(groups, spliced, self.likelihoods(spliced), strict=True):
-            # A likelihood is a mean over tokens. Letters of unequal numbers of tokens (`>B`, but
-            # `>` and `Q`) can be compared by their whole probability only.
+            # A likelihood is a mean over tokens. Letters with different numbers of tokens (`>B`,
+            # but `>` and `Q`) can only be compared by their total probability.
             values = means ** torch.tensor([_answer_length(option) for option in made.completions])
             if bool(values.isnan().any()):
                 raise RuntimeError(
@@ -82,13 +83,14 @@ class LikelihoodJudge:
         return verdicts
 
     def with_options(self, group: Group) -> dict[str, Completion]:
-        """The group's completion up to its answer, with each option letter in the answer's place.
+        """Return the group's completion up to its answer, with each option letter as the answer.
 
-        The given answer keeps the tokens that were sampled, and every letter has the same tokens in
-        front of it. A letter is tokenised with what may share a token with it: the end of the
-        opening tag (`>B`), white space, and what the given answer's last token goes on with. Where
-        that does not give the sampled tokens for the given answer, it is written on from where the
-        sampled answer begins. The letters' `answer_span`s begin where their tokens differ.
+        The given answer keeps its sampled tokens, and every letter has the same tokens before it. A
+        letter is tokenised together with text that can share a token with it: the end of the
+        opening tag (`>B`), white space, and the text that the given answer's last token continues
+        with. If this does not reproduce the sampled tokens of the given answer, the text is
+        continued from the start of the sampled answer instead. The letters' `answer_span`s begin
+        where their tokens differ.
         """
         given = group.completions[0]
         ids = given.token_ids.tolist()
@@ -121,13 +123,13 @@ class LikelihoodJudge:
 
 
 def _common_length(answers: Sequence[list[int]]) -> int:
-    """How many tokens all begin with, but for the last of the shortest."""
+    """Return the length of the common prefix, excluding the last token of the shortest."""
     most = min(len(answer) for answer in answers) - 1
     return next((n for n in range(most) if len({answer[n] for answer in answers}) > 1), most)
 
 
 def _answer_length(completion: Completion) -> int:
-    """Tokens of the answer."""
+    """Return the number of tokens of the answer."""
     start, end = completion.answer_span or (0, 0)
     return end - start
 

@@ -1,6 +1,6 @@
-"""Measures of consistency beside the judge: columns of each completion's row.
+"""Measures of consistency besides the judge: columns of each completion's row.
 
-They hold for any multiple-choice question. docs/evaluation.md compares them.
+They apply to any multiple-choice question. docs/evaluation.md compares them.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,18 +20,18 @@ from nemo_care.rollouts.generator import Generator, Sampling
 from nemo_care.scoring.scorer import Scorer
 
 Measure = Callable[[Sequence[Group]], list[Row]]
-"""Columns for each of some groups of one completion; all ranks of the replica call it alike."""
+"""Columns for groups of one completion; all ranks of the replica call it alike."""
 
 
 @dataclass(frozen=True)
 class FurtherJudge:
-    """The verdicts of a judge that answers at once, in a column of their own."""
+    """The verdicts of an immediate judge, in a separate column."""
 
     name: str
     judge: Judge
 
     def __call__(self, groups: Sequence[Group]) -> list[Row]:
-        """`consistent_NAME` of each completion."""
+        """Return `consistent_NAME` of each completion."""
         verdicts = self.judge.judge(groups)
         return [{f"consistent_{self.name}": verdict.result().consistent} for verdict in verdicts]
 
@@ -40,18 +40,18 @@ class FurtherJudge:
 class OptionShuffle:
     """Whether the answer follows its option's text when the options change their letters.
 
-    After ACRE (arXiv 2510.10104), which gives the model its own reasoning again with the options
-    shuffled, and compares its second answer with the first. Here the model does not write the
-    second answer: it is the letter that it finds likeliest behind the same reasoning.
+    After ACRE (arXiv 2510.10104), which gives the model its own reasoning again with shuffled
+    options, and compares its second answer with the first. Here the second answer is not generated:
+    it is the letter that the model finds likeliest given the same reasoning.
     """
 
     policy: LikelihoodJudge
     prompts: PromptBuilder
 
     def __call__(self, groups: Sequence[Group]) -> list[Row]:
-        """`shuffle_follows` of each completion; None where its answer is none of the options.
+        """Return `shuffle_follows` of each completion; None if its answer is none of the options.
 
-        None too where the prompt does not show the options, or has no room for their new order.
+        Also None if the prompt does not show the options, or has no room for their new order.
         """
         shuffled = [self._shuffled(group) for group in groups]
         verdicts = iter(self.policy.judge([group for group in shuffled if group is not None]))
@@ -84,10 +84,10 @@ class OptionShuffle:
 
 @dataclass(frozen=True)
 class PeerProbe:
-    """Whether answers depend on their own reasoning, asked of the model's own completions.
+    """Whether answers depend on their own reasoning, measured on the model's own completions.
 
-    Further completions of each prompt are sampled. Where two of them gave different answers, the
-    model says how likely each answer is behind its own reasoning and behind the other's.
+    Further completions of each prompt are sampled. If two of them have different answers, the model
+    scores how likely each answer is given its own reasoning and given the other's.
     """
 
     generator: Generator
@@ -95,9 +95,9 @@ class PeerProbe:
     sampling: Sampling
 
     def __call__(self, groups: Sequence[Group]) -> list[Row]:
-        """`peer_probe` of each prompt (see `peer_dependence`); None where all answers agree.
+        """Return `peer_probe` of each prompt (see `peer_dependence`); None if all answers agree.
 
-        None too without options.
+        Also None without options.
         """
         prompts = [group.prompt for group in groups if group.prompt.sample.options]
         values = iter(self._values(prompts) if prompts else ())

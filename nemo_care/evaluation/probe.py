@@ -1,8 +1,8 @@
 """The forced-reasoning probe: does the answer follow from the reasoning?
 
-It puts a wrong reasoning into the model's mouth and measures the probability of the letter which
-that reasoning implies, and of the true letter: whether answers are *caused* by the reasoning, which
-consistency alone does not show.
+It forces a wrong reasoning on the model and measures the probability of the letter that this
+reasoning implies, and of the true letter. This shows whether answers are *caused* by the reasoning,
+which consistency alone does not show.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ _FORCED = "<think> {reasoning} </think> <answer> {answer} </answer>"
 
 
 class ForcedReasoningProbe:
-    """Probes the model that a scorer scores under."""
+    """Probes the model of a scorer."""
 
     def __init__(self, scorer: Scorer, tokenizer: ChatTokenizer) -> None:
-        """`scorer` reads probabilities from the model to probe."""
+        """Use `scorer`, which computes the probabilities of the model to probe."""
         self.scorer = scorer
         self.tokenizer = tokenizer
 
     def __call__(self, groups: Sequence[Group]) -> list[Row]:
-        """Per prompt `probe_implied` and `probe_true`, None where the sample has no probe.
+        """Return per prompt `probe_implied` and `probe_true`, None if the sample has no probe.
 
         Only the groups' prompts are used; all ranks of the model replica call it alike.
         """

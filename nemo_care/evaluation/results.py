@@ -1,4 +1,4 @@
-"""From the rows of a level to its results."""
+"""Compute the results of a level from its rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from nemo_care.objective.text import extract_answer
 
 Results = dict[str, Any]
 
-# Measures of well-formed completions that say whether reasoning and answer agree, by their column.
+# Measures of whether reasoning and answer agree, for well-formed completions, by their column.
 _AGREEMENTS: Mapping[str, str] = {
     "consistency_rate": "consistent",
     "consistency_rate_rule": "consistent_rule",
@@ -18,23 +18,23 @@ _AGREEMENTS: Mapping[str, str] = {
     "shuffle_rate": "shuffle_follows",
 }
 
-# Of all prompts that have one.
+# For all prompts that have one.
 _PROBES = ("probe_implied", "probe_true", "peer_probe")
 
 
 def level_results(rows: Sequence[Row], *, skipped: int, judged: bool) -> Results:
-    """What a level's completions show; None where nothing has a value.
+    """Return the results of a level's completions; None where nothing has a value.
 
     Means over all completions: `accuracy`, `format_rate`, `completion_tokens`. Means over the
     well-formed ones: `consistency_rate` (of those with a verdict), `reasoning_words`, and, of those
     that are also right (accuracy 1), `consistency_among_correct`. `count` completions, `skipped`
-    samples without one, and `unjudged` completions without a verdict although a judge was asked
-    (`judged`). Other measures (see `measure_values`) are there where they were measured,
-    `by_task_type` where samples have one.
+    samples without one, and `unjudged` completions without a verdict although there is a judge
+    (`judged`). Further measures (see `measure_values`) are included if they were measured,
+    `by_task_type` if samples have one.
 
     `intervals` has for each measure the number of completions with a value (`count`), the 95%
-    bootstrap interval of their mean over prompts (`low`, `high`) and, for measures that say yes or
-    no like the judge, `agreement`: the share of completions on which they say the same as it.
+    bootstrap interval of their mean over prompts (`low`, `high`) and, for yes-or-no measures like
+    the judge's, `agreement`: the share of completions on which they agree with the judge.
     """
     well_formed = [row for row in rows if row["format"] == 1]
     values = measure_values(rows)
@@ -63,13 +63,13 @@ def level_results(rows: Sequence[Row], *, skipped: int, judged: bool) -> Results
 
 
 def measure_values(rows: Sequence[Row]) -> dict[str, list[float | None]]:
-    """Each measure of the rows by its name: one value per row, None where it has none.
+    """Return each measure of the rows by its name: one value per row, None if it has none.
 
     `consistency_rate` is the judge's, `consistency_rate_NAME` that of a further judge.
-    `implied_rate`: the answer that a judge reads out of the reasoning is the one given.
+    `implied_rate`: the answer that a judge infers from the reasoning is the given one.
     `shuffle_rate`: the answer follows its option's text to another letter. `probe_implied`,
-    `probe_true`: the forced-reasoning probe. `peer_probe`: log-probability of an answer behind its
-    own reasoning minus that behind another's.
+    `probe_true`: the forced-reasoning probe. `peer_probe`: log-probability of an answer given its
+    own reasoning minus that given another completion's.
     """
     values: dict[str, list[float | None]] = {"accuracy": [row["accuracy"] for row in rows]}
     for name, column in _AGREEMENTS.items():
@@ -87,12 +87,12 @@ def measure_values(rows: Sequence[Row]) -> dict[str, list[float | None]]:
 def _agrees(row: Row, column: str) -> bool | None:
     if column != "implied_answer":
         return row[column]
-    # A reasoning that implies no answer does not imply the one given.
+    # A reasoning that implies no answer does not imply the given one.
     return row[column] is not None and row[column] == extract_answer(row["completion"])
 
 
 def _interval(values: Sequence[float | None], verdicts: Sequence[float | None] | None) -> Results:
-    """`verdicts` are the judge's, for a measure that is compared with them."""
+    """Return the interval of a measure; `verdicts` are the judge's, for the agreement."""
     known = [float(value) for value in values if value is not None]
     low, high = bootstrap_interval(known) or (None, None)
     interval: Results = {"count": len(known), "low": low, "high": high}

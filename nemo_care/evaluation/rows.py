@@ -1,4 +1,4 @@
-"""One row per completion: what an evaluation writes down, and all that its results go by."""
+"""One row per completion: what an evaluation writes, and what results are computed from."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from nemo_care.objective.text import parse_completion
 
 Row = dict[str, Any]
 
-# What results are made of, and how a row that is read back is checked.
+# The fields that results need, for checking rows that are read back.
 ROW: Kinds = {
     "index": int,
     "task_type": str,
@@ -32,11 +32,11 @@ MEASURED: Kinds = {
 
 
 def completion_row(group: Group, *, min_reasoning_words: int, untagged_counts: bool) -> Row:
-    """The row of a group's only completion, without a verdict yet.
+    """Return the row of a group's only completion, without a verdict yet.
 
     `untagged_counts`: the whole text of a completion without an answer is scored as its answer.
-    `format` is 0 or 1, `reasoning_words` counts the words between the think tags, `ended` says
-    whether the completion came to its end within the tokens it had.
+    `format` is 0 or 1, `reasoning_words` counts the words between the think tags, `ended`: whether
+    the completion ended within its token limit.
     """
     sample, completion = group.prompt.sample, group.completions[0]
     text = completion.text

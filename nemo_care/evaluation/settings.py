@@ -1,6 +1,7 @@
-"""What an evaluation's rows depend on: what an evaluation that goes on must share with its start.
+"""The settings that an evaluation's rows depend on, and that a resumed evaluation must keep.
 
-What can't change a row (devices, layout, batch sizes, an endpoint's address, retries) is left out.
+Settings that can't change a row (devices, layout, batch sizes, an endpoint's address, retries) are
+not included.
 """
 
 import hashlib
@@ -40,9 +41,9 @@ _LLM_KEYS = tuple(f"evaluation.llm.{name}" for name in ("model", "temperature"))
 
 
 def evaluation_settings(recipe: Recipe, models: Mapping[str, Any]) -> Record:
-    """The settings as JSON values, by keys without nesting.
+    """Return the settings as JSON values, by keys without nesting.
 
-    `models` says what identifies the models, by the recipe's key that names them.
+    `models` identifies the models, by the recipe's key that names them.
     """
     keys = (*_KEYS, *_LLM_KEYS) if recipe.evaluation.judge == "llm" else _KEYS
     settings = {key: attrgetter(key)(recipe) for key in keys}

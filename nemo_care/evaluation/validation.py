@@ -1,4 +1,4 @@
-"""Validation in training: every level's samples, asked of the policy as it is."""
+"""Validation during training: the current policy is evaluated on every level's samples."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,16 +14,16 @@ class Validator:
     """Evaluates the policy level by level."""
 
     def __init__(self, levels: Mapping[str, Sequence[Sample]], evaluator: Evaluator) -> None:
-        """`levels` are the samples by level."""
+        """Use `levels`, the samples by level."""
         self.levels = levels
         self.evaluator = evaluator
 
     def run(
         self, between_batches: Callable[[], None] = lambda: None
     ) -> tuple[dict[str, Results], dict[str, list[Skipped]]]:
-        """Results (see `level_results`) and samples left out, by level. Equal on all ranks.
+        """Return results (see `level_results`) and skipped samples, by level, equal on all ranks.
 
-        `between_batches` is called on all ranks and may end the validation by an exception.
+        `between_batches` is called on all ranks and can end the validation with an exception.
         """
         results: dict[str, Results] = {}
         left_out: dict[str, list[Skipped]] = {}

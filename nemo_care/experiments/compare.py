@@ -1,4 +1,4 @@
-"""Train recipes with several seeds and set their validation results side by side.
+"""Train recipes with several seeds and compare their validation results.
 
 A comparison is a study made in code, with a variant for each recipe.
 """
@@ -34,7 +34,7 @@ _OF_A_RUN = ("steps", "wall_seconds", "start", "end")
 
 
 def _asked_steps(overrides: Sequence[str]) -> int | None:
-    """Steps that the overrides ask for, None where that is left to the recipe."""
+    """Return the number of steps in the overrides, None if they do not set it."""
     asked = None
     for override in overrides:
         if key_of(override) == _STEPS:
@@ -58,14 +58,14 @@ def _check(
 
 
 def _claim(out: Path, overrides: Sequence[str]) -> None:
-    """Keep runs with other overrides out of one comparison: they would be taken for equal ones."""
-    # The number of steps may change: such runs go on.
+    """Reject runs with different overrides in one comparison, where they would seem comparable."""
+    # The number of steps can change: such runs resume.
     settings = {"overrides": sorted(o for o in overrides if key_of(o) != _STEPS)}
     file = out / "overrides.json"
     if file.exists():
         remedy = f"give another --out, or remove {out}"
         if read_object(file, remedy=remedy) != settings:
-            raise InputError(f"{file}: the runs there have other overrides; {remedy}")
+            raise InputError(f"{file}: the runs there have different overrides; {remedy}")
         return
     out.mkdir(parents=True, exist_ok=True)
     replace_file(file, json.dumps(settings, indent=2) + "\n")
@@ -83,21 +83,21 @@ def compare(
 ) -> list[Failure]:
     """Train every recipe with every seed, at most `jobs` at once, and compare the results.
 
-    Runs lie in `out/RECIPE-seedSEED`, their output in `out/logs/`. A finished run with the asked
-    number of steps is not trained again. Prints the table and writes `out/comparison.json`,
-    `out/comparison.md` and `out/results.jsonl`. `overrides` are Hydra's and hold for all runs;
-    `config_dir` is a folder of the user's own recipes; `train_command` stands in for
-    `python -m nemo_care.train`.
+    Runs are in `out/RECIPE-seedSEED`, their output in `out/logs/`. A run that has completed the
+    requested number of steps is not trained again. Prints the table and writes
+    `out/comparison.json`, `out/comparison.md` and `out/results.jsonl`. `overrides` are Hydra's and
+    apply to all runs; `config_dir` is a folder with the user's own recipes; `train_command`
+    replaces `python -m nemo_care.train`.
 
-    Returns the runs that failed: the others go on, and the command line then exits with 1.
+    Returns the runs that failed. The remaining runs continue; the command line then exits with 1.
 
     Raises:
         InputError: nothing to compare, an override of a key that compare itself sets, or runs
-            with other overrides in `out`.
+        with different overrides in `out`.
     """
     _check(recipes, seeds, overrides, jobs)
     asked = _asked_steps(overrides)
-    # Absolute: a run may change its working directory before it reads the path.
+    # Absolute: a run can change its working directory before it reads the path.
     out = out.absolute()
     _claim(out, overrides)
     study = Study(
@@ -146,7 +146,7 @@ def _publish(findings: Findings, runs: Mapping[str, Sequence[TrainingRun]], out:
 def _record(
     findings: Findings, runs: Mapping[str, Sequence[TrainingRun]], notes: Sequence[str]
 ) -> dict[str, Any]:
-    """All results of every run, and mean, deviation and count by recipe, level and key."""
+    """Return all results of every run, and mean, deviation and count by recipe, level and key."""
     every, sums = [], {}
     for recipe, made in runs.items():
         done = findings.of(recipe)

@@ -1,4 +1,4 @@
-"""What a study is: a YAML file that names variants of a train recipe, seeds and what to show."""
+"""The schema of a study: a YAML file with variants of a training recipe, seeds and what to show."""
 
 import difflib
 import re
@@ -16,7 +16,7 @@ from nemo_care.files.json_lines import read_text
 from nemo_care.recipe.compose import recipes_folder
 
 STUDIES = "studies"
-# The tables' first row, which is no variant.
+# The first row of the tables, which is not a variant.
 START = "start"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _REMEDIES = {"trainer.seed": "seeds"}
@@ -24,16 +24,16 @@ _REMEDIES = {"trainer.seed": "seeds"}
 
 @dataclass
 class Variant:
-    """One way to train."""
+    """A way to train."""
 
     title: str = ""
-    """Its name in tables and figures; the variant's name where there is none."""
+    """Its name in tables and figures; the variant's name if empty."""
     recipe: str = ""
-    """In place of the study's."""
+    """Replaces the study's."""
     overrides: list[str] = field(default_factory=list)
-    """Hydra's, behind those of the study; `+ablation=grpo` is one."""
+    """Hydra overrides, applied after the study's; `+ablation=grpo` is one."""
     seeds: list[int] | None = None
-    """In place of the study's."""
+    """Replaces the study's."""
     about: str = ""
     """A sentence for the reader."""
 
@@ -54,38 +54,38 @@ class Study:
 
     title: str = MISSING
     recipe: str = MISSING
-    """Name of a train recipe."""
+    """Name of a training recipe."""
     seeds: list[int] = field(default_factory=list)
     variants: dict[str, Variant] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
-    """Hydra's, for all runs."""
+    """Hydra overrides for all runs."""
     contrasts: list[Contrast] = field(default_factory=list)
     curves: list[str] = field(default_factory=list)
     """Names of the variants that are drawn over the training steps."""
 
     def seeds_of(self, name: str) -> list[int]:
-        """A variant's seeds, each once."""
+        """Return a variant's seeds without duplicates."""
         own = self.variants[name].seeds
         return list(dict.fromkeys(self.seeds if own is None else own))
 
     def overrides_of(self, name: str) -> tuple[str, ...]:
-        """All overrides of a variant's runs, without seed and run directory."""
+        """Return all overrides of a variant's runs, without seed and run directory."""
         return (*self.overrides, *self.variants[name].overrides)
 
     def recipe_of(self, name: str) -> str:
-        """The recipe of a variant's runs."""
+        """Return the recipe of a variant's runs."""
         return self.variants[name].recipe or self.recipe
 
     def title_of(self, name: str) -> str:
-        """What a variant is called in tables and figures."""
+        """Return a variant's name in tables and figures."""
         return self.variants[name].title or name
 
 
 def studies_folders(config_dir: str | None) -> list[Path]:
-    """Where studies are looked for: the user's own folder first.
+    """Return the folders in which studies are searched, the user's own folder first.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: the folder does not exist.
     """
     folders = [recipes_folder() / STUDIES]
     if config_dir is None:
@@ -97,17 +97,17 @@ def studies_folders(config_dir: str | None) -> list[Path]:
 
 
 def find_study(name: str, config_dir: str | None = None) -> Path:
-    """The file of a study.
+    """Find the file of a study.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: there is no study of this name.
     """
     folders = studies_folders(config_dir)
     for folder in folders:
         file = folder / f"{name}.yaml"
         if file.is_file():
             return file
-    # The recipes of the user's folder are no studies.
+    # The recipes of the user's folder are not studies.
     listed = [folder for folder in folders if folder.name == STUDIES]
     names = sorted({file.stem for folder in listed for file in folder.glob("*.yaml")})
     raise InputError(f"there is no study {name}; studies: {', '.join(names)}")
@@ -117,7 +117,7 @@ def read_study(file: Path) -> Study:
     """Read and check a study.
 
     Raises:
-        InputError: an unknown key, a wrong type, a name that nothing has, or nothing to run.
+        InputError: an unknown key or name, a wrong type, or nothing to run.
     """
     try:
         given = yaml.safe_load(read_text(file, remedy="save it as UTF-8"))
@@ -143,7 +143,7 @@ def read_study(file: Path) -> Study:
 
 
 def _filled(given: dict[Any, Any]) -> dict[Any, Any]:
-    """A variant without a word about it (`care:`) is one without overrides."""
+    """Replace a variant without a value (`care:`) by one without overrides."""
     variants = given.get("variants")
     if not isinstance(variants, dict):
         return given
@@ -185,10 +185,10 @@ def _check(study: Study) -> None:
 
 
 def check_name(study: Study, name: str, place: str) -> None:
-    """Refuse what is no variant.
+    """Reject the name of an unknown variant.
 
     Raises:
-        InputError: with the `place` where the name stands.
+        InputError: names the `place` where the name was used.
     """
     if name not in study.variants:
         raise InputError(f"{place}: no variant is called {name}; variants: {_names(study)}")

@@ -1,7 +1,7 @@
-"""Tables of a study inside a page that a person writes.
+"""Insert a study's tables into a hand-written page.
 
-Between `<!-- study:NAME -->` and `<!-- /study:NAME -->`, each on a line of its own, stands what the
-results say; the rest of the page is left as it is.
+The text between `<!-- study:NAME -->` and `<!-- /study:NAME -->`, each on its own line, is replaced
+by the results; the rest of the page does not change.
 """
 
 import re
@@ -17,10 +17,10 @@ _MARK = re.compile(r"\s*<!--\s*(/?)study:(\S*)\s*-->\s*")
 
 
 def read_page(file: Path) -> str:
-    """The page's text, whose blocks are in order.
+    """Return the page's text, after checking that its blocks are in order.
 
     Raises:
-        InputError: there is no such file, or a block that is unknown or not closed.
+        InputError: the file does not exist, or a block is unknown or not closed.
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file; write it with <!-- study:table --> in it")
@@ -30,10 +30,10 @@ def read_page(file: Path) -> str:
 
 
 def fill(text: str, file: str, block: Callable[[str], str]) -> str:
-    """The page with each block's content replaced by what `block` gives for its name.
+    """Return the page with each block's content replaced by `block` of its name.
 
     Raises:
-        InputError: a block that is unknown, not closed or not opened, with file and line.
+        InputError: a block is unknown, not closed or not opened; names file and line.
     """
     filled: list[str] = []
     opened: tuple[str, int] | None = None
@@ -52,7 +52,7 @@ def fill(text: str, file: str, block: Callable[[str], str]) -> str:
         if not closes and opened is not None:
             raise InputError(_unclosed(file, *opened))
         if closes:
-            # Blank lines: Markdown takes a table that touches a comment for part of it.
+            # Blank lines: in Markdown, a table right after a comment is part of the comment.
             filled += ["", block(name), ""]
         opened = None if closes else (name, place)
         filled.append(line)
@@ -62,12 +62,12 @@ def fill(text: str, file: str, block: Callable[[str], str]) -> str:
 
 
 def filled_page(text: str, file: Path, findings: Findings) -> str:
-    """The page with the tables of these findings."""
+    """Return the page with the tables of these findings."""
     return fill(text, str(file), lambda name: markdown_block(findings, name, file.stem))
 
 
 def update_docs(file: Path, findings: Findings) -> None:
-    """Put fresh tables into the page, and beside it the figures and the results.
+    """Write new tables into the page, and the figures and results beside it.
 
     Raises:
         InputError: the page can't be used.

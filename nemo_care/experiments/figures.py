@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 DOTS = "Each run after training: dots are seeds, bars their mean; dashed: before training"
-OVER_STEPS = "Over the training steps: mean over seeds, and from the least to the greatest seed"
-# Inches: a panel of dots, the room between two, a row, a letter of a variant's title.
+OVER_STEPS = "Over the training steps: mean over seeds, and from the lowest to the highest seed"
+# Inches: a panel of dots, the gap between two, a row, a letter of a variant's title.
 _PANEL, _GAP, _ROW, _LETTER = 1.9, 0.2, 0.27, 0.06
 _ABOVE, _BELOW, _MARGIN = 0.4, 0.35, 0.3
 _TITLES = {
@@ -35,7 +35,7 @@ _PANELS = {
 
 
 def draw_dots(findings: Findings, folder: Path, name: str) -> Curve | None:
-    """One row per variant: consistency, accuracy and the probe of each of its runs."""
+    """Draw consistency, accuracy and the probe of each run, one row per variant."""
     from matplotlib.figure import Figure
 
     first, last = findings.levels[:1], findings.levels[-1:]
@@ -90,7 +90,7 @@ def _dots(
 
 
 def draw_curves(findings: Findings, folder: Path, name: str) -> Curve | None:
-    """The study's chosen variants over the steps."""
+    """Draw the study's chosen variants over the steps."""
     variants = [variant for variant in findings.study.curves if findings.of(variant)]
     colours = dict(zip(variants, cycle(COLOURS), strict=False))
     lines = {
@@ -113,7 +113,7 @@ def draw_curves(findings: Findings, folder: Path, name: str) -> Curve | None:
                 band.index, band["min"], band["max"], color=colour, alpha=0.18, linewidth=0
             )
             (named[variant],) = axes.plot(band["mean"], color=colour, linewidth=1.6)
-        # One legend for all panels: titles of variants are too long for one under each.
+        # One legend for all panels: variants' titles are too long for a legend in each.
         finish(axes, *_PANELS[key], share=True, from_zero=True, keys=0)
     figure.legend(
         [named[variant] for variant in variants if variant in named],
@@ -127,7 +127,7 @@ def draw_curves(findings: Findings, folder: Path, name: str) -> Curve | None:
 
 
 def _band(findings: Findings, variant: str, key: str) -> DataFrame | None:
-    """Least, mean and greatest value over seeds by step; None where no run has the curve."""
+    """Return lowest, mean and highest value over seeds by step; None if no run has the curve."""
     import pandas as pd
 
     curves = [

@@ -1,4 +1,4 @@
-"""What the results of a study say: means over seeds and differences paired by seed."""
+"""The statistics of a study: means over seeds and differences paired by seed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 ACCURACY, CONSISTENCY, PROBE = "accuracy", "consistency_rate", "probe_implied"
 CONSISTENCY_OF_RIGHT, WORDS = "consistency_among_correct", "reasoning_words"
 PROBE_TRUE, FORMAT = "probe_true", "format_rate"
-# Of each level's results, in the order of the tables' columns.
+# The results of each level, in the order of the tables' columns.
 KEYS = (ACCURACY, CONSISTENCY, CONSISTENCY_OF_RIGHT, PROBE, PROBE_TRUE, WORDS, FORMAT)
 
 Place = tuple[str, str]
-"""Level and key of a number of a validation."""
+"""Level and key of a number in a validation."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """A study and the runs of it that are done."""
+    """A study with its completed runs."""
 
     study: Study
     results: Sequence[Result]
@@ -42,7 +42,7 @@ class Findings:
         return level_names(*self._sides)
 
     def frame(self, validations: Mapping[int, Levels | None]) -> DataFrame:
-        """Validations by seed: a row each, a column for each place."""
+        """Arrange validations by seed: a row for each, with a column for each place."""
         return numbers(validations, self.levels, KEYS)
 
     @cached_property
@@ -51,38 +51,38 @@ class Findings:
         return set(counts.index[counts > 0])
 
     def places(self, key: str, levels: Iterable[str]) -> list[Place]:
-        """Where one number stands at these levels, as far as anything has it."""
+        """Return the places of a key at these levels, as far as any run has them."""
         return [(level, key) for level in dict.fromkeys(levels) if (level, key) in self._known]
 
     def compared(self) -> list[Place]:
-        """The numbers in which variants are compared."""
+        """Return the numbers by which variants are compared."""
         probed = [level for level, _ in self.places(PROBE, self.levels)]
         return [
             *self.places(ACCURACY, self.levels),
             *self.places(CONSISTENCY, self.levels),
-            # The probe asks about the model, not about the data: one level is enough here.
+            # The probe tests the model, not the data: one level is enough here.
             *self.places(PROBE, probed[:1]),
         ]
 
     def of(self, variant: str) -> dict[int, Result]:
-        """The runs of a variant by seed, in the study's order."""
+        """Return the runs of a variant by seed, in the study's order."""
         done = {one.seed: one for one in self.results if one.variant == variant}
         return {seed: done[seed] for seed in self.study.seeds_of(variant) if seed in done}
 
     def ends(self, name: str) -> DataFrame:
-        """The last validations of a variant by seed; those before training for "start"."""
+        """Return a variant's last validations by seed; for "start", those before training."""
         if name == START:
             return self.frame(self.starts)
         return self.frame({seed: one.end for seed, one in self.of(name).items()})
 
     def planned(self, name: str) -> int:
-        """How many seeds a row has in the end."""
+        """Return the number of seeds that a row will have in the end."""
         variants = self.study.variants if name == START else [name]
         return len({seed for variant in variants for seed in self.study.seeds_of(variant)})
 
     @cached_property
     def starts(self) -> dict[int, Levels]:
-        """Validation before the first step by seed: of the first variant that has the seed."""
+        """Return the validation before the first step by seed, from the first variant with it."""
         starts: dict[int, Levels] = {}
         for variant in self.study.variants:
             for seed, one in self.of(variant).items():
@@ -91,7 +91,7 @@ class Findings:
         return dict(sorted(starts.items()))
 
     def other_starts(self) -> list[str]:
-        """Variants that did not start where the row "start" says."""
+        """Return the variants whose start differs from the row "start"."""
         return [
             variant
             for variant in self.study.variants
@@ -99,11 +99,11 @@ class Findings:
         ]
 
     def differences(self, contrast: Contrast) -> DataFrame:
-        """Left minus right, of the seeds that both have; NaN where a number is missing."""
+        """Return left minus right for the seeds that both have; NaN if a number is missing."""
         return self.ends(contrast.left) - self.ends(contrast.right)
 
     def times(self, variant: str) -> DataFrame:
-        """Steps, wall time and time of a step of a variant's runs, in seconds."""
+        """Return steps, wall time and time per step of a variant's runs, in seconds."""
         import pandas as pd
 
         names = ["steps", "wall_seconds", "seconds_per_step"]
@@ -111,26 +111,26 @@ class Findings:
         return pd.DataFrame(rows, columns=names, dtype=float)
 
     def title_of(self, name: str) -> str:
-        """What a row is called."""
+        """Return the title of a row."""
         return START if name == START else self.study.title_of(name)
 
     def count(self) -> str:
-        """How much of the study is done."""
+        """Describe how many runs are complete."""
         planned = sum(self.planned(variant) for variant in self.study.variants)
         return f"{len(self.results)} of {planned} runs"
 
     def reading_notes(self) -> list[str]:
-        """What the kind of data makes a reader want to know."""
+        """Return the notes that readers of results on this kind of data need."""
         kinds = dict.fromkeys(one.data for one in self.results)
         return list(dict.fromkeys(n for kind in kinds for n in reading_notes(self._sides, kind)))
 
     def notes(self) -> list[str]:
-        """How to read the tables."""
+        """Return the notes on how to read the tables."""
         notes = [
             "Means ± sample standard deviation over seeds of the validation after the last step; "
             f'"{START}" is the validation before the first. Accuracy and consistency are shares of '
-            "the validation prompts; consistency of the right ones is that of the completions "
-            "whose answer is right."
+            "the validation prompts; consistency of correct answers is a share of the completions "
+            "with a correct answer."
         ]
         others = self.other_starts()
         if others:
@@ -139,7 +139,7 @@ class Findings:
         return [*notes, *self.reading_notes()]
 
     def as_json(self) -> dict[str, Any]:
-        """All that the tables show, with all digits."""
+        """Return everything that the tables show, with all digits."""
         study = self.study
         variants = {}
         for name, variant in study.variants.items():

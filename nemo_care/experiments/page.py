@@ -1,4 +1,4 @@
-"""A study as one page that works offline, as Markdown, as JSON and on the terminal."""
+"""A study as a page that works offline, as Markdown, as JSON and in the terminal."""
 
 import json
 from collections.abc import Mapping
@@ -32,21 +32,21 @@ BLOCKS = (*_SHEETS, *_FIGURES)
 
 
 def draw(findings: Findings, folder: Path, stem: str) -> dict[str, Curve]:
-    """Draw the figures to `folder/STEM_NAME.png`; what there are no values for is left out."""
+    """Draw the figures that have values to `folder/STEM_NAME.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {name: make(findings, folder, f"{stem}_{name}") for name, (make, _) in _FIGURES.items()}
     return {name: curve for name, curve in drawn.items() if curve is not None}
 
 
 def markdown_block(findings: Findings, name: str, stem: str) -> str:
-    """One of `BLOCKS` in Markdown; figures are links to `STEM_NAME.png`."""
+    """Return one of `BLOCKS` in Markdown; figures are links to `STEM_NAME.png`."""
     if name in _FIGURES:
         return f"![{_FIGURES[name][1]}]({stem}_{name}.png)"
     return _SHEETS[name](findings).markdown()
 
 
 def publish(findings: Findings, out: Path, settings: str) -> Path:
-    """Write figures, study.json, study.md and study.html to `out`; returns the page.
+    """Write figures, study.json, study.md and study.html to `out`, and return the page's path.
 
     `settings` is the text of the study's file.
     """

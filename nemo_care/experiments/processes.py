@@ -1,4 +1,4 @@
-"""Run several training commands at once, a few at a time, and leave none behind."""
+"""Run training commands, a limited number at a time, and leave no process running."""
 
 import contextlib
 import os
@@ -14,14 +14,14 @@ from typing import IO, Any
 
 from nemo_care.process.environment import STARTER
 
-# Seconds that a child has to end by itself (it may be saving a checkpoint) before it is killed.
+# Seconds that a child has to exit by itself (it can be saving a checkpoint) before it is killed.
 _GRACE = 20.0
 _LOG_TAIL_BYTES = 16384
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command and where its output goes."""
+    """A command and the file for its output."""
 
     name: str
     command: Sequence[str]
@@ -34,20 +34,20 @@ class Failure:
 
     name: str
     status: int
-    """Exit status; negative: ended by that signal."""
+    """Exit status; negative: the signal that ended it."""
     log: Path
     last_lines: list[str]
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def last_lines(log: Path, count: int = 15) -> list[str]:
-    """The last lines of a log that are not empty; of a progress bar only its last state."""
+    """Return the last non-empty lines of a log; of a progress bar only its last state."""
     if not log.exists():
         return []
     with log.open("rb") as file:
@@ -60,7 +60,7 @@ def last_lines(log: Path, count: int = 15) -> list[str]:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal end Python in order, so that children are ended too."""
+    """Make SIGTERM and a closed terminal end Python in order, so that children end too."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -80,13 +80,13 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
-    # The child leads its own group, which holds the ranks that it starts.
+    # The child leads its own process group, which includes the ranks that it starts.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, number)
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
-    """End the children and all that they started."""
+    """End the children and all processes that they started."""
     for child in children:
         _signal_group(child, signal.SIGTERM)
     until = time.monotonic() + grace
@@ -95,8 +95,8 @@ def _end(children: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(max(0.0, until - time.monotonic()))
     finally:
-        # After a second Ctrl-C at once, and also where the child itself is gone: its ranks may
-        # not be.
+        # Also if the child itself has exited, since its ranks may still run; at once on a
+        # second Ctrl-C.
         for child in children:
             _signal_group(child, signal.SIGKILL)
             child.wait()
@@ -130,11 +130,11 @@ def run_jobs(
     done: Callable[[Job, Failure | None], None],
     grace: float = _GRACE,
 ) -> None:
-    """Run all jobs, at most `at_once` at a time; a failing one does not stop the others.
+    """Run all jobs, at most `at_once` at a time; a failing job does not stop the rest.
 
-    `tick` gets the names of the running jobs about once a second, `done` each job that ended.
-    On Ctrl-C, SIGTERM or any error the running jobs are ended (killed after `grace` seconds), and
-    they end by themselves where this process is killed.
+    `tick` receives the names of the running jobs about once a second, `done` each job that ended.
+    On Ctrl-C, SIGTERM or any error the running jobs are ended (killed after `grace` seconds). They
+    also end by themselves if this process is killed.
     The output of a job replaces its log.
     """
     environment = os.environ | {

@@ -1,4 +1,4 @@
-"""The raw results of a study's runs, one line each: all that its tables and figures show."""
+"""The raw results of a study's runs, one line each, with all that tables and figures show."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from nemo_care.runs.metrics import ACCURACY, ANSWER_LIKELIHOOD, CONSISTENCY, STE
 from nemo_care.runs.reader import Levels, RunRecord, number, read_run
 
 RESULTS = "results.jsonl"
-# What is drawn over the steps.
+# The metrics that are drawn over the steps.
 CURVES = (CONSISTENCY, ACCURACY, ANSWER_LIKELIHOOD)
 # Enough for a line three inches long.
 _POINTS = 50
@@ -37,27 +37,27 @@ _RESULT: Kinds = {
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run."""
+    """A finished run."""
 
     variant: str
     seed: int
     overrides: list[str]
     steps: int | None
     wall_seconds: float | None
-    """Of its last start alone."""
+    """Of its last start only."""
     seconds_per_step: float | None
-    """Median: the first steps also warm up caches."""
+    """Median: the first steps include warm-up."""
     start: Levels | None
     """Validation before the first step."""
     end: Levels | None
     curves: Mapping[str, Sequence[float | None]]
-    """`step`, and the mean of each of `CURVES` over the steps up to there."""
+    """`step`, and the mean of each of `CURVES` over the steps up to it."""
     data: str | None
     """Kind of the training data."""
 
 
 def read_result(variant: str, run: TrainingRun) -> Result:
-    """What a finished run left in its directory."""
+    """Read the results of a finished run from its directory."""
     import pandas as pd
 
     record = read_run(run.folder)
@@ -79,7 +79,7 @@ def read_result(variant: str, run: TrainingRun) -> Result:
 
 
 def _thinned(record: RunRecord) -> dict[str, list[float | None]]:
-    """Each curve as at most `_POINTS` means of neighbouring steps."""
+    """Reduce each curve to at most `_POINTS` means of neighbouring steps."""
     import pandas as pd
 
     steps = pd.Series(record.steps(), dtype=int)
@@ -91,16 +91,16 @@ def _thinned(record: RunRecord) -> dict[str, list[float | None]]:
 
 
 class ResultsFile:
-    """The results of the runs that are done, on the disk after each of them."""
+    """The results of the completed runs, written to disk after each of them."""
 
     def __init__(self, file: Path, runs: Mapping[str, Sequence[TrainingRun]]) -> None:
-        """`runs` are all runs of the study, by variant, in the order of the lines."""
+        """Create it for all runs of the study, by variant, in the order of the lines."""
         self.file = file
         self._runs = runs
         self._known: dict[Path, Result] = {}
 
     def refresh(self) -> list[Result]:
-        """Read runs that have been finished since the last time, and write the file anew."""
+        """Read the runs that have finished since the last call, and rewrite the file."""
         found: list[Result] = []
         for variant, runs in self._runs.items():
             for run in runs:
@@ -114,10 +114,10 @@ class ResultsFile:
 
 
 def read_results(file: Path) -> list[Result]:
-    """The lines of a results file.
+    """Return the results in a results file.
 
     Raises:
-        InputError: there is no such file, or a line of it is broken.
+        InputError: the file does not exist, or one of its lines is damaged.
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file; give the results.jsonl of a study")
@@ -135,18 +135,18 @@ def _wrong_result(values: Mapping[str, Any]) -> str:
 
 
 def check_results(study: Study, results: Sequence[Result], file: Path) -> None:
-    """Refuse results of another study: its tables would tell of runs that are not named there.
+    """Reject results of a different study, whose runs these tables would not name.
 
     Raises:
-        InputError: a run that the study does not have, has with other overrides, or has once.
+        InputError: a run that is not in the study, has different overrides, or occurs twice.
     """
     met = set()
     for one in results:
         run = f"{file}: seed {one.seed} of {one.variant}"
         if one.variant not in study.variants or one.seed not in study.seeds_of(one.variant):
-            raise InputError(f"{run} is not in the study; remove the line or name the run there")
+            raise InputError(f"{run} is not in the study; remove the line or add the run")
         if one.overrides != list(study.overrides_of(one.variant)):
-            raise InputError(f"{run} was made with other overrides: {' '.join(one.overrides)}")
+            raise InputError(f"{run} was made with different overrides: {' '.join(one.overrides)}")
         if (one.variant, one.seed) in met:
-            raise InputError(f"{run} is there twice; remove one of the lines")
+            raise InputError(f"{run} occurs twice; remove one of the lines")
         met.add((one.variant, one.seed))

@@ -1,4 +1,4 @@
-"""The runs of a study: what they are given, how they are trained, and what keeps them apart."""
+"""The runs of a study: their arguments, their training, and checks that they are unchanged."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ _MADE_WITH = "study.json"
 
 
 def study_runs(study: Study, out: Path, config_dir: str | None) -> dict[str, list[TrainingRun]]:
-    """All runs by variant, one per seed.
+    """Return all runs by variant, one per seed.
 
-    Every variant's recipe is composed and checked here: a mistyped override is told before the
-    first run, not after hours.
+    Every variant's recipe is composed and checked here, so that a mistyped override is reported
+    before the first run, not after hours.
 
     Raises:
         InputError: a variant whose recipe can't be used.
@@ -49,10 +49,10 @@ def study_runs(study: Study, out: Path, config_dir: str | None) -> dict[str, lis
 
 
 def check_unchanged(runs: Mapping[str, Sequence[TrainingRun]]) -> None:
-    """Refuse runs that were made with other arguments: they would be taken for equal ones.
+    """Reject runs that were made with different arguments, which would seem comparable.
 
     Raises:
-        InputError: such a run, with its variant.
+        InputError: names the run and its variant.
     """
     for name, made in runs.items():
         for run in made:
@@ -60,11 +60,11 @@ def check_unchanged(runs: Mapping[str, Sequence[TrainingRun]]) -> None:
             if file.exists():
                 before = read_object(
                     file,
-                    remedy=f"remove {run.folder}: the run is then made again",
+                    remedy=f"remove {run.folder}: it is then trained again",
                     required={"recipe": str, "overrides": list[str], "seed": int},
                 )
             elif (run.folder / "recipe.yaml").exists():
-                raise InputError(f"variant {name}: {run.folder} is no run of this study; remove it")
+                raise InputError(f"variant {name}: {run.folder} is not of this study; remove it")
             else:
                 continue
             if before != now:
@@ -76,7 +76,7 @@ def check_unchanged(runs: Mapping[str, Sequence[TrainingRun]]) -> None:
 
 
 def claim(runs: Sequence[TrainingRun]) -> None:
-    """Write beside each run what it is made with."""
+    """Record beside each run what it is made with."""
     for run in runs:
         file = run.folder / _MADE_WITH
         if not file.exists():
@@ -91,9 +91,9 @@ def train_variants(
     out: Path,
     jobs: int,
 ) -> tuple[list[Result], list[Failure]]:
-    """Train those `asked` of all `runs`, and give the results of all that are done.
+    """Train those of `runs` that were `asked` for, and return all completed results.
 
-    The runs' output goes to `out/logs/`; `out/results.jsonl` has a line for each finished one.
+    The runs' output is written to `out/logs/`; `out/results.jsonl` has a line per finished run.
     """
     results = ResultsFile(out / RESULTS, runs)
     results.refresh()
@@ -102,14 +102,14 @@ def train_variants(
         command,
         out / "logs",
         jobs,
-        # A study that is killed leaves what it has.
+        # A killed study keeps its results so far.
         ended=lambda run: results.refresh(),
     )
     return results.refresh(), failures
 
 
 def _made_with(run: TrainingRun) -> dict[str, Any]:
-    """What makes a run what it is; its folder may move."""
+    """Return the settings that identify a run, without its folder, which can move."""
     return {"recipe": run.recipe, "overrides": list(run.overrides), "seed": run.seed}
 
 

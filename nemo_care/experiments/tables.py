@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _HEADINGS = {
     **COLUMNS,
-    CONSISTENCY_OF_RIGHT: "consistency of the right ones",
+    CONSISTENCY_OF_RIGHT: "consistency of correct answers",
     WORDS: "reasoning words",
 }
 _SHORT = {
@@ -43,7 +43,7 @@ _SHORT = {
 
 
 def main_sheet(findings: Findings) -> Sheet:
-    """Every variant's means, below those of the start."""
+    """Make the table of every variant's means, below those of the start."""
     places = _places(findings)
     rows = []
     for name in (START, *findings.study.variants):
@@ -54,7 +54,7 @@ def main_sheet(findings: Findings) -> Sheet:
 
 
 def seeds_sheet(findings: Findings) -> Sheet:
-    """Every seed of every variant."""
+    """Make the table of every seed of every variant."""
     places = _places(findings)
     rows = [
         Row([findings.title_of(name), str(seed)], _values(values, places))
@@ -65,7 +65,7 @@ def seeds_sheet(findings: Findings) -> Sheet:
 
 
 def contrasts_sheet(findings: Findings) -> Sheet:
-    """Differences of two variants, paired by seed."""
+    """Make the table of differences between two variants, paired by seed."""
     places = findings.compared()
     rows = []
     for one in findings.study.contrasts:
@@ -83,7 +83,7 @@ def contrasts_sheet(findings: Findings) -> Sheet:
 
 
 def time_sheet(findings: Findings) -> Sheet:
-    """How long the runs took."""
+    """Make the table of the runs' times."""
     rows = []
     for name in findings.study.variants:
         times = findings.times(name)
@@ -101,7 +101,7 @@ def time_sheet(findings: Findings) -> Sheet:
 
 
 def variants_sheet(findings: Findings) -> Sheet:
-    """What the variants are."""
+    """Make the table that describes the variants."""
     study = findings.study
     rows = []
     for name, variant in study.variants.items():
@@ -112,7 +112,7 @@ def variants_sheet(findings: Findings) -> Sheet:
 
 
 def comparison_sheet(findings: Findings) -> Sheet:
-    """Every seed of every recipe and their means, below those of the start."""
+    """Make the table of every seed of every recipe and their means, below those of the start."""
     probed = [place for place in findings.compared() if place[1] == PROBE]
     places = [(level, key) for key in (ACCURACY, CONSISTENCY) for level in findings.levels] + probed
     groups = [
@@ -133,7 +133,7 @@ def comparison_sheet(findings: Findings) -> Sheet:
 
 
 def _starts(findings: Findings, places: Sequence[Place]) -> dict[str, DataFrame]:
-    """The start model's results: once where all recipes agree, else by recipe."""
+    """Return the start model's results: once if all recipes agree, otherwise by recipe."""
     import pandas as pd
 
     by_recipe = {}
@@ -147,7 +147,7 @@ def _starts(findings: Findings, places: Sequence[Place]) -> dict[str, DataFrame]
     if (both.map(rate).groupby(level=0).nunique() == 1).all(axis=None):
         by_recipe = {"start": both[~both.index.duplicated()].sort_index()}
     for name, starts in by_recipe.items():
-        # Greedy validation of one checkpoint does not depend on the seed: say it once.
+        # Greedy validation of a checkpoint does not depend on the seed: show it once.
         if len(starts) > 1 and len(starts.map(rate).drop_duplicates()) == 1:
             by_recipe[name] = starts.head(1).set_axis(["all"])
     return by_recipe
@@ -156,7 +156,7 @@ def _starts(findings: Findings, places: Sequence[Place]) -> dict[str, DataFrame]
 def _group(
     name: str, rows: DataFrame, labels: Sequence[str], known: int, places: Sequence[Place]
 ) -> list[Row]:
-    """A row per seed, and the mean of those `known`."""
+    """Return a row per seed, and the mean of the `known` seeds."""
     group = [
         Row([name, label], _values(values, places))
         for label, (_, values) in zip(labels, rows.iterrows(), strict=True)
@@ -198,7 +198,7 @@ def _values(values: Any, places: Sequence[Place]) -> list[Cell]:
 
 
 def _means(frame: DataFrame, places: Sequence[Place]) -> list[Cell]:
-    """Mean and sample standard deviation of each column."""
+    """Format mean and sample standard deviation of each column."""
     means, spreads = frame.mean(), frame.std()
     return [
         Cell(

@@ -1,4 +1,4 @@
-"""Train several runs from the command line: what `compare` and `study` have in common."""
+"""Train several runs from the command line; shared by `compare` and `study`."""
 
 import re
 import sys
@@ -18,35 +18,35 @@ _OWN_KEYS = {
     "exp_manager.explicit_log_dir": "--out",
     "exp_manager.exp_dir": "--out",
 }
-# What Hydra reads as a plain value; anything else has to stand in quotes.
+# What Hydra reads as a plain value; anything else has to be quoted.
 _PLAIN = re.compile(r"[\w/\-+.@:%]+")
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One run: a recipe with overrides and a seed, in a directory of its own."""
+    """One run: a recipe with overrides and a seed, in its own directory."""
 
     recipe: str
     overrides: tuple[str, ...]
-    """Hydra's, without seed and run directory."""
+    """Hydra overrides, without seed and run directory."""
     seed: int
     folder: Path
-    """Absolute: a run may change its working directory before it reads the path."""
+    """Absolute: a run can change its working directory before it reads the path."""
     steps: int | None = None
-    """What it is asked for; None: what its recipe says, so that any end is the end."""
+    """Requested number of steps; None: the recipe decides, and any end counts."""
 
     @property
     def name(self) -> str:
-        """What the screen and the log call it."""
+        """The run's name on the screen and in logs."""
         return self.folder.name
 
     def is_done(self) -> bool:
-        """Whether it got to the end that it is asked for."""
+        """Whether it has reached the requested end."""
         summary = read_summary(self.folder)
         return summary is not None and self.steps in (None, summary.get("steps"))
 
     def arguments(self) -> list[str]:
-        """What `nemo-care train` is given."""
+        """Arguments for `nemo-care train`."""
         return [
             "--config-name",
             self.recipe,
@@ -57,21 +57,21 @@ class TrainingRun:
 
 
 def key_of(override: str) -> str:
-    """The recipe key that an override is about."""
+    """Return the recipe key of an override."""
     return override.split("=", 1)[0].lstrip("+~")
 
 
 def quoted(text: str) -> str:
-    """A value as Hydra's override grammar reads it back."""
+    """Quote a value for Hydra's override grammar."""
     if _PLAIN.fullmatch(text):
         return text
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
 
 
 def refuse_own_keys(overrides: Sequence[str], command: str, remedies: dict[str, str]) -> None:
-    """Refuse overrides of what the command sets for each run.
+    """Reject overrides of keys that the command sets for each run.
 
-    `remedies` has another remedy where the command's option is not the one of `compare`.
+    `remedies` replaces the default remedies, which name options of `compare`.
 
     Raises:
         InputError: an override of the seed or the run directory.
@@ -84,18 +84,18 @@ def refuse_own_keys(overrides: Sequence[str], command: str, remedies: dict[str, 
 
 
 def training_command(given: Sequence[str] | None, config_dir: str | None) -> list[str]:
-    """The start of each run's command line; `given` stands in for `python -m nemo_care.train`."""
+    """Return the start of each run's command; `given` replaces `python -m nemo_care.train`."""
     command = list(given or (sys.executable, "-m", "nemo_care.train"))
     return [*command, "--config-path", str(Path(config_dir).absolute())] if config_dir else command
 
 
 def _wrong(run: TrainingRun) -> str | None:
-    """What is wrong with a run whose command said that all went well."""
+    """Return what is wrong with a run whose command succeeded."""
     summary = read_summary(run.folder)
     if summary is None:
         return "the command ended without writing summary.json"
     if run.steps not in (None, summary.get("steps")):
-        return f"ended with {summary.get('steps')} steps where {run.steps} were asked for"
+        return f"ended with {summary.get('steps')} steps instead of {run.steps}"
     return None
 
 
@@ -106,11 +106,11 @@ def train_runs(
     jobs: int,
     ended: Callable[[TrainingRun], object] = lambda run: None,
 ) -> list[Failure]:
-    """Train the runs that are not done, at most `jobs` at once; a failing one stops no other.
+    """Train the unfinished runs, at most `jobs` at once; a failing run does not stop the rest.
 
-    The same command in the same directory goes on after the newest checkpoint there. `command` is
-    what `training_command` gives; each run's output goes to `logs`. `ended` is called with each run
-    that got to its end now.
+    The same command in the same directory resumes from the newest checkpoint there. `command` is
+    the result of `training_command`; each run's output is written to `logs`. `ended` is called with
+    each run that finishes now.
 
     Returns the runs that failed.
     """
@@ -125,7 +125,7 @@ def train_runs(
         initial=len(runs) - len(waiting),
         desc="runs",
         unit="run",
-        disable=None,  # in a log file only the lines below
+        disable=None,  # a log file gets only the lines below
     ) as bar:
 
         def tick(names: list[str]) -> None:

@@ -1,1 +1,1 @@
-"""Files of ours: a kill leaves no half of one, and none is trusted when it is read back."""
+"""Our file formats: a kill never leaves half a file, and content is checked when read."""

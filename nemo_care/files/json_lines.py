@@ -1,8 +1,8 @@
-"""Our own files: written so that a kill leaves no half of one, and not trusted when read back.
+"""JSON files that survive a kill while being written, and are checked when read.
 
-JSON lines are appended to, so a kill can tear the last one. A last line that has no line break and
-is no whole JSON value is torn: every reader leaves it out, and the next append cuts it off.
-Anything else that is broken is an InputError that names file and line.
+JSON lines are appended to, so a kill can tear the last one. A last line without a line break that
+is not a complete JSON value is torn: readers omit it, and the next append removes it. Any other
+damage is an InputError that names file and line.
 """
 
 import errno
@@ -17,12 +17,12 @@ from nemo_care.errors import InputError
 from nemo_care.process.os_errors import naming
 
 Record = dict[str, Any]
-# What a file system answers that can't sync a folder: SMB and some of FUSE.
+# Errors of file systems that can't sync a folder: SMB and some of FUSE.
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 Kinds = Mapping[str, Any]
-"""What the values of a record have to be, by key: types such as `int | None` or `list[str]`.
+"""The required types of a record's values, by key, such as `int | None` or `list[str]`.
 
-As in JSON: a bool is no number, and a whole number will do for `float`.
+As in JSON, a bool is not a number, and a whole number is valid for `float`.
 """
 
 _NOTHING: Kinds = {}
@@ -46,18 +46,19 @@ def complete_lines(
     optional: Kinds = _NOTHING,
     more: Callable[[Record], str] = lambda record: "",
 ) -> list[Record]:
-    """Records of a JSON-lines file without a torn last line; none where there is no file.
+    """Return the records of a JSON-lines file without a torn last line; none if there is no file.
 
-    `more` says what else is wrong with a record, empty where nothing is.
+    `more` returns what else is wrong with a record, or an empty text.
 
     Raises:
-        InputError: another line is no JSON object, or a value is missing or of the wrong type; or
-            the file can't be read.
+        InputError: any other line is not a JSON object, a value is missing or of the wrong type, or
+        the
+            file can't be read.
     """
     if not file.exists():
         return []
-    # As bytes: a kill can tear a character. Not splitlines(): it also splits at characters that
-    # JSON leaves as they are.
+    # As bytes, because a kill can tear a character. Not splitlines(), which also splits at
+    # characters that JSON does not escape.
     lines = _bytes(file, "make it readable").split(b"\n")
     records = []
     for place, line in enumerate(lines, start=1):
@@ -79,11 +80,11 @@ def complete_lines(
 def read_object(
     file: Path, *, remedy: str, required: Kinds = _NOTHING, optional: Kinds = _NOTHING
 ) -> Record:
-    """The one JSON object that a file holds; `remedy` ends the message where it does not.
+    """Return the one JSON object in a file; `remedy` ends the error message.
 
     Raises:
-        InputError: the file can't be read, is no JSON object, or a value is missing or of the wrong
-            type.
+        InputError: the file can't be read, is not a JSON object, or a value is missing or of the
+        wrong type.
     """
     content = _bytes(file, remedy)
     try:
@@ -103,7 +104,7 @@ def read_object(
 
 
 def read_text(file: Path, *, remedy: str) -> str:
-    """The text of a file.
+    """Return the text of a file.
 
     Raises:
         InputError: the file can't be read, or is not UTF-8.
@@ -118,10 +119,10 @@ def read_text(file: Path, *, remedy: str) -> str:
 def check_record(
     where: str, value: Any, required: Kinds, optional: Kinds = _NOTHING, *, remedy: str
 ) -> None:
-    """Refuse a part of a file that is not an object with such values; `where` names it.
+    """Reject a part of a file that is not an object with such values; `where` names it.
 
     Raises:
-        InputError: what is wrong, and `remedy`.
+        InputError: the fault and `remedy`.
     """
     wrong = _wrong(value, required, optional)
     if wrong:
@@ -141,12 +142,12 @@ def _not_utf8(file: Path, content: bytes, error: UnicodeDecodeError, remedy: str
 
 
 def _parsed(content: bytes) -> Any:
-    """A JSON value.
+    """Parse a JSON value.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not JSON.
     """
-    # Decoded here: json would also take UTF-16, and surrogates as UTF-8.
+    # Decoded here, because json would also accept UTF-16, and surrogates as UTF-8.
     text = content.decode("utf-8")
     try:
         return json.loads(text)
@@ -155,7 +156,7 @@ def _parsed(content: bytes) -> Any:
 
 
 def _wrong(value: Any, required: Kinds, optional: Kinds) -> str:
-    """What is wrong with a record; empty where nothing is."""
+    """Return what is wrong with a record; empty if it is valid."""
     if not isinstance(value, dict):
         return "not a JSON object"
     for key, kind in {**required, **optional}.items():
@@ -184,7 +185,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _name(kind: Any) -> str:
-    """A kind in words, such as "a whole number or null"."""
+    """Describe a type, such as "a whole number or null"."""
     if isinstance(kind, UnionType):
         return " or ".join(map(_name, get_args(kind)))
     within = get_args(kind)
@@ -196,14 +197,14 @@ def _name(kind: Any) -> str:
 
 
 def append_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records after those that are there, at once; the file is made when missing."""
+    """Append records to a file at once; creates the file if missing."""
     with naming(file), file.open("a+b") as opened:
         _end_last_line(opened)
         opened.write(_encoded(_lines(records)))
 
 
 def _end_last_line(opened: IO[bytes]) -> None:
-    """Cut off a torn last line, after which a record would be lost with it."""
+    """Remove a torn last line, which would make the next record unreadable."""
     size = opened.seek(0, os.SEEK_END)
     if size == 0:
         return
@@ -222,12 +223,12 @@ def _end_last_line(opened: IO[bytes]) -> None:
 
 
 def replace_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON-lines file in place of the old one (see `replace_file`)."""
+    """Replace a JSON-lines file (see `replace_file`)."""
     replace_file(file, _lines(records))
 
 
 def replace_file(file: Path, text: str) -> None:
-    """Write a file so that a reader or a kill sees the old or the new one, never half of it."""
+    """Write a file so that a reader or a kill sees either the old or the new content."""
     partial = file.with_name(file.name + ".partial")
     with naming(file):
         partial.write_bytes(_encoded(text))
@@ -235,13 +236,13 @@ def replace_file(file: Path, text: str) -> None:
 
 
 def _encoded(text: str) -> bytes:
-    # Half of a surrogate pair, which JSON files can hold, has no UTF-8; `\ud800` means the same in
-    # JSON.
+    # Half of a surrogate pair, which JSON files can hold, has no UTF-8; `\ud800` is its JSON
+    # escape.
     return text.encode("utf-8", errors="backslashreplace")
 
 
 def sync_file(file: Path) -> None:
-    """Have a file's content on the disk."""
+    """Make sure that a file's content is on the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -250,7 +251,7 @@ def sync_file(file: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the file system can."""
+    """Make sure that a folder's names are on the disk, if the file system supports it."""
     try:
         sync_file(folder)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Safetensors files of ours."""
+"""Safetensors files."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,16 +14,16 @@ from nemo_care.errors import InputError
 def save_tensors(
     file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors to a file that others may read as any new file."""
+    """Write tensors to a file with the usual permissions of a new file."""
     with usual_mode(file):
         save_file(dict(tensors), file, metadata=metadata)
 
 
 @contextmanager
 def usual_mode(file: Path) -> Iterator[None]:
-    """Gives `file`, which the block writes, the mode of an ordinary new file.
+    """Give `file`, which the block writes, the mode of an ordinary new file.
 
-    safetensors writes to a temporary file, which nobody else may read, and renames it.
+    safetensors writes a temporary file that only its owner can read, and renames it.
     """
     file.touch()
     mode = file.stat().st_mode & 0o777
@@ -32,10 +32,10 @@ def usual_mode(file: Path) -> Iterator[None]:
 
 
 def load_tensors(file: Path, *, remedy: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file.
+    """Return the tensors of a file.
 
     Raises:
-        InputError: it can't be read, or is cut short or otherwise broken.
+        InputError: it can't be read, or is cut short or otherwise damaged.
     """
     try:
         return load_file(file)

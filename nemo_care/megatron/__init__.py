@@ -1,1 +1,1 @@
-"""What follows Megatron Core's internals, pinned to its version: read it when you raise that."""
+"""Code that depends on Megatron Core's internals: review it when you raise the pinned version."""

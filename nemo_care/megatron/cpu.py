@@ -1,11 +1,11 @@
 """Let megatron-core 0.16.1 run on a machine without CUDA.
 
-Megatron Core asks for CUDA devices by name in a few dozen places. On a machine without CUDA,
-`enable_cpu_megatron()` redirects those requests to another device: "cpu", on which everything
-really runs, or "meta", on which only shapes do. Where CUDA is present the call does nothing, so
-the GPU path never sees this module's work.
+Megatron Core requests CUDA devices by name in a few dozen places. On a machine without CUDA,
+`enable_cpu_megatron()` redirects those requests to another device: "cpu", which computes, or
+"meta", which only tracks shapes. With CUDA the call does nothing, so this module does not affect
+the GPU path.
 
-megatron-core's version is pinned in pyproject.toml because of what is replaced here.
+megatron-core's version is pinned in pyproject.toml because of these replacements.
 """
 
 from importlib.util import find_spec
@@ -23,12 +23,12 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
-# What asks for a device, or tells of one, without a keyword.
+# Functions that request or report a device without a keyword.
 _BY_ARGUMENT = frozenset({torch.Tensor.cuda, torch.Tensor.to, torch.Tensor.type})
 
 
 class _DeviceRedirect(TorchFunctionMode):
-    """Sends every tensor that asks for CUDA to `device` instead."""
+    """Redirects every tensor for CUDA to `device`."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _DeviceRedirect(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Every operation comes by here, so those that ask for nothing leave at once.
+        # Every operation passes through here, so those without a device return at once.
         if kwargs:
             if "device" in kwargs and _is_cuda(kwargs["device"]):
                 kwargs["device"] = self.device
@@ -50,7 +50,7 @@ class _DeviceRedirect(TorchFunctionMode):
         if func is torch.Tensor.to:
             args = tuple(self.device if _is_cuda(a) else a for a in args)
         result = func(*args, **kwargs)
-        # The distributed optimizer sorts parameters by these type names and knows CUDA's only.
+        # The distributed optimizer sorts parameters by these type names and accepts only CUDA's.
         if (
             func is torch.Tensor.type
             and isinstance(result, str)
@@ -64,7 +64,7 @@ def enable_cpu_megatron(device: str = "cpu") -> bool:
     """Redirect Megatron Core's CUDA requests to `device` ("cpu" or "meta") for this process.
 
     Returns:
-        True when the redirect is active, False when CUDA is present and nothing was done.
+        True if the redirect is active, False if CUDA is present and nothing was done.
     """
     global _active
     if torch.cuda.is_available():
@@ -95,10 +95,10 @@ def enable_cpu_megatron(device: str = "cpu") -> bool:
 
 
 def _take_torch_optimizers() -> None:
-    """Let Megatron do without the fused optimizer and norm of TransformerEngine or apex.
+    """Make Megatron use torch's optimizer and norm instead of TransformerEngine's or apex's.
 
-    Where one is installed but CUDA is hidden, as for a plan on a machine with GPUs, Megatron would
-    call CUDA kernels with tensors of the CPU or of `meta`.
+    If one of them is installed but CUDA is hidden, as for a plan on a machine with GPUs, Megatron
+    would call CUDA kernels with tensors on the CPU or on `meta`.
     """
     if all(find_spec(name) is None for name in ("transformer_engine", "apex")):
         return
@@ -118,7 +118,7 @@ def _take_torch_optimizers() -> None:
 
 
 def compute_device() -> torch.device:
-    """The device that models live on: this rank's GPU, or the CPU where there is none."""
+    """Return the device of models: this rank's GPU, or the CPU if there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Whether a rank's gradients are finite, before they meet those of other ranks."""
+"""Check whether a rank's gradients are finite, before they are summed with other ranks'."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,14 +8,14 @@ from megatron.core.distributed import DistributedDataParallel
 
 
 class GradientWatch:
-    """Looks at the gradients that this rank's own backward made, before they are summed.
+    """Checks the gradients of this rank's own backward before they are summed.
 
-    Afterwards a NaN of one rank is in the sums of others too. Megatron's own check raises in the
-    middle of backward, on one rank, while the others wait for it.
+    Afterwards a NaN of one rank is also in other ranks' sums. Megatron's own check raises in the
+    middle of backward, on one rank, while the other ranks wait for it.
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
-        """From now on every backward of `model` is looked at."""
+        """Check every backward of `model` from now on."""
         self.model = model
         self.finite = torch.tensor(True)
         finalize = model.config.finalize_model_grads_func
@@ -29,7 +29,7 @@ class GradientWatch:
     def look(self) -> None:
         """Set `finite` (bool, on the gradients' device; nothing is read back from a GPU)."""
         ends = [end for buffer in self._buffers() for end in torch.aminmax(buffer)]
-        # aminmax hands a NaN on, and makes no tensor of the buffer's size as isfinite would.
+        # aminmax propagates a NaN, and needs no tensor of the buffer's size, unlike isfinite.
         self.finite = torch.stack(ends).isfinite().all() if ends else torch.tensor(True)
 
     def _buffers(self) -> Iterator[torch.Tensor]:
@@ -38,7 +38,7 @@ class GradientWatch:
                 yield buffer.grad_data
 
     def parameters_not_finite(self) -> list[str]:
-        """Names of the parameters with a NaN or an infinity in their gradient, as it is now."""
+        """Return the names of the parameters whose current gradient has a NaN or an infinity."""
         names = []
         for name, parameter in self.model.module.named_parameters():
             gradient = getattr(parameter, "main_grad", None)

@@ -1,16 +1,16 @@
-"""CPU memory that a GPU copies to and from by itself."""
+"""CPU memory that a GPU can copy to and from asynchronously."""
 
 from collections.abc import Sequence
 
 import torch
 
-# What CUDA has been told of stays told of when it is freed, and an allocation that malloc then puts
-# there can't be registered. So nothing of it is freed.
+# Memory registered with CUDA stays registered when it is freed, and a later allocation at the same
+# address could not be registered. It is therefore never freed.
 _registered: list[torch.Tensor] = []
 
 
 def host_empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in CPU memory, pinned where there is a GPU; for as long as the process lives."""
+    """Return a tensor in CPU memory, pinned if there is a GPU; it lives as long as the process."""
     tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu")
     if torch.cuda.is_available() and tensor.nbytes:
         # Not pin_memory(): torch's allocator rounds every tensor up to a power of two.

@@ -1,7 +1,7 @@
-"""Import Megatron Core and transformers without the packages that they load and nobody here uses.
+"""Import Megatron Core and transformers without optional packages that are not used here.
 
-Both look for optional packages, and Megatron compiles functions of fusions that are off on a CPU:
-without these, each process starts two seconds sooner.
+Both look for optional packages, and Megatron compiles fused functions that are not used on a CPU.
+Without these, each process starts two seconds sooner.
 """
 
 import functools
@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-# Megatron's own inference engine would log to the first, transformers' assisted decoding draws on
-# the second. Both do without; W&B's logger finds its package afterwards.
+# The first is for logging in Megatron's own inference engine, the second for transformers' assisted
+# decoding. Neither is needed; W&B's logger finds its package afterwards.
 _NEVER_USED = ("wandb", "sklearn")
 
 
@@ -27,7 +27,7 @@ def import_lightly() -> None:
 
 @contextmanager
 def _absent(names: tuple[str, ...]) -> Iterator[None]:
-    """Packages that are not loaded yet seem not to be installed."""
+    """Hide packages that are not loaded yet."""
     hidden = [name for name in names if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -40,7 +40,7 @@ def _absent(names: tuple[str, ...]) -> Iterator[None]:
 
 @contextmanager
 def _compiling_late() -> Iterator[None]:
-    """On a machine without CUDA, a function is compiled with its first call.
+    """Compile functions at their first call, on a machine without CUDA.
 
     `torch.compile` loads torch's compiler for every function that it decorates.
     """

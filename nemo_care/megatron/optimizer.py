@@ -22,7 +22,7 @@ from nemo_care.recipe.model import OptimizerConfig
 def wrap_data_parallel(
     model: MegatronModule, *, overlap_grad_reduce: bool = False
 ) -> DistributedDataParallel:
-    """Megatron's DDP with gradients summed in float32 and sharded for the optimizer.
+    """Wrap a model in Megatron's DDP, with gradients in float32 and sharded for the optimizer.
 
     With `overlap_grad_reduce` the replicas' gradients are summed while the last micro-batch's
     backward still runs.
@@ -34,29 +34,29 @@ def wrap_data_parallel(
             use_distributed_optimizer=True,
             overlap_grad_reduce=overlap_grad_reduce,
             grad_reduce_in_fp32=True,
-            # See GradientWatch: all ranks decide together what a NaN means.
+            # See GradientWatch: all ranks decide together how to handle a NaN.
             check_for_nan_in_grad=False,
         ),
         model,
     )
     if overlap_grad_reduce:
-        # The schedules keep the micro-batches before the last from summing.
+        # The pipeline schedules use it to sum gradients only in the last micro-batch.
         model.config.no_sync_func = wrapped.no_sync
     return wrapped
 
 
 def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> MegatronOptimizer:
-    """AdamW whose state and master weights are sharded over the data-parallel ranks.
+    """Build AdamW with state and master weights sharded over the data-parallel ranks.
 
-    Its `step` changes nothing, and says so, where the norm of the gradient is not finite: squares
-    may overflow where the gradient itself does not. The norm is the same on all ranks.
+    Its `step` changes nothing and returns False if the gradient's norm is not finite: squares can
+    overflow where the gradient itself does not. The norm is the same on all ranks.
     """
     dtype = model.config.params_dtype
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
-            # The groups' rates go before the schedule's own.
+            # The groups' rates take precedence over the schedule's.
             min_lr=min(config.min_lr, config.lr),
             weight_decay=config.weight_decay,
             adam_beta1=config.beta1,
@@ -80,8 +80,8 @@ def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> 
 
 
 def _step_with_finite_norm_only(optimizer: MegatronOptimizer) -> None:
-    """Leave a step out whose norm is not finite: clipping by it would make the gradient 0 or NaN,
-    and AdamW would step with that."""
+    """Skip a step whose norm is not finite: clipping by it would make the gradient 0 or NaN, which
+    AdamW would then apply."""
     get_grad_norm, step = optimizer.get_grad_norm, optimizer.step_with_ready_grads
     norm = 0.0
 
@@ -100,7 +100,7 @@ def _step_with_finite_norm_only(optimizer: MegatronOptimizer) -> None:
 def build_scheduler(
     config: OptimizerConfig, optimizer: MegatronOptimizer, max_steps: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up, then cosine to `min_lr` or constant.
+    """Build the schedule: linear warm-up, then cosine to `min_lr` or constant.
 
     Call `step(1)` before the optimizer's step, so that step k (from 1) uses the rate of k.
     """
@@ -117,16 +117,16 @@ def build_scheduler(
         end_wd=config.weight_decay,
         wd_incr_steps=1,
         wd_incr_style="constant",
-        # After a resume the recipe's values hold; only the number of steps is restored.
+        # After a resume the recipe's values apply; only the number of steps is restored.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
 
 
 def _repair_torch_adamw(optimizer: DistributedOptimizer) -> None:
-    """Make megatron-core 0.16.1 restore torch's AdamW correctly (it is used without TE and apex).
+    """Make megatron-core 0.16.1 restore torch's AdamW correctly (used without TE and apex).
 
-    Three faults: loading expects state that only a first step creates; it knows no `step` among
+    Three faults: loading expects state that only a first step creates; it does not handle `step` in
     a parameter's state; and it gives all parameters one shared `step` tensor, which then advances
     once per parameter and step, so that a resumed run silently trains with a wrong bias correction.
     """
@@ -151,10 +151,10 @@ def _repair_torch_adamw(optimizer: DistributedOptimizer) -> None:
 
 
 def _keep_settings_when_loading(optimizer: MegatronOptimizer) -> None:
-    """Load the state and its count of steps, and leave the groups' settings as the recipe has them.
+    """Load the state and its count of steps, but keep the recipe's settings.
 
     The groups of a checkpoint also hold learning rates, betas, eps and weight decay, which Megatron
-    would take over, whatever the schedule's arguments are.
+    would adopt, whatever the schedule's arguments are.
     """
     load_state_dict = optimizer.load_state_dict
 
@@ -171,10 +171,10 @@ def _keep_settings_when_loading(optimizer: MegatronOptimizer) -> None:
 
 
 def _load_steps_of_either_kind(optimizer: MegatronOptimizer) -> None:
-    """Let torch's AdamW go on from a checkpoint of a fused one, and the other way round.
+    """Let torch's AdamW resume from a checkpoint of a fused AdamW, and vice versa.
 
-    Their groups count steps in different ways: torch's in a float, where the fused ones need an
-    integer, and the fused ones not at all before their first step, where loading torch's expects 0.
+    Their groups count steps differently: torch's as a float, where fused optimizers need an
+    integer; fused ones not at all before their first step, where torch's loading expects 0.
     """
     load_state_dict = optimizer.load_state_dict
 
@@ -187,21 +187,21 @@ def _load_steps_of_either_kind(optimizer: MegatronOptimizer) -> None:
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers that Megatron has chained; the one itself where it has chained none."""
+    """Return the optimizers that Megatron has chained, or the single optimizer."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def initialise_adamw_state(optimizer: MegatronOptimizer) -> None:
-    """Create AdamW's state as its first step would, where it has none yet.
+    """Create AdamW's state as its first step would, if it has none yet.
 
-    Saving expects one of any AdamW, and loading of torch's (see `_repair_torch_adamw`).
+    Saving requires it for any AdamW, and loading for torch's (see `_repair_torch_adamw`).
     """
     for part in optimizer_parts(optimizer):
         inner = getattr(part, "optimizer", None)
         if inner is None:
             continue
         if not isinstance(inner, torch.optim.AdamW):
-            # A fused one, of TransformerEngine or apex, counts its steps for all parameters.
+            # The fused ones, of TransformerEngine or apex, count steps for all parameters together.
             part.init_state_fn(inner, part.config)
             continue
         for group in inner.param_groups:

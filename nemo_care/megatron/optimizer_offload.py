@@ -1,8 +1,9 @@
-"""Where the optimizer's state lies: on the GPU, or in CPU memory but for the optimizer's own step.
+"""Keep the optimizer's state on the GPU, or in CPU memory except during the optimizer's step.
 
-Megatron's hybrid optimizer steps on the CPU, and overlaps that with CUDA streams. Here the step is
-the same as ever, on the GPU: the state comes before it, when backward's activations are gone, and
-goes after it. What reads or writes the state elsewhere (checkpoints) finds it in CPU memory.
+Megatron's hybrid optimizer computes the step on the CPU, overlapped by CUDA streams. Here the step
+still runs on the GPU: the state is copied there before it, after backward's activations are freed,
+and back after it. Code that reads or writes the state elsewhere (checkpoints) finds it in CPU
+memory.
 """
 
 from collections import defaultdict
@@ -16,20 +17,19 @@ from nemo_care.megatron import host_memory
 from nemo_care.megatron.optimizer import initialise_adamw_state, optimizer_parts
 
 _MASTER = "master weight"
-# A shard of a parameter, what it is to it, and the tensor.
+# A shard of a parameter, the role of the tensor, and the tensor.
 Entry = tuple[torch.Tensor, str, torch.Tensor]
 
 
 class OptimizerState:
     """Float32 master weights and AdamW's two averages of this rank's shard.
 
-    With `offload` they are in CPU memory except within `in_place`; without, nothing is moved. A
-    float32 model's weights are their own masters and stay where they are, and so does a parameter's
-    count of steps.
+    With `offload` they are in CPU memory except within `in_place`; without it nothing is moved. The
+    weights of a float32 model are their own masters and are not moved, nor are the counts of steps.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, *, offload: bool) -> None:
-        """With `offload` the state goes to CPU memory at once."""
+        """Move the state to CPU memory at once if `offload` is set."""
         self.optimizer = optimizer
         self.offload = offload
         # A rank without trained parameters has a part without an optimizer.
@@ -38,7 +38,7 @@ class OptimizerState:
             for part in optimizer_parts(optimizer)
             if getattr(part, "optimizer", None) is not None
         ]
-        # Where gradients are: before anything has gone, the shards are there too.
+        # The device of the gradients: before anything is moved, the shards are on it too.
         shards = (
             shard
             for part in self._parts
@@ -46,7 +46,7 @@ class OptimizerState:
             for shard in group["params"]
         )
         self._device = next((shard.device for shard in shards), None)
-        # By shard and name: made when such a tensor first goes, and used again from then on.
+        # By shard and name: created when such a tensor is first moved, then reused.
         self._host: dict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
         self.put_away()
 
@@ -57,7 +57,7 @@ class OptimizerState:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The state is where the gradients are."""
+        """Keep the state on the device of the gradients in this block."""
         if not self.offload:
             yield
             return
@@ -69,7 +69,7 @@ class OptimizerState:
 
     @torch.no_grad()
     def put_away(self) -> None:
-        """Move to CPU memory what is not there, such as what a first step or loading has made."""
+        """Move state to CPU memory that is not there, such as after a first step or loading."""
         if not self.offload:
             return
         leaving = [entry for entry in self._entries() if not self._is_away(entry)]
@@ -79,11 +79,11 @@ class OptimizerState:
             host = self._host[shard][name]
             host.copy_(tensor, non_blocking=True)
             if name == _MASTER:
-                # The gradient stays on the GPU, and is handed to the shard anew before each step.
+                # The gradient stays on the GPU, and is assigned to the shard before each step.
                 shard.grad = None
             tensor.data = host
         if wait:
-            # The CPU may read it next.
+            # The CPU can read it next.
             torch.cuda.current_stream().synchronize()
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class OptimizerState:
                     yield shard, _MASTER, shard
             for shard, state in part.optimizer.state.items():
                 for name, tensor in state.items():
-                    # torch's AdamW counts its steps in a scalar, which it keeps on the CPU itself.
+                    # torch's AdamW counts its steps in a scalar, which is on the CPU already.
                     if isinstance(tensor, torch.Tensor) and tensor.dim():
                         yield shard, name, tensor
 
@@ -112,7 +112,7 @@ class OptimizerState:
         return host is not None and tensor.untyped_storage()._cdata == host.untyped_storage()._cdata
 
     def _make_room(self, leaving: list[Entry]) -> None:
-        """CPU memory for what has none: one piece for all, since pinning takes whole pages."""
+        """Allocate missing CPU memory: one piece for all, since pinning takes whole pages."""
         homeless = [entry for entry in leaving if entry[1] not in self._host[entry[0]]]
         for dtype in {tensor.dtype for _, _, tensor in homeless}:
             entries = [entry for entry in homeless if entry[2].dtype == dtype]

@@ -1,8 +1,8 @@
-"""Keeps a TransformerEngine that is installed and can't be imported out of Megatron Core's way.
+"""Hide a TransformerEngine that is installed but can't be imported from Megatron Core.
 
 Without NVIDIA's driver (a login node, a CI machine), or with one of its parts missing, importing
 TransformerEngine raises OSError, FileNotFoundError, AssertionError or RuntimeError. Megatron Core
-0.16.1 imports it in forty places and handles ImportError alone, so it could not be imported either.
+0.16.1 imports it in forty places and handles only ImportError, so its own import would fail.
 """
 
 import importlib
@@ -16,17 +16,17 @@ _NAMES = ("transformer_engine", "transformer_engine_torch")
 
 @cache
 def why_unusable() -> str | None:
-    """Why the installed TransformerEngine can't be imported, in one line.
+    """Return why the installed TransformerEngine can't be imported, in one line.
 
-    Once this is known, every further import of it raises ImportError, as if it were not installed.
-    None: it can be imported, or is not installed.
+    After that, every further import of it raises ImportError, as if it were not installed. None: it
+    can be imported, or is not installed.
     """
     if find_spec(_NAMES[0]) is None:
         return None
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:
-        # What was loaded of it by then must not be found again.
+        # Modules loaded before the failure must not be found again.
         for name in [name for name in sys.modules if name.partition(".")[0] in _NAMES]:
             del sys.modules[name]
         for name in _NAMES:
@@ -37,7 +37,7 @@ def why_unusable() -> str | None:
 
 
 class _BeforeMegatron(importlib.abc.MetaPathFinder):
-    """Looks at TransformerEngine when Megatron Core is about to be imported; finds nothing."""
+    """Checks TransformerEngine when Megatron Core is about to be imported; finds no module."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> None:
         if name == "megatron.core":

@@ -1,4 +1,4 @@
-"""A tiny world and the checkpoint of a tiny model: the whole system as a real run on a laptop.
+"""A tiny world and the checkpoint of a tiny model, for real runs of the whole system on a laptop.
 
 `examples/miniature/` makes the checkpoint.
 """
@@ -9,10 +9,10 @@ CHECKPOINT = Path(__file__).parent / "checkpoint_warm"
 
 
 def ensure_files(kind: str, root: str) -> None:
-    """Write the miniature's files where a data set of that kind has none; others are left alone.
+    """Write the miniature's files if a data set of that kind has none; other kinds are ignored.
 
     Raises:
-        InputError: something else lies there.
+        InputError: the folder contains something else.
     """
     if kind == "miniature":
         from nemo_care.miniature.files import ensure_world

@@ -24,7 +24,7 @@ from nemo_care.miniature.world import (
 from nemo_care.process.os_errors import naming
 
 WORLD_FILE = "world.json"
-# Raise it when the same seed would give other files.
+# Raise it when the same seed gives different files.
 WORLD_VERSION = 1
 TRAIN_FILE = "train.jsonl"
 VALIDATION_FILES = {level: f"validation_{level}.jsonl" for level in LEVELS}
@@ -40,7 +40,7 @@ def write_world(
     validation: int = VALIDATION_QUESTIONS,
     seed: int = 0,
 ) -> None:
-    """Writes `train` training questions, and `validation` questions per level, with their videos.
+    """Write `train` training questions, and `validation` questions per level, with their videos.
 
     The directory appears only when complete. The same arguments give the same files.
 
@@ -61,10 +61,10 @@ def ensure_world(
     validation: int = VALIDATION_QUESTIONS,
     seed: int = 0,
 ) -> None:
-    """Writes the world unless the same one is there already.
+    """Write the world unless the same one already exists.
 
     Raises:
-        InputError: `root` holds another world, or other files.
+        InputError: `root` contains a different world, or other files.
     """
     root = Path(root)
     if not root.exists():
@@ -75,7 +75,7 @@ def ensure_world(
                 raise
         else:
             return
-    # It was there before, or another process was faster: either way it must be the same.
+    # It existed before, or another process was faster: either way it must be the same.
     expected = _description(train, validation, seed)
     try:
         found = json.loads((root / WORLD_FILE).read_text())
@@ -93,9 +93,9 @@ def ensure_world(
 
 @contextmanager
 def _complete_directory(root: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `root` when the block ends without an error."""
+    """Yield a temporary directory that becomes `root` when the block ends without an error."""
     root.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile's folder, which nobody else may enter.
+    # Not from tempfile, whose directories are private to the user.
     partial = root.with_name(f".{root.name}.{secrets.token_hex(4)}")
     partial.mkdir()
     try:
@@ -114,7 +114,8 @@ def _write_files(directory: Path, train: int, validation: int, seed: int) -> Non
         parts = [("train", "L1", TRAIN_FILE, train)]
         parts += [(level, level, VALIDATION_FILES[level], validation) for level in LEVELS]
         for number, (name, level, file_name, count) in enumerate(parts):
-            # One generator per file: the number of training questions leaves validation alone.
+            # One generator per file: validation does not depend on the number of training
+            # questions.
             generator = torch.Generator().manual_seed(1000 * (seed + 1) + number)
             with (directory / file_name).open("w") as lines:
                 for sample, frames in _draw_samples(name, level, count, generator):
@@ -132,7 +133,7 @@ def _description(train: int, validation: int, seed: int) -> dict[str, int]:
 def _draw_samples(
     name: str, level: str, count: int, generator: torch.Generator
 ) -> Iterator[tuple[Sample, Tensor]]:
-    """Samples with video paths relative to the world, and their frames [T, H, W, 3]."""
+    """Draw samples with video paths relative to the world, and their frames [T, H, W, 3]."""
     for first in range(0, count, _DRAWN_AT_ONCE):
         scenes, questions = draw_level(level, min(_DRAWN_AT_ONCE, count - first), generator)
         wrong = draw_wrong_directions(questions, generator)
@@ -143,7 +144,7 @@ def _draw_samples(
 
 
 def _sample(sample_id: str, question: Question, claimed: str | None) -> Sample:
-    """The question as a sample; `claimed` is the direction of its forced reasoning, if any."""
+    """Convert a question; `claimed` is the direction of its forced reasoning, if any."""
     return Sample(
         sample_id=sample_id,
         question=question.text,
@@ -156,7 +157,7 @@ def _sample(sample_id: str, question: Question, claimed: str | None) -> Sample:
 
 
 def _record(sample: Sample) -> dict[str, object]:
-    """The sample as a JSON object."""
+    """Convert a sample to a JSON object."""
     record: dict[str, object] = {
         "id": sample.sample_id,
         "videos": [path.as_posix() for path in sample.videos],

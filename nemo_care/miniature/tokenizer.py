@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer of the miniature's words, with a chat template as the family has it."""
+"""A Hugging Face tokenizer of the miniature's words, with the family's kind of chat template."""
 
 from collections.abc import Mapping
 
@@ -24,10 +24,10 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(token_ids: Mapping[str, int] = TOKEN_ID) -> PreTrainedTokenizerFast:
-    """The tokenizer: one token per word, split at white space, tags and special tokens anywhere.
+    """Build the tokenizer: one token per word, split at white space, tags and special tokens.
 
     The think and answer tags are ordinary tokens, so that decoding with `skip_special_tokens` keeps
-    them: the rewards read them. `token_ids` are the words' ids, special tokens and tags among them.
+    them for the rewards. `token_ids` are the words' ids, including special tokens and tags.
     """
     words = Tokenizer(WordLevel(dict(token_ids), unk_token=UNKNOWN))
     words.pre_tokenizer = WhitespaceSplit()

@@ -1,6 +1,6 @@
 """The miniature's 51 words: every word is one token.
 
-The order is part of the format: a token's id is its place in `WORDS`, so changing it makes older
+The order is part of the format: a token's id is its index in `WORDS`, so a change makes older
 checkpoints unreadable.
 """
 
@@ -46,5 +46,5 @@ DIRECTION_IDS = tuple(TOKEN_ID[direction] for direction in DIRECTIONS)
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of words separated by spaces; raises KeyError on a word the miniature lacks."""
+    """Return the token ids of words separated by spaces; raises KeyError on an unknown word."""
     return [TOKEN_ID[word] for word in text.split()]

@@ -1,4 +1,4 @@
-"""The miniature's world: videos of a moving shape, questions about them, and ways to reason.
+"""The miniature's world: videos of a moving shape, questions about them, and their reasonings.
 
 A shape of 10 pixels moves left, right, up or down through 8 frames of 28x28 pixels at 1 or 2 pixels
 per frame. The question asks which way it moves, or (level 3) which way it came from.
@@ -18,7 +18,7 @@ SHAPE_SIDE = 10
 SPEEDS = (1, 2)
 NOISE = 0.05
 FRAMES_PER_SECOND = 2
-# Every frame is read at its own size: one merged patch per pair of frames.
+# Every frame keeps its size: one merged patch per pair of frames.
 PIXELS = PixelBounds(SIDE * SIDE, SIDE * SIDE)
 GRID = (FRAMES // 2, SIDE // 14, SIDE // 14)
 SECONDS_PER_GRID = 2 / FRAMES_PER_SECOND
@@ -54,7 +54,7 @@ _UNSEEN_BACKGROUNDS = torch.tensor(
 
 
 def _shape_masks() -> Tensor:
-    """Where each of SHAPES covers its box: [4, SHAPE_SIDE, SHAPE_SIDE] of 0 and 1."""
+    """Return the mask of each of SHAPES in its box: [4, SHAPE_SIDE, SHAPE_SIDE] of 0 and 1."""
     centred = torch.arange(SHAPE_SIDE) + 0.5 - SHAPE_SIDE / 2
     radius = centred[:, None] ** 2 + centred[None] ** 2
     thin = centred.abs() < SHAPE_SIDE * 0.17
@@ -72,7 +72,7 @@ _MASKS = _shape_masks()
 
 @dataclass(frozen=True)
 class Scenes:
-    """Drawn videos: `frames` uint8 [N, T, SIDE, SIDE, 3]; what they show, [N] each.
+    """Drawn videos: `frames` uint8 [N, T, SIDE, SIDE, 3], and their properties, [N] each.
 
     `direction` and `shape` are indices into DIRECTIONS and SHAPES, `speed` is in pixels per frame.
     """
@@ -84,7 +84,7 @@ class Scenes:
 
 
 def draw_scenes(count: int, generator: torch.Generator, *, unseen: bool = False) -> Scenes:
-    """Draws `count` random videos; `unseen` takes the colours and backgrounds of levels 2 and 3."""
+    """Draw `count` random videos; `unseen` uses the colours and backgrounds of levels 2 and 3."""
 
     def choose(options: int) -> Tensor:
         return torch.randint(options, (count,), generator=generator)
@@ -95,7 +95,7 @@ def draw_scenes(count: int, generator: torch.Generator, *, unseen: bool = False)
     speed = torch.tensor(SPEEDS)[choose(len(SPEEDS))]
     colour, background = colours[choose(len(colours))], backgrounds[choose(len(backgrounds))]
 
-    # Along the way it moves, the shape's whole path lies inside the frame.
+    # In the direction of its motion, the shape's whole path is inside the frame.
     path = speed * (FRAMES - 1)
     room = SIDE - SHAPE_SIDE - path + 1
     along = (torch.rand(count, generator=generator) * room).long()
@@ -118,7 +118,7 @@ def draw_scenes(count: int, generator: torch.Generator, *, unseen: bool = False)
 
 
 def _cover(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Pixels covered by shapes [N] with their upper left corners at x, y [N, T]: [N, T, S, S]."""
+    """Return the pixels of shapes [N] whose upper left corners are at x, y [N, T]: [N, T, S, S]."""
     pixels = torch.arange(SIDE)
     row, column = pixels - y[..., None], pixels - x[..., None]  # [N, T, SIDE], in the shape's box
     row_inside = (row >= 0) & (row < SHAPE_SIDE)
@@ -152,23 +152,23 @@ class Question:
 
     @property
     def options(self) -> dict[str, str]:
-        """Option letter to option text."""
+        """Map option letters to option texts."""
         return dict(zip(LETTERS, self.order, strict=True))
 
     @property
     def solution(self) -> str:
-        """The letter of the right answer."""
+        """The letter of the correct answer."""
         return self.implied_letter(self.direction)
 
     def implied_letter(self, claimed: str) -> str:
-        """The letter that follows from a reasoning by which the shape moves `claimed`."""
+        """Return the letter implied by a reasoning that the shape moves `claimed`."""
         answer = OPPOSITE[claimed] if self.reverse else claimed
         return LETTERS[self.order.index(answer)]
 
     def reasoning(self, claimed: str, template: int) -> str:
-        """Words that reason from "the shape moves `claimed`", in template 0 to TEMPLATES - 1.
+        """Return a reasoning from "the shape moves `claimed`", in template 0 to TEMPLATES - 1.
 
-        The last direction word is the text of the answer they imply; no letter is named.
+        The last direction word is the text of the implied answer; no letter is named.
         """
         origin = OPPOSITE[claimed]
         if self.reverse:
@@ -187,7 +187,7 @@ class Question:
 
 
 def ask(scenes: Scenes, generator: torch.Generator, *, reverse: Tensor | bool) -> list[Question]:
-    """One question per scene, its options shuffled; `reverse` is one flag or bool [N]."""
+    """Ask one question per scene, its options shuffled; `reverse` is one flag or bool [N]."""
     count = len(scenes.direction)
     orders = torch.rand(count, len(DIRECTIONS), generator=generator).argsort(dim=1).tolist()
     flags = [reverse] * count if isinstance(reverse, bool) else reverse.tolist()
@@ -200,7 +200,7 @@ def ask(scenes: Scenes, generator: torch.Generator, *, reverse: Tensor | bool) -
 
 
 def draw_level(level: str, count: int, generator: torch.Generator) -> tuple[Scenes, list[Question]]:
-    """Scenes and questions of a level.
+    """Draw scenes and questions of a level.
 
     L1 is the training distribution, L2 has unseen colours and backgrounds, L3 also asks the
     reverse question. Raises ValueError on any other level.
@@ -212,7 +212,7 @@ def draw_level(level: str, count: int, generator: torch.Generator) -> tuple[Scen
 
 
 def draw_wrong_directions(questions: list[Question], generator: torch.Generator) -> list[str]:
-    """For each question one of the three directions the shape does not move in, uniformly."""
+    """Draw for each question one of the three directions in which the shape does not move."""
     shifts = torch.randint(1, len(DIRECTIONS), (len(questions),), generator=generator).tolist()
     return [
         DIRECTIONS[(DIRECTIONS.index(question.direction) + shift) % len(DIRECTIONS)]

@@ -1,4 +1,4 @@
-"""Advantages of a group's completions, and the table that `algorithm.advantage` chooses from."""
+"""Advantages of a group's completions, and the table of `algorithm.advantage`."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ def group_advantages(rewards: Tensor, *, eps: float = 1e-4) -> Tensor:
 
     `rewards` [B, G] is the base reward plus the consistency bonus; std is the unbiased one
     (n - 1). Returns [B, G] of the same type (float32 for integers). A group whose rewards are all
-    equal gets exactly 0, a group of one too.
+    equal, or a group of one, gets exactly 0.
 
     Raises ValueError when `rewards` isn't [B, G] with G >= 1, or holds NaN or infinity, which
     would spread to the whole group and from there to the weights.
@@ -25,8 +25,9 @@ def group_advantages(rewards: Tensor, *, eps: float = 1e-4) -> Tensor:
 def centered_advantages(rewards: Tensor) -> Tensor:
     """A_i = r_i - mean(r) within each group (Dr.GRPO, arXiv 2503.20783, section 3.2).
 
-    Without the division by the deviation, groups that are nearly all right or all wrong weigh no
-    more than their rewards differ. Shapes, types and errors as in `group_advantages`.
+    Without the division by the standard deviation, groups that are nearly all right or all wrong
+    have no more weight than their rewards differ. Shapes, types and errors as in
+    `group_advantages`.
     """
     return _typed(_centered(rewards), rewards)
 
@@ -43,21 +44,21 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
 
 
 def _centered(rewards: Tensor) -> Tensor:
-    """r_i - mean(r) [B, G] in float64, exactly 0 in groups whose rewards are all equal."""
+    """Return r_i - mean(r) [B, G] in float64, exactly 0 in groups whose rewards are all equal."""
     if rewards.dim() != 2 or rewards.shape[1] == 0:
         raise ValueError(f"rewards need the shape [B, G], not {tuple(rewards.shape)}")
     if not rewards.isfinite().all():
         raise ValueError("rewards hold NaN or infinity: look at the reward functions' output")
     exact = rewards.double()
     centered = exact - exact.mean(dim=-1, keepdim=True)
-    # Equality is asked of the rewards, not of std: the mean of equal numbers can miss them by a
-    # rounding error, which a division by eps would enlarge to a small but wrong advantage.
+    # Compare the rewards, not std: the mean of equal numbers can differ from them by a rounding
+    # error, which a division by eps would enlarge to a small but wrong advantage.
     all_equal = exact.amax(dim=-1, keepdim=True) == exact.amin(dim=-1, keepdim=True)
     return torch.where(all_equal, 0.0, centered)
 
 
 def _typed(advantages: Tensor, rewards: Tensor) -> Tensor:
-    """In the type of the rewards, float32 for integers."""
+    """Convert to the type of the rewards, float32 for integers."""
     return advantages.to(rewards.dtype if rewards.is_floating_point() else torch.float32)
 
 
@@ -66,4 +67,4 @@ ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "dr_grpo": centered_advantages,
     "rloo": leave_one_out_advantages,
 }
-"""By the name that a recipe gives in `algorithm.advantage`: rewards [B, G] -> advantages [B, G]."""
+"""By name in `algorithm.advantage`: functions of rewards [B, G] that return advantages [B, G]."""

@@ -1,6 +1,6 @@
-"""The table of consistency bonuses: what `algorithm.consistency.kind` chooses from.
+"""The table of consistency bonuses for `algorithm.consistency.kind`.
 
-A new bonus is a function here (or anywhere) and an entry in `BONUSES`; its name then is a choice of
+A new bonus is a function here (or anywhere) and an entry in `BONUSES`; its name is then a choice of
 the recipe. The formulas themselves are in consistency.py.
 """
 
@@ -20,7 +20,7 @@ from nemo_care.objective.consistency import (
 
 @dataclass(frozen=True)
 class BonusInputs:
-    """What a bonus can be computed from, for B groups of G completions.
+    """The inputs of bonuses, for B groups of G completions.
 
     `accuracy` [B, G] in [0, 1]. `answer_likelihood` [B, G] under the reference, NaN without an
     answer. `pair_likelihood` [B, G, G] (row: answer, column: reasoning), only for bonuses that
@@ -47,8 +47,8 @@ class Bonus:
     """One kind of consistency bonus.
 
     `compute` returns the bonus [B, G]. `needs_pairs`: the scoring pass also scores every answer
-    after every reasoning of its group. `selects`: the bonus is meant to differ among equally
-    accurate completions, so that it is worth a warning when it never does.
+    given every reasoning of its group. `selects`: the bonus should differ among equally accurate
+    completions, so that a warning is useful if it never does.
     """
 
     compute: Callable[[BonusInputs, BonusKeys], Tensor]
@@ -102,4 +102,4 @@ BONUSES: dict[str, Bonus] = {
     "dense": Bonus(_dense),
     "counterfactual": Bonus(_counterfactual, needs_pairs=True),
 }
-"""By the name that a recipe gives in `algorithm.consistency.kind`."""
+"""By name in `algorithm.consistency.kind`."""

@@ -1,4 +1,4 @@
-"""Answer likelihood and consistency bonus (arXiv 2506.16141, steps 3 to 5), and other bonuses."""
+"""Answer likelihood and consistency bonus (arXiv 2506.16141, steps 3 to 5), and further bonuses."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 TIE = 1e-6
-"""Accuracies and likelihoods closer than this are equal: they lie in [0, 1] and are known to
-float32 at best (spacing 6e-8), and a mean over a group adds its own rounding error. Without it a
-group whose likelihoods are all equal could lose its bonus to the last bit of their mean."""
+"""Accuracies and likelihoods closer than this are equal: they are in [0, 1] with at most float32
+precision (spacing 6e-8), and a mean over a group adds its own rounding error. Without the
+tolerance, a group whose likelihoods are all equal could lose its bonus to the last bit of their
+mean."""
 
 
 def answer_likelihood(log_probs: Tensor, answer_mask: Tensor) -> Tensor:
@@ -17,8 +18,8 @@ def answer_likelihood(log_probs: Tensor, answer_mask: Tensor) -> Tensor:
     p_i = exp(mean over the answer's tokens of log pi_phi(token | x, tau_i, earlier tokens)).
 
     `log_probs` [N, C]: natural-log probabilities of the completion tokens, of which only those
-    inside the mask are read (the others may be anything, NaN included). `answer_mask` [N, C]
-    boolean: True at the answer's tokens. N is B * G, or one group's G.
+    inside the mask are read (the rest can be anything, NaN included). `answer_mask` [N, C]
+    boolean: True at the answer's tokens. N is B * G, or G for one group.
 
     Returns p [N] in float32, NaN where the mask is empty. Not clipped: `consistency_bonus` does
     that, so that logs show the likelihood itself. Raises ValueError when the shapes differ.
@@ -58,11 +59,12 @@ def consistency_bonus(
     shapes differ or aren't [B, G].
     """
     _check_shapes(accuracy, answer_likelihood)
-    # Clipped in its own type: 0.95 is not a float32, and a value clipped there earlier has to stay
+    # Clipped in its own type: 0.95 is not a float32, and a value that was clipped earlier must stay
     # equal to one that is clipped here.
     likelihood = answer_likelihood.clamp(max=likelihood_clip).double()
     eligible = _accurate(accuracy, accuracy_threshold) & ~likelihood.isnan()
-    # An empty S has the mean 0 / 0 = NaN, which no comparison passes; nobody is eligible anyway.
+    # An empty S has the mean 0 / 0 = NaN, which no comparison passes; no completion is eligible
+    # then.
     total = torch.where(eligible, likelihood, 0.0).sum(dim=-1, keepdim=True)
     mean_likelihood = total / eligible.sum(dim=-1, keepdim=True)
 
@@ -77,7 +79,7 @@ def selection(
     *,
     accuracy_threshold: float = 0.1,
 ) -> tuple[Tensor, Tensor]:
-    """Which groups have a choice, and in which of them the bonus makes one.
+    """Return which groups have a choice, and in which of them the bonus makes one.
 
     A group has a choice when its S (see `consistency_bonus`) has two completions with an answer;
     the bonus chooses when it differs among completions of S that are equally accurate.
@@ -103,7 +105,7 @@ def accurate_bonus(
     """Bonus for accuracy alone: the paper's ablation without a comparison of likelihoods.
 
     r^c_i = bonus_coefficient * accuracy_i for i in the S of `consistency_bonus` that have an
-    answer, however likely it is; else 0.
+    answer, however likely it is, else 0.
 
     Shapes, NaN, result and errors as in `consistency_bonus`.
     """
@@ -132,14 +134,14 @@ def counterfactual_bonus(
     """Bonus for answers that depend on their reasoning: the leave-one-out counterfactual bonus.
 
     Not in the paper. Per group, with l_ij = max(log p_ref(answer i | reasoning j), floor):
-    cf_i = l_ii - mean of l_ij over the other completions j that have an answer;
+    cf_i = l_ii - mean of l_ij over all completions j != i that have an answer;
     r^c_i = bonus_coefficient * clip(cf_i, -1, 1), right or wrong, so it can be negative. An answer
-    that is as likely behind anybody's reasoning gets nothing. 0 without an answer, and where no
-    other completion has one.
+    that is equally likely given any reasoning gets 0, as does a completion without an answer, and
+    one in whose group no other completion has an answer.
 
     `pair_likelihood` [B, G, G]: row i, column j: exp of the mean log-probability of the tokens of
-    answer i behind reasoning j; NaN where either completion has no answer. Returns [B, G] of its
-    type. Raises ValueError for another shape.
+    answer i after reasoning j; NaN where either completion has no answer. Returns [B, G] of its
+    type. Raises ValueError for any other shape.
     """
     if pair_likelihood.dim() != 3 or pair_likelihood.shape[1] != pair_likelihood.shape[2]:
         raise ValueError(f"pair_likelihood needs [B, G, G], not {tuple(pair_likelihood.shape)}")
@@ -163,7 +165,7 @@ def peer_dependence(
     answers do not depend on the reasoning, at most -floor.
 
     `pair_likelihood` [G, G] as in `counterfactual_bonus`; `answers` are the G texts, None without
-    one. Returns None where no two completions with an answer differ.
+    one. Returns None if no two completions have different answers.
     """
     log_likelihood = pair_likelihood.double().log().clamp(min=floor)
     own = log_likelihood.diagonal()[:, None]
@@ -183,12 +185,12 @@ def _check_shapes(accuracy: Tensor, answer_likelihood: Tensor) -> None:
 
 
 def _accurate(accuracy: Tensor, threshold: float) -> Tensor:
-    """S of step 4 as a mask [B, G]: above the threshold, and not below the group's mean."""
+    """Return S of step 4 as a mask [B, G]: above the threshold, and not below the group's mean."""
     exact = accuracy.double()
     return (exact > threshold + TIE) & (exact >= exact.mean(dim=-1, keepdim=True) - TIE)
 
 
 def _share_of_accuracy(chosen: Tensor, accuracy: Tensor, bonus_coefficient: float) -> Tensor:
-    """bonus_coefficient * accuracy [B, G] where chosen, else 0; float32 for integers."""
+    """Return bonus_coefficient * accuracy [B, G] where chosen, else 0; float32 for integers."""
     dtype = accuracy.dtype if accuracy.is_floating_point() else torch.float32
     return torch.where(chosen, bonus_coefficient * accuracy.to(dtype), 0.0).to(dtype)

@@ -1,8 +1,7 @@
-r"""Whether two mathematical expressions are equal, such as `\sqrt{8}` and `2\sqrt{2}`.
+r"""Compare mathematical expressions, such as `\sqrt{8}` and `2\sqrt{2}`.
 
-For the problem type `math`, which is not in the paper. Math-Verify compares, in a process of its
-own (see `math_process`): an answer may be anything, and some expressions take forever or all
-memory.
+For the problem type `math`, which is not in the paper. Math-Verify compares, in a separate process
+(see `math_process`): an answer can be anything, and some expressions take unbounded time or memory.
 """
 
 import atexit
@@ -25,8 +24,8 @@ from nemo_care.objective.quantities import (
     read_quantity,
 )
 
-# The process's own limit is CPU time, which a busy machine does not shorten. This one is for a
-# process that does not run at all.
+# The process limits its own CPU time, which does not depend on the load of the machine. This is the
+# limit for a process that does not run at all.
 _WALL_SECONDS = 120.0
 _START_SECONDS = 120.0
 
@@ -48,9 +47,9 @@ def same_expression(answer: str, solution: str) -> bool:
     """Whether two texts are equal as mathematics.
 
     Two numbers (fractions, decimals, per cent, powers of ten) compare exactly, or with a relative
-    tolerance of 1e-6 where either has decimals. A text that repeats the solution is equal to it.
-    For the rest Math-Verify decides. Words, and texts longer than 1000 characters, are no
-    expressions. Bounded: what takes more than 2 seconds of CPU time or 4 GiB to compare counts as
+    tolerance of 1e-6 if either has decimals. A text that repeats the solution is equal to it. The
+    rest is compared by Math-Verify. Words, and texts longer than 1000 characters, are not
+    expressions. Bounded: a comparison that takes more than 2 seconds of CPU time or 4 GiB counts as
     unequal, with a warning.
 
     Raises:
@@ -67,7 +66,7 @@ def same_expression(answer: str, solution: str) -> bool:
     result = _comparer(os.getpid()).equal(_as_latex(out), _as_latex(gt))
     if result is None:
         warnings.warn(
-            f"comparing {answer[:80]!r} with the solution {solution[:80]!r} was given up after "
+            f"comparing {answer[:80]!r} with the solution {solution[:80]!r} was stopped after "
             f"{math_process.CPU_SECONDS:g} seconds of CPU time or "
             f"{math_process.MEMORY_BYTES >> 30} GiB; it counts as unequal",
             RuntimeWarning,
@@ -77,10 +76,10 @@ def same_expression(answer: str, solution: str) -> bool:
 
 
 def read_expression(text: str) -> str | None:
-    """The expression without `$` and white space around it; None for what can't be one.
+    """Return the expression without `$` and surrounding white space; None if it can't be one.
 
-    That is: empty, longer than 1000 characters, with words that are no functions, or with braces
-    that do not match. Whether Math-Verify can read the rest shows only when it is compared.
+    That is: empty, longer than 1000 characters, with words that are not functions, or with
+    unbalanced braces. Whether Math-Verify can read the rest is found when it is compared.
     """
     if len(text) > LONGEST:
         return None
@@ -97,12 +96,13 @@ def read_expression(text: str) -> str | None:
 
 
 def _letters(unit: str) -> bool:
-    """Whether it is a unit other than per cent: `12 m` may be a product."""
+    """Whether it is a unit other than per cent: `12 m` can be a product."""
     return unit.replace("%", "") != ""
 
 
 def _as_latex(text: str) -> str:
-    """What Math-Verify's LaTeX reader takes: numbers as fractions, and no per cent signs."""
+    """Convert to what Math-Verify's LaTeX reader accepts: numbers as fractions, no per cent
+    signs."""
     for sign, command in _SYMBOLS.items():
         text = text.replace(sign, command)
     quantity = read_quantity(text)
@@ -114,7 +114,7 @@ def _as_latex(text: str) -> str:
 
 
 class _Comparer:
-    """The process, started when it is first needed and again when a comparison has ended it."""
+    """The comparing process, started on first use and again if a comparison has ended it."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
@@ -123,7 +123,7 @@ class _Comparer:
         atexit.register(self.close)
 
     def equal(self, answer: str, solution: str) -> bool | None:
-        """Whether they are equal; None where that was not decided within the limits."""
+        """Whether they are equal; None if that was not decided within the limits."""
         with self._lock:
             process = self._process or self._start()
             request = json.dumps([answer, solution]) + "\n"
@@ -142,13 +142,13 @@ class _Comparer:
     def close(self) -> None:
         """End the process."""
         process, self._process = self._process, None
-        # At its exit a fork closes what it has of its parent's.
+        # A fork closes its copies of its parent's pipes at its exit.
         if process is not None and self._pid == os.getpid():
             process.kill()
             process.communicate()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # -P: the folder of the file holds modules with names of the standard library.
+        # -P: the file's folder contains modules with names of the standard library.
         process = subprocess.Popen(
             [sys.executable, "-P", math_process.__file__],
             stdin=subprocess.PIPE,
@@ -169,7 +169,7 @@ class _Comparer:
 
 
 def _read_line(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """The next line of its output; what there is of it when it has ended or time is over."""
+    """Read the next line of its output; incomplete if the process has ended or time is over."""
     assert process.stdout is not None
     output, deadline, line = process.stdout.fileno(), time.monotonic() + seconds, b""
     while not line.endswith(b"\n"):
@@ -185,5 +185,5 @@ def _read_line(process: subprocess.Popen[bytes], seconds: float) -> str:
 
 @cache
 def _comparer(pid: int) -> _Comparer:
-    """This process's own: a fork must not share the pipes of its parent."""
+    """Return this process's own comparer: a fork must not share the pipes of its parent."""
     return _Comparer()

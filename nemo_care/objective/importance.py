@@ -1,10 +1,11 @@
-"""Truncated importance sampling: the sampler's numbers are not quite the trainer's.
+"""Truncated importance sampling, for differences between the sampler's and the trainer's numbers.
 
 The generator's kernels and precision (vLLM, 8-bit sampling) differ from those of the update, so the
-tokens come from a slightly other policy than the one whose gradient is wanted. Each token's loss is
-weighted by how much likelier the trainer finds the token than the sampler did, up to a cap that
-bounds the variance: F. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-Training" (2025); the truncation is that of E. L. Ionides, "Truncated Importance Sampling" (2008).
+tokens come from a slightly different policy than the one whose gradient is computed. Each token's
+loss is weighted by how much likelier the token is for the trainer than for the sampler, up to a cap
+that bounds the variance: F. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy
+RL Training" (2025); the truncation is that of E. L. Ionides, "Truncated Importance Sampling"
+(2008).
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImportanceWeights:
-    """Weights of N completions' tokens; none of it carries a gradient.
+    """Weights of N completions' tokens, without gradients.
 
     `weights` float32 [N, C]: min(exp(`log_ratio`), cap).
     `log_ratio` float32 [N, C]: log pi_trainer - log pi_rollout of each token.
-    `truncated` boolean [N, C]: where the ratio lies above the cap.
+    `truncated` boolean [N, C]: where the ratio is above the cap.
 
-    Outside the mask the ratio is 0: sums and maxima over all places are those of the tokens.
+    Outside the mask the ratio is 0: sums and maxima over all positions are those of the tokens.
     """
 
     weights: Tensor
@@ -35,11 +36,11 @@ def importance_weights(
     """w = min(exp(logp_trainer - logp_rollout), cap) of each token (see this file's sources).
 
     Args:
-        log_probs: [N, C], of the sampled tokens under the trainer's kernels, before any update on
+        log_probs: [N, C], of the sampled tokens with the trainer's kernels, before any update on
             them.
-        rollout_log_probs: [N, C], of the same tokens as the sampler saw them. Both are those of
-            the plain softmax, at temperature 1 and over the whole vocabulary.
-        mask: boolean [N, C], True at the completions' tokens; what lies outside is ignored.
+        rollout_log_probs: [N, C], of the same tokens from the sampler. Both are of the plain
+            softmax, at temperature 1 and over the whole vocabulary.
+        mask: boolean [N, C], True at the completions' tokens; everything outside is ignored.
         cap: largest weight, 1 or more.
 
     Computes in float32. Raises ValueError when shapes don't fit.
@@ -49,6 +50,6 @@ def importance_weights(
         raise ValueError(f"log_probs, rollout_log_probs and mask need one shape, not {shapes}")
     difference = log_probs.detach().float() - rollout_log_probs.detach().float()
     log_ratio = torch.where(mask, difference, -torch.inf)
-    # The ratio may overflow to infinity, which the cap takes away.
+    # The ratio can overflow to infinity, which the cap removes.
     ratio = torch.exp(log_ratio)
     return ImportanceWeights(ratio.clamp(max=cap), log_ratio, ratio > cap)

@@ -1,7 +1,7 @@
-"""The policy's losses as sums, so that micro-batches add up.
+"""The policy losses as sums, which add up over micro-batches.
 
-A loss is a surrogate for each token and a mean over the step's tokens; `LOSSES` is the table that
-`algorithm.loss` chooses from. The paper's is `grpo` (arXiv 2506.16141, step 7).
+A loss is a surrogate for each token and a mean over the step's tokens; `LOSSES` is the table of
+`algorithm.loss`. The paper's loss is `grpo` (arXiv 2506.16141, step 7).
 """
 
 from collections.abc import Callable
@@ -13,17 +13,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PolicyLossInputs:
-    """What the loss of N completions needs; log-probabilities are natural logarithms.
+    """The inputs of the loss of N completions; log-probabilities are natural logarithms.
 
     `log_probs` [N, C]: of the sampled tokens under the policy, with gradient.
     `advantages` [N]: A_i of each completion.
-    `mask` [N, C] boolean: True at the completion's tokens, up to and with EOS. Everything outside
-    the mask is ignored, whatever it holds.
+    `mask` [N, C] boolean: True at the completion's tokens, up to and including EOS. Everything
+    outside the mask is ignored.
     `old_log_probs` [N, C] or None: under the policy that sampled. None means one update per
     rollout, where the ratio is 1 in value and only carries the gradient.
     `reference_log_probs` [N, C] or None: under the reference; needed by the KL term only.
-    `token_weights` [N, C] or None: what each token's surrogate is multiplied by, such as importance
-    weights (importance.py); no gradient goes through them. None: 1 each.
+    `token_weights` [N, C] or None: factors of each token's surrogate, such as importance weights
+    (importance.py); no gradient passes through them. None: all 1.
     """
 
     log_probs: Tensor
@@ -36,12 +36,12 @@ class PolicyLossInputs:
 
 @dataclass(frozen=True)
 class Mean:
-    """How values of tokens are averaged over all completions of a step.
+    """An average of tokens' values over all completions of a step.
 
     `total` sums `values` [N, C] over the tokens in `mask` [N, C] with the mean's weights. `count`
-    says by how much such totals are to be divided, from the mask and the longest completion that
-    the recipe allows (rollout.max_completion_tokens). Both add up over micro-batches and ranks, so
-    the mean of the step is the sum of all totals over the sum of all counts.
+    is the divisor of such totals, from the mask and the longest completion that the recipe allows
+    (rollout.max_completion_tokens). Both add up over micro-batches and ranks, so the mean of the
+    step is the sum of all totals over the sum of all counts.
     """
 
     total: Callable[[Tensor, Tensor], Tensor]
@@ -49,7 +49,7 @@ class Mean:
 
 
 def _sum_of_token_means(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over N of the mean of `values` [N, C] over the tokens in `mask` [N, C].
+    """Sum the mean of `values` [N, C] over the tokens in `mask` [N, C] over N.
 
     A completion without tokens (a row of padding) adds 0.
     """
@@ -58,12 +58,12 @@ def _sum_of_token_means(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sum_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum of `values` [N, C] over the tokens in `mask` [N, C]."""
+    """Sum `values` [N, C] over the tokens in `mask` [N, C]."""
     return torch.where(mask, values, 0.0).sum()
 
 
 def _completions(mask: Tensor) -> Tensor:
-    """How many rows of `mask` [N, C] have a token."""
+    """Count the rows of `mask` [N, C] that have a token."""
     return mask.any(dim=-1).sum()
 
 
@@ -71,18 +71,18 @@ MEAN_OF_COMPLETIONS = Mean(_sum_of_token_means, lambda mask, longest: _completio
 """Mean over completions of the mean over each completion's tokens (arXiv 2506.16141, step 7)."""
 
 MEAN_OF_TOKENS = Mean(_sum_of_tokens, lambda mask, longest: mask.sum())
-"""Mean over all tokens of the step, of all replicas: a long completion counts for more (DAPO, arXiv
-2503.14476, section 3.3, whose formula takes it over one prompt's completions, and whose code over a
+"""Mean over all tokens of the step, of all replicas: a long completion has more weight (DAPO, arXiv
+2503.14476, section 3.3, whose formula averages over one prompt's completions, and whose code over a
 batch)."""
 
 SUM_OVER_LONGEST = Mean(_sum_of_tokens, lambda mask, longest: _completions(mask) * longest)
-"""Mean over completions of the sum over each one's tokens, divided by the same constant for all:
-the generation budget (Dr.GRPO, arXiv 2503.20783, section 3.2 and listing 1)."""
+"""Mean over completions of the sum over each one's tokens, divided by a constant, the generation
+budget (Dr.GRPO, arXiv 2503.20783, section 3.2 and listing 1)."""
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """The part of a loss that carries the advantage, for each token.
+    """The part of a loss that depends on the advantage, for each token.
 
     `loss` [N, C], with gradient. `clipped` boolean [N, C]: where the clip changes the gradient.
     """
@@ -95,7 +95,7 @@ class Surrogate:
 class Loss:
     """One kind of policy loss.
 
-    `surrogate` gets the inputs in float32, zero outside the mask, `clip_low` and `clip_high`.
+    `surrogate` takes the inputs in float32, zero outside the mask, `clip_low` and `clip_high`.
     `mean` averages it over the tokens of the step.
     """
 
@@ -104,7 +104,7 @@ class Loss:
 
 
 def _log_ratio(inputs: PolicyLossInputs) -> Tensor:
-    """logp - stop_gradient(logp_old) [N, C]; without old ones 0, and only carrying the gradient."""
+    """Return logp - stop_gradient(logp_old) [N, C]; without old ones 0 in value, with gradient."""
     old = inputs.old_log_probs
     return inputs.log_probs - (inputs.log_probs.detach() if old is None else old)
 
@@ -112,7 +112,7 @@ def _log_ratio(inputs: PolicyLossInputs) -> Tensor:
 def _clipped_surrogate(
     ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> Surrogate:
-    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)."""
+    """Return -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)."""
     surrogate = ratio * advantages
     clipped_surrogate = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     loss = -torch.minimum(surrogate, clipped_surrogate)
@@ -120,7 +120,7 @@ def _clipped_surrogate(
 
 
 def clipped_ratio(inputs: PolicyLossInputs, clip_low: float, clip_high: float) -> Surrogate:
-    """-A_i * ratio of each token, clipped where there are old log-probabilities (step 7).
+    """Return -A_i * ratio of each token, clipped if there are old log-probabilities (step 7).
 
     ratio = exp(logp - stop_gradient(logp_old)). Without old ones it is 1 in value and only carries
     the gradient. With them the loss is -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) *
@@ -135,12 +135,12 @@ def clipped_ratio(inputs: PolicyLossInputs, clip_low: float, clip_high: float) -
 
 
 def sequence_ratio(inputs: PolicyLossInputs, clip_low: float, clip_high: float) -> Surrogate:
-    """One clipped ratio for all tokens of a completion (GSPO, arXiv 2507.18071, equations 5 and 7).
+    """Use one clipped ratio for all tokens of a completion (GSPO, arXiv 2507.18071, eq. 5 and 7).
 
     s_i = exp(mean over the tokens of (logp - stop_gradient(logp_old))), the geometric mean of the
-    tokens' ratios; -min(s_i * A_i, clip(s_i, 1 - clip_low, 1 + clip_high) * A_i) stands at each of
-    them. The gradient of s_i is shared by the tokens alike. At one update per rollout it is that
-    of `clipped_ratio`. Importance weights of tokens are averaged over the completion.
+    tokens' ratios; each token has -min(s_i * A_i, clip(s_i, 1 - clip_low, 1 + clip_high) * A_i).
+    The gradient of s_i is shared equally by the tokens. With one update per rollout it is that of
+    `clipped_ratio`. Importance weights of tokens are averaged over the completion.
     """
     tokens = inputs.mask.sum(dim=-1, keepdim=True).clamp(min=1)
     ratio = torch.exp(_log_ratio(inputs).sum(dim=-1, keepdim=True) / tokens)
@@ -149,10 +149,10 @@ def sequence_ratio(inputs: PolicyLossInputs, clip_low: float, clip_high: float) 
 
 
 def clipped_weight(inputs: PolicyLossInputs, clip_low: float, clip_high: float) -> Surrogate:
-    """-stop_gradient(clip(ratio)) * A_i * logp of each token (CISPO, arXiv 2506.13585).
+    """Return -stop_gradient(clip(ratio)) * A_i * logp of each token (CISPO, arXiv 2506.13585).
 
     ratio = exp(logp - logp_old), clipped to [1 - clip_low, 1 + clip_high] (equations 4 and 5). A
-    clipped ratio is still a weight of the token's gradient, so that no token loses its own.
+    clipped ratio remains a weight of the token's gradient, so that no token loses its gradient.
     """
     ratio = torch.exp(_log_ratio(inputs).detach())
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
@@ -166,7 +166,7 @@ LOSSES: dict[str, Loss] = {
     "gspo": Loss(sequence_ratio, MEAN_OF_COMPLETIONS),
     "cispo": Loss(clipped_weight, MEAN_OF_TOKENS),
 }
-"""By the name that a recipe gives in `algorithm.loss`."""
+"""By name in `algorithm.loss`."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class PolicyLoss:
     `loss_sum` carries the gradient and includes the KL term. Divided by the loss's count
     (`Mean.count`) of the whole step, over all micro-batches and ranks, it is the step's loss.
 
-    `kl_sum` (without its coefficient) and `clipped_sum` (the share of tokens at which the clip
+    `kl_sum` (without its coefficient) and `clipped_sum` (the share of tokens at which clipping
     changes the gradient) are sums of each completion's mean, whatever the loss: divided by
     `completions`, they can be compared between losses.
     """
@@ -195,23 +195,23 @@ def policy_loss(
     clip_high: float = 0.2,
     kl_coefficient: float = 0.0,
 ) -> PolicyLoss:
-    """Total of a policy loss over the tokens of N completions.
+    """Return the total of a policy loss over the tokens of N completions.
 
     The surrogate of `kind`, plus kl_coefficient * k3 where `kl_coefficient` > 0 (the GRPO baseline,
     not CARE): k3 = exp(d) - d - 1, d = logp_ref - logp.
 
-    `token_weights` multiply the surrogate, after the clip. The KL term is not weighted, as the
-    ratio of several updates does not weight it either: it is a penalty that holds the policy to the
-    reference on the tokens at hand, whoever sampled them, and not an estimate of the reward's
-    gradient that sampling from another policy would bias.
+    `token_weights` multiply the surrogate, after clipping. The KL term is not weighted, nor does
+    the ratio of several updates weight it: it is a penalty that keeps the policy near the reference
+    on the given tokens, whichever policy sampled them, and not an estimate of the reward's gradient
+    that sampling from a different policy would bias.
 
-    Computes in float32 whatever type the inputs have. Raises ValueError when shapes don't fit, or
-    when the KL term is wanted without `reference_log_probs`.
+    Computes in float32 whatever type the inputs have. Raises ValueError if shapes don't fit, or if
+    the KL term is requested without `reference_log_probs`.
     """
     _check_shapes(inputs)
     mask = inputs.mask.bool()
-    # Values outside the mask become 0 before any exp, so that they can't make a NaN, neither in
-    # the sum nor in the gradient.
+    # Values outside the mask become 0 before any exp, so that they can't make a NaN, in the sum or
+    # in the gradient.
     log_probs = torch.where(mask, inputs.log_probs.float(), 0.0)
     old_log_probs = None
     if inputs.old_log_probs is not None:

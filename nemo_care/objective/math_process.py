@@ -1,9 +1,10 @@
-"""The program that compares mathematical expressions, in a process that may be ended at any moment.
+"""The program that compares mathematical expressions, in a process that can be ended at any moment.
 
 It reads lines [answer, solution] (JSON) from its input and writes 1 or 0 for each, with
-Math-Verify. No limit inside a process stops Python that raises 9**9**9 to a power; the kernel does:
-a comparison that takes more than `CPU_SECONDS` of this process's time, or `MEMORY_BYTES`, ends it
-without a reply. It is run as a file, so that it starts without the package's own imports.
+Math-Verify. No limit inside a process can interrupt Python while it computes 9**9**9, but the
+kernel can: a comparison that takes more than `CPU_SECONDS` of this process's time, or
+`MEMORY_BYTES`, ends it without a reply. It is run as a file, so that it starts without the
+package's own imports.
 """
 
 import json
@@ -19,8 +20,8 @@ READY = "ready"
 
 
 def main() -> None:
-    """Answer until the input ends or the process that started this one has ended."""
-    # What stops a run is for the run to act on; this process ends when its input does.
+    """Reply until the input ends or the parent process has exited."""
+    # Stop signals are for the run to handle; this process ends when its input does.
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(stop, signal.SIG_IGN)
     given = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -29,19 +30,19 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import logging
 
-    # Math-Verify logs each text that it can't read, and that its own timeout (an alarm) is off.
+    # Math-Verify logs each unreadable text, and a warning that its own timeout (an alarm) is off.
     logging.disable(logging.CRITICAL)
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
-    # Not units=True, which drops units: 12 m would be 12 cm.
+    # Not units=True, which drops units: 12 m would equal 12 cm.
     normalization = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
     )
     latex = LatexExtractionConfig(normalization_config=normalization, boxed_match_priority=-1)
 
     def read(text: str) -> list:
-        # The whole answer has to be the expression, not a part of it that would suit.
+        # The whole answer must be the expression, not a matching part of it.
         return parse(f"${text}$", [latex], fallback_mode="no_fallback", parsing_timeout=None)
 
     def equal(answer: str, solution: str) -> bool:
@@ -52,11 +53,11 @@ def main() -> None:
     replies, parent = sys.stdout, os.getppid()
     replies.write(f"{READY}\n")
     replies.flush()
-    # What a library prints is no reply, and nobody reads it: a full pipe would stop this process.
+    # Output of libraries is not a reply.
     sys.stdout = sys.stderr
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     while True:
-        # Other children of the parent may hold the pipe open when it has ended.
+        # Other children of the parent can hold the pipe open after the parent has ended.
         while not select.select([requests], [], [], 5)[0]:
             if os.getppid() != parent:
                 return
@@ -69,7 +70,7 @@ def main() -> None:
             result = equal(answer, solution)
         except MemoryError:
             return
-        # Not an expression, or too deep for one.
+        # Not an expression, or nested too deeply.
         except Exception:
             result = False
         signal.setitimer(signal.ITIMER_PROF, 0)

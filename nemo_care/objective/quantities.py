@@ -1,8 +1,8 @@
 r"""Numbers as people write them, with units: `12 cm`, `50%`, `$\frac{1}{2}$`, `−3`, `１２`.
 
 For the problem types `quantity` and `math`, which are not in the paper; its numerical and
-regression rewards read plain numbers only (`parse_number`). Everything here is a regular expression
-in linear time on texts of at most `LONGEST` characters, so that no answer can make it slow.
+regression rewards read plain numbers only (`parse_number`). All parsing uses regular expressions in
+linear time on texts of at most `LONGEST` characters, so that no answer can make it slow.
 """
 
 import re
@@ -13,12 +13,12 @@ from functools import cache
 from typing import Any
 
 LONGEST = 1000
-"""Characters of the longest text that is read as a number, quantity or expression."""
+"""Length limit, in characters, of a text that is read as a number, quantity or expression."""
 
 TOLERANCE = Fraction(1, 10**6)
-"""Relative difference up to which two numbers are equal, where one was written with decimals."""
+"""Relative tolerance for equal numbers, if either was written with decimals."""
 
-# Between numbers without decimals, for what the conversion of units rounds.
+# Between numbers without decimals, for the rounding of unit conversions.
 _CONVERSION_ERROR = Fraction(1, 10**9)
 
 _CHARACTERS = str.maketrans(
@@ -27,7 +27,7 @@ _CHARACTERS = str.maketrans(
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _VULGAR_FRACTION = re.compile("[¼½¾⅐-⅞]")
 _ONE_MATH = re.compile(r"\$\$?([^$]*)\$\$?")
-# LaTeX to what it prints, in this order.
+# LaTeX to its printed form, in this order.
 _PRINTED = [
     (re.compile(pattern), printed)
     for pattern, printed in (
@@ -55,7 +55,7 @@ _NUMBER = r"""
     )
 """
 # Products and quotients of names with small powers: Pint would compute m^9^9^9^9.
-# Possessive, and with a separator between names, so that there is one way to read a text.
+# Possessive, and with a separator between names, so that a text can be matched in one way only.
 _NAME = r"[A-Za-zΑ-Ωα-ωÅ°%]{1,40}+(?:\s?(?:\^|\*\*)\s?-?\d{1,2})?+"
 _UNIT = rf"{_NAME}(?:(?:\s?[/*·]\s?|\s){_NAME}){{0,7}}"
 _QUANTITY = re.compile(rf"\s*{_NUMBER}\s*(?P<unit>{_UNIT})?\s*", re.VERBOSE)
@@ -65,7 +65,7 @@ _QUANTITY = re.compile(rf"\s*{_NUMBER}\s*(?P<unit>{_UNIT})?\s*", re.VERBOSE)
 class Quantity:
     """A number and its unit as written; the unit is empty for a plain number.
 
-    `exact` says whether the number was written without decimals and exponent.
+    `exact`: whether the number was written without decimals and exponent.
     """
 
     number: Fraction
@@ -74,17 +74,17 @@ class Quantity:
 
 
 def plain_characters(text: str) -> str:
-    """The text with the ASCII spelling of full-width digits, Unicode minus signs and the like."""
+    """Replace full-width digits, Unicode minus signs and the like by ASCII."""
     if text.isascii():
         return text
-    # NFKC would make 3² to 32, and 1½ to 11/2.
+    # NFKC would turn 3² into 32, and 1½ into 11/2.
     text = _SUPERSCRIPT.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", text)
     text = _VULGAR_FRACTION.sub(r" \g<0>", text)
     return unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """What the whole text says as one number with or without a unit; None for anything else."""
+    """Read the whole text as one number with or without a unit; None for anything else."""
     if len(text) > LONGEST:
         return None
     text = _ONE_MATH.sub(r"\1", plain_characters(text))
@@ -102,15 +102,16 @@ def read_quantity(text: str) -> Quantity | None:
 def same_quantity(answer: str, solution: str) -> bool:
     """Whether two texts say the same quantity: `0.12 m` is `12 cm`, `50%` is `0.5`.
 
-    Units are converted by Pint; one that it does not know must be written alike, in either case. A
-    number without a unit is not the same as one that has one.
+    Units are converted by Pint; units unknown to Pint must be spelled alike, ignoring case. A
+    number without a unit is not the same as one with a unit.
     """
     out, gt = read_quantity(answer), read_quantity(solution)
     return out is not None and gt is not None and quantities_equal(out, gt)
 
 
 def quantities_equal(out: Quantity, gt: Quantity) -> bool:
-    """Equal numbers, exactly or within `TOLERANCE` where either has decimals, of equal units."""
+    """Whether numbers are equal, exactly or within `TOLERANCE` if either has decimals, with
+    units."""
     if out.unit == gt.unit or _same_unknown_unit(out.unit, gt.unit):
         return _close(out.number, gt.number, Fraction(0) if out.exact and gt.exact else TOLERANCE)
     first, second = _in_base_units(out), _in_base_units(gt)
@@ -144,7 +145,7 @@ def _close(a: Fraction, b: Fraction, tolerance: Fraction) -> bool:
 
 
 def _in_base_units(quantity: Quantity) -> tuple[Fraction, Any] | None:
-    """The number in SI base units, and its dimension; None where the unit is unknown."""
+    """Return the number in SI base units, and its dimension; None if the unit is unknown."""
     unit = _unit(quantity.unit)
     if unit is None:
         return None
@@ -164,13 +165,13 @@ def _registry() -> Any:
 
 
 def _unit(text: str) -> Any:
-    """Pint's unit, None for one that it does not know; `Meters` is `meters`."""
+    """Return Pint's unit, None for an unknown one; `Meters` is `meters`."""
     import pint
 
     for spelling in dict.fromkeys((text, text.lower())):
         try:
             return _registry().parse_units(spelling)
-        # Pint's parser raises many kinds of errors for what is no unit.
+        # Pint's parser raises many kinds of errors for texts that are not units.
         except (pint.errors.PintError, ArithmeticError, AssertionError, LookupError, TypeError,
                 ValueError, AttributeError, RecursionError):  # fmt: skip
             continue

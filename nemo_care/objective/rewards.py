@@ -1,7 +1,7 @@
 """Base reward of one completion: accuracy by answer kind, and format (arXiv 2506.16141, step 2).
 
-No completion makes a reward slow: the time of each is bounded by what its function says, and scores
-are exact, never those of a shortened text. `docs/rewards.md` holds them against the authors' code.
+No completion makes a reward slow: the time of each is bounded as its function describes, and scores
+are exact, never those of a shortened text. `docs/rewards.md` compares them with the authors' code.
 """
 
 import math
@@ -34,9 +34,9 @@ def accuracy_reward(problem_type: str, completion: str, solution: str) -> float:
     """Accuracy in [0, 1] of a completion's answer (arXiv 2506.16141, step 2; five answer kinds).
 
     `completion` is the whole text, of which the last well-formed `<answer>...</answer>` counts; a
-    completion without one, or with an empty one, scores 0. `solution` may or may not be wrapped in
-    `<answer>` tags. The kinds `quantity` and `math` are not in the paper.
-    Raises InputError for a problem_type that is none of `PROBLEM_TYPES`.
+    completion without one, or with an empty one, scores 0. `solution` can be wrapped in `<answer>`
+    tags. The kinds `quantity` and `math` are not in the paper.
+    Raises InputError for a problem_type that is not in `PROBLEM_TYPES`.
     """
     return _scored(_SCORES, problem_type, extract_answer(completion), solution)
 
@@ -44,9 +44,9 @@ def accuracy_reward(problem_type: str, completion: str, solution: str) -> float:
 def evaluation_accuracy(
     problem_type: str, completion: str, solution: str, *, untagged_counts: bool = False
 ) -> float:
-    """Accuracy as evaluations report it: the reward, but for regression mean relative accuracy.
+    """Accuracy as reported by evaluations: the reward or, for regression, mean relative accuracy.
 
-    Arguments and errors as in `accuracy_reward`. With `untagged_counts` the whole text of a
+    Arguments and errors as in `accuracy_reward`. With `untagged_counts`, the whole text of a
     completion without an answer is its answer, as in the authors' evaluation.
     """
     answer = extract_answer(completion)
@@ -64,25 +64,25 @@ def _scored(
     score = scores.get(problem_type)
     if score is None:
         known = ", ".join(repr(name) for name in PROBLEM_TYPES)
-        raise InputError(f"problem_type {problem_type!r} is not known: use one of {known}")
+        raise InputError(f"problem_type {problem_type!r} is unknown: use one of {known}")
     wrapped = extract_answer(solution)
     truth = solution.strip() if wrapped is None else wrapped
-    # Nothing is never right, not even where a data set gives nothing as the solution.
+    # An empty answer is never right, even if a data set has an empty solution.
     return score(answer, truth) if answer and truth else 0.0
 
 
 def format_reward(completion: str, *, min_reasoning_words: int = 0) -> float:
-    r"""1.0 where the whole completion is `<think>...</think> <answer>...</answer>`, else 0.0.
+    r"""1.0 if the whole completion is `<think>...</think> <answer>...</answer>`, else 0.0.
 
-    Only white space may stand between the two parts, nothing before or after them (arXiv
-    2506.16141, step 2). In linear time it decides what the authors' expression
-    `<think>.*?</think>\s*<answer>.*?</answer>` decides in quadratic time. `min_reasoning_words` > 0
-    is not in the paper: it also requires that many words, separated by white space, between the
-    think tags, against a collapse to an empty reasoning.
+    Only white space is allowed between the two parts, and nothing before or after them (arXiv
+    2506.16141, step 2). This has the result of the authors' expression
+    `<think>.*?</think>\s*<answer>.*?</answer>`, but in linear instead of quadratic time.
+    `min_reasoning_words` > 0 is not in the paper: it also requires that number of words, separated
+    by white space, between the think tags, against a collapse to an empty reasoning.
     """
     if not (completion.startswith(THINK_OPEN) and completion.endswith(ANSWER_CLOSE)):
         return 0.0
-    # Both parts may hold any text, tags too: one place where they meet is enough.
+    # Both parts can contain any text, including tags: one place where they meet is sufficient.
     end = len(completion) - len(ANSWER_CLOSE)
     if _BETWEEN.search(completion, len(THINK_OPEN), end) is None:
         return 0.0
@@ -91,7 +91,7 @@ def format_reward(completion: str, *, min_reasoning_words: int = 0) -> float:
 
 
 def base_reward(rewards: "Tensor", weights: Sequence[float]) -> "Tensor":
-    """r^b of each completion: the weighted sum of its rewards (arXiv 2506.16141, step 2).
+    """Return r^b of each completion: the weighted sum of its rewards (arXiv 2506.16141, step 2).
 
     `rewards` float [K, G], a row per reward; `weights` K numbers, all 1 in the paper, whose
     rewards are accuracy and format. Returns [G].
@@ -100,17 +100,17 @@ def base_reward(rewards: "Tensor", weights: Sequence[float]) -> "Tensor":
 
 
 def length_penalty(tokens: int, *, longest: int, buffer: float) -> float:
-    """Soft punishment of a completion that comes near the token limit, in [-1, 0].
+    """Soft penalty of a completion whose length approaches the token limit, in [-1, 0].
 
-    0 up to longest - buffer tokens, from there down in a straight line to -1 at `longest` (DAPO,
-    arXiv 2503.14476, section 3.4, equation 13, whose L_max and L_cache these are). `buffer` is
-    above 0. A completion that was cut off has `longest` tokens.
+    0 up to longest - buffer tokens, then decreasing linearly to -1 at `longest` (DAPO, arXiv
+    2503.14476, section 3.4, equation 13, whose L_max and L_cache these are). `buffer` is above 0. A
+    completion that was cut off has `longest` tokens.
     """
     return -min(1.0, max(0.0, (tokens - (longest - buffer)) / buffer))
 
 
 def parse_number(text: str) -> float | None:
-    """The finite number that `text` writes, commas removed; None for anything else."""
+    """Parse a finite number, ignoring commas; None for anything else."""
     try:
         number = float(text.replace(",", ""))
     except ValueError:
@@ -128,8 +128,8 @@ def mean_relative_accuracy(out: float, gt: float) -> float:
         return 0.0
     if gt == 0:
         return float(out == 0)
-    # The comparison is strict: EPSILON keeps an error that lies exactly on a limit from passing
-    # because its quotient was rounded down.
+    # The comparison is strict: EPSILON prevents an error exactly at a limit from passing because
+    # its quotient was rounded down.
     relative_error = abs(out - gt) / abs(gt) + EPSILON
     return sum(relative_error < limit for limit in _LIMITS) / len(_LIMITS)
 
@@ -199,4 +199,4 @@ _SCORES: dict[str, Callable[[str, str], float]] = {
 _EVALUATION_SCORES = {**_SCORES, "regression": _mean_relative_accuracy}
 
 PROBLEM_TYPES = tuple(_SCORES)
-"""The answer kinds that `accuracy_reward` knows."""
+"""The answer kinds that `accuracy_reward` supports."""

@@ -1,7 +1,7 @@
-"""Where the reasoning and the answer stand in a completion's text: the one definition of both.
+"""Find the reasoning and the answer in a completion's text: the only definition of both.
 
-Rewards, the token span of the answer and judges all read completions through this module, so that
-what is scored, what is given a likelihood and what is judged are the same characters.
+Rewards, the token span of the answer and judges all read completions with this module, so that they
+refer to the same characters.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ CharacterSpan = tuple[int, int]
 class ParsedCompletion:
     """The parts of one completion.
 
-    `reasoning` and `answer` are the raw text between the tags, white space included; None where
-    the completion has no such part. `answer_span` is where `answer` stands in the completion.
+    `reasoning` and `answer` are the raw text between the tags, white space included; None if the
+    completion has no such part. `answer_span` is the position of `answer` in the completion.
     """
 
     reasoning: str | None
@@ -27,11 +27,10 @@ class ParsedCompletion:
 
 
 def find_answer(completion: str) -> CharacterSpan | None:
-    """Characters strictly inside the last well-formed `<answer>...</answer>` (algorithm step 3).
+    """Find the characters inside the last well-formed `<answer>...</answer>` (algorithm step 3).
 
-    Well-formed means that the tags are closest to each other: no other `<answer>` and no other
-    `</answer>` lies between them. Returns a half-open range, which is empty for
-    `<answer></answer>`, or None where there is no such pair.
+    Well-formed means that there is no further `<answer>` or `</answer>` between the tags. Returns a
+    half-open range, which is empty for `<answer></answer>`, or None if there is no such pair.
     """
     last_close = completion.rfind(ANSWER_CLOSE)
     if last_close < 0:
@@ -46,9 +45,9 @@ def find_answer(completion: str) -> CharacterSpan | None:
 
 
 def find_reasoning(completion: str) -> CharacterSpan | None:
-    """Characters between the first `<think>` and the first `</think>` after it.
+    """Find the characters between the first `<think>` and the first `</think>` after it.
 
-    Returns a half-open range, or None where either tag is missing.
+    Returns a half-open range, or None if either tag is missing.
     """
     opening = completion.find(THINK_OPEN)
     if opening < 0:
@@ -70,6 +69,6 @@ def parse_completion(completion: str) -> ParsedCompletion:
 
 
 def extract_answer(text: str) -> str | None:
-    """The answer of `text` without surrounding white space, None where there is no answer."""
+    """Return the answer of `text` without surrounding white space, None if there is no answer."""
     span = find_answer(text)
     return None if span is None else text[slice(*span)].strip()

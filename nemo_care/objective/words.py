@@ -1,7 +1,7 @@
 """Similarity of two texts by their words: ROUGE for free text, word error rate for transcriptions.
 
-Both are computed over all words of both texts, whatever their length: no text is shortened. What
-takes quadratic time, the alignment, runs in RapidFuzz's bit-parallel code, 64 words at a time:
+Both are computed over all words of both texts, whatever their length: no text is shortened. The
+alignment, which takes quadratic time, runs in RapidFuzz's bit-parallel code, 64 words at a time:
 50,000 words against 50,000 take a fraction of a second.
 """
 
@@ -10,25 +10,26 @@ from functools import cache, lru_cache
 from typing import Any
 
 LONGEST_STEMMED = 100
-"""Characters of the longest word that is stemmed: the Porter stemmer's time grows with the square
-of a word's length, and its recursion with the length. Longer words are compared as they are."""
+"""Length limit, in characters, of words that are stemmed: the Porter stemmer's time grows with the
+square of a word's length, and its recursion with the length. Longer words are compared
+unchanged."""
 
-# One character each, as their writing puts no spaces between words.
+# One word per character, since these scripts put no spaces between words.
 _UNSPACED = ["Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar"]
 
 
 def rouge_f1(answer: str, solution: str) -> float:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over stemmed words, in [0, 1].
 
-    Equal to rouge_score's with its default tokenizer and stemmer wherever both texts are ASCII (and
-    no word is longer than `LONGEST_STEMMED`). That tokenizer drops everything else: it gives two
-    equal Chinese texts 0 (see `rouge_words`). A text of one word has no pairs of words, so that it
-    reaches 2/3 at most.
+    Equal to rouge_score's with its default tokenizer and stemmer if both texts are ASCII (and no
+    word is longer than `LONGEST_STEMMED`). That tokenizer drops everything else: it scores two
+    equal Chinese texts 0 (see `rouge_words`). A text of one word has no pairs of words, and
+    therefore reaches at most 2/3.
     """
     from rapidfuzz.distance import LCSseq
     from rouge_score.scoring import fmeasure
 
-    # Tokenised once; the scorer counts n-grams of what it is given.
+    # Tokenised once; the scorer only counts n-grams.
     wanted, given = rouge_words(solution), rouge_words(answer)
     ngrams = _ngram_scorer().score(wanted, given)
     total = ngrams["rouge1"].fmeasure + ngrams["rouge2"].fmeasure
@@ -39,10 +40,10 @@ def rouge_f1(answer: str, solution: str) -> float:
 
 
 def rouge_words(text: str) -> list[str]:
-    """The words that ROUGE compares: lower case, stemmed, without punctuation.
+    """Return the words that ROUGE compares: lower case, stemmed, without punctuation.
 
-    A word is a run of letters and digits of any script; Chinese, Japanese, Thai, Lao, Khmer and
-    Burmese, which are written without spaces, give a word for each character. Only ASCII words are
+    A word is a run of letters and digits of any script; in Chinese, Japanese, Thai, Lao, Khmer and
+    Burmese, which are written without spaces, every character is a word. Only ASCII words are
     stemmed: the stemmer is for English.
     """
     text = text.lower()
@@ -58,14 +59,14 @@ def rouge_words(text: str) -> list[str]:
 
 
 def word_accuracy(answer: str, solution: str) -> float:
-    """1 - word error rate of a transcription, clipped to [0, 1]; words are what spaces separate.
+    """Return 1 - word error rate of a transcription, clipped to [0, 1]; words are split at spaces.
 
-    A text written without spaces is one word, right or wrong as a whole. `solution` holds a word.
+    A text without spaces is one word, right or wrong as a whole. `solution` has at least one word.
     """
     from rapidfuzz.distance import Levenshtein
 
     wanted, given = solution.split(), answer.split()
-    # No answer with as many errors as words scores: the search for the distance may stop there.
+    # An answer with as many errors as words scores 0: the search for the distance can stop there.
     errors = Levenshtein.distance(wanted, given, score_cutoff=len(wanted))
     return _clip_to_unit(1.0 - errors / len(wanted))
 
@@ -85,7 +86,7 @@ def _ngram_scorer() -> Any:
     from rouge_score import rouge_scorer
 
     class AlreadyWords:
-        """Takes lists of words in the place of texts."""
+        """Accepts lists of words instead of texts."""
 
         @staticmethod
         def tokenize(words: Sequence[str]) -> Sequence[str]:

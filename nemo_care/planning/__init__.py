@@ -1,1 +1,1 @@
-"""Memory and time of a recipe before it is queued, and its step as a dry run in a fake world."""
+"""Estimate a recipe's memory and time before it is queued, and dry-run its step."""

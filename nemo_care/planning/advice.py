@@ -1,4 +1,4 @@
-"""What to change when a plan does not fit: variants of the recipe, planned in the same way."""
+"""Suggest changes when a plan does not fit: variants of the recipe, planned in the same way."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -19,7 +19,7 @@ from nemo_care.planning.plan import (
 )
 from nemo_care.recipe.schema import Recipe, check_recipe, needs_reference, replicas_of
 
-# A change that leaves more of the peak than this is not worth a line.
+# A change that leaves more of the peak than this is not suggested.
 _WORTH = 0.97
 # An engine's ranks are on one machine.
 _MOST_GPUS = 16
@@ -29,13 +29,13 @@ _ENGINE_SIZE = "rollout.vllm.tensor_parallel_size"
 
 @dataclass(frozen=True)
 class _Change:
-    """New values of keys, and what they cost besides the time that the plan estimates."""
+    """New values of keys, and their cost besides the estimated time."""
 
     keys: dict[str, Any]
     cost: str = ""
 
     def __str__(self) -> str:
-        """As on the command line."""
+        """The change as written on the command line."""
         words = (f"{key}={_in_words(value)}" for key, value in self.keys.items())
         return " ".join(words)
 
@@ -45,7 +45,7 @@ def _in_words(value: Any) -> str:
 
 
 def remedies(plan: Plan) -> list[str]:
-    """One line per change that lowers the largest peak; those that suffice alone come first."""
+    """Return a line per change that lowers the largest peak, sufficient changes first."""
     if plan.fits:
         return []
     lines = _of_the_engine(plan)
@@ -61,7 +61,7 @@ def remedies(plan: Plan) -> list[str]:
         if planned.stages_fit or _is_less(plan, peak):
             cost = f"; {change.cost}" if change.cost else ""
             line = f"{change} ({_outcome(plan, planned)}{cost})"
-            line += "" if planned.stages_fit else ", still too much alone"
+            line += "" if planned.stages_fit else ", not enough alone"
             found.append((not planned.stages_fit, order if planned.stages_fit else peak, line))
     return lines + [line for *_, line in sorted(found)]
 
@@ -79,7 +79,7 @@ def _is_less(plan: Plan, peak: int) -> bool:
 
 
 def _is_worth_it(plan: Plan, variant: Recipe) -> bool:
-    """Whether the phase that needs the most, on its stage, needs less: only that is measured."""
+    """Whether the phase with the largest peak, on its stage, needs less; only that is measured."""
     last = plan.recipe.model.pipeline_model_parallel_size - 1
     stages = variant.model.pipeline_model_parallel_size
     number = stages - 1 if 0 < last == plan.worst.stage else min(plan.worst.stage, stages - 1)
@@ -91,7 +91,7 @@ def _is_worth_it(plan: Plan, variant: Recipe) -> bool:
 
 
 def _variant(plan: Plan, keys: dict[str, Any]) -> Recipe | None:
-    """The plan's recipe with other values; None where there can't be such a run."""
+    """Return the plan's recipe with different values; None if they are invalid."""
     changed = deepcopy(plan.recipe)
     for key, value in keys.items():
         group, _, name = key.rpartition(".")
@@ -105,7 +105,7 @@ def _variant(plan: Plan, keys: dict[str, Any]) -> Recipe | None:
 
 
 def _changes(plan: Plan) -> Iterator[_Change]:
-    """All changes that are possible, the cheapest first."""
+    """Yield all possible changes, cheapest first."""
     recipe = plan.recipe
     algorithm, model, data = recipe.algorithm, recipe.model, recipe.data
     if plan.engine is None:
@@ -125,9 +125,9 @@ def _changes(plan: Plan) -> Iterator[_Change]:
             if value < plan.engine.gpu_memory_utilization:
                 yield _Change({_SHARE: value}, f"the cache then holds {tokens}")
     if needs_reference(algorithm) and not algorithm.reference.offload:
-        yield _Change({"algorithm.reference.offload": True}, "takes CPU memory")
+        yield _Change({"algorithm.reference.offload": True}, "uses CPU memory")
     if not recipe.optimizer.offload:
-        yield _Change({"optimizer.offload": True}, "takes CPU memory")
+        yield _Change({"optimizer.offload": True}, "uses CPU memory")
     for granularity in GRANULARITIES[GRANULARITIES.index(model.recompute_granularity) + 1 :]:
         yield _Change({"model.recompute_granularity": granularity})
     yield from _layouts(plan)
@@ -137,7 +137,7 @@ def _changes(plan: Plan) -> Iterator[_Change]:
 
 
 def _layouts(plan: Plan) -> Iterator[_Change]:
-    """The model cut further, on the same machines or on twice as many; and only these."""
+    """Cut the model further, on the same machines or on twice as many."""
     model, trainer = plan.recipe.model, plan.recipe.trainer
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     twice = {"trainer.num_nodes": 2 * trainer.num_nodes}
@@ -152,8 +152,8 @@ def _layouts(plan: Plan) -> Iterator[_Change]:
 
 
 def _largest_share(plan: Plan) -> Plan | None:
-    """The plan with the largest gpu_memory_utilization, of two digits, with which training leaves
-    engines their share, and with which they can work."""
+    """Return the plan with the largest gpu_memory_utilization (two digits) that leaves room for
+    training and with which engines can work."""
     for percent in range(100, 0, -1):
         variant = _variant(plan, {_SHARE: percent / 100})
         if variant is None:
@@ -173,7 +173,7 @@ def _largest_share(plan: Plan) -> Plan | None:
 
 
 def _of_the_engine(plan: Plan) -> list[str]:
-    """A line per change with which an engine that has too little can work."""
+    """Return a line per change with which an engine that has too little memory can work."""
     if plan.engine is None or plan.engine.fits:
         return []
     found = []

@@ -1,4 +1,4 @@
-"""One step of every stage in a fake world: what it sends, and whether a checkpoint can be cut."""
+"""Run one step of every stage in a fake world; report communication and checkpoint entries."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from nemo_care.planning.stage import Stage, built_stage
 from nemo_care.planning.tables import markdown_table
 from nemo_care.recipe.schema import Recipe
 
-# torch's operators: what they do, and which argument holds what a rank sends or receives.
+# torch's operators: a description, and which argument holds the data that is sent or received.
 _OPERATORS = {
     "send": ("send to a neighbour", 0),
     "recv_": ("receive from a neighbour", 0),
@@ -36,7 +36,7 @@ _OPERATORS = {
 
 
 class _Communication(TorchDispatchMode):
-    """Counts collectives: calls and bytes of the whole tensor, by kind."""
+    """Counts calls and bytes (of the whole tensor) of collectives, by kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Communication(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StageRun:
-    """What one rank of a stage did in each phase: calls and bytes by kind of collective."""
+    """Calls and bytes of one stage's rank in each phase, by kind of collective."""
 
     stage: int
     rank: int
@@ -91,7 +91,7 @@ def dry_run(plan: Plan) -> list[StageRun]:
 
 def _run(stage: Stage, number: int, plan: Plan) -> StageRun:
     recipe: Recipe = plan.recipe
-    # As many micro-batches as the first stage holds at a time: the schedule repeats from there.
+    # As many micro-batches as the first stage holds at a time: after that the schedule repeats.
     count = in_flight(recipe, 0)
     phases: dict[str, Callable[[], Any]] = {
         "rollout": lambda: stage.generate(plan.longest, 1, recipe.algorithm.group_size),
@@ -99,7 +99,7 @@ def _run(stage: Stage, number: int, plan: Plan) -> StageRun:
         "update": lambda: stage.update(plan.longest, count),
     }
     if plan.engine is not None:
-        # The ranks do not sample.
+        # The training ranks do not sample.
         del phases["rollout"]
     run = StageRun(number, stage.ranks.rank, checkpoint_entries=_checkpoint_entries(stage))
     for phase, work in phases.items():
@@ -110,9 +110,9 @@ def _run(stage: Stage, number: int, plan: Plan) -> StageRun:
 
 
 def _checkpoint_entries(stage: Stage) -> int:
-    """Cut the stage's state into a checkpoint's entries, as loading one does; their number.
+    """Cut the stage's state into checkpoint entries, as loading does, and return their number.
 
-    Megatron checks every entry's shape, offset and place among the ranks while it makes it.
+    Megatron checks every entry's shape, offset and rank placement while creating it.
     """
     metadata = sharding_metadata()
     state = {"policy": stage.policy.sharded_state_dict(metadata, is_loading=True)}
@@ -122,7 +122,7 @@ def _checkpoint_entries(stage: Stage) -> int:
 
 
 def dry_run_report(plan: Plan, runs: list[StageRun]) -> RenderableType:
-    """What each stage's rank sent and received, by phase."""
+    """Report what each stage's rank sent and received, by phase."""
     kinds = sorted({kind for run in runs for calls in run.calls.values() for kind in calls})
     table = markdown_table(["stage", "rank", "phase", *kinds])
     for run in runs:
@@ -150,5 +150,5 @@ def _cell(calls: int, size: int) -> str:
 
 
 def dry_run_as_json(runs: list[StageRun]) -> list[dict[str, Any]]:
-    """The same as plain values."""
+    """Return the same as plain values."""
     return [vars(run) for run in runs]

@@ -1,7 +1,7 @@
-"""vLLM's engines in a plan: what they take of a GPU, what their cache holds, who asks which.
+"""vLLM's engines in a plan: their GPU memory, the size of their cache, their share of prompts.
 
-Nothing of vLLM is run or imported. Weights and cache are reckoned from the model's configuration;
-activations and CUDA graphs, which vLLM measures when it starts, are not.
+vLLM is neither run nor imported. Weights and cache are calculated from the model's configuration;
+activations and CUDA graphs, which vLLM measures when it starts, are not included.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,22 +13,21 @@ from nemo_care.planning.gpus import GIB, Gpu
 from nemo_care.recipe.schema import Recipe, replicas_of
 from nemo_care.rollouts.vllm.placement import Share, share
 
-# Phases in which engines on GPUs that train are awake.
+# Phases in which engines on training GPUs are awake.
 _AWAKE = ("rollout", "validation")
-# An assumption: what CUDA keeps of a process whose engine has given its memory back.
+# Assumption: what CUDA keeps for a process whose engine has released its memory.
 _CONTEXT = GIB
 _KEY = "rollout.vllm"
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """What an engine takes of each of its GPUs, in bytes.
+    """Memory of an engine on each of its GPUs, in bytes.
 
-    `share` is all that it takes while it is awake, of which `weights` and `cache` are parts, and
-    `asleep` what stays of it while training goes on; `host` is the CPU memory that one GPU's part
-    of a sleeping engine takes, `buffer` what the training process sends it the weights through. A
-    cached token takes `bytes_per_token`, the longest prompt with the longest completion has
-    `sequence_tokens`.
+    `share` is all memory of an awake engine, which includes `weights` and `cache`; `asleep` is what
+    remains during training. `host` is the CPU memory of a sleeping engine per GPU, `buffer` the
+    memory through which the training process sends the weights. A cached token takes
+    `bytes_per_token`; the longest prompt with the longest completion has `sequence_tokens`.
     """
 
     placement: str
@@ -48,37 +47,37 @@ class EnginePlan:
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens that the cache holds."""
+        """Number of tokens that the cache holds."""
         return self.cache // self.bytes_per_token
 
     @property
     def cache_sequences(self) -> int:
-        """Full-length prompts with a completion each that it holds; shared prompts give more."""
+        """Number of full-length prompts with one completion in the cache; sharing allows more."""
         return self.cache_tokens // self.sequence_tokens
 
     @property
     def sequence(self) -> int:
-        """Bytes of one of these."""
+        """Bytes of one full-length sequence."""
         return self.sequence_tokens * self.bytes_per_token
 
     @property
     def need(self) -> int:
-        """The least that an engine can work with: its weights and one full-length sequence."""
+        """Minimum for an engine: its weights and one full-length sequence."""
         return self.weights + self.sequence
 
     @property
     def fits(self) -> bool:
-        """Whether the share holds that."""
+        """Whether the share holds the minimum."""
         return not self.problem
 
     @property
     def problem(self) -> str:
-        """Why an engine can't work, with the keys to change; empty where it can."""
+        """Why an engine can't work, with the keys to change; empty if it can."""
         sequence = f"one sequence of {self.sequence_tokens} tokens"
         if self.kv_cache_gib is not None and self.sequence > self.cache:
             return (
                 f"{sequence} needs {_gib(self.sequence)} GiB of an engine's cache on each GPU, and "
-                f"{_KEY}.kv_cache_gib={self.kv_cache_gib:g}: raise it, leave it out or raise "
+                f"{_KEY}.kv_cache_gib={self.kv_cache_gib:g}: raise or omit it, or raise "
                 f"{_KEY}.tensor_parallel_size"
             )
         if self.share > self.gpu_memory:
@@ -98,7 +97,7 @@ class EnginePlan:
         return ""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; keys are part of the command's contract."""
+        """Return plain values; the keys are part of the command's contract."""
         counted = ("cache_tokens", "cache_sequences", "need", "fits")
         return asdict(self) | {name: getattr(self, name) for name in counted}
 
@@ -110,22 +109,22 @@ def _gib(size: float) -> str:
 def engine_plan(
     recipe: Recipe, model: Architecture, parameters: int, gpu: Gpu
 ) -> EnginePlan | None:
-    """What the recipe's engines take; None where the training ranks sample.
+    """Return the memory of the recipe's engines; None if the training ranks sample.
 
-    `parameters` are all of the model. Engines elsewhere are taken to have the same GPU.
+    `parameters` are those of the whole model. Engines elsewhere are assumed to have the same GPU.
     """
     if recipe.rollout.backend != "vllm":
         return None
     vllm = recipe.rollout.vllm
     size, width = vllm.tensor_parallel_size, bytes_of_number(recipe)
-    # vLLM cuts everything that is large, vision tower and vocabulary included.
+    # vLLM cuts every large weight, including vision tower and vocabulary.
     weights = parameters * width // size
-    # With more ranks than key-value heads, several ranks have the same one.
+    # With more ranks than key-value heads, several ranks have the same head.
     heads = max(model.kv_heads / size, 1)
     taken = int(gpu.memory * vllm.gpu_memory_utilization)
     cache = max(taken - weights, 0)
     if vllm.kv_cache_gib is not None:
-        # vLLM makes the cache as large as it was told to, but starts only where the share is free.
+        # vLLM makes the cache as large as requested, but starts only if the share is free.
         cache = int(vllm.kv_cache_gib * GIB)
         taken = max(taken, weights + cache)
     colocated = vllm.placement == "colocated"
@@ -141,11 +140,11 @@ def engine_plan(
         weights=weights,
         cache=cache,
         bytes_per_token=int(2 * model.layers * heads * model.head_dim * width),
-        # As `engine_settings` does.
+        # As in `engine_settings`.
         sequence_tokens=min(longest, model.max_positions),
         asleep=(_CONTEXT if vllm.sleep_level else taken) if colocated else 0,
         host=weights if colocated and vllm.sleep_level == 1 else 0,
-        # As `ipc_buffer_bytes`: the embedding is the largest tensor.
+        # As in `ipc_buffer_bytes`: the embedding is the largest tensor.
         buffer=max(vllm.bucket_mib * 2**20, model.vocab_size * model.hidden_size * width)
         if colocated
         else 0,
@@ -153,19 +152,19 @@ def engine_plan(
 
 
 def beside(engine: EnginePlan | None, phase: str) -> int:
-    """Bytes that an engine, and sending to it, take of a GPU that trains, in one of its phases."""
+    """Return the bytes that an engine and weight transfer take of a training GPU in a phase."""
     if engine is None or engine.placement != "colocated":
         return 0
     return engine.share + engine.buffer if phase in _AWAKE else engine.asleep
 
 
 def bytes_of_number(recipe: Recipe) -> int:
-    """Bytes of a weight, and of a number in an engine's cache."""
+    """Return the bytes of a weight, and of a number in an engine's cache."""
     return 2 if recipe.model.precision.dtype == "bf16" else 4
 
 
 def workers_of_a_machine(recipe: Recipe) -> int:
-    """GPUs of a machine that trains on which engines run; each has a process."""
+    """Return the number of a training machine's GPUs that run engines, each with one process."""
     vllm = recipe.rollout.vllm
     if recipe.rollout.backend != "vllm":
         return 0
@@ -173,7 +172,7 @@ def workers_of_a_machine(recipe: Recipe) -> int:
 
 
 def most_prompts(recipe: Recipe) -> int:
-    """Prompts of a step that the engine with the most of them gets."""
+    """Return the number of prompts per step of the engine with most of them."""
     prompts = prompts_of(recipe)
     return max(-(-prompts // len(part.engines)) * len(part.sharers) for _, part in _shares(recipe))
 
@@ -181,7 +180,7 @@ def most_prompts(recipe: Recipe) -> int:
 def replica_in_a_machine(recipe: Recipe) -> bool:
     """Whether the ranks of each model replica are on one machine."""
     model, trainer = recipe.model, recipe.trainer
-    # Megatron counts stages last, so several of them take all machines.
+    # Megatron's stages are the slowest-varying dimension, so several stages span all machines.
     apart = trainer.num_nodes > 1 and model.pipeline_model_parallel_size > 1
     return not apart and model.tensor_model_parallel_size <= trainer.devices
 
@@ -191,9 +190,9 @@ def _all_engines(recipe: Recipe) -> set[tuple[int, int]]:
 
 
 def _shares(recipe: Recipe) -> list[tuple[int, Share]]:
-    """For each replica: where its engines are counted (a machine, say), and which it has of them.
+    """Return for each replica where its engines are counted (such as a machine) and its share.
 
-    As `rollouts/vllm/fleet.py` shares them out.
+    The shares are those of `rollouts/vllm/fleet.py`.
     """
     vllm, model, devices = recipe.rollout.vllm, recipe.model, recipe.trainer.devices
     tensor, count = model.tensor_model_parallel_size, replicas_of(recipe)

@@ -1,8 +1,9 @@
-"""One rank of a world that does not exist: torch's fake process group, tensors on `meta`.
+"""One rank of a fake world: torch's fake process group, with tensors on `meta`.
 
-Every collective returns at once and moves nothing, and tensors that Megatron asks CUDA for have a
-shape and no memory. So one process on any machine can build what a rank of 512 would build and run
-its step for the shapes. torch calls the fake process group a testing tool; its version is pinned.
+Every collective returns at once and moves nothing, and tensors that Megatron allocates on CUDA have
+a shape but no memory. One process on any machine can therefore build what a rank of 512 would build
+and run its step for the shapes. torch calls the fake process group a testing tool; its version is
+pinned.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,14 +22,14 @@ from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 
 
 class FakeRanks(Ranks):
-    """`Ranks` of a fake world; what other ranks would send is never read."""
+    """`Ranks` of a fake world; data from different ranks is never read."""
 
     def __init__(self, layout: Layout, rank: int, world_size: int) -> None:
-        """Raises InputError where the world does not fit the layout."""
+        """Raise InputError if the world does not fit the layout."""
         super().__init__(layout, RankEnvironment(rank, world_size, 0))
 
     def _start(self, env: RankEnvironment, cpu_threads: int) -> None:
-        # Importing it registers the backend "fake".
+        # The import registers the backend "fake".
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         enable_cpu_megatron("meta")
@@ -48,7 +49,7 @@ class FakeRanks(Ranks):
 
 @cache
 def _collectives_on_meta() -> torch.library.Library:
-    """Let the fake backend take `meta` tensors in the two collectives where torch does not."""
+    """Let the fake backend accept `meta` tensors in the two collectives where torch does not."""
     dist.Backend.backend_capability["fake"].append("meta")
     library = torch.library.Library("c10d", "IMPL")
     for name in ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_"):
@@ -58,7 +59,7 @@ def _collectives_on_meta() -> torch.library.Library:
 
 @contextmanager
 def _no_gloo() -> Iterator[None]:
-    """Megatron makes gloo groups beside the others, and gloo would look for the other ranks."""
+    """Skip Megatron's additional gloo groups, since gloo would wait for the missing ranks."""
     create_group = parallel_state.create_group
     parallel_state.create_group = lambda *args, backend=None, **kwargs: create_group(
         *args, backend="fake", **kwargs
@@ -71,7 +72,7 @@ def _no_gloo() -> Iterator[None]:
 
 @contextmanager
 def fake_world(layout: Layout, rank: int, world_size: int) -> Iterator[FakeRanks]:
-    """The process groups of one rank, left again at the end.
+    """Provide the process groups of one rank for the duration of the block.
 
     CUDA must be hidden (`CUDA_VISIBLE_DEVICES=""`) and no process group may exist.
 
@@ -79,7 +80,9 @@ def fake_world(layout: Layout, rank: int, world_size: int) -> Iterator[FakeRanks
         RuntimeError: CUDA is visible, or this process is a rank already.
     """
     if torch.cuda.is_available():
-        raise RuntimeError("a fake world needs CUDA hidden: set CUDA_VISIBLE_DEVICES to nothing")
+        raise RuntimeError(
+            "a fake world needs CUDA hidden: set CUDA_VISIBLE_DEVICES to an empty value"
+        )
     if dist.is_initialized():
         raise RuntimeError("a fake world can't be entered by a process that is a rank already")
     ranks = FakeRanks(layout, rank, world_size)
@@ -97,7 +100,7 @@ def stage_rank(layout: Layout, stage: int, world_size: int) -> int:
 
 @contextmanager
 def exchanged_shape(shape: Sequence[int]) -> Iterator[None]:
-    """Stages receive tensors of this shape: no neighbour is there to tell it."""
+    """Set the shape of the tensors that stages receive, since no neighbour sends it."""
     real = P2PCommunicator._communicate_shapes
 
     def shapes(self: P2PCommunicator, *args: object) -> tuple[list[int], list[int]]:

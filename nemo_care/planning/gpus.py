@@ -20,7 +20,7 @@ class Gpu:
     capability: tuple[int, int]
 
 
-# NVIDIA's data sheets (SXM where there is a choice); memory is what the driver leaves.
+# NVIDIA's data sheets (SXM if there is a choice); memory is what the driver leaves free.
 _GPUS = {
     "a100-40gb": (39.4, 312, 0, 1.55, (8, 0)),
     "a100-80gb": (79.2, 312, 0, 2.04, (8, 0)),
@@ -33,12 +33,12 @@ DEFAULT_GPU = "h100-80gb"
 
 
 def gpu_names() -> list[str]:
-    """Names that `read_gpu` takes."""
+    """Return the names that `read_gpu` accepts."""
     return sorted(_GPUS)
 
 
 def read_gpu(name: str, memory_gib: float | None = None) -> Gpu:
-    """A GPU by its name, with another memory where that is given.
+    """Return a GPU by its name, with a different memory size if given.
 
     Raises:
         InputError: an unknown name or no memory.

@@ -1,6 +1,6 @@
-"""What the stages of a recipe and of its variants hold and need, each part measured once.
+"""Memory that the stages of a recipe and its variants hold and need, each part measured once.
 
-Measuring is what takes a plan's time: a stage is built in a fake world and its phases are run. A
+Measuring takes most of a plan's time: a stage is built in a fake world and its phases are run. A
 variant of a recipe changes few of the parts, and only these are measured again.
 """
 
@@ -21,7 +21,7 @@ _LAYOUT = (
     "model.sequence_parallel",
 )
 _SCORING = (*_MICRO_BATCH, "algorithm.reference.offload")
-# The keys that each part depends on, of those in which variants differ; the layout on top.
+# The keys, among those in which variants differ, that each part depends on besides the layout.
 _DEPENDS = {
     "build": _WORLD,
     "rollout": (*_LENGTHS, *_WORLD, "rollout.groups_per_batch"),
@@ -41,28 +41,28 @@ PHASES = tuple(_PARTS_OF)
 
 
 def recipe_key(name: str) -> attrgetter:
-    """Reads the value of a recipe's key, such as optimizer.offload."""
+    """Return a getter for a recipe key, such as optimizer.offload."""
     return attrgetter(name)
 
 
 class Measurements:
-    """The stages of one model, for recipes that differ in the keys above and nowhere else."""
+    """The stages of one model, for recipes that differ only in the keys above."""
 
     def __init__(self, shape: ModelShape) -> None:
-        """Nothing is measured before it is needed."""
+        """Parts are measured on first use."""
         self.shape = shape
         self._found: dict[tuple, Any] = {}
 
     def build(self, recipe: Recipe, number: int) -> StageBuild:
-        """What a rank of this stage holds."""
+        """Return what a rank of this stage holds."""
         return self._parts(recipe, number, "build")["build"]
 
     def builds(self, recipe: Recipe) -> list[StageBuild]:
-        """Of all stages; those between the first and the last are alike and are built once."""
+        """Return the builds of all stages; the equal ones between first and last are built once."""
         return [self.build(recipe, n) for n in range(recipe.model.pipeline_model_parallel_size)]
 
     def needs(self, recipe: Recipe, number: int, phase: str) -> int:
-        """Bytes that a phase needs at its peak on top of what the stage holds."""
+        """Return the bytes of a phase's peak, in addition to what the stage holds."""
         found = self._parts(recipe, number, *_PARTS_OF[phase])
         count = micro_batches_of(recipe)
         inputs = count * _inputs(recipe, self.shape)
@@ -77,7 +77,7 @@ class Measurements:
         return found["rollout"][0]
 
     def use(self, recipe: Recipe, number: int) -> StageUse:
-        """All that the phases of a stage need, in parts."""
+        """Return the needs of all phases of a stage, in parts."""
         found = self._parts(recipe, number, *_DEPENDS)
         update, left, kept, vision = found["passes"]
         rollout, cache = found["rollout"]
@@ -98,8 +98,8 @@ class Measurements:
         if recipe.rollout.backend == "megatron" or not _engines_see_validation(recipe):
             return found["validation"]
         # Engines stay awake while a validation's completions are scored: by the check of its first
-        # batch, the probe and the likelihood judge. Each of them is a pass without gradients, for
-        # which one micro-batch of the step's scoring pass stands.
+        # batch, the probe and the likelihood judge. Each is a pass without gradients, estimated by
+        # one micro-batch of the step's scoring pass.
         return (found["scoring"] or found["validation"]) + _inputs(recipe, self.shape)
 
     def _parts(self, recipe: Recipe, number: int, *names: str) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Measurements:
     def _key(name: str, recipe: Recipe, number: int) -> tuple:
         place: Any = (number == 0, number == recipe.model.pipeline_model_parallel_size - 1)
         if name == "build" and recipe.model.precision.fp8.enabled:
-            # Layers in bf16 at the model's ends, and recomputation, change the copies.
+            # The copies depend on bf16 layers at the model's ends and on recomputation.
             place = (number, recipe.model.recompute_granularity)
         values = (recipe_key(key)(recipe) for key in (*_LAYOUT, *_DEPENDS[name]))
         return (name, place, *values)
@@ -154,12 +154,12 @@ class Measurements:
 
 
 def _engines_see_validation(recipe: Recipe) -> bool:
-    """Whether engines have a part of the training GPUs while a validation is scored."""
+    """Whether engines share the training GPUs while a validation is scored."""
     colocated = recipe.rollout.vllm.placement == "colocated"
     return colocated and bool(recipe.data.validation.annotations)
 
 
 def _inputs(recipe: Recipe, shape: ModelShape) -> int:
-    """Bytes of the patches of one micro-batch."""
+    """Return the bytes of one micro-batch's patches."""
     lengths = longest_lengths(recipe, shape.family)
     return recipe.algorithm.groups_per_micro_batch * patch_bytes(lengths, shape)

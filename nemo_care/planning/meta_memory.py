@@ -1,12 +1,12 @@
 """Run real code on tensors without memory, and count the memory it would have taken.
 
-Inside `MetaMemory` everything with a hidden dimension lives on `meta`. What decides about shapes
-(token ids, places, masks, grids) is small and stays a real tensor on the CPU, so nothing depends on
-values that are not there. Every storage that an operator makes is counted until it is freed, like
-`torch.cuda.memory_allocated` would, so peaks include what only lives inside an operator's caller.
+Inside `MetaMemory` everything with a hidden dimension is on `meta`. Tensors that determine shapes
+(token ids, positions, masks, grids) are small and remain real CPU tensors, so nothing depends on
+missing values. Every storage that an operator creates is counted until it is freed, as in
+`torch.cuda.memory_allocated`, so peaks include temporaries inside an operator's caller.
 
-torch's own `MemTracker` counts alike, but mixes neither devices nor tells host from device memory,
-and its hooks on every module take minutes at these sizes.
+torch's own `MemTracker` counts in the same way, but does not mix devices or distinguish host from
+device memory, and its hooks on every module take minutes at these sizes.
 """
 
 import weakref
@@ -25,19 +25,19 @@ from nemo_care.megatron import host_memory
 
 aten = torch.ops.aten
 _FACTORIES = {aten.empty.memory_format, aten.zeros.default, aten.ones.default}
-# A larger tensor of the CPU, in bytes, has no values that decide about shapes: it gets no memory.
+# Bytes. Larger CPU tensors do not determine shapes: they get no memory.
 _LARGE = 2**20
 
 
 class MetaMemory(TorchDispatchMode):
     """Counts bytes on the (imagined) device and in host memory.
 
-    `current` and `peak` are those of the device, `host` the bytes of large tensors that the code
-    puts into CPU memory. A value that the code reads back is 1 (False for a truth value).
+    `current` and `peak` are device bytes, `host` the bytes of large tensors that the code places in
+    CPU memory. A value that the code reads back is 1 (False for a truth value).
     """
 
     def __init__(self) -> None:
-        """Nothing is counted yet."""
+        """Start with empty counters."""
         super().__init__()
         self.current = 0
         self.peak = 0
@@ -47,7 +47,7 @@ class MetaMemory(TorchDispatchMode):
 
     def __enter__(self) -> "MetaMemory":
         """Start counting."""
-        # Plain replacements: what recomputation runs inside backward escapes function modes.
+        # Plain replacements, since recomputation inside backward is not seen by function modes.
         self._replaced.enter_context(patch.object(F, _ATTENTION.__name__, _attention))
         self._replaced.enter_context(patch.object(torch, "tensor", _tensor))
         self._replaced.enter_context(patch.object(host_memory, "host_empty", self._host_empty))
@@ -57,12 +57,12 @@ class MetaMemory(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        """Stop counting; what is freed later is still taken off."""
+        """Stop counting; memory that is freed later is still subtracted."""
         super().__exit__(*error)
         self._replaced.close()
 
     def reset_peak(self) -> None:
-        """Forget the peak so far."""
+        """Reset the peak to the current bytes."""
         self.peak = self.current
 
     def __torch_dispatch__(
@@ -89,7 +89,7 @@ class MetaMemory(TorchDispatchMode):
         return self._count(result)
 
     def _make(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-        """A new tensor; a large one of the CPU gets no memory."""
+        """Create a tensor; a large CPU tensor gets no memory."""
         host = _is_cpu(kwargs.get("device")) or kwargs.get("device") is None
         if host:
             width = (kwargs.get("dtype") or torch.get_default_dtype()).itemsize
@@ -99,7 +99,7 @@ class MetaMemory(TorchDispatchMode):
         return self._count(func(*args, **kwargs), host=host)
 
     def _host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """What the code moves to CPU memory on purpose, however small it is."""
+        """Create a tensor that the code moves to CPU memory on purpose, however small it is."""
         with _disable_current_modes():
             made = torch.empty(tuple(shape), dtype=dtype, device="meta")
         return self._count(made, host=True)
@@ -132,7 +132,7 @@ class MetaMemory(TorchDispatchMode):
         return free
 
     def _note_workspace(self, func: Any, args: tuple) -> None:
-        """Memory that CUDA's kernels take for themselves, which `meta` does not show."""
+        """Count the workspace of CUDA's kernels, which `meta` does not show."""
         if func is aten._scaled_dot_product_flash_attention_backward.default:
             # FlashAttention 2 sums dq in float32 and, with fewer key heads than query heads, keeps
             # dk and dv per query head (torch's flash_api.cpp, mha_bwd).
@@ -157,7 +157,7 @@ def _is_cpu(device: Any) -> bool:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among an operator's arguments; torch's own tree walk is much slower."""
+    """Yield the tensors among an operator's arguments; torch's own tree walk is much slower."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
@@ -166,7 +166,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def _lifted(tensor: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor's shape on `meta`."""
+    """Return a `meta` tensor with the shape of a CPU tensor."""
     if tensor.is_meta:
         return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -179,7 +179,7 @@ def _read_back(tensor: torch.Tensor) -> bool | int | float:
 
 
 def _new_outside_modes(cls: type[CausalBias], *args: Any) -> CausalBias:
-    """torch can't make this subclass of Tensor inside a dispatch mode."""
+    """Create the object outside of dispatch modes, where torch can't create this subclass."""
     with _disable_current_modes():
         return torch.Tensor.__new__(cls)
 
@@ -189,12 +189,12 @@ _TENSOR = torch.tensor
 
 
 def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """On `meta`, attention is what torch takes on a GPU in bf16: the flash kernel."""
+    """Use, on `meta`, the attention that torch chooses on a GPU in bf16: the flash kernel."""
     return (flash_attention if query.is_meta else _ATTENTION)(query, *args, **kwargs)
 
 
 def _tensor(data: Any, **kwargs: Any) -> torch.Tensor:
-    """`torch.tensor` of a list reads the values of the tensors in it."""
+    """Create a tensor as `torch.tensor` does, which reads the values of tensors in a list."""
     values = tree_map_only(torch.Tensor, lambda t: _read_back(t) if t.is_meta else t, data)
     return _TENSOR(values, **kwargs)
 
@@ -209,7 +209,7 @@ def flash_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """`F.scaled_dot_product_attention` by the flash kernel, whose mask can only be a causal one."""
+    """Compute `F.scaled_dot_product_attention` by the flash kernel (causal masks only)."""
     causal = is_causal or isinstance(attn_mask, CausalBias)
     return aten._scaled_dot_product_flash_attention(
         query, key, value, dropout_p, causal, False, scale=scale

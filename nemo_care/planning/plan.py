@@ -1,4 +1,4 @@
-"""The plan of a recipe: what every stage holds, what every phase needs, and whether it fits."""
+"""The plan of a recipe: memory of every stage and phase, times, and whether it fits."""
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -31,15 +31,15 @@ from nemo_care.recipe.schema import Recipe, check_world, needs_reference, replic
 from nemo_care.rollouts.build import check_engines
 
 GRANULARITIES = ("none", "selective", "full")
-# CUDA's context and cuBLAS's workspaces; with several ranks NCCL's buffers for the groups.
+# GiB. CUDA's context and cuBLAS's workspaces; with several ranks also NCCL's buffers.
 _ALONE, _WITH_OTHERS = 1.0, 2.0
-# Python, torch, Megatron and transformers in one rank's process; an engine's has about as much.
+# Python, torch, Megatron and transformers in a rank's process; an engine needs about as much.
 _PROCESS_GIB = 4.0
 
 
 @dataclass(frozen=True)
 class Question:
-    """What to plan for: a GPU, the share of its memory to leave free, typical lengths."""
+    """The conditions of a plan: a GPU, the share of its memory to keep free, typical lengths."""
 
     gpu: Gpu
     margin: float = 0.1
@@ -49,13 +49,13 @@ class Question:
 
     @property
     def budget(self) -> int:
-        """Bytes that a plan may use."""
+        """Bytes that a plan can use."""
         return int(self.gpu.memory * (1 - self.margin))
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: bytes held, bytes of each phase at its peak (everything included)."""
+    """One stage: bytes held, and bytes of each phase at its peak (everything included)."""
 
     stage: int
     build: StageBuild
@@ -72,13 +72,13 @@ class StagePlan:
 
     @property
     def peak_phase(self) -> str:
-        """The phase of that peak."""
+        """The phase with that peak."""
         return max(self.peaks, key=lambda phase: self.peaks[phase])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `nemo-care plan` tells; memory in bytes, time in seconds."""
+    """All results of `nemo-care plan`; memory in bytes, time in seconds."""
 
     recipe: Recipe
     measured: Measurements
@@ -110,7 +110,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage fits the GPU with the margin left, and an engine its share."""
+        """Whether every stage fits the GPU with the margin, and an engine its share."""
         return self.stages_fit and (self.engine is None or self.engine.fits)
 
     @property
@@ -119,7 +119,7 @@ class Plan:
         return self.worst.peak <= self.question.budget
 
     def tokens(self) -> dict[str, int]:
-        """Tokens of one typical group in the update, with the prompt shared and without."""
+        """Tokens of a typical group in the update, with and without prompt sharing."""
         size = self.recipe.algorithm.group_size
         return {
             "shared": packed_tokens(self.typical, size, shared=True),
@@ -130,9 +130,9 @@ class Plan:
 def phase_peaks(
     recipe: Recipe, measured: Measurements, stage: int, engine: EnginePlan | None
 ) -> Iterator[tuple[str, int]]:
-    """Bytes at each phase's peak on a GPU of this stage, everything included.
+    """Yield the bytes at each phase's peak on a GPU of this stage, everything included.
 
-    A phase is measured when its peak is taken; the update, often the largest, comes first.
+    A phase is measured when its peak is requested; the update, often the largest, comes first.
     """
     fixed = measured.build(recipe, stage).held(recipe) + allowance_of(recipe)
     awake = beside(engine, "rollout")
@@ -143,7 +143,7 @@ def phase_peaks(
 
 
 def allowance_of(recipe: Recipe) -> int:
-    """Bytes for what torch's allocator does not give out."""
+    """Return the bytes that are allocated outside of torch's allocator."""
     alone = recipe.trainer.devices * recipe.trainer.num_nodes == 1
     return int((_ALONE if alone else _WITH_OTHERS) * GIB)
 
@@ -155,7 +155,7 @@ def host_memory(
     worst: StageBuild,
     engine: EnginePlan | None,
 ) -> dict[str, int]:
-    """Bytes of CPU memory per machine, by what takes them."""
+    """Return the bytes of CPU memory per machine, by purpose."""
     model, trainer = recipe.model, recipe.trainer
     ranks = trainer.devices
     replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
@@ -163,9 +163,9 @@ def host_memory(
     prompts = prompts_of(recipe)
     patches = prompts * longest.patches * shape.family.prompt.patching.values * 4
     parameters = worst.gradients // 4
-    # The first replica's ranks put the optimizer's state together in CPU memory: three float32
-    # tensors of all their parameters, and one of the three twice more while it arrives. Every rank
-    # has its own shards. The copies of weights and average, made afterwards, take no more.
+    # The first replica's ranks gather the optimizer's state in CPU memory: three float32
+    # tensors of all their parameters, and two further copies of one while it arrives. Every rank
+    # has its own shards. The copies of weights and average, made afterwards, need no more.
     gathered = 4 * parameters * (3 + 2) * _first_replica_on_a_machine(recipe)
     shards = ranks * 4 * 3 * parameters // replicas_of(recipe)
     offload = recipe.algorithm.reference.offload and needs_reference(recipe.algorithm)
@@ -184,7 +184,7 @@ def host_memory(
 
 
 def _first_replica_on_a_machine(recipe: Recipe) -> int:
-    """The most ranks of the first replica that one machine has; ranks count tensor, data, stage."""
+    """Return the most ranks of replica 0 on one machine; ranks count tensor, data, stage."""
     tensor = recipe.model.tensor_model_parallel_size
     on_each = [0] * recipe.trainer.num_nodes
     for rank in range(recipe.trainer.devices * recipe.trainer.num_nodes):
@@ -193,7 +193,7 @@ def _first_replica_on_a_machine(recipe: Recipe) -> int:
 
 
 def checkpoint_size(recipe: Recipe, builds: list[StageBuild]) -> int:
-    """Bytes of one checkpoint: weights, master weights with AdamW's moments, the average."""
+    """Return the bytes of a checkpoint: weights, master weights, AdamW's moments, the average."""
     width = bytes_of_number(recipe)
     average = 4 if needs_reference(recipe.algorithm) else 0
     total = 0
@@ -210,10 +210,10 @@ def make_plan(
     compare: bool = True,
     measured: Measurements | None = None,
 ) -> Plan:
-    """Build every stage in a fake world and put the plan together.
+    """Build every stage in a fake world and make the plan.
 
-    `compare` runs the update under every recomputation, not only under the recipe's. `measured` are
-    those of a plan whose recipe this one is a variant of.
+    `compare` measures the update under every recomputation, not only the recipe's. `measured` are
+    the measurements of a plan of which this recipe is a variant.
 
     Raises:
         InputError: a layout that does not fit the model or the world, or an unknown model.
@@ -224,7 +224,7 @@ def make_plan(
     typical = typical_lengths(
         recipe, shape.family, question.prompt_tokens, question.completion_tokens
     )
-    # All parts of a stage at once, so that it is built once.
+    # All parts of a stage together, so that it is built once.
     uses = [measured.use(recipe, n) for n in range(recipe.model.pipeline_model_parallel_size)]
     builds = measured.builds(recipe)
     engine = planned_engine(recipe, measured, question)
@@ -250,7 +250,7 @@ def make_plan(
 
 
 def check_plannable(recipe: Recipe, shape: ModelShape, gpu: Gpu) -> None:
-    """Refuse what no run could start.
+    """Reject a recipe that no run could start.
 
     Raises:
         InputError: names the keys.
@@ -262,7 +262,7 @@ def check_plannable(recipe: Recipe, shape: ModelShape, gpu: Gpu) -> None:
 
 
 def planned_engine(recipe: Recipe, measured: Measurements, question: Question) -> EnginePlan | None:
-    """The engines of a recipe, for a model whose size is known by its stages."""
+    """Plan the recipe's engines, for a model whose size follows from its stages."""
     parameters = sum(build.unique_parameters for build in measured.builds(recipe))
     return engine_plan(recipe, measured.shape.architecture, parameters, question.gpu)
 
@@ -299,7 +299,7 @@ def _stage_plan(
 
 
 def plan_as_json(plan: Plan, remedies: list[str]) -> dict[str, Any]:
-    """The plan as plain values; keys are part of the command's contract."""
+    """Return the plan as plain values; the keys are part of the command's contract."""
     recipe, question = plan.recipe, plan.question
     return {
         "model": {

@@ -1,7 +1,7 @@
-"""What 8-bit matrix products change in a plan: copies of the weights, and the products' peak.
+"""The effect of 8-bit matrix products on a plan: copies of the weights, and the products' peak.
 
 TransformerEngine can't be imported on a machine without CUDA, so a stage is built with Megatron's
-own layers in bf16, whose weights and shapes are the same. What TransformerEngine keeps besides is
+own layers in bf16, whose weights and shapes are the same. TransformerEngine's additional memory is
 an estimate. Activations are counted as in bf16; in 8 bits the inputs of the products take half.
 """
 
@@ -20,13 +20,13 @@ from nemo_care.recipe.model import FP8Config
 from nemo_care.recipe.schema import Recipe, needs_reference
 
 _PRODUCTS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
-# The CUDA of the machine that is planned for is not known: the newest that a recipe may ask for.
+# The target machine's CUDA is unknown: assume the newest that a recipe can require.
 _ASSUMED_CUDA = "99.0"
 _ONE_SCALE_PER = 32
 
 
 def as_built(recipe: Recipe) -> Recipe:
-    """The recipe with layers that can be built anywhere, in bf16 where it has 8 bits."""
+    """Return the recipe with layers that can be built anywhere, in bf16 instead of 8 bits."""
     built = deepcopy(recipe)
     built.model.backend = "local"
     built.model.precision.fp8 = FP8Config()
@@ -34,7 +34,7 @@ def as_built(recipe: Recipe) -> Recipe:
 
 
 def check_planned(recipe: Recipe, model: Architecture, gpu: Gpu) -> None:
-    """Refuse 8-bit products that neither the model, the layout nor the GPU can have.
+    """Reject 8-bit products that the model, the layout or the GPU does not support.
 
     Raises:
         InputError: names the key and the remedy.
@@ -50,7 +50,7 @@ def check_planned(recipe: Recipe, model: Architecture, gpu: Gpu) -> None:
 
 
 def fp8_layers(recipe: Recipe, layers: int) -> range:
-    """The model's layers, of so many, that compute in 8 bits."""
+    """Return those of the model's `layers` layers that compute in 8 bits."""
     fp8 = recipe.model.precision.fp8
     if not fp8.enabled:
         return range(0)
@@ -58,14 +58,14 @@ def fp8_layers(recipe: Recipe, layers: int) -> range:
 
 
 def fp8_copies(recipe: Recipe, model: VideoLanguageModel) -> int:
-    """Estimated bytes of the weights' 8-bit copies that a rank of this stage keeps.
+    """Estimate the bytes of 8-bit weight copies that a rank of this stage keeps.
 
     A weight's copy, and for backward a transposed one, is kept until the next step, so that the
     micro-batches share them (`is_first_microbatch`, `_fp8_workspaces` in TransformerEngine's
     module/base.py); with full recomputation one layer's at a time (see `fp8_arguments`). Blockwise
-    and mxfp8 always have both, the others before Blackwell (`is_non_tn_fp8_gemm_supported`): there
-    they take half of what is counted here. A pass without gradients keeps one copy. mxfp8 adds a
-    scale of one byte per 32 numbers.
+    and mxfp8 always have both, the remaining recipes before Blackwell
+    (`is_non_tn_fp8_gemm_supported`): there they take half of what is counted here. A pass without
+    gradients keeps one copy. mxfp8 adds a scale of one byte per 32 numbers.
     """
     fp8 = recipe.model.precision.fp8
     computed = fp8_layers(recipe, model.config.num_layers)
@@ -82,17 +82,17 @@ def fp8_copies(recipe: Recipe, model: VideoLanguageModel) -> int:
 
 
 def _with_scales(numbers: int, fp8: FP8Config) -> int:
-    """Bytes of so many numbers in 8 bits."""
+    """Return the bytes of 8-bit numbers with their scales."""
     return numbers + (numbers // _ONE_SCALE_PER if fp8.recipe == "mxfp8" else 0)
 
 
 def fp8_share(recipe: Recipe, model: Architecture) -> float:
-    """Share of the layers' matrix products that 8-bit passes compute in 8 bits."""
+    """Return the share of the layers' matrix products that 8-bit passes compute in 8 bits."""
     return len(fp8_layers(recipe, model.layers)) / model.layers
 
 
 def precision_in_words(recipe: Recipe) -> str:
-    """In words, for the plan's headline."""
+    """Describe the precision for the plan's headline."""
     fp8 = recipe.model.precision.fp8
     if not fp8.enabled:
         return recipe.model.precision.dtype

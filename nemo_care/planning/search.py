@@ -1,4 +1,4 @@
-"""Layouts of a recipe that fit so many GPUs, the fastest first."""
+"""Search the layouts of a recipe that fit a number of GPUs, fastest first."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ class Found:
 
     @property
     def overrides(self) -> str:
-        """What to add to the command line."""
+        """The overrides to add to the command line."""
         return " ".join(f"{key}={value}" for key, value in _keys(self.recipe).items())
 
 
@@ -62,7 +62,7 @@ def _keys(recipe: Recipe) -> dict[str, str]:
 
 
 def _offloaded(recipe: Recipe) -> str:
-    """What waits in CPU memory."""
+    """Name what is offloaded to CPU memory."""
     waiting = {
         "reference": recipe.algorithm.reference.offload,
         "optimizer": recipe.optimizer.offload,
@@ -84,10 +84,10 @@ def search(
     limit: int,
     tell: Callable[[str], None],
 ) -> list[Found]:
-    """The fastest variant of each TP and PP that fits, at most `limit` of them.
+    """Return the fastest variant of each TP and PP that fits, at most `limit` of them.
 
-    Every layout in the result was built and its phases run, as `make_plan` does. `tell` gets a line
-    about each layout that is tried.
+    Every layout in the result was built and its phases run, as `make_plan` does. `tell` receives a
+    line for each layout that is tried.
 
     Raises:
         InputError: an unusable number of GPUs.
@@ -135,7 +135,7 @@ def search(
 
 
 def _machines(recipe: Recipe, gpus: int | None) -> tuple[int, int]:
-    """Machines and GPUs of each."""
+    """Return the number of machines and of GPUs of each."""
     devices = recipe.trainer.devices
     if gpus is None:
         return recipe.trainer.num_nodes, devices
@@ -149,7 +149,7 @@ def _machines(recipe: Recipe, gpus: int | None) -> tuple[int, int]:
 def _layouts(
     recipe: Recipe, shape: ModelShape, machines: int, devices: int, gpu: Gpu
 ) -> Iterator[Recipe]:
-    """The recipe in every layout that is possible; tensor parallelism stays in a machine."""
+    """Yield the recipe in every possible layout; tensor parallelism stays within a machine."""
     world = machines * devices
     for tensor, pipeline in itertools.product(range(1, devices + 1), range(1, world + 1)):
         if world % (tensor * pipeline):
@@ -170,7 +170,7 @@ def _layouts(
 
 
 def _variants(recipe: Recipe) -> Iterator[Recipe]:
-    """The same layout with each recomputation, micro-batch, place of reference and optimizer."""
+    """Yield the layout with each recomputation, micro-batch size and offloading."""
     offloads = (False, True) if needs_reference(recipe.algorithm) else (False,)
     groups = [count for count in _GROUPS if prompts_of(recipe) % count == 0]
     switches = itertools.product(GRANULARITIES, offloads, groups, (False, True))
@@ -189,7 +189,7 @@ def _least(
     vision: "_VisionBytes",
     engine: EnginePlan | None,
 ) -> int:
-    """A lower bound of the largest peak, which spares trying what can't fit."""
+    """Return a lower bound of the largest peak, which saves measuring layouts that can't fit."""
     held = [build.held(recipe) for build in builds]
     steps = [
         size + (build.optimizer if recipe.optimizer.offload else 0)
@@ -201,7 +201,7 @@ def _least(
 
 
 class _VisionBytes:
-    """What the vision tower keeps of one group: on the first stage, whatever the layout."""
+    """Memory of the vision tower for one group: on the first stage, in every layout."""
 
     def __init__(self, recipe: Recipe, shape: ModelShape) -> None:
         self.recipe = recipe
@@ -209,7 +209,7 @@ class _VisionBytes:
         self.found: dict[str, int] = {}
 
     def bytes(self, recipe: Recipe) -> int:
-        """Bytes of one micro-batch."""
+        """Return the bytes of one micro-batch."""
         granularity = recipe.model.recompute_granularity
         if granularity not in self.found:
             alone = deepcopy(self.recipe)
@@ -227,7 +227,7 @@ class _VisionBytes:
 def _largest(
     recipe: Recipe, measured: Measurements, engine: EnginePlan | None, budget: int
 ) -> tuple[int, str]:
-    """The largest peak of all stages and its phase, or the first that is above the budget."""
+    """Return the largest peak of all stages and its phase, or the first above the budget."""
     count = recipe.model.pipeline_model_parallel_size
     largest = (0, "")
     # Of the stages between the first and the last, the second has the most in flight.
@@ -242,7 +242,7 @@ def _largest(
 def search_report(
     found: list[Found], question: Question, gpus: int, rollout: RolloutConfig
 ) -> RenderableType:
-    """A table, and the overrides of the best."""
+    """Format the layouts as a table, with the overrides of the best."""
     if not found:
         return Text(
             f"No layout fits {gpus} x {question.gpu.name}: more GPUs, a smaller "
@@ -268,7 +268,7 @@ def search_report(
     return Group(
         Text(
             f"Layouts that fit {gpus} x {question.gpu.name} ({budget:.1f} GiB each with the "
-            "margin), the fastest first by estimate; groups are those of a micro-batch"
+            "margin), fastest estimate first; groups are per micro-batch"
         ),
         table,
         Text(f"the first one: {found[0].overrides}"),
@@ -276,7 +276,7 @@ def search_report(
 
 
 def _hint(rollout: RolloutConfig) -> str:
-    """What else helps, by who samples."""
+    """Return further remedies, which depend on the rollout backend."""
     if rollout.backend == "megatron":
         return ", rollout.groups_per_batch=1 or evaluation.samples_per_batch=1"
     size = "a larger rollout.vllm.tensor_parallel_size"
@@ -286,7 +286,7 @@ def _hint(rollout: RolloutConfig) -> str:
 
 
 def search_as_json(found: list[Found]) -> list[dict]:
-    """The same as plain values."""
+    """Return the same as plain values."""
     return [
         {
             "overrides": _keys(item.recipe),

@@ -1,4 +1,4 @@
-"""What a plan is made for: the model's shape, and how long prompts and completions are."""
+"""The inputs of a plan: the model's shape, and the lengths of prompts and completions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,14 @@ from nemo_care.recipe.schema import Recipe
 _CONFIGURATIONS = Path(__file__).parent / "configurations"
 # Tokens of the chat template, the question, its options and the answer's form.
 _TEXT_TOKENS = 256
-# A letter and the tags around it, at a completion's end.
+# The answer's letter is this many tokens from a completion's end, with the tags around it.
 _ANSWER_FROM_END = (5, 3)
 _COMMON_FRAME = (1080, 1920)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model as its family knows it, and where its configuration was found."""
+    """A model as its family describes it, and the source of its configuration."""
 
     family: Family
     source: str
@@ -38,10 +38,10 @@ class ModelShape:
 
 
 def read_model_shape(hf_path: str) -> ModelShape:
-    """The configuration in `model.hf_path`, else the public one of the same folder name.
+    """Read the configuration in `model.hf_path`, or the public one of the same folder name.
 
     Raises:
-        InputError: neither is there.
+        InputError: neither exists.
     """
     if (Path(hf_path) / "config.json").is_file():
         return ModelShape(read_family(hf_path), f"{hf_path}/config.json")
@@ -58,7 +58,7 @@ def read_model_shape(hf_path: str) -> ModelShape:
 
 @dataclass(frozen=True)
 class Lengths:
-    """A prompt of P tokens, of which some stand for the videos in `grids`, and C per completion."""
+    """A prompt of P tokens, some of them for the videos in `grids`, and C per completion."""
 
     prompt: int
     completion: int
@@ -72,7 +72,7 @@ class Lengths:
 
 
 def lengths_of(recipe: Recipe, family: Family, prompt: int, completion: int) -> Lengths:
-    """A prompt filled up with videos, each as large as the recipe allows, behind some text."""
+    """Return a prompt of some text and videos, each as large as the recipe allows."""
     patching = family.prompt.patching
     media = MediaSettings.of(recipe.data, patching)
     _, height, width = patching.grid(patching.frames, *_COMMON_FRAME, media.video_pixels)
@@ -85,7 +85,7 @@ def lengths_of(recipe: Recipe, family: Family, prompt: int, completion: int) -> 
 
 
 def longest_lengths(recipe: Recipe, family: Family) -> Lengths:
-    """The longest prompt and completions that the recipe lets through."""
+    """Return the longest prompt and completions that the recipe allows."""
     return lengths_of(
         recipe, family, recipe.data.max_prompt_tokens, recipe.rollout.max_completion_tokens
     )
@@ -94,7 +94,7 @@ def longest_lengths(recipe: Recipe, family: Family) -> Lengths:
 def typical_lengths(
     recipe: Recipe, family: Family, prompt: int | None, completion: int | None
 ) -> Lengths:
-    """Lengths to reckon time with: as given, else one video of all its frames and half of C."""
+    """Return the lengths for time estimates: as given, or one full video and half of C."""
     patching = family.prompt.patching
     media = MediaSettings.of(recipe.data, patching)
     grid = patching.grid(media.frames.max_frames, *_COMMON_FRAME, media.video_pixels)
@@ -109,7 +109,7 @@ def typical_lengths(
 
 
 def made_prompt(lengths: Lengths, family: Family, index: int) -> Prompt:
-    """A prompt of these lengths; its patches are on `meta`."""
+    """Make a prompt of these lengths; its patches are on `meta`."""
     return Prompt(
         index=index,
         sample=Sample(str(index), "", ""),
@@ -124,7 +124,7 @@ def made_prompt(lengths: Lengths, family: Family, index: int) -> Prompt:
 
 
 def made_group(lengths: Lengths, family: Family, index: int, size: int) -> Group:
-    """A group of these lengths whose completions all have a short answer."""
+    """Make a group of these lengths whose completions all have a short answer."""
     count = lengths.completion
     begin, end = (max(count - distance, 0) for distance in _ANSWER_FROM_END)
     completions = [

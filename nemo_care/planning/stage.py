@@ -1,4 +1,4 @@
-"""What one pipeline stage holds: it is built on `meta`, and the real code runs a step on it."""
+"""One pipeline stage, built on `meta`, on which the real code of a step runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,11 +36,11 @@ _WINDOWS_TOGETHER = "nemo_care_flash_attention"
 class StageBuild:
     """What a rank of a stage holds all the time, in bytes (and parameters as a count).
 
-    `unique_parameters` are those of the stage that no other rank of the replica counts, over all of
-    its tensor-parallel ranks: they sum to the model's. `optimizer` is in host memory with
-    `optimizer.offload`, and on the GPU in the optimizer's step only; `reference_average` with
-    `algorithm.reference.offload`, and `reference_weights` are then on the GPU while scoring only.
-    `fp8_copies` are an estimate (see `planning/precision.py`), the rest is counted.
+    `unique_parameters` are the stage's parameters, over all of its tensor-parallel ranks, each
+    counted once per replica: they sum to the model's. With `optimizer.offload`, `optimizer` is in
+    host memory, and on the GPU only in the optimizer's step. With `algorithm.reference.offload`,
+    `reference_average` is in host memory, and `reference_weights` are on the GPU only while
+    scoring. `fp8_copies` are an estimate (see `planning/precision.py`), the rest is counted.
     """
 
     parameters: int
@@ -53,7 +53,7 @@ class StageBuild:
     fp8_copies: int = 0
 
     def held(self, recipe: Recipe) -> int:
-        """Bytes on the GPU between the phases."""
+        """Return the bytes on the GPU between the phases."""
         held = self.weights + self.gradients + self.fp8_copies
         if not recipe.optimizer.offload:
             held += self.optimizer
@@ -64,15 +64,15 @@ class StageBuild:
 
 @dataclass(frozen=True)
 class StageUse:
-    """What the phases need on top of that, in bytes, at their peaks.
+    """The additional needs of the phases, in bytes, at their peaks.
 
-    `update` is the peak of forward and backward with one micro-batch in flight, and each further
-    one adds `micro_batch`: what it keeps for backward, of which the vision tower keeps `vision`;
-    `optimizer_step` is the peak of what follows, with the optimizer's state if that is offloaded.
-    `inputs` are the patches of one micro-batch; all of a step are on the GPU, in scoring and
-    update. `output_layer` is the peak of the output layer alone. Where vLLM samples, `rollout` and
-    `key_value_cache` are 0, and `validation` is what scores its completions beside engines that
-    are awake (0 where these have GPUs of their own).
+    `update` is the peak of forward and backward with one micro-batch in flight. Each further one
+    adds `micro_batch`: what it keeps for backward, of which the vision tower keeps `vision`.
+    `optimizer_step` is the peak of the optimizer's step, including its state if that is offloaded.
+    `inputs` are the patches of one micro-batch; those of the whole step are on the GPU in scoring
+    and update. `output_layer` is the peak of the output layer alone. With vLLM rollouts, `rollout`
+    and `key_value_cache` are 0, and `validation` is the scoring of completions while engines are
+    awake (0 if these have separate GPUs).
     """
 
     rollout: int
@@ -89,7 +89,7 @@ class StageUse:
 
 @dataclass
 class Stage:
-    """A stage that is built; the methods run parts of a step on it."""
+    """A built stage, with methods that run parts of a step on it."""
 
     recipe: Recipe
     shape: ModelShape
@@ -102,7 +102,7 @@ class Stage:
     build: StageBuild
 
     def groups(self, lengths: Lengths, micro_batches: int) -> list[Group]:
-        """Groups for so many micro-batches."""
+        """Make the groups of `micro_batches` micro-batches."""
         algorithm = self.recipe.algorithm
         count = micro_batches * algorithm.groups_per_micro_batch
         return [
@@ -112,7 +112,7 @@ class Stage:
 
     @contextmanager
     def exchanging(self, lengths: Lengths, *, answer_pairs: bool = False) -> Iterator[None]:
-        """The shape of a micro-batch's hidden states between the stages."""
+        """Set the shape of a micro-batch's hidden states between the stages."""
         groups = self.groups(_without_videos(lengths), 1)
         batch = self.layout.batches(groups, answer_pairs=answer_pairs)[0]
         with exchanged_shape(self._hidden(batch).shape):
@@ -120,7 +120,7 @@ class Stage:
 
     @contextmanager
     def peak(self) -> Iterator[list[int]]:
-        """Collects the peak of what runs inside, above what is held before."""
+        """Measure the peak of the block, above what is held before it."""
         found: list[int] = []
         before = self.memory.current
         self.memory.reset_peak()
@@ -128,12 +128,12 @@ class Stage:
         found.append(self.memory.peak - before)
 
     def update(self, lengths: Lengths, micro_batches: int) -> tuple[int, int]:
-        """Peak bytes of forward and backward over so many micro-batches, and of what follows."""
+        """Return the peak bytes of forward and backward, and of the optimizer's step."""
         peak, left = self.passes(lengths, micro_batches)
         return peak, left + self.step()
 
     def passes(self, lengths: Lengths, micro_batches: int) -> tuple[int, int]:
-        """Peak bytes of forward and backward over so many micro-batches, and what they leave."""
+        """Return the peak bytes of forward and backward over micro-batches, and what they leave."""
         groups = self.groups(lengths, micro_batches)
         before = self.memory.current
         left: list[int] = []
@@ -151,7 +151,7 @@ class Stage:
         return found[0], left[0]
 
     def step(self) -> int:
-        """Peak bytes of what follows: the optimizer's step and the reference's update."""
+        """Return the peak bytes of the optimizer's step and the reference's update."""
         with self.peak() as found:
             self.policy.step_optimizer()
             if self.reference is not None:
@@ -160,7 +160,7 @@ class Stage:
         return found[0]
 
     def score(self, lengths: Lengths) -> int:
-        """Bytes that the scoring pass takes at its peak."""
+        """Return the peak bytes of the scoring pass."""
         if self.reference is None:
             return 0
         groups = self.groups(lengths, 1)
@@ -170,14 +170,14 @@ class Stage:
         return found[0]
 
     def score_by_policy(self, lengths: Lengths) -> int:
-        """Bytes that a scoring pass under the policy itself takes at its peak."""
+        """Return the peak bytes of a scoring pass with the policy itself."""
         scorer = Scorer(self.model, self.ranks, self.layout)
         with self.exchanging(lengths), self.peak() as found:
             scorer.answer_likelihoods(self.groups(lengths, 1))
         return found[0]
 
     def generate(self, lengths: Lengths, prompts: int, group_size: int) -> tuple[int, int]:
-        """Peak bytes of generating for so many prompts together, and those of the cache."""
+        """Return the peak bytes of generating for `prompts` prompts together, and of the cache."""
         rollout = self.recipe.rollout
         sampling = Sampling(group_size, rollout.temperature, rollout.top_p, lengths.completion, ())
         tokenizer = ChatTokenizer(base=None, eos_ids=frozenset({0}), pad_id=0)
@@ -208,7 +208,7 @@ class Stage:
         return found[0] + len(repeated) * patch_bytes(lengths, self.shape), cache
 
     def output_layer(self, lengths: Lengths) -> int:
-        """Peak bytes of the log-probabilities of one micro-batch alone, forward and backward."""
+        """Return the peak bytes of one micro-batch's log-probabilities, forward and backward."""
         if not self.ranks.is_last_stage:
             return 0
         batch = self.layout.batches(self.groups(_without_videos(lengths), 1))[0]
@@ -218,7 +218,7 @@ class Stage:
         return found[0]
 
     def activations(self, lengths: Lengths) -> tuple[int, int]:
-        """Bytes that a micro-batch keeps for backward, and the vision tower's part of them."""
+        """Return the bytes that a micro-batch keeps for backward, and the vision tower's part."""
         batch = self.layout.batches(self.groups(lengths, 1))[0]
         self.policy.wrapped.train()
         with self._vision_bytes() as vision:
@@ -232,7 +232,7 @@ class Stage:
         return kept, vision[0] if vision else 0
 
     def _hidden(self, batch: GroupBatch) -> torch.Tensor:
-        """What the stage before would send for a micro-batch."""
+        """Make the hidden states that the previous stage would send for a micro-batch."""
         rows, tokens = batch.inputs.token_ids.shape
         parallel = self.ranks.layout
         tokens //= parallel.tensor if parallel.sequence_parallel else 1
@@ -242,7 +242,7 @@ class Stage:
 
     @contextmanager
     def _vision_bytes(self) -> Iterator[list[int]]:
-        """Collects what the vision tower keeps of its first forward."""
+        """Measure what the vision tower keeps of its first forward."""
         found: list[int] = []
         if not self.ranks.is_first_stage:
             yield found
@@ -262,7 +262,7 @@ class Stage:
 
 
 def patch_bytes(lengths: Lengths, shape: ModelShape) -> int:
-    """The float32 patches of one prompt; `MetaMemory` takes them for host memory."""
+    """Return the bytes of one prompt's float32 patches; `MetaMemory` counts them as host memory."""
     return lengths.patches * shape.family.prompt.patching.values * 4
 
 
@@ -283,9 +283,9 @@ def _attend_windows(
     scaling: float | None = None,
     **unused: object,
 ) -> tuple[torch.Tensor, None]:
-    """The vision tower's windows in one kernel call instead of thousands.
+    """Compute the vision tower's windows in one kernel call instead of thousands.
 
-    Takes the bytes that one call per window and their concatenation take.
+    Allocates the bytes of one call per window and their concatenation.
     """
     out = flash_attention(query, key, value, scale=scaling)
     return out.transpose(1, 2).contiguous().clone(), None
@@ -304,9 +304,9 @@ def _build_part(recipe: Recipe, ranks: FakeRanks, shape: ModelShape) -> VideoLan
 def built_stage(
     recipe: Recipe, shape: ModelShape, number: int, *, reference: bool = True
 ) -> Iterator[Stage]:
-    """The first rank of a stage, built as `build_trainer` does it, in a fake world.
+    """Build the first rank of a stage as `build_trainer` does, in a fake world.
 
-    Without `reference` the recipe's reference is left out.
+    With `reference=False` the recipe's reference is omitted.
 
     Raises:
         InputError: the layout does not fit the world.
@@ -344,7 +344,7 @@ def built_stage(
 
 
 def _unique_parameters(model: MegatronModule, tensor: int) -> int:
-    """Parameters of the stage over its tensor-parallel ranks, each counted once."""
+    """Count the stage's parameters over its tensor-parallel ranks, each once."""
     count = 0
     for name, parameter in model.named_parameters():
         tied = name.endswith("output_layer.weight") and model.share_embeddings_and_output_weights
@@ -356,7 +356,7 @@ def _unique_parameters(model: MegatronModule, tensor: int) -> int:
 
 
 def _step_as_on_a_gpu(policy: Policy) -> None:
-    """torch's AdamW takes all parameters at once on a GPU, with a temporary copy of a state."""
+    """Use torch's AdamW as on a GPU: all parameters at once, with a temporary copy of a state."""
     for part in optimizer_parts(policy.optimizer):
         for group in part.optimizer.param_groups:
             group["foreach"] = True

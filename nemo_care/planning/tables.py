@@ -1,4 +1,4 @@
-"""The plan as tables on the console."""
+"""The plan as tables in the terminal."""
 
 from collections.abc import Sequence
 
@@ -17,8 +17,8 @@ from nemo_care.process.screen import console
 from nemo_care.recipe.schema import Recipe, replicas_of
 
 _FOOTNOTE = (
-    "Counted by running the step's own code for its shapes, without memory or values, in a world "
-    "that does not exist; nothing here was run on a GPU. Attention is counted as torch's flash "
+    "Counted by running the step's own code for its shapes, without memory or values, in a "
+    "fake world; nothing here was run on a GPU. Attention is counted as torch's flash "
     "kernel. {allowance:.0f} GiB of each total is an allowance for CUDA's context, cuBLAS and "
     "NCCL; the margin of {margin:.0%} is for fragmentation. Times assume: matrix products at "
     "{flops:.0%} of the peak, decoding at {bandwidth:.0%} of the memory bandwidth and "
@@ -35,12 +35,12 @@ _FP8_FOOTNOTE = (
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB with one digit, an en dash for nothing."""
+    """Format bytes in GiB with one digit; an en dash for zero."""
     return f"{size / GIB:.1f}" if size else "–"
 
 
 def markdown_table(columns: Sequence[str]) -> Table:
-    """An empty table that can be pasted into Markdown."""
+    """Return an empty table that can be pasted into Markdown."""
     table = Table(box=box.MARKDOWN)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
@@ -48,7 +48,7 @@ def markdown_table(columns: Sequence[str]) -> Table:
 
 
 def plan_report(plan: Plan, remedies: Sequence[str]) -> RenderableType:
-    """Everything, top down: what, memory, time, verdict."""
+    """Report everything from top to bottom: configuration, memory, time, verdict."""
     return Group(
         Text(_headline(plan)),
         "",
@@ -73,8 +73,8 @@ def plan_report(plan: Plan, remedies: Sequence[str]) -> RenderableType:
 
 def _engine_line(engine: EnginePlan, recipe: Recipe) -> str:
     vllm = recipe.rollout.vllm
-    where, awake = "on the GPUs that train", " while it is awake"
-    asleep = f" and {gib(engine.asleep)} while training goes on"
+    where, awake = "on the training GPUs", " while it is awake"
+    asleep = f" and {gib(engine.asleep)} during training"
     if engine.placement == "separate":
         elsewhere = "elsewhere" if vllm.hosts is not None else "that do not train"
         where, awake, asleep = f"on GPUs {elsewhere}, taken to be of the same kind", "", ""
@@ -97,7 +97,7 @@ def _phase_title(plan: Plan) -> str:
     question = plan.question
     return (
         f"Peak of each phase on a GPU, GiB, everything included; {gib(question.gpu.memory)} are "
-        f"there, {gib(question.budget)} with the margin"
+        f"available, {gib(question.budget)} with the margin"
     )
 
 
@@ -234,10 +234,10 @@ def _verdict(plan: Plan) -> str:
     worst, budget, engine = plan.worst, plan.question.budget, plan.engine
     what = f"stage {worst.stage} needs {gib(worst.peak)} GiB in {worst.peak_phase}"
     if plan.fits:
-        return f"It fits: {what}, {gib(budget)} are there with the margin."
+        return f"It fits: {what}, {gib(budget)} are available with the margin."
     reasons = [] if engine is None or engine.fits else [f"{engine.problem}."]
     if not plan.stages_fit:
-        reasons.insert(0, f"{what}, {gib(budget)} are there with the margin.")
+        reasons.insert(0, f"{what}, {gib(budget)} are available with the margin.")
     return f"It does NOT fit: {' Also: '.join(reasons)} What helps:"
 
 
@@ -253,7 +253,7 @@ def _footnote(plan: Plan) -> str:
 
 
 def print_report(report: RenderableType) -> None:
-    """To the console; as wide as it takes where the output is a file."""
+    """Print to the terminal; in a file, lines are as long as needed."""
     screen = console()
     if not screen.is_terminal:
         screen = console(width=160)

@@ -1,4 +1,4 @@
-"""FLOPs of a step, and the time they would take at stated efficiencies.
+"""FLOPs of a step, and its time at assumed efficiencies.
 
 A multiplication and an addition count as two. A causal triangle counts as half of its square.
 """
@@ -26,7 +26,7 @@ _ANSWER_ROWS = 4
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What is assumed about the hardware; none of it was measured."""
+    """Assumptions about the hardware; none of them was measured."""
 
     flops: float = 0.40
     """Share of the GPU's dense bf16 peak that matrix products and attention reach."""
@@ -37,7 +37,7 @@ class Efficiency:
     layer_microseconds: float = 250.0
     """Launching one layer's kernels for one decoded token, without CUDA graphs."""
     graph_layer_microseconds: float = 50.0
-    """The least that one layer's kernels take for one decoded token with CUDA graphs, which vLLM
+    """Least time of one layer's kernels for one decoded token with CUDA graphs, which vLLM
     captures unless rollout.vllm.enforce_eager is set."""
     nvlink_gb_s: float = 300.0
     """Collectives inside a machine, per GPU."""
@@ -61,8 +61,8 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Seconds of the step: its phases one after another, or, asynchronous, the longer of the
-        rollout and of scoring and update together."""
+        """Seconds of the step: the sum of its phases or, if asynchronous, the longer of the rollout
+        and of scoring and update together."""
         if self.asynchronous:
             return max(self.rollout, self.scoring + self.update)
         return self.rollout + self.scoring + self.update
@@ -82,7 +82,7 @@ def _triangle(n: int) -> float:
 
 
 def attention_flops(model: Architecture, lengths: Lengths, group: int, *, shared: bool) -> float:
-    """Products of queries with keys and of weights with values, of all layers, for one group."""
+    """Count attention's products (queries with keys, weights with values) of all layers."""
     prompt, completion = lengths.prompt, lengths.completion
     own = group * (completion * prompt + _triangle(completion))
     pairs = own + _triangle(prompt) * (1 if shared else group)
@@ -90,7 +90,7 @@ def attention_flops(model: Architecture, lengths: Lengths, group: int, *, shared
 
 
 def layer_flops(model: Architecture, tokens: int) -> float:
-    """All layers' matrix products for so many tokens, without attention itself."""
+    """Count all layers' matrix products for `tokens` tokens, without attention itself."""
     per_token = (
         2 * model.hidden_size * (model.query_size + 2 * model.kv_size)
         + 2 * model.query_size * model.hidden_size
@@ -100,17 +100,17 @@ def layer_flops(model: Architecture, tokens: int) -> float:
 
 
 def head_flops(model: Architecture, rows: int) -> float:
-    """The output layer on so many positions."""
+    """Count the output layer's FLOPs for `rows` positions."""
     return 2.0 * rows * model.hidden_size * model.vocab_size
 
 
 def packed_tokens(lengths: Lengths, group: int, *, shared: bool) -> int:
-    """Tokens of one group as the update computes them."""
+    """Return the tokens of one group as the update computes them."""
     return (lengths.prompt if shared else group * lengths.prompt) + group * lengths.completion
 
 
 def group_flops(family: Family, lengths: Lengths, group: int, *, shared: bool, rows: int) -> float:
-    """Forward FLOPs of one group, with the output layer on so many positions."""
+    """Count the forward FLOPs of one group, with the output layer on `rows` positions."""
     copies, model = 1 if shared else group, family.architecture
     return (
         layer_flops(model, packed_tokens(lengths, group, shared=shared))
@@ -121,15 +121,15 @@ def group_flops(family: Family, lengths: Lengths, group: int, *, shared: bool, r
 
 
 def step_flops(recipe: Recipe, family: Family, lengths: Lengths) -> dict[str, float]:
-    """FLOPs of all GPUs together by phase, recomputation included."""
+    """Return the FLOPs of all GPUs together by phase, recomputation included."""
     algorithm, model = recipe.algorithm, family.architecture
     size, shared = algorithm.group_size, algorithm.shared_prompt
     tokens = size * lengths.completion
     prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
-    # vLLM caches prefixes: a prompt is computed once, whatever training does.
+    # vLLM caches prefixes: a prompt is computed once, with any training layout.
     once = shared or recipe.rollout.backend == "vllm"
     prefill = group_flops(family, prompt_only, size, shared=once, rows=size)
-    # What decoding adds is the completions' share of a forward.
+    # Decoding adds the completions' share of a forward.
     whole = group_flops(family, lengths, size, shared=shared, rows=tokens)
     scored = tokens if algorithm.kl_coefficient > 0 else size * _ANSWER_ROWS
     answers = group_flops(family, lengths, size, shared=shared, rows=scored)
@@ -151,14 +151,14 @@ def step_flops(recipe: Recipe, family: Family, lengths: Lengths) -> dict[str, fl
 
 @dataclass(frozen=True)
 class _Forward:
-    """Seconds of a micro-batch's forward on the slowest stage and on all stages one by one."""
+    """Seconds of a micro-batch's forward on the slowest stage, and summed over all stages."""
 
     slowest: float
     all: float
 
 
 class Clock:
-    """Estimates for one recipe, layout and GPU."""
+    """Estimates the times of one recipe, layout and GPU."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class Clock:
         gpu: Gpu,
         efficiency: Efficiency,
     ) -> None:
-        """`lengths` are typical ones."""
+        """Create it for typical `lengths`."""
         self.recipe = recipe
         self.family = family
         self.model = family.architecture
@@ -181,7 +181,7 @@ class Clock:
         self.fp8 = recipe.model.precision.fp8
 
     def step(self, builds: list[StageBuild]) -> StepTime:
-        """Seconds of each phase."""
+        """Return the seconds of each phase."""
         rollout = self.recipe.rollout
         engines = rollout.backend == "vllm"
         return StepTime(
@@ -194,7 +194,7 @@ class Clock:
     def _forward(
         self, tokens: int, attention: float, head_rows: int, copies: int, fp8: bool
     ) -> _Forward:
-        """Seconds for so many tokens; tensor parallelism does not cut the vision tower."""
+        """Return the seconds for `tokens` tokens; the vision tower is not tensor-parallel."""
         speed = self.gpu.flops * self.efficiency.flops
         cut = self.tensor * self.pipeline
         products = layer_flops(self.model, tokens)
@@ -245,7 +245,7 @@ class Clock:
         return batches * (prefill + lengths.completion * token)
 
     def _engines_rollout(self, builds: list[StageBuild]) -> float:
-        """Engines sample side by side: the one with the most prompts is the last."""
+        """Return the seconds of sampling: the engine with the most prompts finishes last."""
         vllm, group = self.recipe.rollout.vllm, self.recipe.algorithm.group_size
         lengths, model = self.lengths, self.model
         parameters = sum(build.unique_parameters for build in builds)
@@ -258,7 +258,7 @@ class Clock:
         # Two all-reduces of the hidden states per layer; an engine is inside a machine.
         moved = 4 * lengths.prompt * model.hidden_size * 2 * (size - 1) / size
         prefill += moved * model.layers / (self.efficiency.nvlink_gb_s * 1e9)
-        # As many groups are decoded together as the cache holds.
+        # The number of groups decoded together is limited by the cache.
         own = lengths.prompt + group * lengths.completion
         together = min(max(engine.cache_tokens // own, 1), prompts)
         turns = -(-prompts // together)
@@ -273,15 +273,15 @@ class Clock:
         return prompts * prefill + decoding + self._sending(engine, parameters)
 
     def _sending(self, engine: EnginePlan, parameters: int) -> float:
-        """All weights to the engines, once per step."""
+        """Return the seconds to send all weights to the engines, once per step."""
         inside = engine.placement == "colocated" and replica_in_a_machine(self.recipe)
         link = self.efficiency.nvlink_gb_s if inside else self.efficiency.network_gb_s
-        # What a sleeping engine keeps in CPU memory goes there and comes back.
+        # A sleeping engine copies these bytes to CPU memory and back.
         kept = 2 * engine.host / (self.efficiency.host_gb_s * 1e9)
         return parameters * bytes_of_number(self.recipe) / (link * 1e9) + kept
 
     def _pipelined(self, forward: _Forward, times: float) -> float:
-        """All micro-batches of a step through the stages, the pipeline's filling included."""
+        """Return the seconds of a step's micro-batches, including filling the pipeline."""
         return (micro_batches_of(self.recipe) + self.pipeline - 1) * forward.slowest * times
 
     def _scoring(self, builds: list[StageBuild]) -> float:
@@ -315,7 +315,7 @@ class Clock:
         state = largest * 4 * 2 / self.replicas
         seconds += state / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
         if self.recipe.optimizer.offload:
-            # There and back.
+            # To the GPU and back.
             moved = 2 * max(build.optimizer for build in builds)
             seconds += moved / (self.efficiency.host_gb_s * 1e9)
         return algorithm.updates_per_rollout * seconds

@@ -1,1 +1,1 @@
-"""How a process of ours behaves: signals and exit statuses, what it prints, what it keeps quiet."""
+"""Behaviour of our processes: signals, exit statuses, screen output, quiet libraries."""

@@ -1,9 +1,9 @@
-"""How a process of a command ends: exit statuses, signals, and the death of the process it serves.
+"""How a command's process ends: exit statuses, signals, and the end of its parent process.
 
-Light to import: an entry calls `watch` before it imports anything that takes long.
+Quick to import: entry points call `watch` before slow imports.
 
-Signals are read by a thread from Python's wakeup pipe. So they are heard while the main thread
-waits in a C library, such as in a collective for a rank that is gone.
+A thread reads signals from Python's wakeup pipe. They are therefore handled while the main thread
+waits in a C library, for example in a collective for a rank that has died.
 """
 
 import atexit
@@ -24,44 +24,44 @@ from nemo_care.process.environment import STARTER
 
 FAILURE = 1
 USAGE_ERROR = 2
-# EX_TEMPFAIL of sysexits.h: try the same again later.
+# EX_TEMPFAIL of sysexits.h: try again later.
 STOPPED = 75
 
-STARTER_GONE = 0  # in place of a signal's number
+STARTER_GONE = 0  # instead of a signal's number
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""The signals that ask a run to stop: of a scheduler, of Ctrl-C, of a closed terminal."""
+"""The signals that request a stop: from a scheduler, from Ctrl-C, from a closed terminal."""
 
-_PERIOD = 0.5  # seconds between two looks at the starter
-# What repeats sooner is the same request: `timeout` signals a process and then its group.
+_PERIOD = 0.5  # seconds between checks of the starter
+# An earlier repetition is the same request: `timeout` signals a process and then its group.
 _SAME_REQUEST = 0.2  # seconds
 
 Action = Callable[[int], object]
 
 
 def status_of(number: int) -> int:
-    """The exit status after a request: 130 and 129 for Ctrl-C and SIGHUP as shells have it."""
+    """Return the exit status after a request: as in shells, 130 for Ctrl-C and 129 for SIGHUP."""
     return 128 + number if number in (signal.SIGINT, signal.SIGHUP) else STOPPED
 
 
 def cause_of(number: int) -> str:
-    """A request in words."""
+    """Describe a request."""
     if number == STARTER_GONE:
         return "the process that started this one has ended"
     return f"{signal.Signals(number).name} was received"
 
 
 class _Watch:
-    """The thread that hears requests and acts on them."""
+    """The thread that receives requests and acts on them."""
 
     def __init__(self) -> None:
         self.action: Action = end_at_once
-        # Python writes all that has a handler to the pipe, such as a library's SIGCHLD.
+        # Python writes every signal with a handler to the pipe, such as a library's SIGCHLD.
         self.numbers: set[int] = {STARTER_GONE}
         self._interrupted = 0.0
 
     def start(self) -> None:
-        """Hear from now on."""
+        """Start receiving."""
         hear, self._tell = os.pipe()
         os.set_blocking(self._tell, False)
         signal.set_wakeup_fd(self._tell, warn_on_full_buffer=False)
@@ -106,9 +106,8 @@ _watch: _Watch | None = None
 def watch(*numbers: int) -> None:
     """Act on these signals and on the starter's death from now on, instead of dying of them.
 
-    The process ends at once, unless `on_request` or `unwinding` say otherwise. A second Ctrl-C
-    always ends it at once. SIGINT and SIGHUP stay ignored where they are, as under nohup. Main
-    thread only.
+    The process ends at once unless `on_request` or `unwinding` change that. A second Ctrl-C always
+    ends it at once. SIGINT and SIGHUP stay ignored if they are, as under nohup. Main thread only.
     """
     global _watch
     if _watch is None:
@@ -122,21 +121,21 @@ def watch(*numbers: int) -> None:
 
 
 def watch_run() -> None:
-    """As `watch`, for the commands that run as ranks; they go on without a terminal too."""
+    """Do the same as `watch` for commands that run as ranks, which also survive their terminal."""
     _outlive_the_terminal()
     watch(*ASKING)
 
 
 def on_request(action: Action) -> None:
-    """Call `action` with a request's number, in the watching thread; nothing where none watches."""
+    """Call `action` with a request's number in the watching thread, if one watches."""
     if _watch is not None:
         _watch.action = action
 
 
 @contextlib.contextmanager
 def starting(action: Action) -> Iterator[None]:
-    """Be the starter of what is started meanwhile: it ends after this process, and requests go to
-    `action`. Also where nothing watches yet; main thread only."""
+    """Be the starter of the processes started in this block: they end after this process, and
+    requests go to `action`. Also works if nothing watches yet; main thread only."""
     global _watch
     handlers = None
     if _watch is None:
@@ -159,7 +158,7 @@ def starting(action: Action) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unwinding() -> Iterator[None]:
-    """Let a first Ctrl-C raise KeyboardInterrupt in the main thread meanwhile, as Python does."""
+    """Let a first Ctrl-C raise KeyboardInterrupt in the main thread of the block, as in Python."""
     if _watch is None or signal.getsignal(signal.SIGINT) is not _heard:
         yield
         return
@@ -179,15 +178,15 @@ def unwinding() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, _heard)
-        # The watching thread may hear of the Ctrl-C that has just been followed only later.
+        # The watching thread can receive the handled Ctrl-C later.
         if not interrupted:
             _watch.action = before
 
 
 def end_at_once(number: int) -> NoReturn:
-    """End this process and all that it has started, whatever its threads do."""
+    """End this process and all processes that it has started, whatever its threads do."""
     if is_speaker():
-        # Not through sys.stderr, whose lock another thread may hold.
+        # Not through sys.stderr, whose lock another thread can hold.
         with contextlib.suppress(OSError):
             os.write(2, f"nemo-care: ended at once: {cause_of(number)}\n".encode())
     _kill_descendants()
@@ -195,17 +194,16 @@ def end_at_once(number: int) -> NoReturn:
 
 
 def is_speaker() -> bool:
-    """Whether this process speaks for the ranks: a rank 0, or no rank."""
+    """Whether this process prints for the ranks: rank 0, or not a rank."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with an exit status; where that is not 0, without waiting for threads.
+    """End this process with an exit status; if that is not 0, without waiting for threads.
 
-    Threads of a command that did not get to its end may wait for an endpoint. A rank that has
-    failed leaves its process groups open, because the others no longer take part in closing them:
-    gloo's threads may abort the interpreter's end then, and it would look as if the rank had died
-    of a signal.
+    Threads of a command that did not finish can be waiting for an endpoint. A failed rank leaves
+    its process groups open, because the remaining ranks no longer take part in closing them: gloo's
+    threads can then abort the interpreter's shutdown, as if the rank had died of a signal.
     """
     if not status:
         sys.exit(0)
@@ -217,12 +215,12 @@ def leave(status: int) -> NoReturn:
 
 
 def _heard(number: int, frame: FrameType | None) -> None:
-    """The pipe has it."""
+    """Do nothing; the signal is in the pipe."""
 
 
 def _starter() -> int | None:
-    """The parent process to watch; None where this one may outlive its parent."""
-    # Taken out: what this process starts may serve something else.
+    """Return the parent process to watch; None if this process can outlive its parent."""
+    # Removed, because processes started from here may have a different starter.
     given = os.environ.pop(STARTER.name, None)
     if given is not None:
         return int(given)
@@ -232,7 +230,7 @@ def _starter() -> int | None:
 def _kill_descendants() -> None:
     try:
         import psutil
-    except ImportError:  # `nemo-care doctor` runs without
+    except ImportError:  # `nemo-care doctor` runs without psutil
         return
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -240,7 +238,7 @@ def _kill_descendants() -> None:
 
 
 class _Forgiving(io.FileIO):
-    """A terminal or pipe whose other end may go away: what is written then is dropped."""
+    """A terminal or pipe whose other end can disappear; later output is dropped."""
 
     def write(self, data) -> int:
         try:
@@ -252,10 +250,10 @@ class _Forgiving(io.FileIO):
 
 
 def _outlive_the_terminal() -> None:
-    """Let a line on a closed terminal end no run that is about to save."""
+    """Keep a closed terminal from ending a run that is about to save."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        # Not where something else stands for it.
+        # Not if something else has replaced it.
         if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != number:
             continue
         stream.flush()

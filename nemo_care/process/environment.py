@@ -1,4 +1,4 @@
-"""Every environment variable of this project that Python and the recipes read.
+"""All environment variables of this project that Python and the recipes read.
 
     python -m nemo_care.process.environment > docs/environment.md
 
@@ -13,19 +13,19 @@ from nemo_care.process.screen import say
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable's name, what it does, and what happens where it is not set."""
+    """A variable's name, its meaning, and the behaviour if it is not set."""
 
     name: str
     meaning: str
     default: str
 
     def __str__(self) -> str:
-        """Its name."""
+        """Return its name."""
         return self.name
 
     @property
     def value(self) -> str | None:
-        """Its value now; None where it is not set."""
+        """Its current value; None if it is not set."""
         return os.environ.get(self.name)
 
     @property
@@ -38,45 +38,41 @@ MODELS = Variable(
     "NEMO_CARE_MODELS", "folder of the checkpoints that `recipes/model/` names", "`models`"
 )
 DATA = Variable("NEMO_CARE_DATA", "folder of the data sets that `recipes/data/` names", "`data`")
-VERBOSE = Variable(
-    "NEMO_CARE_VERBOSE", "1: show the warnings and information of the libraries", "hidden"
-)
-CPU = Variable(
-    "NEMO_CARE_CPU", "1: this machine takes part in runs without GPUs", "GPUs are required"
-)
+VERBOSE = Variable("NEMO_CARE_VERBOSE", "1: show warnings and information from libraries", "hidden")
+CPU = Variable("NEMO_CARE_CPU", "1: allow runs without GPUs on this machine", "GPUs are required")
 VLLM_KEY = Variable(
     "NEMO_CARE_VLLM_KEY",
-    "secret that trainers and engines on other machines share (`rollout.vllm.hosts`)",
+    "secret shared by trainers and engines on other machines (`rollout.vllm.hosts`)",
     "a new one for each run; required with `rollout.vllm.hosts`",
 )
 RANK_LOGS = Variable(
     "NEMO_CARE_RANK_LOGS", "folder for a file with the output of each rank", "the screen"
 )
 COMMIT = Variable(
-    "NEMO_CARE_COMMIT", "the commit that a run records, where git can't be asked", "git's answer"
+    "NEMO_CARE_COMMIT", "the commit that a run records, if git is not available", "git's answer"
 )
 STARTER = Variable(
     "NEMO_CARE_STARTER",
-    "set by a starting process for the processes that must not outlive it: its process id",
-    "a process lives as long as it likes",
+    "set by a parent process for children that must not outlive it: its process id",
+    "a process can outlive its parent",
 )
 RESOLVED_RECIPE = Variable(
     "NEMO_CARE_RESOLVED_RECIPE",
-    "set by the command for the ranks that it starts: the file of the resolved recipe",
-    "the command line is composed",
+    "set by the command for its ranks: the file of the resolved recipe",
+    "the recipe is composed from the command line",
 )
 VARIABLES = (MODELS, DATA, VERBOSE, CPU, VLLM_KEY, RANK_LOGS, COMMIT, STARTER, RESOLVED_RECIPE)
 
 
 def page() -> str:
-    """docs/environment.md."""
+    """Return docs/environment.md."""
     rows = (f"| `{each}` | {each.meaning} | {each.default} |" for each in VARIABLES)
     return "\n".join(
         [
             "# Environment variables",
             "",
             "`make docs` writes this page from `nemo_care/process/environment.py`. The batch",
-            "scripts have more: see [slurm.md](slurm.md).",
+            "scripts read more: see [slurm.md](slurm.md).",
             "",
             "| name | meaning | not set |",
             "| --- | --- | --- |",

@@ -1,4 +1,4 @@
-"""Large pickles: the samples of a data set, of which there are hundreds of thousands."""
+"""Large pickles, for the hundreds of thousands of samples of a data set."""
 
 import gc
 import pickle
@@ -12,7 +12,7 @@ from typing import Any
 def without_collecting() -> Iterator[None]:
     """Pause Python's search for reference cycles.
 
-    It would go through all objects again and again while they are made, and takes most of the time.
+    While objects are created it would visit all of them repeatedly, which takes most of the time.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -24,13 +24,13 @@ def without_collecting() -> Iterator[None]:
 
 
 def hand_over(value: Any, file: Path) -> None:
-    """Write a value for another process of this user, into a folder that is this user's alone."""
+    """Write a value for another process of this user, into a folder private to this user."""
     with file.open("wb") as opened:
         pickle.dump(value, opened, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def take_over(file: Path) -> Any:
-    """Read what `hand_over` wrote, and remove it; None where there is no such file."""
+    """Read and remove what `hand_over` wrote; None if the file does not exist."""
     try:
         with file.open("rb") as opened, without_collecting():
             value = pickle.load(opened)

@@ -1,4 +1,4 @@
-"""Errors of the operating system on one line: disks that are full, places that can't be written."""
+"""One-line messages for operating system errors: full disks, unusable places."""
 
 import errno
 import os
@@ -7,34 +7,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# A place that can't be used, which the user names or can change.
+# A place that can't be used, which the user has named or can change.
 _UNUSABLE = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
 }
-# What the machine lacks, whichever file needed it.
+# Resources that the machine lacks, whichever file needed them.
 _REMEDIES = {
-    errno.ENOSPC: "make room on that disk and give the same command again",
-    errno.EDQUOT: "make room in your quota and give the same command again",
-    errno.EMFILE: "raise the limit of open files (ulimit -n) and give the same command again",
+    errno.ENOSPC: "make room on that disk and repeat the command",
+    errno.EDQUOT: "make room in your quota and repeat the command",
+    errno.EMFILE: "raise the limit of open files (ulimit -n) and repeat the command",
     errno.ENFILE: "the whole machine has too many open files; try again when it has fewer",
-    errno.EIO: "look after the disk, and give the same command again",
-    errno.ESTALE: "the file system changed under the command; give it again",
+    errno.EIO: "check the disk and repeat the command",
+    errno.ESTALE: "the file system changed during the command; repeat it",
 }
 _OF_SAFETENSORS = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """An error of the operating system in the block names the file, if it names none.
+    """Add the file name to an operating system error in the block that has none.
 
-    Opening a file does, writing to it does not. Also for safetensors, whose errors are of a type
-    of their own.
+    Opening a file adds its name, writing to it does not. Also for safetensors, which has its own
+    type of error.
     """
     try:
         yield
     except OSError as error:
-        # One without a number is not of the operating system.
+        # An error without a number is not from the operating system.
         if error.filename is None and error.errno is not None:
             error.filename = str(file)
         raise
@@ -46,17 +46,17 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def os_error_line(error: OSError) -> str | None:
-    """What happened, to which file, and the remedy; None where a traceback says more.
+    """Return what happened, to which file, and the remedy; None if a traceback says more.
 
-    That is an error without a file that is not about the machine's disks: of a connection, or of a
-    mistake of the program.
+    None is returned for an error without a file that does not concern the machine's disks, such as
+    one of a connection or a bug.
     """
     reason = error.strerror or str(error)
     if error.filename is None:
         if error.errno in _REMEDIES:
             return f"{reason}: {_REMEDIES[error.errno]}"
         if "temporary directory" in reason:
-            return f"{reason}: set TMPDIR to a folder that can be written to"
+            return f"{reason}: set TMPDIR to a writable folder"
         return None
     names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     usable = "choose another place, or change what is there or its permissions"
@@ -64,5 +64,5 @@ def os_error_line(error: OSError) -> str | None:
 
 
 def is_unusable_place(error: OSError) -> bool:
-    """Whether the command was given a place that can't be used, and did not fail on its way."""
+    """Whether the command was given an unusable place, rather than failing later."""
     return error.errno in _UNUSABLE

@@ -1,6 +1,6 @@
-"""Libraries announce at length what a user can't act on; a run's screen is for the run.
+"""Hide library messages that a user can't act on; the screen is for the run.
 
-Errors still show. `environment.VERBOSE` brings everything back.
+Errors are still shown. `environment.VERBOSE` shows everything.
 """
 
 import logging
@@ -14,7 +14,7 @@ from nemo_care.process.environment import VERBOSE
 _LOGGERS = (
     "lightning.fabric",
     "lightning.pytorch",
-    # Lightning resets its own level when it is imported; this one keeps what it is given.
+    # Lightning resets its own level when it is imported; this logger keeps its level.
     "lightning.pytorch.utilities.rank_zero",
     "megatron",
     "nv_one_logger",
@@ -37,9 +37,9 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Hide what this process, C libraries included, writes to stderr meanwhile.
+    """Hide what this process, C libraries included, writes to stderr in the block.
 
-    For the only thread that writes there.
+    Only for a process in which no other thread writes to stderr.
     """
     if _verbose():
         yield

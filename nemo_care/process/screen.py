@@ -1,6 +1,6 @@
-"""Text for the screen: what data, a model or a file name holds must not act on the terminal.
+"""Text for the screen: content of data, models and file names must not control the terminal.
 
-All output of a command goes through `say`, `console` or, beside a progress bar, `printable`.
+All output of a command uses `say`, `console` or, beside a progress bar, `printable`.
 """
 
 import sys
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _CONTROLS = [*range(0x20), *range(0x7F, 0xA0)]
-# Marks, embeddings, overrides and isolates that turn the direction of the text after them; line and
-# paragraph separators.
+# Marks, embeddings, overrides and isolates that change the direction of the following text; line
+# and paragraph separators.
 _DIRECTIONS = [0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
-# Halves of surrogate pairs: JSON and file names can hold them, no output can.
+# Halves of surrogate pairs: JSON and file names can contain them, but they can't be printed.
 _SURROGATES = range(0xD800, 0xE000)
 _SPELT_OUT = {code: ascii(chr(code))[1:-1] for code in (*_CONTROLS, *_DIRECTIONS, *_SURROGATES)}
 _PRINTABLE = {code: text for code, text in _SPELT_OUT.items() if chr(code) not in "\n\t"}
 
 
 def printable(text: object) -> str:
-    """The text with its control characters spelt out; line breaks and tabs stay.
+    """Escape the control characters of a text, except line breaks and tabs.
 
     Example:
         >>> printable("a\\x1b[2Jb")
@@ -31,17 +31,17 @@ def printable(text: object) -> str:
 
 
 def one_line(text: object) -> str:
-    """The text with all control characters spelt out, line breaks too."""
+    """Escape all control characters of a text, including line breaks."""
     return str(text).translate(_SPELT_OUT)
 
 
 def say(text: object = "", *, file: TextIO | None = None, end: str = "\n") -> None:
-    """Print a text, made printable, at once; to stdout where no `file` is given."""
+    """Print a text, made printable, and flush; to stdout by default."""
     print(printable(text), file=file or sys.stdout, end=end, flush=True)
 
 
 def console(**settings: Any) -> "Console":
-    """A console that takes no text for markup and prints nothing that acts on the terminal.
+    """Return a console that ignores markup in texts and escapes control characters.
 
     `settings` are those of rich's Console.
     """
@@ -61,7 +61,7 @@ def console(**settings: Any) -> "Console":
 
 
 def plain(text: object, style: str = "") -> "Text":
-    """A text for a table's cell or title: as wide as it is printed, and never markup."""
+    """Return a table cell or title with its printed width, and without markup."""
     from rich.text import Text
 
     return Text(printable(text), style=style)

@@ -1,1 +1,1 @@
-"""Ranks of a run: process groups, starting them, signals, memory."""
+"""The ranks of a run: process groups, starting, signals, memory."""

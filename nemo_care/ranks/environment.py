@@ -1,4 +1,4 @@
-"""Where a process stands among the ranks of a run; light to import."""
+"""The position of a process among the ranks of a run; quick to import."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """Where this process stands among the ranks, as its launcher told it."""
+    """Position of this process among the ranks, as set by its launcher."""
 
     rank: int
     world_size: int
@@ -14,12 +14,12 @@ class RankEnvironment:
 
     @classmethod
     def read(cls) -> "RankEnvironment | None":
-        """From torchrun's or srun's environment; None for a process started by hand."""
+        """Read torchrun's or srun's environment; None for a process started by hand."""
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
             rank = int(env["RANK"])
             return cls(rank, int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", rank)))
-        # A batch script has SLURM_PROCID and SLURM_NTASKS too; only srun's tasks have a step.
+        # A batch script also has SLURM_PROCID and SLURM_NTASKS; only srun's tasks have a step.
         if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
             return cls(
                 int(env["SLURM_PROCID"]),

@@ -1,4 +1,4 @@
-"""Start the ranks of a run on this machine, as torchrun does; on several, one starter each."""
+"""Start the ranks of a run on this machine, as torchrun does; each machine has one starter."""
 
 import contextlib
 import logging
@@ -29,21 +29,21 @@ from nemo_care.process.os_errors import is_unusable_place, os_error_line
 from nemo_care.process.screen import one_line, say
 from nemo_care.ranks.slurm import Node
 
-_SHOWN_LINES = 40  # of the output of a rank that failed
-_JOIN_SECONDS = 900  # until all machines must have joined: one may have to fetch its container
+_SHOWN_LINES = 40  # of a failed rank's output
+_JOIN_SECONDS = 900  # limit for all machines to join; one can be fetching its container
 
 
 def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) -> int:
     """Run `python ARGUMENTS` as `count` ranks and wait for them.
 
-    When one dies, the others are ended and its rank and traceback are printed. Requests to stop
-    (`ending.ASKING`) are passed on to the ranks, which stop after the running step and save; a
-    second Ctrl-C ends everything at once. Main thread only.
+    When a rank dies, the remaining ranks are ended, and its number and traceback are printed.
+    Requests to stop (`ending.ASKING`) are passed on to the ranks, which stop after the running step
+    and save; a second Ctrl-C ends everything at once. Main thread only.
 
     Args:
-        count: Ranks on this machine.
-        arguments: What they run.
-        node: This machine among several, whose ranks are one world; each has its starter.
+        count: number of ranks on this machine.
+        arguments: the command line of the ranks.
+        node: this machine, if the ranks of several form one world; each machine has a starter.
 
     Returns:
         The exit status: 0, that of a request to stop, or that of the first rank that failed.
@@ -61,7 +61,7 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(number if number != ending.STARTER_GONE else signal.SIGTERM)
 
-    # Its own report of a failed rank repeats what the rank has printed.
+    # Elastic's report of a failed rank repeats what the rank has printed.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     machines = node.count if node is not None else 1
     folder = RANK_LOGS.value
@@ -84,7 +84,7 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
         ),
         max_restarts=0,
         monitor_interval=0.2,
-        # Without those that are passed on: it would kill the ranks in the middle of a step.
+        # Without the signals that are passed on: elastic would kill the ranks in mid-step.
         signals_to_handle="SIGQUIT",
         logs_specs=_RankLogs(Path(folder)) if folder else None,
         log_line_prefix_template="rank ${rank}: ",
@@ -96,7 +96,7 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
         rank, failure = _first_failure(error)
         statuses = {failed.exitcode for failed in error.failures.values()}
         for number in asked:
-            # A rank whose Python had only begun to start dies of the signal itself.
+            # A rank that was still starting Python dies of the signal itself.
             if ending.status_of(number) in statuses or failure.exitcode == -number:
                 return ending.status_of(number)
         if failure.exitcode == ending.STOPPED:
@@ -105,7 +105,7 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
             _show_end(_log_file(Path(folder), rank, "err"))
         if failure.exitcode == USAGE_ERROR:
             return USAGE_ERROR
-        # The rank's own traceback is on stderr; here is which rank it was.
+        # The rank's own traceback is on stderr; this line adds its number.
         how = (
             f"signal {failure.signal_name()}"
             if failure.exitcode < 0
@@ -118,7 +118,7 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
         assert node is not None
         say(
             f"{node.name}: the starters of {machines} machines did not meet at "
-            f"{node.address}:{node.port}, or the first of them is gone ({error})",
+            f"{node.address}:{node.port}, or the first of them has exited ({error})",
             file=sys.stderr,
         )
         return FAILURE
@@ -126,10 +126,11 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
 
 
 def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
-    """The rank that failed first.
+    """Return the rank that failed first.
 
-    Times are whole seconds here, and the others fail at once where a rank is killed: the killed one
-    goes first. SIGTERM is what the starter sends to those that are left.
+    Times have a resolution of one second, and when a rank is killed the rest fails at once: a
+    killed rank takes precedence. SIGTERM comes from the starter, which sends it to the remaining
+    ranks.
     """
     first = error.get_first_failure()
     for rank, failure in error.failures.items():
@@ -140,7 +141,7 @@ def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
 
 
 class _RankLogs(DefaultLogsSpecs):
-    """Two files for each rank, with its output and its errors; the screen gets those of rank 0."""
+    """Logs output and errors of each rank to two files, and those of rank 0 to the screen."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ class _RankLogs(DefaultLogsSpecs):
         self._folder = folder
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Where the output of each rank of this machine goes."""
+        """Return the destinations of the output of this machine's ranks."""
         destination = super().reify(envs)
         for place, env in envs.items():
             rank = int(env["RANK"])
@@ -173,7 +174,7 @@ def _show_end(file: Path) -> None:
 def guarded(main: Callable[..., Any], *arguments: Any, unwinds: bool = True) -> int:
     """Call `main` and turn its end into an exit status: 0, 1, or 2 and 75 (one line each).
 
-    `unwinds`: Ctrl-C ends it by KeyboardInterrupt; requests go where `ending.watch` says otherwise.
+    `unwinds`: Ctrl-C raises KeyboardInterrupt; otherwise requests are handled by `ending.watch`.
     """
     try:
         with ending.unwinding() if unwinds else contextlib.nullcontext():
@@ -185,7 +186,7 @@ def guarded(main: Callable[..., Any], *arguments: Any, unwinds: bool = True) -> 
         if ending.is_speaker():
             say(f"nemo-care: {done}")
     except RunStopped as stopped:
-        # Slurm and torch end what is left of a job as soon as one rank has gone.
+        # Slurm and torch end the rest of a job as soon as one rank has exited.
         ending.on_request(lambda number: None)
         if ending.is_speaker():
             say(f"nemo-care: {stopped}", file=sys.stderr)
@@ -205,9 +206,9 @@ def guarded(main: Callable[..., Any], *arguments: Any, unwinds: bool = True) -> 
 
 
 def _of_system(error: OSError) -> int:
-    """Report an error of the operating system; its exit status."""
+    """Report an operating system error and return its exit status."""
     if error.filename is None and _with_output_written():
-        return FAILURE  # it was the output: its disk is full, or its reader, such as head, is gone
+        return FAILURE  # the output failed: a full disk, or a reader such as head has exited
     line = os_error_line(error)
     if line is None:
         say("".join(traceback.format_exception(error)), file=sys.stderr, end="")
@@ -217,11 +218,11 @@ def _of_system(error: OSError) -> int:
 
 
 def _with_output_written() -> int:
-    """The exit status of a command that is done: what it printed may not find room."""
+    """Flush the output of a completed command, which can fail, and return the exit status."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        # The interpreter would try once more at its end, and print a traceback.
+        # Otherwise the interpreter tries again at exit, and prints a traceback.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):

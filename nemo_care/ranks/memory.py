@@ -1,4 +1,4 @@
-"""How much memory the ranks hold, the largest of all of them."""
+"""Measure the memory of the rank that uses the most."""
 
 import psutil
 import torch
@@ -11,9 +11,9 @@ GIB = 2**30
 
 
 def memory_metrics() -> dict[Metric, float | None]:
-    """Of the rank with the most: its process's memory, and its GPU's peak since the last call.
+    """Return the largest process memory of a rank, and the largest GPU peak since the last call.
 
-    In GiB; None for the GPU where there is none. Collective over all ranks.
+    In GiB; None for the GPU if there is none. Collective over all ranks.
     """
     on_gpu = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0

@@ -1,7 +1,7 @@
-"""Start the process groups of one rank and move small Python objects between ranks.
+"""Process groups of a rank, and the transport of small Python objects between ranks.
 
-Tensors travel over Megatron's groups (NCCL on GPUs, gloo on CPUs). Python objects (prompts,
-metrics) travel over gloo groups of our own, so that they never occupy a GPU.
+Tensors use Megatron's groups (NCCL on GPUs, gloo on CPUs). Python objects (prompts, metrics) use
+separate gloo groups, so that they never occupy a GPU.
 """
 
 import os
@@ -26,21 +26,22 @@ from nemo_care.recipe.schema import Recipe
 
 T = TypeVar("T")
 
-# Of a collective, in all groups. A rank may wait for another one's slow file system, or for an
-# engine, whose own limit comes first: rollout.vllm.timeout_seconds, half an hour as gloo's own is.
+# Limit of a collective, in all groups. A rank can wait for another's slow file system, or for an
+# engine, whose own limit is reached first: rollout.vllm.timeout_seconds, half an hour like gloo's.
 TIMEOUT = timedelta(hours=2)
 
 
 def choose_kernels() -> None:
-    """Kernels of GPUs that this process uses, whatever the environment says."""
-    # See nemo_care/ranks/gpu_variables.py: torch may have been imported before it was called.
+    """Choose the GPU kernels of this process, whatever the environment says."""
+    # See nemo_care/ranks/gpu_variables.py: torch can have been imported earlier.
     torch.set_float32_matmul_precision("highest")
-    # cuDNN's attention makes a plan for each shape and keeps them all, and our shapes never end.
+    # cuDNN's attention keeps a plan for every shape, and the number of shapes is unbounded here.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _from_source(make: Callable[[], T], source: int, group: dist.ProcessGroup | None) -> T:
-    """Call `make` on rank `source`; its result, or its exception, reaches the whole group."""
+    """Call `make` on rank `source` and return its result, or raise its exception, on the whole
+    group."""
     result: list[T | Exception | None] = [None]
     if dist.get_rank() == source:
         try:
@@ -55,19 +56,19 @@ def _from_source(make: Callable[[], T], source: int, group: dist.ProcessGroup | 
 
 
 def _sendable(error: Exception) -> Exception:
-    """The exception, or another with its text where it can't be pickled, as those of users may."""
+    """Return the exception, or one with its text if it can't be pickled, as a user's exception."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        told = RuntimeError(f"{type(error).__name__}: {error}")
-        told.__cause__ = error
-        return told
+        sendable = RuntimeError(f"{type(error).__name__}: {error}")
+        sendable.__cause__ = error
+        return sendable
     return error
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ways the model and the batch are cut."""
+    """The degrees of model parallelism."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -75,7 +76,7 @@ class Layout:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Layout":
-        """The parallel layout of a recipe."""
+        """Return the parallel layout of a recipe."""
         model = recipe.model
         return cls(
             tensor=model.tensor_model_parallel_size,
@@ -84,7 +85,7 @@ class Layout:
         )
 
     def data(self, world_size: int) -> int:
-        """Number of data-parallel replicas in a world of `world_size` ranks.
+        """Return the number of data-parallel replicas in a world of `world_size` ranks.
 
         Raises:
             InputError: the world is not a multiple of tensor x pipeline.
@@ -100,7 +101,7 @@ class Layout:
 
 
 def _set_rendezvous_address() -> None:
-    """Fill MASTER_ADDR and MASTER_PORT from Slurm's environment where no launcher has set them."""
+    """Set MASTER_ADDR and MASTER_PORT from Slurm's environment if no launcher has set them."""
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         return
     address, port = rendezvous_address()
@@ -108,7 +109,7 @@ def _set_rendezvous_address() -> None:
 
 
 class Ranks:
-    """The process groups of this rank, and the object collectives over them."""
+    """The process groups of this rank, with the object collectives over them."""
 
     def __init__(
         self,
@@ -117,13 +118,13 @@ class Ranks:
         *,
         cpu_threads: int = 1,
     ) -> None:
-        """Initialise torch.distributed (if nobody has) and Megatron's groups.
+        """Initialise torch.distributed (if it is not yet) and Megatron's groups.
 
-        `cpu_threads` is what this rank computes with where there is no GPU.
+        `cpu_threads` is the number of compute threads of this rank on a machine without GPUs.
 
         Raises:
-            InputError: the world does not fit the layout, or this process may not have enough files
-                open.
+            InputError: the world does not fit the layout, or this process can't have enough open
+            files.
         """
         env = environment or RankEnvironment(0, 1, 0)
         layout.data(env.world_size)
@@ -156,7 +157,7 @@ class Ranks:
         initialize_rng_tracker(inference_rng_tracker=True)
 
     def _make_object_groups(self) -> None:
-        """Make the gloo groups that Python objects travel over."""
+        """Create the gloo groups for Python objects."""
         replicas: list[list[int]] = [[] for _ in range(self.world_size)]
         model_ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
         dist.all_gather_object(replicas, sorted(model_ranks))
@@ -179,7 +180,7 @@ class Ranks:
             visible = torch.cuda.device_count()
             if visible > 1 and env.local_rank >= visible:
                 raise InputError(
-                    f"rank {env.rank} is number {env.local_rank} on its machine, which has "
+                    f"rank {env.rank} has number {env.local_rank} on its machine, which has "
                     f"{visible} GPUs: set trainer.devices to the GPUs of one machine"
                 )
             torch.cuda.set_device(env.local_rank % visible)
@@ -194,20 +195,20 @@ class Ranks:
         dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=TIMEOUT)
 
     def from_leader(self, make: Callable[[], T]) -> T:
-        """Call `make` on the leader of this model replica and give its result to all its ranks.
+        """Call `make` on the leader of this model replica and return its result on all its ranks.
 
         An exception of `make` is raised on every rank of the replica, so that none waits forever.
         """
         return _from_source(make, self.model_leader, self._model_group)
 
     def gather_in_replica(self, value: T) -> list[T]:
-        """One value per rank of this model replica, in their order, on each of them."""
+        """Gather one value per rank of this model replica, in rank order, on each of its ranks."""
         values: list[T | None] = [None] * dist.get_world_size(self._model_group)
         dist.all_gather_object(values, value, group=self._model_group)
         return values  # type: ignore[return-value]
 
     def gather_from_replicas(self, value: T) -> list[T]:
-        """One value per model replica, in data-parallel order, on every rank."""
+        """Gather one value per model replica, in data-parallel order, on every rank."""
 
         def gather() -> list[T]:
             values: list[T | None] = [None] * self.data_size
@@ -219,15 +220,15 @@ class Ranks:
     def move_between_replicas(
         self, moves: Sequence[tuple[int, int]], values: Sequence[T]
     ) -> list[T]:
-        """Objects from one model replica to another, each rank to its counterpart there.
+        """Move objects from one model replica to another, each rank to its counterpart.
 
-        `moves` are (from, to) and equal on all ranks; `values` are what this replica gives, in the
-        order of its moves. Returns what it gets, in that order. All ranks call it.
+        `moves` are (from, to) and equal on all ranks; `values` are this replica's objects, in the
+        order of its moves. Returns the received objects, in that order. Collective over all ranks.
         """
         group = parallel_state.get_data_parallel_group_gloo()
         given = iter(values)
         received: list[T] = []
-        # One after the other, in an order that all agree on: no two wait for each other.
+        # One after the other, in the same order on all ranks, so that no two wait for each other.
         for source, target in moves:
             if self.data_rank == source:
                 dist.send_object_list([next(given)], group_dst=target, group=group)
@@ -239,7 +240,7 @@ class Ranks:
 
     @staticmethod
     def gather_on_rank_zero(value: T) -> list[T]:
-        """One value per rank, in their order, on rank 0; an empty list on the others."""
+        """Gather one value per rank, in rank order, on rank 0; return an empty list elsewhere."""
         is_first = dist.get_rank() == 0
         values: list[T | None] = [None] * dist.get_world_size() if is_first else []
         dist.gather_object(value, values if is_first else None, dst=0)
@@ -247,10 +248,10 @@ class Ranks:
 
     @staticmethod
     def together(do: Callable[[], T]) -> T:
-        """What `do` gives this rank; all ranks call it.
+        """Call `do` on every rank and return its result there; collective over all ranks.
 
-        Where it fails on any of them with InputError or RunFailed, the error of the lowest such
-        rank is raised on all: none goes on alone, to wait for the others forever.
+        If it fails on any rank with InputError or RunFailed, the error of the lowest such rank is
+        raised on all of them: no rank continues alone and then waits forever.
         """
         result: T | None = None
         error: InputError | RunFailed | None = None
@@ -258,35 +259,36 @@ class Ranks:
             result = do()
         except (InputError, RunFailed) as failure:
             error = failure
-        told = Ranks.first_told(None if error is None else _sendable(error))
-        if told is not None:
-            raise told[1]
+        first = Ranks.first_told(None if error is None else _sendable(error))
+        if first is not None:
+            raise first[1]
         return result  # type: ignore[return-value]
 
     @staticmethod
     def first_told(problem: T | None) -> tuple[int, T] | None:
-        """The lowest rank that has a problem, and the problem; on all ranks. None: no rank has."""
+        """Return, on all ranks, the lowest rank with a problem and the problem, or None."""
         problems: list[T | None] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
-        return next(((rank, told) for rank, told in enumerate(problems) if told is not None), None)
+        return next(((rank, it) for rank, it in enumerate(problems) if it is not None), None)
 
     def first_rank_with(self, ok: torch.Tensor) -> list[int | None]:
-        """For each of `ok` (bool [N], on the compute device) the lowest rank where it is False.
+        """Find for each of `ok` (bool [N], on the compute device) the lowest rank with False.
 
-        None where it is True on all ranks; the same on all ranks, by one small collective.
+        None if it is True on all ranks. The result is equal on all ranks and needs one small
+        collective.
         """
-        # 1 is what a rank says that has nothing to say, so that a fake world's ranks agree too.
+        # 1 means that this rank has none; thus the ranks of a fake world agree too.
         codes = torch.where(ok, 1, self.rank - self.world_size)
         dist.all_reduce(codes, op=dist.ReduceOp.MIN)
         return [None if code > 0 else code + self.world_size for code in codes.tolist()]
 
     @staticmethod
     def from_rank_zero(make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 and give its result to every rank; its exception too."""
+        """Call `make` on rank 0 and return its result, or raise its exception, on every rank."""
         return _from_source(make, 0, None)
 
     def on_leaders(self, value: T | None) -> T | None:
-        """Rank 0's `value` on the leader of each model replica; None on the other ranks."""
+        """Return rank 0's `value` on the leader of each model replica; None on the other ranks."""
         if not self.is_model_leader:
             return None
         values = [value]
@@ -298,7 +300,7 @@ class Ranks:
         return values[0]
 
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Give the last pipeline stage's `tensor` to all stages (in place; same shape on all)."""
+        """Broadcast the last stage's `tensor` to all stages (in place; same shape on all)."""
         if self.layout.pipeline > 1:
             dist.broadcast(
                 tensor,
@@ -308,19 +310,19 @@ class Ranks:
         return tensor
 
     def sum_over_model(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum of `value` over the ranks of this model replica (in place)."""
+        """Sum `value` over the ranks of this model replica (in place)."""
         dist.all_reduce(value, group=parallel_state.get_model_parallel_group())
         return value
 
     @staticmethod
     def sum_over_data(value: torch.Tensor) -> torch.Tensor:
-        """Sum of `value` over the model replicas (in place)."""
+        """Sum `value` over the model replicas (in place)."""
         dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
         return value
 
     @staticmethod
     def max_over_data(value: torch.Tensor) -> torch.Tensor:
-        """Maximum of `value` over the model replicas (in place)."""
+        """Take the maximum of `value` over the model replicas (in place)."""
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
         return value
 

@@ -1,7 +1,7 @@
-"""Being asked to stop: a signal from Slurm or a user, or the end of the time that a run may take.
+"""Requests to stop: a signal from Slurm or a user, or the end of a run's time limit.
 
-Requests only leave a note. The ranks compare their notes between two steps, so that all of them
-stop after the same one, whichever was asked.
+A request is only recorded. The ranks compare their records between two steps, so that all stop
+after the same step, whichever rank received it.
 """
 
 import signal
@@ -24,32 +24,32 @@ from nemo_care.process.ending import (
 )
 from nemo_care.process.screen import say
 
-# A rank whose starter has died ends after this time if its step does not, as torchrun's ranks do
+# A rank whose starter has died ends after this time if its step does not, like torchrun's ranks
 # after a SIGTERM.
 _ORPHAN_SECONDS = 30.0
 
-_TIME_IS_UP = -1  # no number of a request
-# Those further on count where several have come.
+_TIME_IS_UP = -1  # not the number of a request
+# If there are several, later ones take precedence.
 _REQUESTS = (None, _TIME_IS_UP, STARTER_GONE, *ending.ASKING)
 
 
 class StopRequest:
-    """Notes the requests that reach this process."""
+    """Records the requests that reach this process."""
 
     def __init__(self, seconds: float | None = None) -> None:
-        """`seconds` from now the run stops by itself; None: never."""
+        """Start the time limit: after `seconds` the run stops by itself; None: never."""
         self._deadline = None if seconds is None else time.monotonic() + seconds
-        self._noted = 0  # a place in _REQUESTS
+        self._noted = 0  # an index into _REQUESTS
 
     def catch_signals(self) -> None:
-        """Note requests from now on, where this process watches for them, instead of ending."""
+        """Record requests from now on, instead of ending, if this process watches for them."""
         ending.on_request(self.note)
 
     def note(self, number: int) -> None:
-        """Ask for a stop: a signal's number, or STARTER_GONE; called by any thread."""
+        """Request a stop: a signal's number, or STARTER_GONE; called by any thread."""
         self._noted = max(self._noted, _REQUESTS.index(number))
         if number == STARTER_GONE:
-            # A step that is stuck, in a collective without the others, would be an orphan for ever.
+            # A step that is stuck, in a collective without its peers, would stay an orphan forever.
             timer = threading.Timer(_ORPHAN_SECONDS, end_at_once, (number,))
             timer.daemon = True
             timer.start()
@@ -61,7 +61,7 @@ class StopRequest:
             )
 
     def agreed(self) -> int | None:
-        """The request to stop that all ranks agree on now, or None; collective over all ranks."""
+        """Return the request that all ranks agree on now, or None; collective over all ranks."""
         noted = self._noted
         if not noted and self._deadline is not None and time.monotonic() > self._deadline:
             noted = _REQUESTS.index(_TIME_IS_UP)
@@ -71,10 +71,10 @@ class StopRequest:
 
 
 def stopped(step: int, request: int) -> RunStopped:
-    """The end of a run after a step because of a request that the ranks agreed on."""
+    """Return the exception for a run that stops after a step because of an agreed request."""
     is_time = request == _TIME_IS_UP
     cause = "trainer.max_time_per_run is over" if is_time else cause_of(request)
     return RunStopped(
-        f"stopped after step {step}, because {cause}; the same command goes on from there",
+        f"stopped after step {step} because {cause}; the same command resumes the run",
         STOPPED if is_time else status_of(request),
     )

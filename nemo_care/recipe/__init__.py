@@ -1,1 +1,1 @@
-"""The recipe: its schema with ranges, composing one from files and overrides, its page of keys."""
+"""The recipe: its schema with ranges, composition from files and overrides, the page of keys."""

@@ -8,17 +8,17 @@ class ConsistencyConfig:
     """The consistency bonus."""
 
     kind: str = "group"
-    """Who gets it: group (the paper: those of a group's accurate completions whose answer is
-    likely, compared with the others'), accurate (all of the accurate), dense (every completion
-    with an answer, bonus_coefficient * answer likelihood each) or counterfactual (not in the paper:
-    every completion with an answer, by how much likelier its answer is behind its own reasoning
-    than behind the others'; may be negative)."""
+    """Which completions receive the bonus: group (the paper: of a group's accurate completions,
+    those with a likely answer compared with the rest), accurate (all accurate completions), dense
+    (every completion with an answer, bonus_coefficient * answer likelihood each) or counterfactual
+    (not in the paper: every completion with an answer, by how much likelier its answer is given its
+    own reasoning than given the reasonings of the rest of its group; can be negative)."""
     counterfactual_share: float = 1.0
-    """Of kind=counterfactual: its share of the bonus; the rest is the paper's."""
+    """For kind=counterfactual: its share of the bonus; the rest is the paper's bonus."""
     bonus_coefficient: float = 0.5
     """Size of the bonus relative to the accuracy; 0: no bonus (the GRPO baseline)."""
     margin: float = 0.01
-    """How far below the mean answer likelihood a completion may lie and still get the bonus."""
+    """How far below the mean answer likelihood a completion can be and still get the bonus."""
     likelihood_clip: float = 0.95
     """Upper bound of the answer likelihood."""
     accuracy_threshold: float = 0.1
@@ -34,34 +34,37 @@ class ReferenceConfig:
     ema_update_every: int = 10
     """Optimizer steps between updates; 0: the reference stays frozen."""
     ema_start_step: int = 0
-    """Optimizer steps until which the reference stays what it was at the start."""
+    """Number of optimizer steps during which the reference keeps its initial weights."""
     ema_max_selection_rate: float = 1.0
-    """The reference waits while the bonus tells accurate completions apart in a larger share of the
-    groups than this (care/selection_rate); 1: it never waits, as in the paper. A step in which no
-    group has two accurate answers, or without a bonus, does not wait either. For kind=group: a
-    dense or counterfactual bonus hardly ever gives two completions the same, and so always waits.
+    """Skip the reference's update if the bonus separates accurate completions in a larger share of
+    the groups than this (care/selection_rate); 1: never skip, as in the paper. A step without a
+    bonus, or in which no group has two accurate answers, is not skipped either. For kind=group: a
+    dense or counterfactual bonus hardly ever gives two completions the same value, so it would
+    always skip.
     """
     offload: bool = False
-    """Keep the reference in CPU memory and on the GPU only while it scores."""
+    """Keep the reference in CPU memory, and on the GPU only while it scores."""
     max_logprob_difference: float = 0.01
-    """In the first step, where reference and policy are the same model, the mean difference
-    between a token's log-probability in the scoring pass and in the update; above it the run stops,
-    because one of the passes must be wrong."""
+    """Limit for the mean absolute difference between a token's log-probability in the scoring pass
+    and in the update. Checked in the first step, where reference and policy are the same model;
+    above
+    it the run stops, because one of the passes must be wrong."""
 
 
 @dataclass
 class AlgorithmConfig:
-    """GRPO-CARE, and GRPO as its special case."""
+    """GRPO-CARE, with GRPO as a special case."""
 
     group_size: int = 8
-    """G, completions per prompt."""
+    """G, the number of completions per prompt."""
     prompts_per_step: int = 4
-    """B, prompts per optimizer step over all ranks; a multiple of the data-parallel size."""
+    """B, the number of prompts per optimizer step over all ranks; a multiple of the data-parallel
+    size."""
     groups_per_micro_batch: int = 1
-    """Groups computed together; more is faster for tiny models and takes more memory."""
+    """Groups per micro-batch; more is faster for tiny models and takes more memory."""
     shared_prompt: bool = True
-    """Compute each prompt once for its group; false: once for each completion (the slow, simple
-    way, for comparison)."""
+    """Compute each prompt once for its group; false: once for each completion (slow and simple,
+    for comparison)."""
     updates_per_rollout: int = 1
     """Optimizer steps on the same rollouts; above 1 the clipped surrogate applies."""
     clip_low: float = 0.2
@@ -69,24 +72,24 @@ class AlgorithmConfig:
     clip_high: float = 0.2
     """The ratio is clipped above 1 + clip_high (several updates per rollout)."""
     advantage: str = "grpo"
-    """How a completion's reward becomes its advantage: grpo (the paper: the reward's distance from
-    the group's mean in standard deviations of the group), dr_grpo (that distance itself) or rloo
-    (the distance from the mean of the others). See docs/objectives.md."""
+    """How rewards become advantages: grpo (the paper: the reward's distance from the group's mean
+    in standard deviations of the group), dr_grpo (the distance itself) or rloo (the distance from
+    the mean of the remaining completions). See docs/objectives.md."""
     loss: str = "grpo"
     """The policy loss: grpo (the paper: clipped ratios, averaged over the tokens of each completion
     and then over all completions), token_mean (DAPO: averaged over all tokens of the step), dr_grpo
-    (summed over the tokens of each completion, divided by rollout.max_completion_tokens for all
-    alike), gspo (one ratio for a whole completion; with updates_per_rollout=1 it is grpo) or cispo
-    (clipped ratios as weights of the log-probabilities, averaged over all tokens; with
-    updates_per_rollout=1 it is token_mean, in its gradient). See docs/objectives.md."""
+    (summed over the tokens of each completion and divided by rollout.max_completion_tokens), gspo
+    (one ratio per completion; equals grpo with updates_per_rollout=1) or cispo (clipped ratios as
+    weights of the log-probabilities, averaged over all tokens; has the gradient of token_mean with
+    updates_per_rollout=1). See docs/objectives.md."""
     kl_coefficient: float = 0.0
     """Weight of the k3 penalty against the reference; GRPO-CARE has none."""
     min_reasoning_words: int = 0
     """Words that the format reward requires between the think tags; 0: the paper's reward."""
     rewards: list[str] = field(default_factory=lambda: ["accuracy", "format"])
-    """Whose weighted sum is the base reward: accuracy, format, and functions of your own by import
-    path, package.module.function (see docs/rewards.md)."""
+    """Rewards whose weighted sum is the base reward: accuracy, format, and your own functions by
+    import path, package.module.function (see docs/rewards.md)."""
     reward_weights: list[float] | None = None
-    """A number for each of the rewards; 0: recorded but not counted; null: 1 each."""
+    """One weight per reward; 0: recorded but not counted; null: all 1."""
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -1,7 +1,7 @@
-"""A command line that names a recipe, made ready for Hydra.
+"""Prepare a command line that names a recipe for Hydra.
 
-`key=value` for every key of the schema, our folders of recipes, and one recipe at a time. What
-Hydra would read differently, or would not do here, is refused with the remedy.
+This opens `key=value` for every key of the schema, adds the folders of recipes, and allows one
+recipe at a time. What Hydra would read differently or can't do here is rejected with the remedy.
 """
 
 import shlex
@@ -18,34 +18,34 @@ from nemo_care.recipe.explain import free_form_keys, names_in
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-# Hydra is to compose, and to leave folders and logs alone; NeMo's runner sets the last three too.
+# Hydra only composes, without folders and logs; NeMo's runner sets the last three too.
 _OURS = {
     "hydra.job.chdir": "false",
     "hydra.output_subdir": "null",
     "hydra/job_logging": "stdout",
     "hydra.run.dir": ".",
 }
-# Groups that give a key an empty dictionary in place of null (see `_open`).
+# Groups that give a key an empty dictionary instead of null (see `_open`).
 _OPENED = "opened_"
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line: `for_hydra` is what Hydra takes, `folders` are where recipes are."""
+    """A prepared command line: `for_hydra` for Hydra, and the `folders` that contain recipes."""
 
     for_hydra: list[str]
     folders: list[Path]
 
 
 def read_arguments(arguments: Sequence[str], recipes: Path) -> Arguments:
-    """Check a command line and make it ready for Hydra.
+    """Check a command line and prepare it for Hydra.
 
     Args:
-        arguments: As after `nemo-care train`.
-        recipes: The folder of the recipes that come with the package.
+        arguments: the arguments of `nemo-care train`.
+        recipes: the folder of the package's recipes.
 
     Raises:
-        InputError: no recipe is named, a value can't be read, or it is for several runs.
+        InputError: no recipe is named, a value can't be read, or the line describes several runs.
     """
     given, folders = _own_folders(arguments, recipes)
     _check_name(given, folders)
@@ -53,20 +53,20 @@ def read_arguments(arguments: Sequence[str], recipes: Path) -> Arguments:
     if {"--cfg", "-c"} & {flag.partition("=")[0] for flag in flags}:
         flags.append("--resolve")
     if flags[-1] in ("--info", "-i"):
-        flags.append("all")  # or it would take the first override for its value
+        flags.append("all")  # otherwise it takes the first override as its value
     _check_flags(flags)
-    # Hydra takes overrides in one piece only.
+    # Hydra accepts overrides only in one block.
     ours = [f"{key}={value}" for key, value in _OURS.items()]
     return Arguments([*flags, *_open([_read(text) for text in overrides]), *ours], folders)
 
 
 def is_opening(group: str) -> bool:
-    """Whether a group of the composition is not the user's choice, but opens a dictionary."""
+    """Whether a group of the composition opens a dictionary, and is not the user's choice."""
     return group.startswith(_OPENED)
 
 
 def openings() -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Groups for Hydra's store: name, and what it adds to a recipe."""
+    """Yield groups for Hydra's store: name, and what it adds to a recipe."""
     for key in free_form_keys():
         content: Mapping[str, Any] = {}
         for part in reversed(key.split(".")):
@@ -79,9 +79,9 @@ def _group_of(key: str) -> str:
 
 
 def _own_folders(arguments: Sequence[str], recipes: Path) -> tuple[list[str], list[Path]]:
-    """`--config-path DIR` adds a folder to the search path instead of replacing ours.
+    """Let `--config-path DIR` add a folder to the search path instead of replacing the package's.
 
-    Returns the arguments as Hydra wants them, and all folders in which recipes are.
+    Returns the arguments for Hydra, and all folders that contain recipes.
     """
     result: list[str] = []
     folders = [recipes]
@@ -100,7 +100,7 @@ def _own_folders(arguments: Sequence[str], recipes: Path) -> tuple[list[str], li
 
 
 def _check_name(arguments: Sequence[str], folders: Sequence[Path]) -> None:
-    """Refuse a command line without a recipe's name."""
+    """Reject a command line without a recipe's name."""
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name in ("--config-name", "-cn"):
@@ -112,7 +112,7 @@ def _check_name(arguments: Sequence[str], folders: Sequence[Path]) -> None:
 
 
 def _apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Flags with their values, and overrides."""
+    """Separate flags, with their values, from overrides."""
     flags: list[str] = []
     overrides: list[str] = []
     for argument in arguments:
@@ -122,14 +122,14 @@ def _apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_flags(flags: Sequence[str]) -> None:
-    """Refuse flags of Hydra that have no meaning here; it takes them abbreviated and combined."""
+    """Reject flags of Hydra without a meaning here, also abbreviated and combined ones."""
     from hydra._internal.utils import get_args_parser
 
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             read = get_args_parser().parse_args(list(flags))
     except SystemExit:
-        return  # Hydra prints something, or says what is wrong
+        return  # Hydra prints something, or reports the error
     if read.multirun:
         raise _several_runs("--multirun")
     if read.overrides:
@@ -139,9 +139,9 @@ def _check_flags(flags: Sequence[str]) -> None:
         )
     for name in ("experimental_rerun", "shell_completion"):
         if getattr(read, name):
-            raise InputError(f"--{name.replace('_', '-')} is not supported: leave it out")
+            raise InputError(f"--{name.replace('_', '-')} is not supported: omit it")
     if read.resolve and not read.cfg:
-        raise InputError("--resolve is for --cfg job: leave it out, or add that")
+        raise InputError("--resolve needs --cfg job: omit it, or add that")
 
 
 def _several_runs(what: str) -> InputError:
@@ -152,10 +152,10 @@ def _several_runs(what: str) -> InputError:
 
 
 def _read(text: str) -> "Override":
-    """An override as Hydra reads it.
+    """Parse an override with Hydra.
 
     Raises:
-        InputError: Hydra can't read it, or reads several values; the message has it quoted.
+        InputError: Hydra can't read it, or reads several values; the message shows how to quote it.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -170,7 +170,7 @@ def _read(text: str) -> "Override":
     name = override.key_or_group
     if name in _OURS:
         raise InputError(
-            f"{name} is not the user's to set: the run directory is exp_manager.explicit_log_dir, "
+            f"{name} can't be set: the run directory is exp_manager.explicit_log_dir, "
             "or exp_manager.exp_dir and exp_manager.name"
         )
     if name.startswith(("hydra.sweep", "hydra/sweep", "hydra/launcher", "hydra.launcher")) or (
@@ -184,7 +184,7 @@ def _read(text: str) -> "Override":
 
 
 def _remedy(key: str, value: str) -> str:
-    """How to write an override whose value is a text, or a list, with any characters."""
+    """Show how to write an override whose value is a text, or a list, with any characters."""
     if "\n" in value:
         return "give a text of several lines in a recipe file"
     if key.lstrip("+") in free_form_keys():
@@ -201,24 +201,24 @@ def _one_line(text: str) -> str:
 def _quoted(value: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    # The shell needs quotes of its own, which are rather the double ones.
+    # The shell needs its own quotes, preferably double ones.
     quote = Quote.double if "'" in value and '"' not in value else Quote.single
     return QuotedString(value, quote).with_quotes()
 
 
 def _for_shell(text: str) -> str:
-    """The text as one word of a shell, as readable as it can be."""
+    """Quote the text as one readable word of a shell."""
     return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
 
 
 def _open(overrides: "Sequence[Override]") -> list[str]:
-    """The overrides as texts, with which names of the user's choice become keys of a dictionary.
+    """Return the overrides as texts that can add keys of the user's choice to a dictionary.
 
-    Hydra adds keys to a dictionary only after `++`, and fails on one that is null: a group whose
-    content is empty, merged before the overrides, makes that an empty dictionary.
+    Hydra adds keys to a dictionary only with `++`, and fails on one that is null. An empty group,
+    merged before the overrides, makes that an empty dictionary.
 
     Raises:
-        InputError: a dictionary is set to null and given a value too.
+        InputError: a dictionary is set to null and also given a value.
     """
     texts = [str(override.input_line) for override in overrides]
     groups: dict[str, str] = {}

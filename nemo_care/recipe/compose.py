@@ -1,8 +1,8 @@
-"""From a recipe's name and overrides to a checked `Recipe`.
+"""Compose a checked `Recipe` from a recipe's name and overrides.
 
-Composition is that of NeMo's `hydra_runner`, with the `recipes/` folder as search path, overrides
-as `key=value`, and the user's own folder with `--config-path`. Hydra alone does it, to the same
-recipe: NeMo takes seconds to import, and no command needs anything else of it at this point.
+Composition follows NeMo's `hydra_runner`, with the `recipes/` folder as search path, overrides as
+`key=value`, and the user's own folder with `--config-path`. It uses Hydra alone, with the same
+result: NeMo takes seconds to import, and no command needs more of it at this point.
 """
 
 import operator
@@ -31,13 +31,13 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def recipes_folder() -> Path:
-    """Where the recipes lie: beside the package in a checkout, inside it when installed."""
+    """Return the folder of recipes: beside the package in a checkout, inside it when installed."""
     checkout = _PACKAGE.parent / "recipes"
     return checkout if checkout.is_dir() else _PACKAGE / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package, without the base that they inherit."""
+    """Return the recipes that come with the package, without the base that they inherit."""
     return names_in([recipes_folder()])
 
 
@@ -51,20 +51,20 @@ def _register() -> None:
     OmegaConf.register_new_resolver("package_path", _package_path, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("epoch_steps", _epoch_steps, replace=True)
-    # NeMo offers these to recipes; its own replace them.
+    # NeMo provides these to recipes, and replaces them when it is imported.
     OmegaConf.register_new_resolver("multiply", operator.mul, replace=True)
     OmegaConf.register_new_resolver("sum", operator.add, replace=True)
 
 
 def _package_path(name: str) -> str:
-    """The path of a file that comes with the package, such as the miniature's checkpoint."""
+    """Return the path of a file that comes with the package, such as the miniature's checkpoint."""
     return str(_PACKAGE / name)
 
 
 def _run_name() -> str:
-    """The recipe's name and the groups that the command line chose, such as an ablation.
+    """Return the recipe's name and the groups chosen on the command line, such as an ablation.
 
-    The layout is left out: a run goes on in its directory with any layout.
+    The layout is omitted: a run resumes in its directory with any layout.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -80,13 +80,13 @@ def _run_name() -> str:
 
 
 def _epoch_steps(samples: int, prompts_per_step: int) -> int:
-    """Steps until each of so many samples has been a prompt."""
-    return -(-samples // max(prompts_per_step, 1))  # check_recipe refuses less than 1
+    """Return the steps until each of `samples` samples has been a prompt."""
+    return -(-samples // max(prompts_per_step, 1))  # check_recipe rejects less than 1
 
 
 @contextmanager
 def _command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """Hydra reads sys.argv and, asked to, raises instead of exiting."""
+    """Set sys.argv, which Hydra reads, and let it raise instead of exiting."""
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -101,14 +101,14 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def to_recipe(config: DictConfig) -> Recipe:
-    """Check a composed configuration against the schema.
+    """Convert a composed configuration to the schema and check it.
 
     Raises:
         InputError: an unknown key, a wrong type, a missing value or one out of range.
     """
     try:
-        # Plain values only: Hydra's `+key=value` may have opened a node of the schema, and a merge
-        # would take the opened node over.
+        # Plain values only: Hydra's `+key=value` can have opened a node of the schema, and a merge
+        # would copy the opened node.
         plain = OmegaConf.create(OmegaConf.to_container(config))
         merged = OmegaConf.merge(OmegaConf.structured(Recipe), plain)
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -124,14 +124,14 @@ def to_recipe(config: DictConfig) -> Recipe:
 
 
 def compose_recipe(arguments: Sequence[str]) -> Recipe | None:
-    """Compose and check the recipe that a command line names.
+    """Compose and check the recipe of a command line.
 
     Args:
-        arguments: as after `nemo-care train`: `--config-name NAME`, `--config-path DIR`,
+        arguments: the arguments of `nemo-care train`: `--config-name NAME`, `--config-path DIR`,
             `key=value`, and Hydra's own flags.
 
     Returns:
-        The recipe, or None where Hydra only printed something (`--cfg job`).
+        The recipe, or None if Hydra only printed something (`--cfg job`).
 
     Raises:
         InputError: no such recipe, an unknown key, a value of the wrong type or out of range.
@@ -145,13 +145,13 @@ def compose_recipe(arguments: Sequence[str]) -> Recipe | None:
 
     @hydra.main(version_base=None, config_path=str(recipes_folder()))
     def capture(config: DictConfig) -> None:
-        # Here, because names of runs are made of what Hydra knows while this function runs.
+        # Inside this function, because run names need Hydra's state.
         OmegaConf.resolve(config)
         composed.append(config)
 
     noise = StringIO()
     try:
-        # Hydra repeats on stderr what its exception says.
+        # Hydra repeats its exception's message on stderr.
         with _command_line(read.for_hydra), redirect_stderr(noise):
             capture()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -165,7 +165,7 @@ def compose_recipe(arguments: Sequence[str]) -> Recipe | None:
 
 
 def load_recipe_file(file: Path) -> DictConfig:
-    """What a run's recipe.yaml says, unchecked.
+    """Read a run's recipe.yaml, unchecked.
 
     Raises:
         InputError: the file can't be read, or is not YAML with keys.
@@ -185,7 +185,7 @@ def load_recipe_file(file: Path) -> DictConfig:
 
 
 def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A resolved recipe from a run directory, with `overrides` (key=value).
+    """Read a resolved recipe from a run directory, with `overrides` (key=value).
 
     Raises:
         InputError: the file is missing or is not a recipe, or an override does not fit.
@@ -193,7 +193,7 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not file.is_file():
         raise InputError(f"{file}: no such file; give a run directory with its recipe.yaml")
     config = load_recipe_file(file)
-    # Every part is there when a run writes it; what is missing would get the schema's defaults.
+    # A run writes every part; a missing one would silently get the schema's defaults.
     cut = [part.name for part in fields(Recipe) if part.name not in config]
     if cut:
         raise InputError(f"{file}: cut short, {cut[0]} is missing; {_RESTORE}")
@@ -214,7 +214,7 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_changes(old: Recipe, new: Recipe) -> dict[str, list[Any]]:
-    """The old and the new value, as JSON has them, of each key in which two recipes differ."""
+    """Return old and new value, as in JSON, of each key in which two recipes differ."""
     before, after = (OmegaConf.structured(recipe) for recipe in (old, new))
     changes = {}
     for key in all_keys(after):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from nemo_care.errors import InputError
 from nemo_care.recipe.templates import template_problem
 
-MISSING = "???"  # OmegaConf's mark for a key that a recipe has to give.
+MISSING = "???"  # OmegaConf's mark for a required key.
 DATA_KINDS = ("jsonl", "miniature", "seed_bench_r1", "video_r1")
 
 
@@ -17,9 +17,9 @@ class VideoConfig:
     fps: float = 2.0
     """Frames per second of video, within the next two bounds."""
     min_frames: int = 4
-    """Frames of a short video at least, as far as it has so many; always an even number."""
+    """Lower bound for the frames of a short video, as far as it has them; always an even number."""
     max_frames: int = 16
-    """Frames of a long video at most, evenly spread."""
+    """Upper bound for the frames of a long video, spread evenly."""
     min_pixels: int = 3136
     """Smallest number of pixels of a frame (4 * 28 * 28)."""
     max_pixels: int = 100352
@@ -47,7 +47,7 @@ class SourceConfig:
     annotations: str = "train.jsonl"
     """File relative to root."""
     weight: float = 1.0
-    """Share of an epoch's prompts, relative to the other sources; above 0."""
+    """Share of an epoch's prompts, relative to the remaining sources; above 0."""
 
 
 @dataclass
@@ -55,19 +55,19 @@ class TrainDataConfig:
     """Training prompts: one data set, or a mixture."""
 
     kind: str = "jsonl"
-    """jsonl: one JSON object a line; miniature: the same, written by us where missing;
-    seed_bench_r1: as published; video_r1: as published, and general video benchmarks."""
+    """jsonl: one JSON object per line; miniature: the same, created if missing; seed_bench_r1: as
+    published; video_r1: as published, also for general video benchmarks."""
     root: str | None = None
-    """Directory that the paths in the annotations are relative to; needed without sources."""
+    """Directory that the paths in the annotations are relative to; required without sources."""
     annotations: str = "train.jsonl"
     """File relative to root."""
     sources: list[SourceConfig] | None = None
-    """Data sets to mix, each with kind, root, annotations and weight, in place of the three keys
-    above. An epoch has as many prompts as all sources have samples together, and each source's
-    share of them is weight / sum of weights, whole prompts by largest remainder. A source gives all
-    of its samples once before any of them again, and goes on in the next epoch where it stopped."""
+    """Data sets to mix, each with kind, root, annotations and weight; replaces the three keys
+    above. An epoch has as many prompts as all sources together have samples. Each source's share is
+    weight / sum of weights, in whole prompts by largest remainder. A source uses all of its samples
+    once before it repeats any, and continues in the next epoch where it stopped."""
     shuffle: bool = True
-    """Draw an order for each epoch; false: the files' order, sources spread evenly."""
+    """Draw a new order for each epoch; false: the files' order, sources spread evenly."""
 
 
 @dataclass
@@ -77,43 +77,43 @@ class ValidationDataConfig:
     kind: str = "jsonl"
     """As in data.train.kind."""
     root: str | None = None
-    """Directory that the paths in the annotations are relative to; needed with annotations."""
+    """Directory that the paths in the annotations are relative to; required with annotations."""
     annotations: dict[str, str] | None = None
     """Level name -> file relative to root; null: no validation."""
     samples_per_level: int | None = None
-    """Use only so many; null: all."""
+    """Number of samples to use per level; null: all."""
     max_frames: int | None = None
-    """In place of data.video.max_frames; null: as in training."""
+    """Replaces data.video.max_frames; null: as in training."""
 
 
 @dataclass
 class DataConfig:
-    """Where prompts come from and what they look like."""
+    """The source and the form of prompts."""
 
     train: TrainDataConfig = field(default_factory=TrainDataConfig)
     validation: ValidationDataConfig = field(default_factory=ValidationDataConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     prompt_template: str | None = None
-    """Text of a prompt with {question}, {options} and {answer_hint}; null: our own wording."""
+    """Text of a prompt with {question}, {options} and {answer_hint}; null: the built-in text."""
     max_prompt_tokens: int = 16384
-    """A longer prompt is skipped and listed."""
+    """Longer prompts are skipped and listed."""
     max_skipped_fraction: float = 0.05
-    """The run stops when more of a data set than this can't be used: bad lines of its annotations,
+    """The run stops if a larger share of a data set can't be used: bad lines of its annotations,
     media that can't be read, prompts that are too long."""
     workers: int = 2
-    """Processes of each model replica that decode the next step's media during this one; 0: decode
-    between the steps, without the two bounds below."""
+    """Decoding processes per model replica, which decode the next step's media during this one; 0:
+    decode between the steps, without the two limits below."""
     prefetch_steps: int = 1
-    """Steps whose media are decoded ahead, and kept in memory."""
+    """Number of steps whose media are decoded ahead and kept in memory."""
     seconds_per_sample: float = 60.0
-    """A prompt whose media take longer to decode is skipped and listed."""
+    """Prompts whose media take longer to decode are skipped and listed."""
     worker_memory_gib: float = 8.0
-    """Memory that one decoding process may use; a prompt that needs more is skipped and listed."""
+    """Memory limit of one decoding process; a prompt that needs more is skipped and listed."""
 
 
 def for_validation(data: DataConfig) -> DataConfig:
-    """The same keys, with data.validation.max_frames in the place of data.video.max_frames."""
+    """Return the same keys, with data.validation.max_frames as data.video.max_frames."""
     max_frames = data.validation.max_frames
     if max_frames is None:
         return data
@@ -124,7 +124,7 @@ def check_data(data: DataConfig) -> None:
     """Check the keys under `data` against each other; their ranges are in schema.py.
 
     Raises:
-        InputError: names the key, its value and what it may be.
+        InputError: names the key, its value and the allowed values.
     """
     _check_template(data.prompt_template)
     most = {"data.video": data.video.max_frames, "data.validation": data.validation.max_frames}
@@ -137,7 +137,7 @@ def check_data(data: DataConfig) -> None:
     if data.validation.annotations and data.validation.root is None:
         raise InputError(
             "data.validation.root has no value: give the directory of "
-            "data.validation.annotations, or set those to null"
+            "data.validation.annotations, or set annotations to null"
         )
     if data.train.sources is None:
         return

@@ -1,4 +1,4 @@
-"""One page with every recipe key, made of the schema and the docstrings in its source.
+"""Make a page with every recipe key from the schema and the docstrings in its source.
 
 python -m nemo_care.recipe.docs > docs/recipe.md
 """
@@ -34,9 +34,9 @@ class Key:
     type: str
     default: str
     allowed: str
-    """Choices or range; empty where the type says it all."""
+    """Choices or range; empty if the type is sufficient."""
     text: str
-    """What the schema's source says about it; empty where it says nothing."""
+    """The docstring in the schema's source; can be empty."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """All blocks of the schema in its order, parents before their children."""
+    """Return all blocks of the schema in its order, parents before their children."""
     return list(_blocks(Recipe, ""))
 
 
 def page() -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     lines = [_HEAD]
     for block in blocks():
         if not block.keys:
@@ -63,7 +63,7 @@ def page() -> str:
         lines += ["| key | type | default | allowed | |", "| --- | --- | --- | --- | --- |"]
         for key in block.keys:
             cells = [f"`{key.name}`", f"`{key.type}`", key.default, key.allowed, key.text]
-            # A bar would end the cell, inside code as well.
+            # A bar would end the cell, even inside code.
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -89,7 +89,7 @@ def _blocks(schema: type, prefix: str) -> Iterator[Block]:
 
 
 def _listed_schemas(hint: Any) -> Iterator[type]:
-    """The dataclasses inside a type such as list[SourceConfig] | None."""
+    """Yield the dataclasses inside a type such as list[SourceConfig] | None."""
     for part in get_args(hint):
         if isinstance(part, type) and dataclasses.is_dataclass(part):
             yield part
@@ -113,7 +113,7 @@ def _default(field: "dataclasses.Field[Any]") -> str:
 
 
 def _allowed(name: str) -> str:
-    """Choices or range of a key; those of data.train.sources[] are those of data.train."""
+    """Return a key's choices or range; those of data.train.sources[] are those of data.train."""
     name = name.replace(".sources[]", "")
     if name in CHOICES:
         return ", ".join(CHOICES[name])
@@ -124,7 +124,7 @@ def _allowed(name: str) -> str:
 
 
 def _field_texts(schema: type) -> dict[str, str]:
-    """The docstrings behind a dataclass's fields, which Python itself does not keep."""
+    """Return the docstrings after a dataclass's fields, which Python itself does not keep."""
     module = inspect.getmodule(schema)
     assert module is not None
     body = _class_bodies(module)[schema.__name__]

@@ -1,4 +1,4 @@
-"""One line for a recipe that can't be composed: what is wrong, and the nearest valid names."""
+"""Explain in one line why a recipe can't be composed, with the nearest valid names."""
 
 import difflib
 import re
@@ -14,7 +14,7 @@ from nemo_care.recipe.schema import Recipe
 
 
 def all_keys(config: DictConfig, prefix: str = "") -> list[str]:
-    """Every key of a configuration with dots, parents before their children."""
+    """Return every dotted key of a configuration, parents before their children."""
     keys: list[str] = []
     for name in map(str, config):
         key = prefix + name
@@ -26,14 +26,14 @@ def all_keys(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def names_in(folders: Iterable[Path]) -> list[str]:
-    """The recipes that lie in these folders, without the base that ours inherit."""
+    """Return the recipes in these folders, without the package's base recipe."""
     return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")} - {"base"})
 
 
 def explain(error: Exception, arguments: Sequence[str], folders: Sequence[Path]) -> str:
-    """What is wrong with a command line, or with the files that it names, and the remedy.
+    """Explain what is wrong with a command line or the files that it names, with the remedy.
 
-    `folders` are those in which recipes are looked for.
+    `folders` are searched for recipes.
     """
     from hydra.errors import MissingConfigException
 
@@ -50,14 +50,16 @@ def explain(error: Exception, arguments: Sequence[str], folders: Sequence[Path])
             if not (parents and parents[-1] in free_form_keys()):
                 return f"unknown recipe key {name}{_nearest(name, known)}"
     texts = list(_texts(error))
-    # OmegaConf says full_key where it knows the key, Hydra In 'FILE' where a file is at fault.
+    # OmegaConf adds full_key if it has the key; Hydra adds In 'FILE' if a file is at fault.
     text = next((said for said in texts if "full_key: " in said), texts[-1])
     file, key = re.search("^In '(.+?)'", text), re.search(r"full_key: (\S+)", text)
     if key is None:
         return " ".join(text.split())
     where = f"{file[1]}.yaml: " if file else ""
     if file and _lacks_package(file[1], key[1]):
-        return f"{where}begin this file with the line `# @package _global_`: its keys are full ones"
+        return (
+            f"{where}begin this file with the line `# @package _global_`: its keys are full paths"
+        )
     if key[1] in known:
         detail = text.split("composing config:")[-1].split("full_key:")[0]
         return f"{where}{key[1]}: {' '.join(detail.split())}"
@@ -65,16 +67,16 @@ def explain(error: Exception, arguments: Sequence[str], folders: Sequence[Path])
 
 
 def _texts(error: BaseException | None) -> Iterator[str]:
-    """What an error says, and then what its causes say."""
+    """Yield the messages of an error and its causes."""
     while error is not None:
         yield str(error)
         error = error.__cause__
 
 
 def _groups(folders: Iterable[Path]) -> list[str]:
-    """Names of the groups of files that recipes are composed of, such as data and layout."""
+    """Return the names of the groups of recipe files, such as data and layout."""
     found = {file.parent.name for folder in folders for file in folder.glob("*/*.yaml")}
-    return sorted(found - {"studies"})  # those are no recipes, see nemo_care/study/
+    return sorted(found - {"studies"})  # these are not recipes, see nemo_care/experiments/
 
 
 def _missing_file(name: str, options: Sequence[str], folders: Sequence[Path]) -> str:
@@ -89,22 +91,22 @@ def _missing_file(name: str, options: Sequence[str], folders: Sequence[Path]) ->
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """The valid names nearest to a mistyped one, as the end of a sentence."""
+    """Return the valid names nearest to a mistyped one, as the end of a sentence."""
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(nearest)}?" if nearest else ""
 
 
 def _lacks_package(file: str, key: str) -> bool:
-    """Whether a group's file, such as data/mine, has full keys and does not say so.
+    """Whether a group's file, such as data/mine, has full keys but no `@package _global_`.
 
-    Hydra then takes them for keys below the group."""
+    Hydra then reads them as keys below the group."""
     group = file.rpartition("/")[0]
     top = [name for name in all_keys(OmegaConf.structured(Recipe)) if "." not in name]
     return bool(group) and (key == group or key.split(".")[:2] in [[group, name] for name in top])
 
 
 def free_form_keys() -> list[str]:
-    """Keys that hold a dictionary with names of the user's choice."""
+    """Return the keys that hold a dictionary with names of the user's choice."""
     return list(_free_form(Recipe, ""))
 
 

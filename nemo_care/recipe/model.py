@@ -10,33 +10,33 @@ FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 @dataclass
 class FP8Config:
-    """Matrix products in 8 bits, in the language model's layers, by TransformerEngine. The vision
-    tower, the embedding, the output layer, norms and attention itself stay in bf16."""
+    """8-bit matrix products in the language model's layers, by TransformerEngine. The vision tower,
+    the embedding, the output layer, norms and attention itself stay in bf16."""
 
     enabled: bool = False
-    """Needs model.backend=transformer_engine, bf16 and an H100 or newer."""
+    """Requires model.backend=transformer_engine, bf16 and an H100 or newer."""
     recipe: str = "tensorwise"
-    """Where the scales come from: tensorwise (each tensor as it is), delayed (the tensors of
-    earlier steps), blockwise (blocks of 128; H100 with CUDA 12.9) or mxfp8 (blocks of 32; B200)."""
+    """Source of the scales: tensorwise (each tensor itself), delayed (the tensors of earlier
+    steps), blockwise (blocks of 128; H100 with CUDA 12.9) or mxfp8 (blocks of 32; B200)."""
     format: str = "auto"
     """e4m3 (all tensors), hybrid (gradients in e5m2, which is coarser and wider) or auto (e4m3 for
-    blockwise and mxfp8, hybrid for the others)."""
+    blockwise and mxfp8, otherwise hybrid)."""
     update: bool = True
     """The policy's forward and backward in the update."""
     scoring: bool = False
-    """The reference's scoring pass. In bf16 the answer likelihoods are not those of rounded
+    """The reference's scoring pass. In bf16, the answer likelihoods are not affected by rounded
     weights."""
     rollout: bool = False
-    """Sampling, in training and evaluation. In bf16 it is faster: decoding waits for memory, and
-    8-bit copies of the weights would be made again for every token."""
+    """Sampling, in training and evaluation. bf16 is faster: decoding is limited by memory
+    bandwidth, and 8-bit copies of the weights would be made again for every token."""
     param_gather: bool = False
-    """Store and gather the weights in 8 bits. Refused: the moving average of rounded weights would
-    not move, and the optimizer's master weights would not come from the checkpoint."""
+    """Store and gather the weights in 8 bits. Not supported: the moving average of rounded weights
+    would not move, and the optimizer's master weights would not come from the checkpoint."""
     bf16_first_layers: int = 0
-    """Layers at the model's start that stay in bf16; at most a pipeline stage's, none with delayed
+    """Number of first layers that stay in bf16; at most those of a pipeline stage, 0 with delayed
     scales."""
     bf16_last_layers: int = 0
-    """Layers at the model's end that stay in bf16; at most a pipeline stage's, none with delayed
+    """Number of last layers that stay in bf16; at most those of a pipeline stage, 0 with delayed
     scales."""
 
 
@@ -52,25 +52,25 @@ class PrecisionConfig:
 
 @dataclass
 class ModelConfig:
-    """The checkpoint to start from and how it is cut."""
+    """The initial checkpoint and its parallel layout."""
 
     hf_path: str = MISSING
     """Directory of a Hugging Face checkpoint; its `model_type` names the model family."""
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer; must divide the attention and key-value heads."""
     pipeline_model_parallel_size: int = 1
-    """Stages that the layers are dealt to; must divide the number of layers."""
+    """Number of stages over which the layers are distributed; must divide the number of layers."""
     sequence_parallel: bool = False
-    """Cut norms and residuals along the sequence too (with tensor parallelism)."""
+    """Also split norms and residuals along the sequence (with tensor parallelism)."""
     backend: str = "auto"
-    """What layers are made of: local (Megatron's linear layers, torch's norms and attention),
+    """Implementation of the layers: local (Megatron's linear layers, torch's norms and attention),
     transformer_engine (its fused norms and linear layers and its variable-length attention, on a
     GPU) or auto (local)."""
     recompute_granularity: str = "none"
-    """Activations to compute again in backward instead of keeping them: none, selective (those
-    inside attention), full (each layer's and the vision tower's)."""
+    """Activations that backward recomputes instead of keeping them: none, selective (those inside
+    attention), full (each layer's and the vision tower's)."""
     freeze_vision: bool = False
-    """Leave the vision tower's weights as they are."""
+    """Do not train the vision tower's weights."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
 
@@ -85,11 +85,11 @@ class OptimizerConfig:
     schedule: str = "cosine"
     """cosine or constant, after the warm-up."""
     warmup_steps: int = 0
-    """Optimizer steps in which the learning rate rises from 0."""
+    """Optimizer steps during which the learning rate rises from 0."""
     decay_steps: int | None = None
-    """Optimizer steps until min_lr is reached; null: those of the whole run."""
+    """Optimizer steps until min_lr is reached; null: the length of the run."""
     weight_decay: float = 0.01
-    """On matrices only; biases and norms are left out."""
+    """Applied to matrices only, not to biases and norms."""
     beta1: float = 0.9
     """Decay of the running mean of gradients."""
     beta2: float = 0.999
@@ -100,18 +100,18 @@ class OptimizerConfig:
     """Largest norm of the whole gradient."""
     overlap_grad_reduce: bool = False
     """Sum the replicas' gradients while backward still runs. Every parameter must get a gradient
-    from a step's last micro-batch: with prompts of text alone the run stops, unless
-    model.freeze_vision is set."""
+    from a step's last micro-batch: with text-only prompts the run stops, unless model.freeze_vision
+    is set."""
     offload: bool = False
     """Keep the optimizer's state (float32 master weights and AdamW's two averages) in CPU memory,
-    and on the GPU only for the optimizer's own step."""
+    and on the GPU only during the optimizer's step."""
 
 
 def check_model(model: ModelConfig) -> None:
     """Check the keys under `model` against each other; their ranges are in schema.py.
 
     Raises:
-        InputError: names the key, its value and what it may be.
+        InputError: names the key, its value and the allowed values.
     """
     if model.backend == "transformer_engine" and model.precision.dtype != "bf16":
         raise InputError(
@@ -127,32 +127,30 @@ def check_model(model: ModelConfig) -> None:
 
 
 def _check_fp8(model: ModelConfig) -> None:
-    """What the keys alone say; sizes and the GPU are checked in models/precision.py."""
+    """Check the keys alone; sizes and the GPU are checked in models/precision.py."""
     fp8, prefix = model.precision.fp8, "model.precision.fp8."
     if model.backend != "transformer_engine":
         raise InputError(
             f"{prefix}enabled=true needs model.backend=transformer_engine "
-            f"(it is {model.backend}: Megatron's own layers know no 8 bits)"
+            f"(it is {model.backend}: Megatron's own layers do not support 8 bits)"
         )
     if fp8.param_gather:
         raise InputError(
-            f"{prefix}param_gather=true is not supported: the reference would average weights that "
-            "are rounded to 8 bits, and small steps would never reach it; set it to false"
+            f"{prefix}param_gather=true is not supported: the reference would average weights "
+            "that are rounded to 8 bits, and small steps would be lost; set it to false"
         )
     if not fp8.update:
-        raise InputError(
-            f"{prefix}update=false leaves nothing to gain: set {prefix}enabled=false instead"
-        )
+        raise InputError(f"{prefix}update=false gains nothing: set {prefix}enabled=false instead")
     if fp8.recipe == "delayed":
         if fp8.bf16_first_layers or fp8.bf16_last_layers:
             raise InputError(
-                f"{prefix}bf16_first_layers and {prefix}bf16_last_layers need another recipe than "
-                "delayed, whose scales belong to all layers together: choose tensorwise"
+                f"{prefix}bf16_first_layers and {prefix}bf16_last_layers need a recipe other than "
+                "delayed, whose scales are shared by all layers: choose tensorwise"
             )
         for name in ("scoring", "rollout"):
             if getattr(fp8, name):
-                # TransformerEngine moves delayed scales on in passes with gradients only.
+                # TransformerEngine updates delayed scales only in passes with gradients.
                 raise InputError(
-                    f"{prefix}{name}=true needs another recipe than delayed, whose scales come "
+                    f"{prefix}{name}=true needs a recipe other than delayed, whose scales come "
                     "from passes with gradients: choose tensorwise"
                 )

@@ -1,9 +1,9 @@
 """The recipe's schema: every key, its type, its default and its range.
 
 A recipe is a YAML file (see `recipes/`) merged over these dataclasses by Hydra and OmegaConf, so
-an unknown key or a value of the wrong type is refused before anything starts. `check_recipe` then
-checks ranges and the keys against each other. Sizes are counts, lengths are tokens unless said.
-The files beside this one hold the keys of one part each, such as `algorithm.py`.
+an unknown key or a value of the wrong type is rejected before anything starts. `check_recipe` then
+checks ranges and the keys against each other. Sizes are counts and lengths are tokens unless
+stated. Each file beside this one holds the keys of one part, such as `algorithm.py`.
 """
 
 import math
@@ -38,13 +38,13 @@ from nemo_care.recipe.trainer import CheckpointConfig, ExpManagerConfig, Trainer
 from nemo_care.recipe.values import check_values
 from nemo_care.recipe.vllm import PLACEMENTS, ROLLOUT_BACKENDS
 
-# What is usual; more ranks than that ask for more machines.
+# The usual number; more ranks suggest more machines.
 _RANKS_OF_A_MACHINE = 8
 
 
 @dataclass
 class Recipe:
-    """Everything a run is made of."""
+    """The complete description of a run."""
 
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -58,7 +58,7 @@ class Recipe:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
+    """Return the resolved recipe as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
@@ -70,8 +70,8 @@ def needs_reference(algorithm: AlgorithmConfig) -> bool:
 class _NamesIn(Collection[str]):
     """The keys of a table of the package, which is imported only when a recipe is checked.
 
-    An entry added to the table is a choice of the recipe at once. (The tables hold functions on
-    tensors, and importing torch takes seconds that a command's --help need not spend.)
+    An entry added to the table is immediately a choice of the recipe. (The tables hold functions on
+    tensors, and importing torch takes seconds that a command's --help should not need.)
     """
 
     def __init__(self, module: str, table: str) -> None:
@@ -111,7 +111,7 @@ CHOICES: dict[str, Collection[str]] = {
     "data.validation.kind": DATA_KINDS,
 }
 
-# Bounds, themselves allowed; None is no bound.
+# Inclusive bounds; None is no bound.
 RANGES: dict[str, tuple[float | None, float | None]] = {
     "trainer.max_steps": (1, None),
     "trainer.devices": (1, None),
@@ -193,7 +193,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Check values, ranges, and keys against each other.
 
     Raises:
-        InputError: names the key, its value and what it may be.
+        InputError: names the key, its value and the allowed values.
     """
     check_values(recipe)
     for key, choices in CHOICES.items():
@@ -213,10 +213,10 @@ _DURATION = re.compile(r"(\d+):(\d\d):(\d\d):(\d\d)")
 
 
 def seconds_of(duration: str) -> float:
-    """Seconds of "days:hours:minutes:seconds", NeMo's way to write a duration.
+    """Return the seconds of "days:hours:minutes:seconds", NeMo's format of a duration.
 
     Raises:
-        InputError: it is written otherwise.
+        InputError: it has a different format.
     """
     match = _DURATION.fullmatch(duration)
     if match is None:
@@ -236,12 +236,12 @@ def _check_together(recipe: Recipe) -> None:
     kind = recipe.algorithm.consistency.kind
     if not recipe.algorithm.shared_prompt and BONUSES[kind].needs_pairs:
         raise InputError(
-            f"algorithm.consistency.kind={kind} scores every answer behind every reasoning "
+            f"algorithm.consistency.kind={kind} scores every answer given every reasoning "
             "of its group, which needs algorithm.shared_prompt=true"
         )
     if not recipe.algorithm.shared_prompt and recipe.evaluation.peer_probe:
         raise InputError(
-            f"evaluation.peer_probe={recipe.evaluation.peer_probe} scores every answer behind "
+            f"evaluation.peer_probe={recipe.evaluation.peer_probe} scores every answer given "
             "every reasoning of a prompt, which needs algorithm.shared_prompt=true"
         )
     name = PurePath(recipe.exp_manager.name or "default")
@@ -257,17 +257,17 @@ def _check_together(recipe: Recipe) -> None:
 
 
 def replicas_of(recipe: Recipe) -> int:
-    """Model replicas, the data-parallel size, of a recipe that `check_world` accepts."""
+    """Return the number of model replicas (the data-parallel size) of a recipe checked before."""
     model, trainer = recipe.model, recipe.trainer
     size = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
     return trainer.devices * trainer.num_nodes // size
 
 
 def check_world(recipe: Recipe) -> None:
-    """Check that the ranks make whole replicas of a model that the layout divides.
+    """Check that the number of ranks is a multiple of a model replica's ranks.
 
     Raises:
-        InputError: names the keys and what would fit.
+        InputError: names the keys and values that fit.
     """
     trainer, model = recipe.trainer, recipe.model
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
@@ -289,10 +289,10 @@ def check_world(recipe: Recipe) -> None:
 
 
 def check_training(recipe: Recipe) -> None:
-    """Check what only a training run needs, beyond `check_recipe` and `check_world`.
+    """Check what only a training run requires, beyond `check_recipe` and `check_world`.
 
     Raises:
-        InputError: names the key, its value and what it may be.
+        InputError: names the key, its value and the allowed values.
     """
     replicas = replicas_of(recipe)
     if recipe.algorithm.prompts_per_step % replicas:

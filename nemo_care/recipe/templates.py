@@ -1,16 +1,16 @@
-"""Texts with fields in braces, such as {question}, that a recipe may replace."""
+"""Check texts with fields in braces, such as {question}, that a recipe can replace."""
 
 import string
 from collections.abc import Collection
 
 
 def template_problem(template: str, known: Collection[str], needed: Collection[str]) -> str:
-    """What is wrong with a template, on one line; empty where `str.format` can fill it.
+    """Return what is wrong with a template, in one line; empty if `str.format` can fill it.
 
     Args:
-        template: The text, in which a brace that is not part of a field is written twice.
-        known: The fields that it may have.
-        needed: The fields that it must have.
+        template: the text, in which a brace that is not part of a field is doubled.
+        known: the allowed fields.
+        needed: the required fields.
     """
     try:
         named = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
@@ -19,7 +19,7 @@ def template_problem(template: str, known: Collection[str], needed: Collection[s
         for name in needed:
             if name not in named:
                 return f"{{{name}}} is missing"
-        # Conversions and formats are only looked at now.
+        # `format` checks conversions and formats.
         template.format(**dict.fromkeys(known, ""))
     except LookupError as error:  # of a field inside a field's format
         return f"unknown field inside a field: {error}"

@@ -8,28 +8,28 @@ from nemo_care.recipe.data import MISSING
 
 @dataclass
 class TrainerConfig:
-    """How long, on how many ranks, from which seed."""
+    """Length, ranks and seed of a run."""
 
     max_steps: int = MISSING  # type: ignore[assignment]
     """Steps of the whole run, each one rollout and algorithm.updates_per_rollout updates."""
     devices: int = 1
     """Ranks on one machine: GPUs, or processes where there is no GPU."""
     num_nodes: int = 1
-    """Machines. More than one needs torchrun or srun to start the ranks."""
+    """Number of machines. More than one requires torchrun or srun to start the ranks."""
     cpu_threads: int = 1
-    """Threads of each rank on a machine without GPUs; more only help models larger than tiny."""
+    """Threads of each rank on a machine without GPUs; more help only models larger than tiny."""
     seed: int = 1234
     """Seed of data order and sampling."""
     resume: str = "auto"
-    """auto: go on from the run directory's newest checkpoint; never: refuse if there is one."""
+    """auto: resume from the run directory's newest checkpoint; never: fail if there is one."""
     validation_interval: int = 0
     """Steps between validations; 0: only before the first and after the last step."""
     max_time_per_run: str | None = None
-    """days:hours:minutes:seconds after which the run saves and exits with status 75, to be started
-    again; null: no limit."""
+    """days:hours:minutes:seconds after which the run saves and exits with status 75, ready to be
+    restarted; null: no limit."""
     max_bad_steps: int = 3
-    """Steps in a row that may be left out because a log-probability, the loss or the gradient is
-    NaN or infinite; one more stops the run. 0: the first stops it."""
+    """Number of consecutive steps that can be left out because a log-probability, the loss or the
+    gradient is NaN or infinite; one more stops the run. 0: the first stops it."""
     show_completion_every: int = 20
     """Steps between printed sampled completions; 0: none are printed."""
 
@@ -41,11 +41,11 @@ class CheckpointConfig:
     save_interval: int = 50
     """Steps between checkpoints; the last step is always saved."""
     asynchronous: bool = True
-    """Training goes on while a copy of its state, in CPU memory, is written; false: it waits."""
+    """Continue training while a copy of the state, in CPU memory, is written; false: wait."""
     keep_last: int = 2
-    """Newest checkpoints to keep; 0: all."""
+    """Number of newest checkpoints to keep; 0: all."""
     keep_every: int = 0
-    """Keep besides each checkpoint whose step is a multiple of this; 0: none."""
+    """Also keep each checkpoint whose step is a multiple of this; 0: none."""
     export: bool = True
     """Write a Hugging Face directory at the end of the run."""
 
@@ -59,15 +59,15 @@ class ExpManagerConfig:
     exp_dir: str | None = "runs"
     """Folder of run directories; null: nemo_experiments."""
     name: str | None = "default"
-    """Name of the run directory there. Recipes that inherit base are called like their file, with
-    the groups behind it that the command line chose (not the layout)."""
+    """Name of the run directory in that folder. Recipes that inherit base are named after their
+    file and the groups that the command line chose (except the layout)."""
     create_tensorboard_logger: bool = True
     """Write TensorBoard files into the run directory."""
     create_wandb_logger: bool = False
-    """Log to Weights & Biases, which needs its package."""
+    """Log to Weights & Biases, which requires its package."""
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of that logger, such as project and name."""
     create_mlflow_logger: bool = False
-    """Log to MLflow, which needs its package."""
+    """Log to MLflow, which requires its package."""
     mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of that logger, such as experiment_name and tracking_uri."""

@@ -1,4 +1,4 @@
-"""What holds for every value of a recipe, whatever its key: numbers are finite, texts not empty.
+"""Check every value of a recipe, whatever its key: numbers are finite, texts not empty.
 
 Ranges and choices of single keys are in schema.py.
 """
@@ -10,15 +10,15 @@ from typing import Any
 
 from nemo_care.errors import InputError
 
-# Arguments of other libraries, which say themselves what may be empty.
+# Arguments of loggers, which check themselves what can be empty.
 _FREE_TEXT = ("exp_manager.wandb_logger_kwargs", "exp_manager.mlflow_logger_kwargs")
 
 
 def check_values(recipe: Any) -> None:
-    """Refuse NaN, infinity and empty texts, at any depth of the recipe.
+    """Reject NaN, infinity and empty texts, at any depth of the recipe.
 
-    No comparison with a bound finds a NaN, and an empty text is mostly a shell variable without a
-    value, which would mean the working directory, our own wording or another model.
+    A NaN passes every comparison with a bound. An empty text is mostly an unset shell variable, and
+    would mean the working directory, the built-in text or a different model.
 
     Raises:
         InputError: names the key.
@@ -28,12 +28,12 @@ def check_values(recipe: Any) -> None:
             raise InputError(f"{key}={value}: must be a finite number")
         if isinstance(value, str) and not value.strip() and not key.startswith(_FREE_TEXT):
             raise InputError(
-                f"{key} is empty: give it a value, or leave it out (is a shell variable not set?)"
+                f"{key} is empty: give it a value, or omit it (is a shell variable not set?)"
             )
 
 
 def _values(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Every value that is neither a block, a list nor a mapping, with its key; keys of mappings."""
+    """Yield every value except blocks, lists and mappings, with its key; also keys of mappings."""
     if is_dataclass(value):
         for field in fields(value):
             yield from _values(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))

@@ -1,4 +1,4 @@
-"""The recipe's keys under `rollout.vllm`: where vLLM runs and what it may take."""
+"""The recipe's keys under `rollout.vllm`: placement and resources of vLLM."""
 
 from dataclasses import dataclass
 
@@ -10,46 +10,47 @@ PLACEMENTS = ("colocated", "separate")
 
 @dataclass
 class VLLMConfig:
-    """Rollouts with vLLM; read where rollout.backend is vllm (see docs/vllm.md)."""
+    """Rollouts with vLLM; used if rollout.backend is vllm (see docs/vllm.md)."""
 
     placement: str = "colocated"
-    """colocated: on the GPUs that train, in turns with training; separate: on GPUs of its own,
-    which rollout.vllm.gpus or rollout.vllm.hosts name."""
+    """colocated: on the training GPUs, alternating with training; separate: on separate GPUs, given
+    by rollout.vllm.gpus or rollout.vllm.hosts."""
     tensor_parallel_size: int = 1
-    """GPUs of one engine, whatever the trainer's own size is. Colocated, every so many ranks of a
-    model replica share an engine, and the replica's prompts are dealt to its engines."""
+    """GPUs per engine, independent of the trainer's tensor parallel size. Colocated, this number of
+    ranks of a model replica share an engine, and the replica's prompts are distributed over its
+    engines."""
     gpus: list[int] | None = None
     """Separate, on the machine of each replica's first rank: numbers of GPUs that do not train, as
-    CUDA_VISIBLE_DEVICES has them. Every tensor_parallel_size of them are an engine. With several
-    replicas on one machine they share them out in order."""
+    in CUDA_VISIBLE_DEVICES. Every tensor_parallel_size of them form an engine. Several replicas on
+    one machine share them in order."""
     hosts: list[str] | None = None
-    """Separate, elsewhere: NODE:PORT of each engine that was started there with python -m
-    nemo_care.rollouts.vllm.host; all replicas share them out in order."""
+    """Separate, elsewhere: NODE:PORT of each engine, started there with python -m
+    nemo_care.rollouts.vllm.host; all replicas share them in order."""
     gpu_memory_utilization: float = 0.6
-    """Share of each GPU's memory that an engine takes while it is awake: weights, activations and
-    key-value cache together."""
+    """Share of each GPU's memory used by an awake engine: weights, activations and key-value cache
+    together."""
     kv_cache_gib: float | None = None
     """Memory of the key-value cache on each GPU; null: what gpu_memory_utilization leaves. On a
     machine without GPUs it is CPU memory."""
     sleep_level: int = 2
-    """Colocated, while training goes on: 2 gives back all memory, and weights come anew with the
+    """Colocated, during training: 2 releases all memory, and the weights are sent again for the
     next rollout; 1 keeps vLLM's weights in CPU memory; 0 stays awake. Without GPUs it stays
     awake."""
     enforce_eager: bool = False
-    """Neither compile nor capture CUDA graphs: starts sooner, generates slower."""
+    """Neither compile nor capture CUDA graphs: starts sooner, generates more slowly."""
     bucket_mib: int = 512
-    """Weights travel to vLLM in pieces of about this size; colocated, through a buffer of this
-    size, or of the largest tensor's where that is larger."""
+    """Weights are sent to vLLM in pieces of about this size; colocated, through a buffer of this
+    size or, if larger, that of the largest tensor."""
     timeout_seconds: float = 1800.0
-    """An engine that has not started, taken a piece of weights or completed its prompts after so
-    long ends the run."""
+    """The run ends if an engine takes longer to start, to receive a piece of weights or to complete
+    its prompts."""
 
 
 def check_vllm(vllm: VLLMConfig) -> None:
     """Check the keys under `rollout.vllm` against each other; their ranges are in schema.py.
 
     Raises:
-        InputError: names the key, its value and what it may be.
+        InputError: names the key, its value and the allowed values.
     """
     prefix = "rollout.vllm."
     if vllm.placement == "colocated":
@@ -57,13 +58,13 @@ def check_vllm(vllm: VLLMConfig) -> None:
             if getattr(vllm, name) is not None:
                 raise InputError(
                     f"{prefix}{name} is for {prefix}placement=separate; the engines of "
-                    "placement=colocated run on the GPUs that train: leave it out"
+                    "placement=colocated run on the training GPUs: omit it"
                 )
         return
     if (vllm.gpus is None) == (vllm.hosts is None):
         raise InputError(
-            f"{prefix}placement=separate needs either {prefix}gpus (GPUs of the machines that "
-            f"train) or {prefix}hosts (engines on other machines): give one of them"
+            f"{prefix}placement=separate needs either {prefix}gpus (GPUs of the training "
+            f"machines) or {prefix}hosts (engines on other machines): give one of them"
         )
     if vllm.gpus is not None:
         _check_gpus(vllm, prefix)

@@ -1,1 +1,1 @@
-"""Reading runs back: curves, the report page, tables, and comparisons over recipes and seeds."""
+"""Curves, figures, pages and tables of runs."""

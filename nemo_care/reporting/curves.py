@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 _MARKS = ("o", "s", "^", "D")
-# Fewer steps are drawn with a mark each, so that a single step shows too; many more are drawn
-# faintly under their running mean.
+# Fewer steps are drawn with markers, so that a single step is visible; more are drawn faintly under
+# their running mean.
 _MARKED_STEPS = 30
 SMOOTHED_STEPS = 60
 
@@ -41,7 +41,7 @@ _VALIDATION = {
 
 
 def _frame(run: RunRecord, keys: Iterable[str]) -> DataFrame:
-    """Metrics by step, a column for each that the run has a value of."""
+    """Return metrics by step, with a column for each that has a value in the run."""
     import pandas as pd
 
     series = {key: run.series(key) for key in keys}
@@ -64,8 +64,8 @@ def _metric_sheet(run: RunRecord, sheet: Sheet, folder: Path) -> Curve | None:
     for panel, lines in m.panels_of(sheet, recorded).items():
         frame = _frame(run, lines)
         shown = (frame > 0).any(axis=None) if panel.needs_more_than_zero else not frame.empty
-        # Without a coefficient the KL is not computed: a line at 0 would say that the policy has
-        # not moved.
+        # Without a coefficient the KL is not computed: a line at 0 would suggest that the policy
+        # has not moved.
         if shown and not (m.KL in frame and run.setting("algorithm.kl_coefficient") == 0):
             panels.append((panel, lines, frame))
     if not panels:
@@ -88,7 +88,7 @@ def _metric_sheet(run: RunRecord, sheet: Sheet, folder: Path) -> Curve | None:
 
 def _time_sheet(run: RunRecord, folder: Path) -> Curve | None:
     frame = _frame(run, [*m.PHASES, m.STEP_TIME])
-    # A stack needs a number everywhere; a phase that a step did not time counts as 0.
+    # A stack needs numbers everywhere; a phase that a step did not time counts as 0.
     layers = frame[[key for key in m.PHASES if key in frame]].fillna(0)
     if m.STEP_TIME in frame:
         rest = frame[m.STEP_TIME] - layers.sum(axis="columns")
@@ -108,7 +108,7 @@ def _time_sheet(run: RunRecord, folder: Path) -> Curve | None:
             axes.fill_between(
                 layers.index, base, top, color=colour, label=label, linewidth=0, step="mid"
             )
-    # One slow step (the first, a checkpoint) must not flatten all others.
+    # One slow step (the first, a checkpoint) must not flatten the rest.
     longest, usual = top.max(), top.quantile(0.95, interpolation="lower")
     cut = len(top) > _MARKED_STEPS and longest > 3 * usual > 0
     title = "Time per step" + (f" (longest: {longest:.3g} s)" if cut else "")
@@ -143,7 +143,7 @@ def _validation_sheet(run: RunRecord, folder: Path) -> Curve | None:
 
 
 def draw_curves(run: RunRecord, folder: Path) -> list[Curve]:
-    """Draw all curves that the run has values for into `folder`, which is made when missing."""
+    """Draw all curves that have values into `folder`, which is created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     curves = [_metric_sheet(run, sheet, folder) for sheet in m.SHEETS[:2]]
     curves.append(_validation_sheet(run, folder))

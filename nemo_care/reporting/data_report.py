@@ -1,4 +1,4 @@
-"""What a check of the data found: tables and a histogram for the terminal, all of it as JSON."""
+"""Report a check of the data: tables and a histogram for the terminal, everything as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LONGEST_BAR = 40
 
 
 def check_record(reports: Sequence[FileReport], config: DataConfig) -> dict[str, Any]:
-    """Everything that was found, ready for JSON."""
+    """Return all findings, ready for JSON."""
     return {
         "usable": not any(report.error or report.problems for report in reports),
         "max_prompt_tokens": config.max_prompt_tokens,
@@ -71,7 +71,7 @@ def _problem_types(report: FileReport) -> Counter[str]:
 
 
 def _media(report: FileReport) -> dict[str, int]:
-    """Checked samples with videos, with images, with neither; one may have both."""
+    """Count checked samples with videos, with images, with neither; one can have both."""
     return {
         "videos": sum(bool(sample.videos) for sample in report.checked),
         "images": sum(bool(sample.images) for sample in report.checked),
@@ -80,7 +80,7 @@ def _media(report: FileReport) -> dict[str, int]:
 
 
 def _tokens_record(lengths: Sequence[Length]) -> dict[str, Any] | None:
-    """Of all prompts whose length is known, those that are too long among them."""
+    """Summarise all prompts of known length, including those that are too long."""
     if not lengths:
         return None
     tokens = np.array([length.tokens for length in lengths])
@@ -103,7 +103,7 @@ def _tokens_record(lengths: Sequence[Length]) -> dict[str, Any] | None:
 
 
 def token_histogram(tokens: np.ndarray) -> tuple[list[int], list[int]]:
-    """Edges and counts of at most 16 bins; a bin holds its lower edge and not its upper one.
+    """Return edges and counts of at most 16 bins; a bin includes its lower edge only.
 
     Edges are multiples of a round width: 1, 2 or 5 times a power of ten.
     """
@@ -121,11 +121,11 @@ def print_report(
 ) -> None:
     """Print tables, the histogram and the first problems.
 
-    `whole`: every sample was looked at, and decoded.
+    `whole`: every sample was checked, and decoded.
     """
     console.print(_usability_table(reports, config.max_skipped_fraction))
     if not whole:
-        console.print("Not everything was looked at: a whole check may find more.\n")
+        console.print("Not everything was checked: a complete check can find more.\n")
     read = [report for report in reports if report.checked]
     if read:
         console.print(_contents_table(read))
@@ -166,14 +166,14 @@ def _usability_table(reports: Sequence[FileReport], max_skipped_fraction: float)
             plain(report.file.name),
             *(f"{number:,}" for number in numbers),
             f"{100 * report.unusable_fraction:.1f}%",
-            "stops" if report.stops_a_run(max_skipped_fraction) else "goes on",
+            "stops" if report.stops_a_run(max_skipped_fraction) else "continues",
             "the file" if report.error else plain(_counts(report.causes) or "–"),
         )
     return table
 
 
 def _counts(found: Counter[str]) -> str:
-    """The most frequent first."""
+    """Format counts, the most frequent first."""
     return ", ".join(f"{name} {count:,}" for name, count in found.most_common())
 
 
@@ -219,7 +219,7 @@ def _histogram_lines(tokens: np.ndarray, max_prompt_tokens: int) -> list[str]:
 
 
 def _solution_lines(reports: Sequence[FileReport]) -> list[str]:
-    """What is to be known of solutions that can be used."""
+    """Return notes on usable solutions."""
     lines = []
     for report in reports:
         name, count = report.file.name, len(report.normalised)
@@ -231,20 +231,20 @@ def _solution_lines(reports: Sequence[FileReport]) -> list[str]:
             )
         if report.one_word_solutions:
             lines.append(
-                f"{name}: free-form solutions of one word, for which an answer gets 0.67 at most "
+                f"{name}: free-form solutions of one word, for which an answer scores at most 0.67 "
                 f"(ROUGE-2 compares pairs of words): {report.one_word_solutions:,}"
             )
     return lines
 
 
 def _problem_lines(reports: Sequence[FileReport]) -> list[str]:
-    """The first problems of each file and cause, and how many more there are."""
+    """Return the first problems of each file and cause, and the number of the rest."""
     groups = {
         (report.file.name, cause): [p for p in report.problems if p.cause == cause]
         for report in reports
         for cause in report.causes
     }
-    # One of each group, then the next of each, until there are enough.
+    # One of each group, then the next of each, until the limit is reached.
     turns = [problem for turn in zip_longest(*groups.values()) for problem in turn if problem]
     shown = turns[:_PROBLEMS_SHOWN]
     lines = [f"{report.file.name}: {report.error}" for report in reports if report.error]
@@ -258,6 +258,6 @@ def _problem_lines(reports: Sequence[FileReport]) -> list[str]:
 
 
 def _problem_line(problem: Problem) -> str:
-    # What is said of a line names it; what is said of a file does not name the sample.
+    # A line's problem names the line; a file's problem does not name the sample.
     of = "" if problem.place is None else f"sample {problem.sample_id}: "
     return of + problem.reason

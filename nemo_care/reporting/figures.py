@@ -1,4 +1,4 @@
-"""What all figures have in common: colours, the layout of panels, and how they are written."""
+"""Common parts of all figures: colours, the layout of panels, and writing them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours: told apart with any colour vision.
+# Okabe and Ito's colours, which can be distinguished with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 OTHER = "#B0B0B0"
-# A panel's axes and the room around them, in inches; the legend lies in the room below. A fixed
-# layout: the automatic one lets labels overlap when a legend is wider than its axes.
+# A panel's axes and the margins around them, in inches; the legend is in the lower margin. The
+# layout is fixed because the automatic one lets labels overlap if a legend is wider than its axes.
 AXES = (3.3, 2.1)
 LEFT, RIGHT, _TOP, _BOTTOM = 0.8, 0.2, 0.35, 0.75
 _DPI = 130
@@ -26,7 +26,7 @@ _DPI = 130
 
 @dataclass(frozen=True)
 class Curve:
-    """A drawn figure: its file and what it shows."""
+    """A drawn figure: its file and a description."""
 
     file: Path
     title: str
@@ -34,7 +34,7 @@ class Curve:
     """Relative to a figure of three panels side by side."""
 
     def data_url(self) -> str:
-        """The picture itself, for a page that needs no other file."""
+        """Return the picture itself, for a page that needs no other file."""
         return "data:image/png;base64," + b64encode(self.file.read_bytes()).decode("ascii")
 
 
@@ -48,14 +48,14 @@ def finish(
     keys: int,
     x: str = "step",
 ) -> None:
-    """Title, labels, grid and legend of one panel; `keys` lines are in the legend."""
+    """Add title, labels, grid and legend to a panel; `keys` is the number of legend lines."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(unit, fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    # A factor such as 1e-5 above the axis would lie in the title.
+    # A factor such as 1e-5 above the axis would overlap the title.
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.tick_params(labelsize=8)
     axes.grid(color="#DDDDDD", linewidth=0.6)
@@ -67,7 +67,7 @@ def finish(
     elif from_zero and axes.dataLim.ymin >= 0:
         axes.set_ylim(0, max(axes.get_ylim()[1], 1e-12))
     if keys > 1:
-        # Under the axes: inside, it would hide curves that lie at 0 or 1.
+        # Below the axes: inside, it would hide curves at 0 or 1.
         axes.legend(
             fontsize=8,
             frameon=False,
@@ -81,14 +81,14 @@ def finish(
 
 
 def new_sheet(count: int, axes_width: float = AXES[0]) -> tuple[Figure, list[Axes]]:
-    """A figure with that many panels."""
+    """Create a figure with `count` panels."""
     from matplotlib.figure import Figure
 
     across = 2 if count == 4 else min(count, 3)
     down = math.ceil(count / across)
     panel = (LEFT + axes_width + RIGHT, _TOP + AXES[1] + _BOTTOM)
     width, height = panel[0] * across, panel[1] * down
-    # Figure without pyplot: draws with Agg and leaves the process's backend alone.
+    # Figure without pyplot: draws with Agg and does not change the process's backend.
     figure = Figure(figsize=(width, height), dpi=_DPI)
     places = []
     for place in range(count):
@@ -106,12 +106,12 @@ def save(figure: Figure, folder: Path, name: str, title: str) -> Curve:
     from matplotlib.text import Text
 
     file = folder / f"{name}.png"
-    # A `$` in the name of a level, a reward or a variant is no formula. Here for all texts there
-    # are, and for those of ticks, which are made while drawing.
+    # A `$` in the name of a level, a reward or a variant is not a formula. Applied to all existing
+    # texts, and to those of ticks, which are created while drawing.
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     with rc_context({"text.parse_math": False}), naming(file):
-        # Without matplotlib's own note, equal runs give equal files.
+        # Without matplotlib's version, equal runs give equal files.
         figure.savefig(file, facecolor="white", metadata={"Software": None})
     widest = 3 * (LEFT + AXES[0] + RIGHT)
     return Curve(file, title, figure.get_figwidth() / widest)

@@ -1,4 +1,4 @@
-"""Pages that work offline: Jinja's templates filled with what a run or a study says."""
+"""Pages that work offline: Jinja templates filled with the data of a run or a study."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def write_page(target: Path, template: str, **values: Any) -> None:
         lstrip_blocks=True,
     )
     text = environment.get_template(template).render(values)
-    # Lone surrogates can stand in JSON and can't be written as UTF-8.
+    # JSON can contain lone surrogates, which can't be written as UTF-8.
     with naming(target):
         target.write_text(text, encoding="utf-8", errors="replace")
 
@@ -45,7 +45,7 @@ def _spread(group: Sequence[Record]) -> float:
 
 
 def choose_samples(rows: Sequence[Record], groups: int = 2) -> list[Record]:
-    """The best and the worst rewarded completion of the groups whose rewards differ most.
+    """Return the completions with best and worst reward of the groups whose rewards differ most.
 
     A group whose rewards are all equal gives one completion.
     """
@@ -81,9 +81,9 @@ def _sample(row: Record) -> tuple[str, str]:
 
 
 def samples(file: Path) -> list[tuple[str, str]]:
-    """A few completions of one step, each with the parts of its reward.
+    """Return a few completions of one step, each with the parts of its reward.
 
     Raises:
-        InputError: a broken line.
+        InputError: a line is damaged.
     """
     return [_sample(row) for row in choose_samples(complete_lines(file, optional=_COMPLETION))]

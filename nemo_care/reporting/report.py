@@ -28,13 +28,13 @@ _SETTINGS = {
     "machines": "trainer.num_nodes",
 }
 _SHOWN_SKIPPED = 20
-# Over so many last steps, and from this share of likelihoods at the clip on, the page warns.
+# The page warns if this share of likelihoods is at the clip, over this number of last steps.
 _RECENT_STEPS = 10
 _CLIPPED_WARNING = 0.9
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: "43 s", "12 min 5 s", "3 h 20 min"."""
+    """Format seconds for people: "43 s", "12 min 5 s", "3 h 20 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -62,7 +62,7 @@ def _facts(run: RunRecord) -> dict[str, Any]:
 
     summary = run.summary or {}
     wall = summary.get("wall_seconds")
-    # The first steps also warm up caches and kernels.
+    # The first steps include warming up caches and kernels.
     usual = pd.Series(run.series(STEP_TIME), dtype=float).median()
     values: dict[str, Any] = {
         "steps": summary.get("steps", run.last_step),
@@ -75,7 +75,7 @@ def _facts(run: RunRecord) -> dict[str, Any]:
 
 
 def _setting(run: RunRecord, key: str) -> Any:
-    """A key of the recipe, with the steps from which it had another value."""
+    """Return a key of the recipe, with the steps from which it had a different value."""
     changes = [change for change in run.recipe_changes if change.key == key]
     if not changes:
         return run.setting(key)
@@ -89,14 +89,14 @@ def _warnings(run: RunRecord) -> list[str]:
     if run.setting("algorithm.consistency.bonus_coefficient") != 0 and clipped >= _CLIPPED_WARNING:
         warnings.append(
             f"In the last {min(_RECENT_STEPS, len(run.metrics))} steps {clipped:.0%} of the answer "
-            "likelihoods lie at the clip (algorithm.consistency.likelihood_clip): the reference is "
-            "as sure of nearly every answer, so the bonus hardly tells completions apart."
+            "likelihoods are at the clip (algorithm.consistency.likelihood_clip): the reference is "
+            "equally sure of nearly every answer, so the bonus hardly distinguishes completions."
         )
     return warnings
 
 
 def _validated(run: RunRecord) -> str:
-    """What the table of validations shows."""
+    """Describe the contents of the table of validations."""
     if run.start and run.end:
         done = "" if run.finished else f" (step {run.validations[-1]['step']})"
         return f"Before the first step → last validation{done}."
@@ -119,15 +119,15 @@ def _recipe_changes(run: RunRecord) -> list[list[str]]:
 def write_report(run_dir: str | Path) -> Path:
     """Draw a run's curves to `RUN_DIR/report/` and write `RUN_DIR/report.html`.
 
-    The page holds its images itself and refers to nothing outside it. An unfinished run gets a
-    report of what there is so far. Returns the page's path.
+    The page includes its images and refers to nothing outside. For an unfinished run it shows the
+    results so far. Returns the page's path.
 
     Raises:
-        InputError: not a run directory, or a broken file in it.
+        InputError: not a run directory, or a file in it is damaged.
     """
     run = read_run(run_dir)
     curves = draw_curves(run, run.folder / "report")
-    # Not resolve(): a run directory may be a link whose own name says more.
+    # Not resolve(): a run directory can be a link with a more informative name.
     name = Path(os.path.abspath(run.folder)).name
     files = dict.fromkeys([*run.rollout_files[:1], *run.rollout_files[-1:]])
     samples = {step_of_file(file) or 0: page.samples(file) for file in files}

@@ -1,4 +1,4 @@
-"""How a run's speed follows the number of GPUs: several runs of one recipe, side by side."""
+"""Compare the speed of several runs of one recipe by their number of GPUs."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _FORMATS = {
     **dict.fromkeys(_PHASES, "{:.2f}"),
 }
 _EXPLANATION = (
-    "Tokens are those of prompts (each counted once for its group) and completions. Times are "
-    "medians over the steps after the first, which warms up kernels and caches. Efficiency is the "
+    "Tokens include prompts (each counted once for its group) and completions. Times are "
+    "medians over the steps after the first, which includes warm-up. Efficiency is the "
     "tokens per second and GPU relative to the run with the fewest GPUs."
 )
 
 
 def _size_of(run: RunRecord) -> dict[str, Any]:
-    """How large a run was, and tokens and seconds of its usual step.
+    """Return a run's size, and the tokens and seconds of its median step.
 
     Raises:
         InputError: the run has too few steps, no recipe, or metrics that lack lengths or times.
@@ -55,7 +55,7 @@ def _size_of(run: RunRecord) -> dict[str, Any]:
         )
     ]
     if not all(isinstance(value, int) for value in settings):
-        raise InputError(f"{run.folder}: its recipe.yaml is missing or not whole; run it again")
+        raise InputError(f"{run.folder}: its recipe.yaml is missing or incomplete; run it again")
     devices, nodes, prompts, group = settings
     if len(run.metrics) < 2:
         raise InputError(
@@ -80,7 +80,7 @@ def _size_of(run: RunRecord) -> dict[str, Any]:
 
 
 def sizes_of(runs: Sequence[RunRecord]) -> DataFrame:
-    """The runs by size, the smallest first: how large each was and how fast.
+    """Return the runs by size, the smallest first, with their speed.
 
     Times and tokens are those of a step. Efficiency is relative to the first.
 
@@ -98,7 +98,7 @@ def sizes_of(runs: Sequence[RunRecord]) -> DataFrame:
 
 
 def scaling_lines(sizes: DataFrame) -> list[list[str]]:
-    """The heading and the rows of the table."""
+    """Return the heading and the rows of the table."""
     columns = [sizes[name].map(form.format) for name, form in _FORMATS.items()]
     return [list(_FORMATS), *map(list, zip(*columns, strict=True))]
 
@@ -131,12 +131,12 @@ def _line(axes: Axes, sizes: DataFrame, name: str) -> None:
 
 
 def write_scaling_report(runs: Sequence[str | Path], folder: Path) -> tuple[Path, list[list[str]]]:
-    """Draw `FOLDER/scaling.png` and write `FOLDER/scaling.html`, which holds it.
+    """Draw `FOLDER/scaling.png` and write `FOLDER/scaling.html`, which includes it.
 
     Returns the page's path and the lines of the table, the smallest run first.
 
     Raises:
-        InputError: a directory is no run, or a run can't be measured.
+        InputError: a directory is not a run's, or a run can't be measured.
     """
     sizes = sizes_of([read_run(run) for run in runs])
     folder.mkdir(parents=True, exist_ok=True)

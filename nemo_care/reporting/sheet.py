@@ -1,4 +1,4 @@
-"""Tables of texts, for the terminal, for Markdown and for a page."""
+"""Tables of texts, for the terminal, for Markdown and for pages."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from nemo_care.process.screen import plain
 if TYPE_CHECKING:
     from rich.table import Table
 
-# On the terminal: a column of numbers with its padding, and the most that a row's name may take.
+# In the terminal: width of a column of numbers with its padding, and the limit for a row's name.
 _CELL_WIDTH = 6
 NAME_WIDTH = 24
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number with what stands beside it; on the terminal below it, which keeps columns narrow."""
+    """A number with additions beside it; in the terminal below it, which keeps columns narrow."""
 
     value: str
     spread: str = ""
     count: str = ""
 
     def line(self) -> str:
-        """The cell in one line."""
+        """Return the cell as one line."""
         text = f"{self.value} ± {self.spread}" if self.spread else self.value
         return f"{text} ({self.count})" if self.count else text
 
     def stacked(self) -> str:
-        """The cell with a line for each of its parts."""
+        """Return the cell with a line for each of its parts."""
         spread = f"±{self.spread}" if self.spread else ""
         return "\n".join(part for part in (self.value, spread, self.count) if part)
 
@@ -52,25 +52,25 @@ class Sheet:
 
     title: str
     labels: list[str]
-    """Headings of the columns of text."""
+    """Headings of the text columns."""
     columns: list[tuple[str, str]]
-    """Headings of the columns of numbers: the whole one, and a short one for the terminal."""
+    """Headings of the number columns: the full one, and a short one for the terminal."""
     groups: list[list[Row]]
-    """Rows that belong together: of several labels, the first stands once on the terminal."""
+    """Groups of rows; in the terminal the first of several labels is shown once per group."""
 
     @property
     def rows(self) -> list[Row]:
-        """All rows."""
+        """Return all rows."""
         return [row for group in self.groups for row in group]
 
     def lines(self) -> list[list[str]]:
-        """The heading and all rows, each cell in one line."""
+        """Return the heading and all rows, each cell in one line."""
         heading = [*self.labels, *(long for long, _ in self.columns)]
         rows = ([*row.labels, *(cell.line() for cell in row.cells)] for row in self.rows)
         return [heading, *rows]
 
     def markdown(self) -> str:
-        """The table in Markdown."""
+        """Return the table in Markdown."""
         rule = ["---"] * len(self.labels) + ["---:"] * len(self.columns)
         heading, *lines = self.lines()
         lines = [
@@ -80,9 +80,9 @@ class Sheet:
         return "\n".join(map(_markdown_row, [heading, rule, *lines]))
 
     def pieces(self, width: int) -> Iterator[Sheet]:
-        """Tables that fit a terminal of this width one below the other.
+        """Split the table into tables that fit a terminal of this width, one below the other.
 
-        Only the first column of texts is kept: what explains a row is for the page.
+        Only the first text column is kept: explanations of rows are for the page.
         """
         named = min(NAME_WIDTH, max((len(row.labels[0]) for row in self.rows), default=0))
         fit = max(1, (width - named - 3) // _CELL_WIDTH)
@@ -98,7 +98,7 @@ class Sheet:
             yield Sheet(title, self.labels[:1], self.columns[part], groups)
 
     def rich(self, name_width: int | None = None) -> Table:
-        """The table for a terminal; `name_width` is the most that the first column may take."""
+        """Return the table for a terminal; `name_width` limits the width of the first column."""
         table = new_table(self.title)
         for place, label in enumerate(self.labels):
             table.add_column(label, overflow="fold", max_width=None if place else name_width)
@@ -115,7 +115,7 @@ class Sheet:
 
 
 def new_table(title: str) -> Table:
-    """An empty table for a terminal, as all of ours look: four levels' numbers fit 80 columns."""
+    """Return an empty table for a terminal, so narrow that four levels' numbers fit 80 columns."""
     from rich import box
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Validation results as tables, and what has to be said beside them."""
+"""Validation results as tables, and the notes that accompany them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLUMNS: Mapping[str, str] = {
     "format_rate": "format",
 }
 
-# Of a level's `intervals`, for the table of measures: key -> heading.
+# Keys of a level's `intervals` in the table of measures, with their headings.
 MEASURES: Mapping[str, str] = {
     "accuracy": "accuracy",
     "consistency_rate": "judge",
@@ -49,13 +49,13 @@ _MINIATURE_NOTE = (
 
 
 def rate(value: Any) -> str:
-    """A rate or probability with two decimals; a dash where there is none."""
+    """Format a rate or probability with two decimals; a dash if there is none."""
     known = number(value)
     return "–" if math.isnan(known) else f"{known:.2f}"
 
 
 def level_names(*results: Levels | None) -> list[str]:
-    """Names of the levels that occur, in their order."""
+    """Return the names of the levels that occur, in order."""
     return list(dict.fromkeys(name for levels in results if levels for name in levels))
 
 
@@ -64,9 +64,9 @@ def numbers(
     levels: Sequence[str] | None = None,
     keys: Iterable[str] = COLUMNS,
 ) -> DataFrame:
-    """The numbers of several validations: one row each, a column for each level and key.
+    """Return the numbers of several validations: one row each, a column for each level and key.
 
-    NaN where a validation has no such number. `levels` are those that occur where none are given.
+    NaN if a validation has no such number. `levels` are by default all that occur.
     """
     import pandas as pd
 
@@ -80,7 +80,7 @@ def numbers(
 
 
 def summary(frame: DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
-    """Mean, sample standard deviation and count of each level's `numbers`, for JSON."""
+    """Return mean, sample standard deviation and count of each level's `numbers`, for JSON."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
     means, spreads, counts = frame.mean(), frame.std(), frame.count()
     for place in counts.index[counts > 0]:
@@ -94,7 +94,7 @@ def summary(frame: DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def known(value: float) -> float | None:
-    """A number for JSON, which has no NaN."""
+    """Return a number for JSON, which has no NaN."""
     return None if math.isnan(value) else float(value)
 
 
@@ -109,12 +109,12 @@ def present(key: str, results: Sequence[Levels | None]) -> bool:
 
 
 def _shown_columns(*results: Levels | None) -> list[str]:
-    """Keys worth a column: accuracy, consistency and format always, the probe where measured."""
+    """Return the keys to show: accuracy, consistency and format always, the probe if measured."""
     return [key for key in COLUMNS if not key.startswith("probe") or present(key, results)]
 
 
 def validation_sheet(start: Levels | None, end: Levels | None, *, prompts: bool = False) -> Sheet:
-    """Start against end by level; either may be None. `prompts` adds how many each level has."""
+    """Compare start and end by level; either can be None. `prompts` adds each level's size."""
     sides = [levels for levels in (start, end) if levels]
     keys = _shown_columns(*sides)
     rows = []
@@ -129,12 +129,12 @@ def validation_sheet(start: Levels | None, end: Levels | None, *, prompts: bool 
 
 
 def validation_table(start: Levels | None, end: Levels | None) -> Table:
-    """Start against end by level; either may be None, then the other stands alone."""
+    """Compare start and end by level; if one is None, only the other is shown."""
     return validation_sheet(start, end).rich()
 
 
 def evaluation_table(levels: Levels) -> Table:
-    """Results of one model by level, and below each by task type where its samples have one."""
+    """Show results of one model by level, followed by its task types if the samples have them."""
     keys = _shown_columns(levels)
     named: list[tuple[str, Mapping[str, Any]]] = []
     for level, result in levels.items():
@@ -152,7 +152,7 @@ def evaluation_table(levels: Levels) -> Table:
 
 
 def measures_table(levels: Levels) -> Table:
-    """Every measure of one model by level: mean, 95% interval, count, agreement with the judge."""
+    """Show every measure of a model by level: mean, 95% interval, count, agreement with judge."""
     rows = []
     for level, result in levels.items():
         intervals = result.get("intervals", {})
@@ -173,7 +173,7 @@ def measures_table(levels: Levels) -> Table:
 
 
 def reading_notes(results: Sequence[Levels | None], data: Any) -> list[str]:
-    """What a reader of validation results on this kind of data has to know to read them rightly."""
+    """Return notes that readers need to interpret validation results on this kind of data."""
     notes = []
     if present("probe_implied", results):
         notes.append(_PROBE_NOTE)
@@ -183,5 +183,5 @@ def reading_notes(results: Sequence[Levels | None], data: Any) -> list[str]:
 
 
 def result_notes(run: RunRecord) -> list[str]:
-    """The notes of one run."""
+    """Return the notes of one run."""
     return reading_notes([run.start, run.end], run.setting("data.train.kind"))

@@ -1,1 +1,1 @@
-"""A run directory: its files, its lock, reading them back, what it was made with."""
+"""The run directory: its files, lock, reader, origin, and the metrics of a run."""

@@ -1,4 +1,4 @@
-"""Which folders a run may write to: new ones, and those that a run of nemo-care has made."""
+"""Folders that a run can write to: new ones, and directories of earlier runs."""
 
 import json
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from nemo_care.process.os_errors import is_unusable_place, naming
 from nemo_care.runs.lock import LOCK, run_lock
 
 MARKER = "nemo_care_run.json"
-# What stands there before a run's first start: slurm/'s logs, a study's file, and what a start that
-# was killed at once leaves.
+# What can exist before a run's first start: slurm/'s logs, a study's file, and the remains of a
+# start that was killed at once.
 _BEFORE = {"slurm", "study.json", LOCK, MARKER + ".partial"}
 _REMEDY = "choose another exp_manager.explicit_log_dir or exp_manager.name"
 
 
 def is_run_directory(folder: Path) -> bool:
-    """Whether a run of nemo-care has made this folder: by its marker, or what older versions wrote.
+    """Whether a run of nemo-care made this folder: by its marker, or by older versions' files.
 
-    Those have a `starts.jsonl` of ours, or a checkpoint with a manifest.
+    Older versions wrote `starts.jsonl`, or a checkpoint with a manifest.
     """
     if (folder / MARKER).is_file():
         return True
@@ -35,10 +35,10 @@ def is_run_directory(folder: Path) -> bool:
 
 
 def check_run_directory(folder: Path) -> None:
-    """Refuse a folder that is neither new nor a run's; nothing is written.
+    """Reject a folder that is neither new nor a run's; nothing is written.
 
     Raises:
-        InputError: names the folder, and what is in it.
+        InputError: names the folder and its contents.
     """
     if not folder.exists():
         return
@@ -50,18 +50,18 @@ def check_run_directory(folder: Path) -> None:
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise InputError(
-            f"{folder} is no run directory of nemo-care ({MARKER} is missing) and not empty "
+            f"{folder} is not a run directory of nemo-care ({MARKER} is missing) and not empty "
             f"({', '.join(foreign[:3])}{more}): {_REMEDY}"
         )
 
 
 @contextmanager
 def hold_run_directory(folder: Path, command: str) -> Iterator[None]:
-    """Keep a run directory for this process, and mark it as one; it is made when missing.
+    """Lock a run directory for this process, and mark it as one; creates it if missing.
 
     Raises:
-        InputError: it is somebody else's (see `check_run_directory`), in use (`run_lock`), or can't
-            be written to.
+        InputError: it is not a run's (see `check_run_directory`), is in use (`run_lock`), or can't
+        be written to.
     """
     check_run_directory(folder)
     with ExitStack() as held:
@@ -72,7 +72,7 @@ def hold_run_directory(folder: Path, command: str) -> Iterator[None]:
                 if not (folder / MARKER).exists():
                     _mark(folder, has_saved=False)
         except OSError as error:
-            # A full disk, say, is no reason to choose another folder.
+            # A full disk, for example, is no reason to choose another folder.
             if not is_unusable_place(error):
                 raise
             raise InputError(
@@ -87,7 +87,7 @@ def _mark(folder: Path, *, has_saved: bool) -> None:
 
 
 def has_saved(folder: Path) -> bool:
-    """Whether the run has ever completed a checkpoint, as far as its marker says."""
+    """Whether the run has ever completed a checkpoint, according to its marker."""
     try:
         return bool(json.loads((folder / MARKER).read_bytes())["has_saved"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -95,6 +95,6 @@ def has_saved(folder: Path) -> bool:
 
 
 def mark_saved(folder: Path) -> None:
-    """Note that the run has completed a checkpoint: from here on it never begins anew."""
+    """Record that the run has completed a checkpoint, so that it never starts anew."""
     if not has_saved(folder):
         _mark(folder, has_saved=True)

@@ -3,17 +3,17 @@
 nemo_care_run.json          marks the folder as a run's (see directory.py)
 run.lock                    while a command works there (see lock.py)
 recipe.yaml                 the resolved recipe of the last step, or of the first start
-starts.jsonl                one JSON object per start: commit, versions, machine; after which step
-                            it went on, which keys differ from the recipe of that checkpoint
-                            (old and new value), and the first step that it made, if any
+starts.jsonl                one JSON object per start: commit, versions, machine; the step after
+                            which it resumed, the keys that differ from the recipe of that
+                            checkpoint (old and new value), and the first step that it made, if any
 metrics.jsonl               one JSON object per optimizer step
 rollouts/step_000001.jsonl  one line per completion
 bad_steps/step_000012.json  a step that was left out: what was not finite, and its rollouts
                             (tensors in the .safetensors beside it; see groups/files.py);
-                            these stay when the run goes on from a checkpoint before them
+                            kept when the run resumes from an earlier checkpoint
 validation.jsonl            one JSON object per validation
-skipped.jsonl               samples and lines of the annotations left out, and why
-damaged_checkpoints.jsonl   checkpoints that could not be used, and why
+skipped.jsonl               unusable samples and lines of the annotations, with the reason
+damaged_checkpoints.jsonl   unusable checkpoints, with the reason
 evaluation/                 see evaluation/files.py
 checkpoints/step_000010/    see checkpoints/store.py
 export/                     the trained model as a Hugging Face directory
@@ -49,17 +49,17 @@ _STEP_FILE = re.compile(r"step_([0-9]+)\.jsonl?")
 
 
 def step_of_file(file: Path) -> int | None:
-    """The step of a file of `rollouts/` or `bad_steps/`; None for one that is not ours."""
+    """Return the step of a file in `rollouts/` or `bad_steps/`; None for any other file."""
     match = _STEP_FILE.fullmatch(file.name)
     return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a start of the run is made with.
+    """The recipe of a start of the run.
 
-    `recipe` is the resolved recipe as YAML; `changes` gives the keys in which it differs from that
-    of the checkpoint of a step, with the old and the new value.
+    `recipe` is the resolved recipe as YAML; `changes` has the keys in which it differs from the
+    checkpoint's recipe, with the old and the new value.
     """
 
     origin: Mapping[str, Any]
@@ -71,7 +71,7 @@ class RunFiles:
     """Writes the files of one run."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is made when missing."""
+        """Open `folder`, which is created if missing."""
         self.folder = folder
         self.checkpoints = self.checkpoints_of(folder)
         self.export = folder / "export"
@@ -83,33 +83,33 @@ class RunFiles:
         self._rollouts = folder / "rollouts"
         self._starts = folder / "starts.jsonl"
         self._rollouts.mkdir(parents=True, exist_ok=True)
-        # Set by the train command, before the run goes on.
+        # Set by the train command before the run resumes.
         self.start: Start | None = None
         self._has_made_a_step = False
         self._unsynced: set[Path] = set()
 
     @staticmethod
     def checkpoints_of(folder: Path) -> Path:
-        """Where the checkpoints of a run directory lie."""
+        """Return the folder of a run's checkpoints."""
         return folder / "checkpoints"
 
     def bad_step(self, step: int) -> Path:
-        """Where a step that was left out is described."""
+        """Return the file that describes a step that was left out."""
         return self.bad_steps / f"step_{step:06d}.json"
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
-        """What the operating system has against it becomes one sentence.
+        """Turn an operating system error in the block into one sentence.
 
         Raises:
-            RunFailed: the disk is full, or can't be written to.
+            RunFailed: the disk is full, or not writable.
         """
         try:
             yield
         except OSError as error:
             raise RunFailed(
-                f"{what} could not be written to {self.folder}: {error}; make room or mend the "
-                "folder and give the same command again: it goes on from the newest checkpoint"
+                f"{what} could not be written to {self.folder}: {error}; make room or repair the "
+                "folder, then repeat the command: it resumes from the newest checkpoint"
             ) from error
 
     def write_recipe(self, text: str) -> None:
@@ -117,17 +117,17 @@ class RunFiles:
         replace_file(self.recipe, text)
 
     def append_start(self, start: Mapping[str, Any]) -> None:
-        """Write what this start of the run was made with."""
+        """Write the description of this start of the run."""
         replace_lines(self._starts, [*complete_lines(self._starts), start])
 
     def go_on(self, step: int) -> Record:
-        """Begin this start's records after `step`; what it says of itself.
+        """Begin this start's records after `step`, and return what was found.
 
-        Its recipe becomes the run's with its first step: a start that makes none changes nothing.
+        The recipe becomes the run's with its first step: a start without steps changes nothing.
 
         Returns:
-            `after_step`, `changed` (key: [old, new]) and `missing_steps`, whose metrics a crash of
-            the machine has lost.
+            `after_step`, `changed` (key: [old, new]) and `missing_steps`, whose metrics were lost
+            in a crash of the machine.
         """
         missing = self.rewind(step)
         changed = self.start.changes(step) if self.start is not None and step else {}
@@ -139,7 +139,7 @@ class RunFiles:
         return about
 
     def _begin_steps(self, step: int) -> None:
-        """Before the records of this start's first step: from here on the run is this start's."""
+        """Prepare the records of this start's first step: from now on the run is this start's."""
         if self._has_made_a_step:
             return
         self._has_made_a_step = True
@@ -147,17 +147,17 @@ class RunFiles:
             *before, last = complete_lines(self._starts)
             replace_lines(self._starts, [*before, {**last, "first_step": step}])
             self.write_recipe(self.start.recipe)
-        # It says that the run is done.
+        # The summary marks a finished run.
         (self.folder / "summary.json").unlink(missing_ok=True)
 
     def rewind(self, step: int) -> list[int]:
-        """Drop what was written after `step`: those steps come again. 0 drops everything.
+        """Delete what was written after `step`, since those steps are repeated; 0 deletes all.
 
         Returns:
-            The steps until there that have no metrics.
+            The steps up to `step` that have no metrics.
 
         Raises:
-            InputError: a line to keep is broken; nothing is dropped then.
+            InputError: a line to keep is damaged; nothing is deleted then.
         """
         kinds = {self._metrics: METRICS, self._validation: VALIDATION, self._skipped: SKIPPED}
         read = {file: complete_lines(file, kind) if step else [] for file, kind in kinds.items()}
@@ -172,10 +172,10 @@ class RunFiles:
         return [number for number in range(1, step + 1) if number not in made]
 
     def sync(self) -> None:
-        """Have on the disk what was recorded since this was last called.
+        """Write to disk what was recorded since the last call.
 
         Raises:
-            RunFailed: the disk does not take it.
+            RunFailed: the disk does not accept it.
         """
         with self.writing("the records"):
             records = (self._metrics, self._validation, self._skipped, self._starts, self.recipe)
@@ -187,10 +187,10 @@ class RunFiles:
             self._unsynced.clear()
 
     def list_skipped_once(self, step: int, skipped: Iterable[Mapping[str, Any]]) -> None:
-        """List what is met again and again, once however often a run starts or validates.
+        """List recurring problems once, however often a run starts or validates.
 
-        Those are lines of the annotations that gave no sample, and validation samples (with their
-        `level`). What became bad since the run was last started is listed with that step.
+        These are lines of the annotations that gave no sample, and validation samples (with their
+        `level`). What has become unusable since the last start is listed with that step.
         """
 
         def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -207,10 +207,10 @@ class RunFiles:
         rows: Iterable[Mapping[str, Any]],
         skipped: Iterable[Mapping[str, Any]],
     ) -> None:
-        """Write one optimizer step: completions, samples left out, and last its metrics.
+        """Write one optimizer step: completions, skipped samples, and finally its metrics.
 
         Raises:
-            RunFailed: the disk is full, or can't be written to.
+            RunFailed: the disk is full, or not writable.
         """
         rollouts = self._rollouts / f"step_{step:06d}.jsonl"
         with self.writing(f"the records of step {step}"):
@@ -221,20 +221,20 @@ class RunFiles:
             append_lines(self._metrics, [{"step": step, **metrics}])
 
     def mark_saved(self) -> None:
-        """Note that the run has completed a checkpoint (see directory.py).
+        """Record that the run has completed a checkpoint (see directory.py).
 
         Raises:
-            RunFailed: the disk is full, or can't be written to.
+            RunFailed: the disk is full, or not writable.
         """
         with self.writing(MARKER):
             mark_saved(self.folder)
 
     def append_skipped(self, step: int, skipped: Iterable[Mapping[str, Any]]) -> None:
-        """List the training samples that a step left out."""
+        """List the training samples that a step skipped."""
         append_lines(self._skipped, [{"step": step, **record} for record in skipped])
 
     def append_damaged(self, checkpoint: str, reason: str, aside: str) -> None:
-        """Note a checkpoint that could not be used, and the name it has now."""
+        """Record an unusable checkpoint, and its new name."""
         record = {"checkpoint": checkpoint, "reason": reason, "set_aside_as": aside}
         append_lines(self.folder / "damaged_checkpoints.jsonl", [record])
 
@@ -243,12 +243,12 @@ class RunFiles:
         append_lines(self._validation, [{"step": step, "levels": levels}])
 
     def validations(self) -> dict[int, dict[str, Any]]:
-        """Results by level of each validation so far, by step."""
+        """Return the results by level of each validation so far, by step."""
         records = complete_lines(self._validation, VALIDATION)
         return {record["step"]: record["levels"] for record in records}
 
     def skipped_in_training(self) -> list[dict[str, Any]]:
-        """`index`, `sample_id` and `reason` of the training samples left out so far."""
+        """Return `index`, `sample_id` and `reason` of the training samples skipped so far."""
         return [
             {key: record[key] for key in ("index", "sample_id", "reason")}
             for record in complete_lines(self._skipped, SKIPPED)
@@ -257,9 +257,9 @@ class RunFiles:
         ]
 
     def skipped_count(self) -> int:
-        """Samples left out so far."""
+        """Return the number of samples skipped so far."""
         return len(complete_lines(self._skipped))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary; its presence says that the run is done."""
+        """Write the summary, which marks a finished run."""
         replace_file(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -1,8 +1,8 @@
-"""One run in a directory at a time: a lock that ends with the process that holds it.
+"""A lock that allows one run at a time in a directory, and ends with the process that holds it.
 
-It is the kernel's (`flock`), so one that a killed process held is free at once; the file says who
-holds it. Where a file system has no such locks, its content stands in: a process of this machine
-that still runs is refused, and the console says that others are not kept apart.
+It is the kernel's (`flock`), so the lock of a killed process is free at once; the file names the
+holder. On a file system without locks the content is used instead: a second process of this machine
+is rejected while the first runs, and the console warns that other machines are not detected.
 """
 
 import errno
@@ -21,13 +21,13 @@ from nemo_care.errors import InputError
 from nemo_care.process.screen import say
 
 LOCK = "run.lock"
-# What file systems without locks answer: some of NFS, Lustre (mounted without flock), FUSE.
+# Errors of file systems without locks: some of NFS, Lustre (mounted without flock), FUSE.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 _held: set[int] = set()
 
 
 def _forget_in_child() -> None:
-    """A forked child would hold its parent's locks on."""
+    """Close the locks in a forked child, which would otherwise keep its parent's locks."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -38,12 +38,12 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 @contextmanager
 def run_lock(folder: Path, command: str, *, name: str = LOCK) -> Iterator[None]:
-    """Hold a directory for this process.
+    """Lock a directory for this process.
 
     Args:
-        folder: The directory, which is there.
-        command: What this process does, for those that come later.
-        name: The file in it.
+        folder: the directory, which exists.
+        command: what this process does, for the message to later processes.
+        name: name of the lock file.
 
     Raises:
         InputError: another process holds it; the message says which, where and since when.
@@ -62,9 +62,9 @@ def run_lock(folder: Path, command: str, *, name: str = LOCK) -> Iterator[None]:
         os.write(descriptor, (json.dumps(about) + "\n").encode())
         yield
     finally:
-        # Removed while it is held: whoever has opened it meanwhile sees that it is another file.
-        # What ended the run counts, and not that its disk takes no removal either; the next holder
-        # takes a file that is left.
+        # Removed while locked: a process that has opened it meanwhile detects the new file. The
+        # error that ended the run counts, not a disk that refuses the removal; a leftover file is
+        # used by the next holder.
         with suppress(OSError):
             file.unlink(missing_ok=True)
         _held.discard(descriptor)
@@ -74,7 +74,7 @@ def run_lock(folder: Path, command: str, *, name: str = LOCK) -> Iterator[None]:
 def _acquire(file: Path) -> int:
     """Open and lock the file."""
     while True:
-        # Python's descriptors do not pass to programs that this one starts.
+        # Python's descriptors are not inherited by programs that this one starts.
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(file, descriptor)
@@ -105,7 +105,7 @@ def _lock(file: Path, descriptor: int) -> None:
 
 
 def _is_same(file: Path, descriptor: int) -> bool:
-    """Whether the file has not been removed by its holder, and perhaps made anew, meanwhile."""
+    """Whether the file is still the opened one, and was not removed or replaced meanwhile."""
     try:
         return os.path.samestat(file.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def _is_same(file: Path, descriptor: int) -> bool:
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
-    """What the file says; empty where its holder has not written yet."""
+    """Return the content of the file; empty if its holder has not written it yet."""
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:
@@ -125,7 +125,7 @@ def _runs_here(holder: dict[str, Any]) -> bool:
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
         return False
-    # A restarted container has the same name, and gives out the same numbers again.
+    # A restarted container has the same name and reuses process ids.
     if pid == os.getpid():
         return False
     try:
@@ -138,13 +138,13 @@ def _runs_here(holder: dict[str, Any]) -> bool:
 
 
 def _in_use(file: Path, holder: dict[str, Any]) -> InputError:
-    who = "another process"
+    user = "another process"
     if holder:
-        who = (
+        user = (
             f"nemo-care {holder.get('command')} on {holder.get('host')} (process "
             f"{holder.get('pid')}, since {holder.get('since')})"
         )
     return InputError(
-        f"{file.parent} is in use by {who}: wait until it has ended, or choose another directory "
+        f"{file.parent} is in use by {user}: wait until it has ended, or choose another directory "
         "(exp_manager.explicit_log_dir)"
     )

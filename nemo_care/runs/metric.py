@@ -1,4 +1,4 @@
-"""What a metric is: name, meaning, reduction to one value a step, and place in the report.
+"""The definition of a metric: name, meaning, reduction to one value per step, panel in the report.
 
 The metrics themselves are declared in `metrics.py`.
 """
@@ -19,21 +19,21 @@ class Reduction(StrEnum):
     SUM = "sum"
     MAX = "largest"
     NONE = "value"
-    """There is one value, the same on all ranks."""
+    """There is one value, equal on all ranks."""
 
 
 class Over(StrEnum):
-    """What a metric is the mean, the sum or the largest of."""
+    """What the mean, the sum or the maximum of a metric is taken over."""
 
     COMPLETIONS = "completions sampled"
     ANSWERS = "completions with an answer likelihood"
     WELL_FORMED = "completions whose format is right"
     GROUPS = "groups sampled"
     CHOICES = "groups with at least two accurate answers"
-    LOSS_TERMS = "completions or tokens trained on, as `algorithm.loss` takes its mean"
+    LOSS_TERMS = "completions or tokens trained on, depending on `algorithm.loss`"
     TRAINED = "completions trained on"
     TOKENS = "tokens of the completions trained on"
-    REFERENCE_TOKENS = "tokens that the reference scored (with a KL term all, else the answers')"
+    REFERENCE_TOKENS = "tokens that the reference scored (all with a KL term, otherwise answers)"
     ROUNDS = "rounds of sampling of a step"
     REPLICAS = "model replicas"
     RANKS = "ranks"
@@ -63,14 +63,14 @@ class Panel:
     from_zero: bool = True
     smooth: bool = True
     needs_more_than_zero: bool = False
-    """Left out where every value is 0, which is how it should be."""
+    """Omitted if every value is 0, as it should be."""
 
 
 class Metric(str):
-    """The name of a metric (`section/name`), which knows what is known about the metric.
+    """The name of a metric (`section/name`), with its declaration.
 
-    It is a string, so records, loggers and files take it as the key that it is; sent to another
-    rank it arrives as a plain string.
+    It is a string, so records, loggers and files use it as a key; pickled for another rank, it
+    becomes a plain string.
 
     Example:
         >>> LOSS = Metric("train/loss", Reduction.MEAN, Over.TOKENS, "the loss", "falls slowly")
@@ -82,9 +82,9 @@ class Metric(str):
     meaning: str
     """One phrase for the page of metrics."""
     good: str
-    """What a good value looks like; empty where it depends on the run alone."""
+    """Description of a good value; empty if it depends on the run alone."""
     panel: Panel | None
-    """Where the report draws it; None: nowhere."""
+    """Panel of the report; None: not drawn."""
     label: str
     """Its name in that panel."""
 
@@ -98,7 +98,7 @@ class Metric(str):
         panel: Panel | None = None,
         label: str = "",
     ) -> "Metric":
-        """`label` is by default the name within its section."""
+        """Create a metric; `label` is by default the name within its section."""
         self = super().__new__(cls, name)
         self.reduction, self.over = reduction, over
         self.meaning, self.good, self.panel = meaning, good, panel
@@ -106,28 +106,28 @@ class Metric(str):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as a plain string."""
+        """Pickle it as a plain string."""
         return str, (str(self),)
 
     @property
     def section(self) -> str:
-        """What the name begins with, as `train`."""
+        """The part before the slash, such as `train`."""
         return self.partition("/")[0]
 
     @property
     def short(self) -> str:
-        """The name within its section, as `loss`."""
+        """The name within its section, such as `loss`."""
         return self.rpartition("/")[2]
 
     def reduce(self, values: Iterable[float | bool | None]) -> float | None:
-        """The metric of values by completion, group, replica or round; None where none is known.
+        """Reduce values by completion, group, replica or round; None if there are none.
 
         Raises:
-            ValueError: the metric has one value to begin with.
+            ValueError: the metric has a single value.
         """
         known = [value for value in values if value is not None]
         if self.reduction is Reduction.NONE:
-            raise ValueError(f"{self} has one value for all ranks; there is nothing to reduce")
+            raise ValueError(f"{self} has one value for all ranks, so it is not reduced")
         if self.reduction is Reduction.MEAN:
             return mean_of_known(known)
         if self.reduction is Reduction.MAX:
@@ -136,7 +136,7 @@ class Metric(str):
 
 
 class Pattern(Metric):
-    """Metrics whose names a run chooses: the parts in capitals are open.
+    """Metrics whose names depend on the run: the parts in capitals are placeholders.
 
     Example:
         >>> OWN = Pattern("reward/NAME", Reduction.MEAN, Over.COMPLETIONS, "a reward of the user")
@@ -145,12 +145,13 @@ class Pattern(Metric):
     """
 
     def of(self, *parts: str) -> Metric:
-        """The metric with these open parts, in their order."""
+        """Return the metric with these parts for its placeholders, in order."""
         values = iter(parts)
         return self._named(re.sub("[A-Z]+", lambda _: next(values), str(self)), parts[-1])
 
     def match(self, name: str) -> Metric | None:
-        """The metric of this name, its last open part as label; None where it is none of these."""
+        """Return the metric of this name, labelled by its last placeholder; None if none
+        matches."""
         found = re.fullmatch(re.sub("[A-Z]+", "(.+)", str(self)), name, flags=re.DOTALL)
         return found and self._named(name, found.groups()[-1])
 

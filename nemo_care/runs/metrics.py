@@ -1,7 +1,7 @@
-"""Every metric of a run, declared once: what it means, how it is reduced, where it is drawn.
+"""Every metric of a run, declared once: its meaning, its reduction, its panel in the report.
 
-A new metric is one declaration here, and the place that sets it. `docs/metrics.md` is made of this
-file, the report's panels follow its order, and a key that it lacks can't be recorded.
+A new metric is one declaration here, and the place that sets it. `docs/metrics.md` is generated
+from this file, the report's panels follow its order, and undeclared keys can't be recorded.
 """
 
 from collections.abc import Iterable, Mapping
@@ -46,10 +46,10 @@ _MEMORY = Panel(_MACHINE, "Memory of the largest rank", "GiB", smooth=False)
 
 
 def declare(metric: M) -> M:
-    """Make a metric known.
+    """Register a metric.
 
     Raises:
-        ValueError: there is one of this name.
+        ValueError: the name is already registered.
     """
     if metric in DECLARED:
         raise ValueError(f"the metric {metric} is declared twice")
@@ -101,8 +101,8 @@ CONSISTENCY = _metric(
 )  # fmt: skip
 ENDED = _metric(
     "rollout/ended_rate", MEAN, Over.COMPLETIONS,
-    "the completion has ended by itself",
-    "near 1; if not, raise `rollout.max_completion_tokens`", _SAMPLED, "ended by themselves",
+    "the completion ended before the limit",
+    "near 1; if not, raise `rollout.max_completion_tokens`", _SAMPLED, "ended before the limit",
 )  # fmt: skip
 PROMPT_TOKENS = _metric(
     "rollout/prompt_tokens", MEAN, Over.COMPLETIONS, "tokens of the prompt, media included"
@@ -123,11 +123,11 @@ ALL_WRONG = _metric(
 WITHOUT_SIGNAL = _metric(
     "rollout/groups_without_signal", SUM, Over.GROUPS,
     "all advantages are 0, so the group teaches nothing",
-    "few; the console warns when all groups of the last steps were", _GROUPS, "without signal",
+    "few; the console warns if all groups of the last steps were", _GROUPS, "without signal",
 )  # fmt: skip
 SET_ASIDE = _metric(
     "rollout/groups_set_aside", NONE, Over.STEP,
-    "groups sampled and not trained on (`rollout.dynamic_sampling`)", "few", _GROUPS, "set aside",
+    "groups sampled but not trained on (`rollout.dynamic_sampling`)", "few", _GROUPS, "set aside",
 )  # fmt: skip
 ROUNDS = _metric(
     "rollout/rounds", NONE, Over.STEP,
@@ -141,7 +141,7 @@ GROUPS_SAMPLED = _metric(
 )  # fmt: skip
 STALENESS = _metric(
     "rollout/staleness", MAX, Over.ROUNDS,
-    "optimizer steps between the weights that sampled and those that the update starts from "
+    "optimizer steps between the weights that sampled and those at the start of the update "
     "(`rollout.asynchronous`)",
     "`algorithm.updates_per_rollout`, and 0 in the first step",
     Panel(_COMPLETIONS, "Sampled ahead", "optimizer steps behind", smooth=False),
@@ -154,16 +154,16 @@ ROLLOUT_DIFFERENCE = _metric(
 )  # fmt: skip
 LARGEST_ROLLOUT_DIFFERENCE = _metric(
     "rollout/logprob_difference_max", MAX, Over.TOKENS, "the same difference",
-    "no token far away from the others",
+    "no outliers",
 )  # fmt: skip
 IMPORTANCE = _metric(
     "rollout/importance_mean", MEAN, Over.TOKENS,
-    "the weight of the token's loss (`rollout.importance_sampling`)", "near 1",
+    "weight of the token's loss (`rollout.importance_sampling`)", "near 1",
     _WEIGHTS, "mean weight",
 )  # fmt: skip
 LARGEST_IMPORTANCE = _metric(
     "rollout/importance_max", MAX, Over.TOKENS,
-    "the ratio of the token's probabilities in training and sampling, before its cap", "near 1",
+    "ratio of the token's probabilities in training and sampling, before its cap", "near 1",
 )  # fmt: skip
 TRUNCATED = _metric(
     "rollout/importance_truncated", MEAN, Over.TOKENS,
@@ -179,13 +179,13 @@ ANSWER_LIKELIHOOD = _metric(
     Panel(_CARE, "Answer likelihood under the reference", "probability", share=True), "mean",
 )  # fmt: skip
 BONUS_RATE = _metric(
-    "care/bonus_rate", MEAN, Over.COMPLETIONS, "the completion has got a bonus above 0",
+    "care/bonus_rate", MEAN, Over.COMPLETIONS, "the completion received a bonus above 0",
     "between 0 and the accuracy", _SHARES, "with the bonus",
 )  # fmt: skip
 CLIPPED_RATE = _metric(
     "care/clipped_rate", MEAN, Over.ANSWERS,
     "the likelihood is at `algorithm.consistency.likelihood_clip`",
-    "low; near 1 the bonus hardly tells completions apart", _SHARES, "likelihood at the clip",
+    "low; near 1 the bonus hardly distinguishes completions", _SHARES, "likelihood at the clip",
 )  # fmt: skip
 MISSING_ANSWERS = _metric(
     "care/missing_answer_rate", MEAN, Over.COMPLETIONS,
@@ -194,19 +194,19 @@ MISSING_ANSWERS = _metric(
 )  # fmt: skip
 UNSCORED_ANSWERS = _metric(
     "care/unscored_answer_rate", MEAN, Over.COMPLETIONS,
-    "there is an answer, but its tokens were not found, so it has no likelihood",
+    "an answer without a likelihood, because its tokens were not found",
     "0; more than 5% of the answers end the run in its first step", _SHARES,
     "answer without a likelihood",
 )  # fmt: skip
 SELECTION_RATE = _metric(
     "care/selection_rate", MEAN, Over.CHOICES,
-    "the bonus tells accurate completions apart",
-    "above 0; the console warns when it has been near 0 for 20 steps",
+    "the bonus distinguishes accurate completions",
+    "above 0; the console warns after 20 steps near 0",
     Panel(_CARE, "Groups in which the bonus selects", "share", share=True), "share",
 )  # fmt: skip
 EMA_DISTANCE = _metric(
     "care/ema_distance", NONE, Over.STEP,
-    "distance of policy and reference, relative to the policy's norm",
+    "distance between policy and reference, relative to the policy's norm",
     "small and steady: the reference follows",
     Panel(_CARE, "EMA reference", "relative distance to the policy", smooth=False), "distance",
 )  # fmt: skip
@@ -232,7 +232,7 @@ KL = _metric(
 )  # fmt: skip
 CLIPPED_FRACTION = _metric(
     "train/clipped_fraction", MEAN, Over.TRAINED,
-    "the clip takes the token's gradient away",
+    "clipping removes the token's gradient",
     "below 0.2; 0 with one update per rollout",
 )  # fmt: skip
 GRAD_NORM = _metric(
@@ -245,7 +245,7 @@ LEARNING_RATE = _metric(
 )  # fmt: skip
 BAD_STEP = _metric(
     "train/bad_step", NONE, Over.STEP,
-    "1 where the step was left out because of numbers that are not finite", "0",
+    "1 if the step was left out because of non-finite numbers", "0",
 )  # fmt: skip
 BAD_STEPS = _metric(
     "train/bad_steps", SUM, Over.STEPS, "steps left out so far", "0",
@@ -261,11 +261,11 @@ BAD_STEPS = _metric(
 SKIPPED = _metric("data/skipped", NONE, Over.STEP, "samples that could not be used", "0")
 WORKER_MEMORY = _metric(
     "data/worker_memory_gib", MAX, Over.REPLICAS,
-    "GiB that one decoding process has used at most", "below `data.worker_memory_gib`",
+    "peak GiB of a decoding process", "below `data.worker_memory_gib`",
 )  # fmt: skip
 BY_PYAV = _metric(
     "data/videos_by_pyav", SUM, Over.REPLICAS,
-    "videos that decord could not read and PyAV has", "0",
+    "videos that PyAV read because decord could not", "0",
 )  # fmt: skip
 
 # ------------------------------------------------------------------ memory
@@ -275,8 +275,8 @@ PROCESS_MEMORY = _metric(
     "does not grow from step to step", _MEMORY, "process",
 )  # fmt: skip
 GPU_MEMORY = _metric(
-    "memory/gpu_gib", MAX, Over.RANKS, "peak GiB of the rank's GPU since the record before",
-    "below the GPU's memory, as the plan says", _MEMORY, "GPU",
+    "memory/gpu_gib", MAX, Over.RANKS, "peak GiB of the rank's GPU since the previous record",
+    "below the GPU's memory, near the plan's estimate", _MEMORY, "GPU",
 )  # fmt: skip
 
 # ------------------------------------------------------------------ seconds
@@ -285,7 +285,7 @@ DATA_TIME = _metric(
     "timing/data", SUM, Over.ROUNDS, "waiting for prompts", "near 0; if not, raise `data.workers`"
 )
 ROLLOUT_TIME = _metric(
-    "timing/rollout", SUM, Over.ROUNDS, "sampling, or waiting for what is sampled ahead"
+    "timing/rollout", SUM, Over.ROUNDS, "sampling, or waiting for rollouts sampled ahead"
 )
 REWARD_TIME = _metric("timing/reward", SUM, Over.ROUNDS, "reward functions", "near 0")
 SCORING_TIME = _metric("timing/scoring", SUM, Over.ROUNDS, "the reference's pass, and credit")
@@ -296,15 +296,15 @@ DISTANCE_TIME = _metric(
 )
 CHECKPOINT_TIME = _metric(
     "timing/checkpoint", NONE, Over.STEP,
-    "what saving has held up the run since the record before: mostly the save of the step before",
+    "time that saving blocked the run since the previous record, usually for the previous step",
     "near 0 with `checkpoint.asynchronous`",
     Panel(
-        _MACHINE, "Held up by saving", "seconds", smooth=False, needs_more_than_zero=True
+        _MACHINE, "Blocked by saving", "seconds", smooth=False, needs_more_than_zero=True
     ),
     "seconds",
 )  # fmt: skip
 PHASES = (ROLLOUT_TIME, REWARD_TIME, SCORING_TIME, UPDATE_TIME)
-"""What the report stacks to a step; the rest of `STEP_TIME` is in none of them."""
+"""The phases that the report stacks; the rest of `STEP_TIME` belongs to none of them."""
 
 # ------------------------------------------------------------------ validation
 
@@ -317,7 +317,7 @@ VALIDATION = declare(
 
 
 def declaration(name: str) -> Metric | None:
-    """The metric of this name, also of one that a pattern leaves open; None where it is unknown."""
+    """Return the metric of this name, declared or matching a pattern; None if unknown."""
     if name in DECLARED:
         return DECLARED[name]
     patterns = (metric for metric in DECLARED.values() if isinstance(metric, Pattern))
@@ -325,7 +325,7 @@ def declaration(name: str) -> Metric | None:
 
 
 def checked(values: Mapping[Metric, V]) -> dict[str, V]:
-    """The same values by plain names.
+    """Return the same values by plain names.
 
     Raises:
         KeyError: a metric that is not declared.
@@ -337,9 +337,9 @@ def checked(values: Mapping[Metric, V]) -> dict[str, V]:
 
 
 def panels_of(sheet: Sheet, recorded: Iterable[str]) -> dict[Panel, list[Metric]]:
-    """The sheet's panels with the metrics that each draws, in the order of declaration.
+    """Return the sheet's panels, each with its metrics, in the order of declaration.
 
-    A pattern draws all that it matches among `recorded`, the names in a run's records.
+    A pattern stands for all metrics that it matches among `recorded`, the names in a run's records.
     """
     panels: dict[Panel, list[Metric]] = {}
     for metric in DECLARED.values():

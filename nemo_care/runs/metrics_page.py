@@ -1,4 +1,4 @@
-"""One page with every metric, made of its declarations.
+"""Make a page with every metric from the declarations.
 
 python -m nemo_care.runs.metrics_page > docs/metrics.md
 """
@@ -10,17 +10,17 @@ from nemo_care.runs.metrics import DECLARED, SECTIONS, SHEETS
 _HEAD = """# Metrics
 
 Made by `make docs` from the declarations in `nemo_care/runs/metrics.py`. Each step of a run is a
-line of `metrics.jsonl` in the run directory; TensorBoard, W&B and MLflow get the same names, and
-`nemo-care report` draws those with a panel. A value is null where there is nothing to measure: no
+line of `metrics.jsonl` in the run directory; TensorBoard, W&B and MLflow receive the same names,
+and `nemo-care report` draws those with a panel. A value is null if there is nothing to measure: no
 answer, no reference, no GPU, an update that was left out. Sampled completions count whether the
 step trained on them or not (`rollout.dynamic_sampling`). With several updates per rollout, `train/`
-is of the last one, and the comparisons with rollout and reference are from before the first. A part
-of a name in capitals is the run's own.
+describes the last one, and the comparisons with rollout and reference are made before the first.
+Parts of a name in capitals depend on the run.
 """
 
 
 def page() -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     lines = [_HEAD]
     for section, title in SECTIONS.items():
         lines += [f"## {title}", ""]

@@ -1,4 +1,4 @@
-"""What a run was made with: commit, versions and machine, one line for each start."""
+"""The origin of a run: commit, versions and machine, one line for each start."""
 
 import os
 import platform
@@ -12,12 +12,12 @@ from typing import Any
 from nemo_care.process.environment import COMMIT
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
-# Of the environment, these alone: others may hold keys.
+# The only recorded environment variables; others can hold keys.
 _JOB = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST")
 
 
 def origin() -> dict[str, Any]:
-    """When, where and with which commit and packages this process runs."""
+    """Return time, place, commit and packages of this process."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
@@ -29,15 +29,15 @@ def origin() -> dict[str, Any]:
 
 
 def _packages() -> dict[str, str]:
-    """Name and version of all installed packages."""
-    # Each `metadata` reads a file: asking for name and version would read it twice.
+    """Return name and version of all installed packages."""
+    # Each `metadata` reads a file; properties for name and version would read it twice.
     found = (each.metadata for each in distributions())
     return dict(sorted((each["Name"], each["Version"]) for each in found))
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "-dirty" where files differ from it; None where nobody knows."""
-    given = COMMIT.value  # slurm/ asks outside of the container
+    """Return the checkout's commit, with "-dirty" if files differ from it; None if unknown."""
+    given = COMMIT.value  # slurm/ sets it outside of the container
     if given:
         return given
     command = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--abbrev=40", "--dirty"]

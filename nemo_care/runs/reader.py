@@ -1,4 +1,4 @@
-"""Read a run directory back, also one that is unfinished or was killed while writing."""
+"""Read a run directory, even if it is unfinished or was killed while writing."""
 
 import json
 import math
@@ -26,7 +26,7 @@ _SUMMARY: Kinds = {
 
 @dataclass(frozen=True)
 class RecipeChange:
-    """A key of the recipe that has another value from a step on."""
+    """A key of the recipe whose value changes at a step."""
 
     step: int
     key: str
@@ -36,7 +36,7 @@ class RecipeChange:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run directory holds, in the order of the steps."""
+    """The contents of a run directory, in the order of the steps."""
 
     folder: Path
     metrics: list[Record]
@@ -44,11 +44,11 @@ class RunRecord:
     validations: list[Record]
     """`step` and `levels` of each validation."""
     skipped: list[Record]
-    """Samples left out: index, sample_id, reason."""
+    """Skipped samples: index, sample_id, reason."""
     rollout_files: list[Path]
     """One file per step."""
     recipe: Record
-    """The resolved recipe of the last steps; empty where the run wrote none."""
+    """The resolved recipe of the last steps; empty if the run wrote none."""
     summary: Record | None
     """None while the run is unfinished."""
     recipe_changes: list[RecipeChange] = field(default_factory=list)
@@ -56,7 +56,7 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether the run got to its end."""
+        """Whether the run has reached its end."""
         return self.summary is not None
 
     @property
@@ -66,7 +66,7 @@ class RunRecord:
 
     @property
     def start(self) -> Levels | None:
-        """Validation before the first step, None where there was none."""
+        """The validation before the first step, None if there was none."""
         if self.summary and self.summary.get("start"):
             return self.summary["start"]
         first = self.validations[0] if self.validations else None
@@ -81,30 +81,31 @@ class RunRecord:
         return last["levels"] if last and last["step"] > 0 else None
 
     def setting(self, key: str) -> Any:
-        """A recipe key such as "algorithm.group_size"; None where the recipe lacks it."""
+        """Return the value of a recipe key such as "algorithm.group_size"; None if it is
+        missing."""
         value: Any = self.recipe
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         return value
 
     def steps(self) -> list[int]:
-        """The steps that have metrics."""
+        """Return the steps that have metrics."""
         return [record["step"] for record in self.metrics]
 
     def series(self, key: str) -> list[float]:
-        """One metric over `steps()`; NaN where it is null, missing or not a number."""
+        """Return a metric over `steps()`; NaN where it is null, missing or not a number."""
         return [number(record.get(key)) for record in self.metrics]
 
 
 def number(value: Any) -> float:
-    """A value of a record as a float; NaN where it is None, not a number or not finite."""
+    """Return a record's value as a float; NaN if it is None, not a number or not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return math.nan
     return float(value)
 
 
 def last_step(folder: Path) -> int:
-    """The newest step in metrics.jsonl, 0 for none; reads only the end of the file."""
+    """Return the newest step in metrics.jsonl, 0 if none; reads only the end of the file."""
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             size = file.seek(0, 2)
@@ -121,10 +122,10 @@ def last_step(folder: Path) -> int:
 
 
 def read_summary(folder: Path) -> Record | None:
-    """summary.json of a run, None where it is not finished.
+    """Return summary.json of a run, None if the run is unfinished.
 
     Raises:
-        InputError: the file can't be read, or is no summary.
+        InputError: the file can't be read, or is not a summary.
     """
     file = folder / "summary.json"
     if not file.exists():
@@ -145,20 +146,20 @@ def _read_recipe(file: Path) -> Record:
 
 
 def rollout_files(folder: Path) -> list[Path]:
-    """The files of a run's completions, one per step and in their order; other files are not."""
+    """Return the files of a run's completions, one per step and in order; skips unknown files."""
     files = (folder / "rollouts").glob("step_*.jsonl")
     found = [(step, file) for file in files if (step := step_of_file(file)) is not None]
     return [file for _, file in sorted(found)]
 
 
 def _recipe_changes(starts: list[Record]) -> list[RecipeChange]:
-    """What changed between the steps that were kept; a start that made no step changed nothing."""
+    """Return the changes between kept steps; a start without steps changed nothing."""
     changes: list[RecipeChange] = []
     for start in starts:
         first = start.get("first_step")
         if first is None:
             continue
-        # It went on from before those steps, and made them again.
+        # It resumed before those steps and repeated them.
         changes = [change for change in changes if change.step < first]
         for key, (old, new) in start.get("changed", {}).items():
             changes.append(RecipeChange(first, key, old, new))
@@ -169,7 +170,7 @@ def read_run(path: str | Path) -> RunRecord:
     """Read a run directory.
 
     Raises:
-        InputError: it is not a run directory, or one of its files is broken (named by its line).
+        InputError: it is not a run directory, or a file is damaged (the message names the line).
     """
     folder = Path(path)
     if not folder.is_dir():

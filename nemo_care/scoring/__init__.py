@@ -1,1 +1,1 @@
-"""The consistency-likelihood scoring pass over generated groups."""
+"""Rewards, the reference's scoring pass, and credit."""

@@ -1,7 +1,7 @@
-"""Credit: from rewards and answer likelihoods to each completion's bonus, reward and advantage.
+"""Credit: each completion's bonus, reward and advantage, from rewards and answer likelihoods.
 
-The formulas are in `objective`; this applies them to groups. Every rank computes the same credit
-from the same numbers, whether or not the run has a reference.
+The formulas are in `objective`; this module applies them to groups. Every rank computes the same
+credit from the same numbers, with or without a reference.
 """
 
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ class Credit:
     """Sets `consistency_bonus`, `reward` and `advantage` of groups (algorithm steps 4 to 6)."""
 
     def __init__(self, algorithm: AlgorithmConfig, *, truncated: str = "keep") -> None:
-        """The recipe's bonus and advantage; `truncated` is its rollout.truncated."""
+        """Use the recipe's bonus and advantage; `truncated` is its rollout.truncated."""
         self.masks_truncated = truncated == "mask"
         self.consistency = algorithm.consistency
         self.bonus = BONUSES[algorithm.consistency.kind]
         self.advantage = ADVANTAGES[algorithm.advantage]
 
     def __call__(self, groups: Sequence[Group]) -> None:
-        """Give credit to the completions of groups that have base rewards and likelihoods.
+        """Set the credit of groups that have base rewards and likelihoods.
 
         With a bonus coefficient of 0 (the GRPO baseline) no answer likelihood is needed. Masked
-        completions take part in their group's baseline, and get an advantage of 0 themselves.
+        completions count in their group's baseline, and get an advantage of 0 themselves.
         """
         for group in groups:
             base_reward = known(group.base_reward)
@@ -62,10 +62,10 @@ def needs_pairs(config: ConsistencyConfig) -> bool:
 def selection_rate(
     groups: Sequence[Group], config: ConsistencyConfig, ranks: Ranks
 ) -> float | None:
-    """Share of the groups of all replicas in which the bonus distinguishes accurate completions.
+    """Return the share of all replicas' groups in which the bonus separates accurate completions.
 
-    Groups with fewer than two of these do not count; None where there is no such group, or no
-    bonus. Collective over the replicas.
+    Groups with fewer than two accurate completions do not count; None if there is no such group,
+    or no bonus. Collective over the replicas.
     """
     if config.bonus_coefficient == 0:
         return None

@@ -1,4 +1,4 @@
-"""The reference: scores the groups' answers, and follows the policy slowly."""
+"""The reference model, which scores the groups' answers and slowly follows the policy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ class Reference:
         ranks: Ranks,
         layout: BatchLayout,
     ) -> None:
-        """`model` starts with the policy's weights."""
+        """Create it from `model`, which has the policy's weights."""
         config = algorithm.reference
         self.average = WeightAverage(model, config.ema_decay, offload=config.offload)
         self.update_every = config.ema_update_every
@@ -39,15 +39,15 @@ class Reference:
         self.all_tokens = algorithm.kl_coefficient > 0
         self.answer_pairs = needs_pairs(algorithm.consistency)
         self.ranks = ranks
-        # As the model was built: only a recipe with fp8.scoring builds it for 8 bits.
+        # Depends on how the model was built: only fp8.scoring builds it for 8 bits.
         self.scorer = Scorer(model, ranks, layout, fp8=True)
 
     def score_answers(self, groups: Sequence[Group]) -> None:
-        """The fused pass: set `answer_likelihood`, clipped (algorithm step 3), on every rank.
+        """Set `answer_likelihood`, clipped (algorithm step 3), on every rank, in one fused pass.
 
-        Where the bonus needs it, `pair_likelihood` too. `reference_log_probs` stay on the last
-        stage, where the loss is computed. Where those are not finite the likelihood is NaN, as
-        without an answer; the update checks the log-probabilities, and leaves the step out.
+        Also sets `pair_likelihood` if the bonus needs it. `reference_log_probs` stay on the last
+        stage, where the loss is computed. If those are not finite the likelihood is NaN, as without
+        an answer; the update checks the log-probabilities and leaves the step out.
         """
         with self.average.in_place():
             tables = self.scorer.score(
@@ -62,7 +62,7 @@ class Reference:
             group.pair_likelihood = table[1:] if self.answer_pairs else None
 
     def answer_likelihoods(self, groups: Sequence[Group]) -> list[torch.Tensor]:
-        """Likelihood of each completion's answer, not clipped (see `Scorer`)."""
+        """Return the likelihood of each completion's answer, not clipped (see `Scorer`)."""
         with self.average.in_place():
             return self.scorer.answer_likelihoods(groups)
 
@@ -80,8 +80,8 @@ class Reference:
     ) -> None:
         """Move towards the policy after every `ema_update_every` optimizer steps (step 8).
 
-        Not before `ema_start_step`, nor while the share of groups in which the bonus tells accurate
-        completions apart is above `ema_max_selection_rate`.
+        Not before `ema_start_step`, nor while the share of groups in which the bonus separates
+        accurate completions is above `ema_max_selection_rate`.
         """
         waits = selection_rate is not None and selection_rate > self.max_selection_rate
         is_due = self.update_every and step % self.update_every == 0
@@ -89,14 +89,14 @@ class Reference:
             self.average.update(policy)
 
     def distance(self, policy: torch.nn.Module) -> float:
-        """|theta - phi| / |theta| over the whole model."""
+        """Return |theta - phi| / |theta| over the whole model."""
         squares = self.ranks.sum_over_model(self.average.squared_distance(policy))
         return float((squares[0] / squares[1]).sqrt())
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        """The average as Megatron sharded tensors, under keys of its own."""
+        """Return the average as Megatron sharded tensors, under its own keys."""
         return self.average.sharded_state_dict(PREFIX, metadata)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a loaded `sharded_state_dict`."""
+        """Restore the average from a loaded `sharded_state_dict`."""
         self.average.load_state_dict(state, PREFIX)

@@ -1,7 +1,7 @@
-"""The rewards that a recipe names: ours, and the user's own by import path.
+"""The rewards that a recipe names: the built-in ones, and the user's functions by import path.
 
-A reward of the user is a function that anything importable may hold, such as a file in the folder
-that the command is started in:
+A user's reward is a function in any importable module, such as a file in the folder in which the
+command is started:
 
     def my_reward(completion: str, sample: Sample) -> float: ...
 
@@ -25,38 +25,39 @@ from nemo_care.recipe.algorithm import AlgorithmConfig
 
 OURS = ("accuracy", "format")
 LENGTH_PENALTY = "length_penalty"
-"""What the length penalty of rollout.truncated=penalise is called in records."""
+"""Name of the length penalty of rollout.truncated=penalise in records."""
 
-# `reward/total` is a metric already.
+# `reward/total` is already a metric.
 _TAKEN = (*OURS, "total", LENGTH_PENALTY)
 
 
 class Reward(Protocol):
-    """What a reward is called with: a completion's whole text and the question that it answers."""
+    """A reward: called with a completion's whole text and the question that it answers."""
 
     def __call__(self, *, completion: str, sample: Sample) -> float:
-        """One finite number, larger for a better completion."""
+        """Return one finite number, larger for a better completion."""
         ...
 
 
 def reward_name(entry: str) -> str:
-    """What an entry of `algorithm.rewards` is called in records: a custom reward's function."""
+    """Return the name of an entry of `algorithm.rewards` in records: for an import path its
+    function."""
     return entry.rpartition(".")[2]
 
 
 def reward_weights(config: AlgorithmConfig) -> list[float]:
-    """The weight of each entry of `algorithm.rewards`."""
+    """Return the weight of each entry of `algorithm.rewards`."""
     if config.reward_weights is None:
         return [1.0] * len(config.rewards)
     return config.reward_weights
 
 
 def load_rewards(config: AlgorithmConfig) -> dict[str, Reward]:
-    """Each reward's function by its name, in the recipe's order.
+    """Return each reward's function by its name, in the recipe's order.
 
     Raises:
-        InputError: rewards, weights and bonus do not fit together, or an import path does not lead
-            to a function that can be called as a reward.
+        InputError: rewards, weights and bonus do not fit together, or an import path does not name
+        a function that can be called as a reward.
     """
     _check_names(config)
     _check_weights(config)
@@ -77,7 +78,7 @@ def _format(min_reasoning_words: int, completion: str, sample: Sample) -> float:
 
 def _check_names(config: AlgorithmConfig) -> None:
     if not config.rewards:
-        raise InputError("algorithm.rewards is empty: name one reward at least, such as accuracy")
+        raise InputError("algorithm.rewards is empty: name at least one reward, such as accuracy")
     seen: dict[str, str] = {}
     for entry in config.rewards:
         if entry not in OURS and not _is_import_path(entry):
@@ -88,7 +89,7 @@ def _check_names(config: AlgorithmConfig) -> None:
         name = reward_name(entry)
         if entry not in OURS and name in _TAKEN:
             raise InputError(
-                f"algorithm.rewards: {entry}: the metric reward/{name} is another one's: rename "
+                f"algorithm.rewards: {entry}: the metric reward/{name} already exists: rename "
                 "the function"
             )
         if name in seen:
@@ -116,14 +117,14 @@ def _check_weights(config: AlgorithmConfig) -> None:
         raise InputError(f"algorithm.reward_weights={weights}: weights must be finite numbers")
     if bonus > 0 and "accuracy" not in config.rewards:
         raise InputError(
-            f"algorithm.rewards has no accuracy, on which the bonus of "
-            f"algorithm.consistency.bonus_coefficient={bonus:g} goes: add accuracy (with weight 0 "
+            f"algorithm.rewards has no accuracy, which the bonus of "
+            f"algorithm.consistency.bonus_coefficient={bonus:g} needs: add accuracy (with weight 0 "
             "it counts for the bonus only), or set the coefficient to 0"
         )
     if bonus == 0 and not any(weights):
         raise InputError(
-            f"algorithm.reward_weights={weights}: nothing is left to learn from: give one reward "
-            "another weight than 0"
+            f"algorithm.reward_weights={weights}: all rewards have weight 0: give at least one a "
+            "nonzero weight"
         )
 
 
@@ -131,11 +132,11 @@ def _load(path: str) -> Reward:
     module_path, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_path)
-    # A script that has no main guard may end the process when it is imported.
+    # A script without a main guard can end the process when it is imported.
     except (Exception, SystemExit) as error:
         raise InputError(
             f"algorithm.rewards: {path} can't be imported ({_reason(error)}): check the path and "
-            "the module, which must be installed or lie in the working directory"
+            "the module, which must be installed or in the working directory"
         ) from error
     function = getattr(module, name, None)
     if function is None:
@@ -156,13 +157,13 @@ def _load(path: str) -> Reward:
             f"({error}): define it as def {name}(completion, sample)"
         ) from error
     except ValueError:
-        # Some functions written in C do not tell their arguments.
+        # Some functions written in C have no readable signature.
         pass
     return function
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong and in which line of the user's code, on one line."""
+    """Return the error and the line of the user's code, as one line."""
     internal = ("<frozen", importlib.__file__, __file__)
     frames = [
         frame
@@ -174,20 +175,20 @@ def _reason(error: BaseException) -> str:
 
 
 def reward_value(name: str, reward: Reward, completion: str, sample: Sample) -> float:
-    """Call a reward.
+    """Call a reward and return its value.
 
     Raises:
-        RuntimeError: it raised something; names reward and prompt.
-        ValueError: it gave something else than one finite number; names reward and prompt.
-        InputError: the sample's problem_type is unknown to the accuracy.
+        RuntimeError: it raised an error; names reward and prompt.
+        ValueError: it did not return one finite number; names reward and prompt.
+        InputError: accuracy does not support the sample's problem_type.
     """
     try:
         value: object = reward(completion=completion, sample=sample)
-    # sys.exit in a reward would end the run as if it were done.
+    # sys.exit in a reward would end the run as if it were complete.
     except (Exception, SystemExit) as error:
         if name in OURS:
             raise
-        # Of the error's own type it might not survive the way to the other ranks; the leader keeps
+        # An error of the original type might not be picklable for the other ranks; the leader keeps
         # the cause and prints its traceback.
         raise RuntimeError(
             f"reward {name} failed for a completion of prompt {sample.sample_id}: "
@@ -196,18 +197,18 @@ def reward_value(name: str, reward: Reward, completion: str, sample: Sample) -> 
     number = _as_float(value)
     if not abs(number) <= torch.finfo(torch.float32).max:
         raise ValueError(
-            f"reward {name} gave {reprlib.repr(value)} for a completion of prompt "
+            f"reward {name} returned {reprlib.repr(value)} for a completion of prompt "
             f"{sample.sample_id}: it must return one finite number (float32)"
         )
     return number
 
 
 def _as_float(value: object) -> float:
-    """NaN for what is no number; NumPy's and torch's scalars are numbers, text is not."""
+    """Convert NumPy's and torch's scalars, but not text, to a float; NaN for anything else."""
     if not isinstance(value, SupportsFloat) or isinstance(value, str):
         return math.nan
     try:
         return float(value)
     except Exception:
-        # Such as an array of several.
+        # For example an array of several numbers.
         return math.nan

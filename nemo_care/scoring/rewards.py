@@ -1,4 +1,4 @@
-"""Base rewards of groups: the rewards that the recipe names, applied."""
+"""Base rewards of groups: the rewards that the recipe names, applied to completions."""
 
 from collections.abc import Sequence
 
@@ -22,11 +22,11 @@ from nemo_care.scoring.reward_functions import (
 class BaseRewards:
     """Accuracy, format and the user's rewards of each completion (algorithm step 2).
 
-    With rollout.truncated=penalise the length penalty too, which is added with weight 1.
+    With rollout.truncated=penalise also the length penalty, which is added with weight 1.
     """
 
     def __init__(self, config: AlgorithmConfig, ranks: Ranks, rollout: RolloutConfig) -> None:
-        """Rewards are computed on the leader of each replica, so that its ranks agree.
+        """Load the rewards, which run on the leader of each replica so that its ranks agree.
 
         Raises:
             InputError: see `load_rewards`.
@@ -39,14 +39,15 @@ class BaseRewards:
             self.weights.append(1.0)
         self.ranks = ranks
         self.functions: dict[str, Reward] = {}
-        # Only there: importing a user's reward may load a model, which the other ranks never need.
+        # Only on the leader: importing a user's reward can load a model, which other ranks do not
+        # need.
         ranks.from_leader(lambda: self.functions.update(load_rewards(config)))
 
     def __call__(self, groups: Sequence[Group]) -> None:
         """Set `rewards` and `base_reward` of each group.
 
         Raises:
-            RuntimeError: a user's reward raised something; names reward and prompt.
+            RuntimeError: a user's reward raised an error; names reward and prompt.
             ValueError: a reward is not one finite number; names reward and prompt.
         """
         tables = self.ranks.from_leader(lambda: [self._score(group) for group in groups])
@@ -54,15 +55,15 @@ class BaseRewards:
             values = torch.tensor(table, dtype=torch.float32)
             group.rewards = dict(zip(self.names, values, strict=True))
             group.base_reward = base_reward(values, self.weights)
-            # Here, where every rank sees it: later only the last pipeline stage would stop.
+            # Checked here, where every rank has it: later only the last pipeline stage would stop.
             if not group.base_reward.isfinite().all():
                 raise ValueError(
                     f"the weighted sum of the rewards of prompt {group.prompt.sample.sample_id} is "
-                    "no finite number: lower algorithm.reward_weights"
+                    "not a finite number: lower algorithm.reward_weights"
                 )
 
     def _score(self, group: Group) -> list[list[float]]:
-        """Each reward of each completion, K lists of G."""
+        """Return each reward of each completion, K lists of G."""
         rewards = [
             [
                 reward_value(name, function, completion.text, group.prompt.sample)

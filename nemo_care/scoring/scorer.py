@@ -1,8 +1,8 @@
 """The scoring pass: completions under a model, without gradients.
 
-A group's vision tower and prompt run once, the output layer only where a token is asked for, and
-what a caller makes of the log-probabilities is made on the last pipeline stage, micro-batch by
-micro-batch. One small broadcast then tells the other stages.
+A group's vision tower and prompt run once, the output layer only for the requested tokens. The
+caller's function reduces the log-probabilities on the last pipeline stage, micro-batch by
+micro-batch. One small broadcast then sends the results to the other stages.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from nemo_care.objective.consistency import answer_likelihood
 from nemo_care.ranks.process_groups import Ranks
 
 Table = torch.Tensor
-"""What is made of one group: float32 [K, G], a column per completion."""
+"""Results of one group: float32 [K, G], a column per completion."""
 
 
 class Scorer:
@@ -29,9 +29,9 @@ class Scorer:
     def __init__(
         self, model: VideoLanguageModel, ranks: Ranks, layout: BatchLayout, *, fp8: bool = False
     ) -> None:
-        """`layout` says how groups become micro-batches; several fill the pipeline.
+        """Use `layout` to make micro-batches of groups; several fill the pipeline.
 
-        `fp8`: score in 8 bits if the model's configuration has them.
+        `fp8`: score in 8 bits if the model's configuration supports them.
         """
         self.fp8 = fp8
         self.model = model
@@ -39,7 +39,7 @@ class Scorer:
         self.layout = layout
 
     def answer_likelihoods(self, groups: Sequence[Group]) -> list[torch.Tensor]:
-        """Likelihood of each completion's answer, not clipped, float32 [G] per group.
+        """Return the likelihood of each completion's answer, not clipped, float32 [G] per group.
 
         NaN without an answer.
         """
@@ -51,10 +51,10 @@ class Scorer:
         return [table[0] for table in self.score(groups, likelihood, rows=1)]
 
     def pair_likelihoods(self, groups: Sequence[Group]) -> list[torch.Tensor]:
-        """Likelihood of each answer behind each reasoning of its group, float32 [G, G] per group.
+        """Return the likelihood of each answer given each reasoning, float32 [G, G] per group.
 
-        Row i, column j: exp of the mean log-probability of the tokens of answer i behind the
-        reasoning of completion j; NaN where either has no answer.
+        Row i, column j: exp of the mean log-probability of the tokens of answer i after the
+        reasoning of completion j; NaN if either has no answer.
 
         Raises:
             ValueError: the layout does not share the prompt.
@@ -74,17 +74,17 @@ class Scorer:
         all_tokens: bool = False,
         answer_pairs: bool = False,
     ) -> list[Table]:
-        """One table per group, on the CPU, equal on all ranks of the model replica.
+        """Return one table per group, on the CPU, equal on all ranks of the model replica.
 
         Args:
-            groups: to be scored.
+            groups: the groups to score.
             table_of: called on the last stage with a micro-batch and the log-probabilities float32
-                [N, C] of its completions' answer tokens (zero elsewhere); gives a table [rows, G]
+                [N, C] of its completions' answer tokens (zero elsewhere); returns a table [rows, G]
                 per group.
             rows: K of those tables.
-            all_tokens: log-probabilities of all completion tokens, not only the answers'.
-            answer_pairs: score every answer behind every reasoning too (see `pair_likelihoods`);
-                each table then has G more rows, which hold them.
+            all_tokens: include log-probabilities of all completion tokens, not only the answers'.
+            answer_pairs: also score every answer given every reasoning (see `pair_likelihoods`);
+                each table then has G more rows with the results.
 
         Raises:
             ValueError: answer pairs in a layout that does not share the prompt.
@@ -108,7 +108,7 @@ class Scorer:
         result: Callable[[torch.Tensor, GroupBatch], list[Table]],
         shapes: Sequence[tuple[int, int]],
     ) -> list[Table]:
-        """Run the pass. `shapes` of the groups' tables tell the other stages what to expect."""
+        """Run the pass; `shapes` of the groups' tables are used by the other stages."""
         with computing(self.model.config, fp8=self.fp8):
             results = forward_only(
                 self.model, batches, inputs_of=lambda batch: batch.inputs, result_of=result

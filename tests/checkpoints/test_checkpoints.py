@@ -395,7 +395,7 @@ def test_a_full_disk_of_one_rank_reaches_both_and_harms_no_older_checkpoint(on_r
     assert "No space left on device" in first["full"]
     assert "(rank 1); complete older ones there: step_000001;" in first["full"]
     assert first["left"] == ["step_000001"]
-    assert "what rank 0 writes there does not arrive" in first["apart"]
+    assert "files from rank 0 do not appear there" in first["apart"]
     assert "(rank 1)" in first["apart"]
     assert (first["first"], first["second"]) == ([1.0, 2.0], [2.0, 3.0])
     assert "__1_0.distcp: its content changed" in first["damaged"]

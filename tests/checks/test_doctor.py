@@ -124,7 +124,7 @@ def test_without_a_mandatory_package_the_status_is_2(monkeypatch, capsys):
     monkeypatch.setattr(machine, "is_there", lambda module: module != "decord" and there(module))
     assert main(["doctor"]) == 2
     shown = capsys.readouterr().out
-    assert "nothing can run here:" in shown
+    assert "no recipe can run here:" in shown
     assert "decord is missing" in shown.splitlines()[-1]
     assert "pip install" in shown.splitlines()[-1]
 
@@ -234,7 +234,7 @@ def test_kernels_for_gpus_are_refused_without_one_or_when_broken(recipe_of):
     ("gpu", "part"),
     [
         (replace(H100, total=39 * GIB, free=38 * GIB), "set a key"),
-        (replace(H100, free=38 * GIB), "end what else is on the GPU"),
+        (replace(H100, free=38 * GIB), "end other processes on the GPU"),
     ],
 )
 def test_memory_that_the_plan_does_not_find_is_a_reason(recipe_of, gpu, part):

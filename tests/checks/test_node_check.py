@@ -77,7 +77,7 @@ def test_the_verdict_is_left_beside_the_batch_job_s_file(monkeypatch, tmp_path):
     assert "not shared with this machine" in (tmp_path / "node7").read_text()
     (tmp_path / "canary").write_text("11.0\n")
     assert main(arguments) == 1
-    assert "says 11.0 instead of 12.0" in (tmp_path / "node7").read_text()
+    assert "stale here: 11.0 instead of 12.0" in (tmp_path / "node7").read_text()
     (tmp_path / "canary").write_text("12.0\n")
     assert main(arguments) == 0
     assert (tmp_path / "node7").read_text() == "ok\n"

@@ -295,7 +295,7 @@ def test_a_first_look_is_spread_over_the_file_and_estimates_the_rest(check, tmp_
     places = [problem["place"] for problem in report["problems"][1:]]
     assert [place // 5 for place in places] == list(range(8))
     assert report["limit"] == 8
-    assert "a whole check may find more" in out
+    assert "a complete check can find more" in out
     assert check("--limit", "8", *overrides)[3] == report
     assert check("--limit", "8", "trainer.seed=9", *overrides)[3]["problems"] != report["problems"]
 

@@ -160,7 +160,7 @@ def test_a_low_limit_of_open_files_is_raised_or_refused(monkeypatch):
     allow_open_files(4)
     assert given == [(256, 4096), (271, 4096)]
     limits = (64, 64)
-    with pytest.raises(InputError, match=r"64 files open \(ulimit -n\).*ulimit -n 256"):
+    with pytest.raises(InputError, match=r"64 open files \(ulimit -n\).*ulimit -n 256"):
         allow_open_files(1)
     limits = (1024, 1024)
     allow_open_files(64)
@@ -184,4 +184,4 @@ def test_a_run_under_ulimit_64_is_one_line(world, tmp_path):
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("nemo-care: this process may have 64 files open")
+    assert line.startswith("nemo-care: this process can have 64 open files")

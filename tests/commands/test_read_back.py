@@ -217,7 +217,7 @@ def test_a_run_is_exported_with_the_recipe_of_its_checkpoint(
         os.umask(before)
     err = capfd.readouterr().err
     assert f"{run / 'recipe.yaml'}:1: not valid YAML" in err
-    assert "checkpoints/step_000003 is taken in its place" in err
+    assert "checkpoints/step_000003 instead" in err
     first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
     # Others may read what was exported, as far as the umask lets them.
@@ -295,7 +295,7 @@ def test_replay_names_broken_tensors(run, refused):
 def test_replay_lists_the_steps_beside_stray_files(run, refused):
     for name in ("step_abc.json", "notes.json", "step_000002.json~"):
         (run / "bad_steps" / name).write_text("not ours")
-    assert "such steps of this run: 2" in refused("replay", run, "--step", 1)
+    assert "steps left out in this run: 2" in refused("replay", run, "--step", 1)
 
 
 def test_replay_pads_as_training_does(run, monkeypatch):

@@ -78,8 +78,8 @@ def test_replay_in_two_ranks_names_the_module_and_says_whose_weights_these_are(r
     result = replayed(folder, "--step", "2", "trainer.devices=2")
     assert result.returncode == 0, result.stderr
     out = result.stdout
-    assert "those that the run started from, after 0 optimizer steps; the step that failed" in out
-    assert "those after 1, which no checkpoint has" in out
+    assert "those that the run started from, after 0 optimizer steps; the failed step used" in out
+    assert "after 1, which no checkpoint has" in out
     assert out.count("now not finite: policy") == 16
     for rank in (0, 1):
         layer = "language_model.decoder.layers.1"
@@ -96,7 +96,7 @@ def test_replay_refuses_a_step_that_was_not_left_out_and_unknown_keys(run, repla
     folder = run()
     result = replayed(folder, "--step", "1")
     assert result.returncode == 2
-    assert "step 1 was not left out; such steps of this run: 2" in result.stderr
+    assert "step 1 was not left out; steps left out in this run: 2" in result.stderr
     result = replayed(folder, "--step", "2", "trainer.device=1")
     assert result.returncode == 2
     assert "trainer.device" in result.stderr

@@ -172,7 +172,7 @@ def test_every_measure_is_in_the_results_and_in_one_table(evaluate, tmp_path):
         (["evaluation.further_judges=[llm]"], ["evaluation.further_judges", "rule or likelihood"]),
         (
             ["evaluation.further_judges=[rule]"],
-            ["evaluation.further_judges", "rule judges already"],
+            ["evaluation.further_judges", "rule is the judge already"],
         ),
         (["evaluation.peer_probe=1"], ["evaluation.peer_probe=1", "set it to 2 or more"]),
         (
@@ -572,7 +572,7 @@ def test_a_run_without_a_reference_can_not_judge(evaluate, trained, tmp_path, mo
     ("override", "parts"),
     [
         ("data.validation.annotations=null", ["data.validation.annotations"]),
-        ("data.validation.root=null", ["data.validation.root", "set those to null"]),
+        ("data.validation.root=null", ["data.validation.root", "set annotations to null"]),
         ("+data.validation.annotations.skipped=x", ["'skipped'", "can't name a file"]),
         ("evaluation.checkpoint=/no/such", ["evaluation.checkpoint", "/no/such", "no such folder"]),
         ("evaluation.checkpoint=docs", ["evaluation.checkpoint", "no checkpoint there"]),

@@ -230,7 +230,7 @@ def test_foreign_run_is_refused(made):
     folder = made.out / "runs/care-seed1"
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").touch()
-    with pytest.raises(InputError, match=r"variant care: .*no run of this study"):
+    with pytest.raises(InputError, match=r"variant care: .*not of this study"):
         made.run()
 
 
@@ -306,7 +306,7 @@ def test_table_has_means_of_what_is_done(published):
     heading = row(table, "variant")
     start, grpo, care = (row(table, name) for name in ("start", "GRPO", "care"))
     assert heading[:3] == ["L1 accuracy", "L2 accuracy", "L3 accuracy"]
-    assert heading[6:8] == [f"{level} consistency of the right ones" for level in ("L1", "L3")]
+    assert heading[6:8] == [f"{level} consistency of correct answers" for level in ("L1", "L3")]
     assert heading[8:] == [
         "L1 probe implied",
         "L1 probe true",
@@ -399,7 +399,7 @@ def test_variant_that_starts_elsewhere_is_named(made, trained):
 def test_study_without_a_finished_run_publishes_nothing(made, capsys):
     made.command = [sys.executable, "-c", "raise SystemExit(3)"]
     assert len(made.run(only=["care"])) == 2
-    assert "no run is done yet" in capsys.readouterr().err
+    assert "no run is complete yet" in capsys.readouterr().err
     assert not (made.out / "study.html").exists()
 
 
@@ -460,8 +460,8 @@ def test_unusable_docs_are_refused_before_the_first_run(made, old, new, named):
     [
         ({"variant": "cure"}, "seed 1 of cure is not in the study"),
         ({"seed": 9}, "seed 9 of grpo is not in the study"),
-        ({"overrides": ["a=1"]}, "seed 1 of grpo was made with other overrides: a=1"),
-        ({"seed": 2}, "seed 2 of grpo is there twice"),
+        ({"overrides": ["a=1"]}, "seed 1 of grpo was made with different overrides: a=1"),
+        ({"seed": 2}, "seed 2 of grpo occurs twice"),
         ({"mood": "good"}, 'some.jsonl:1: unknown key "mood"'),
         ({"curves": {"step": [1, 2], "x": [0.5]}}, 'some.jsonl:1: its "curves" differ in length'),
     ],

@@ -82,7 +82,7 @@ def test_full_disk_ends_the_run_with_one_sentence_and_its_checkpoints(
     output = run.output()
     (sentence, *_) = re.findall(r"^nemo-care: .*No space left on device.*$", output, re.MULTILINE)
     assert "could not be written to" in sentence
-    assert "give the same command again: it goes on from the newest" in sentence
+    assert "repeat the command: it resumes from the newest" in sentence
     assert "Traceback" not in output
     (small_disk / "filler").unlink()
     saved = run.checkpoints()[-1]

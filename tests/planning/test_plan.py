@@ -210,7 +210,7 @@ def test_dry_run_that_does_not_fit_names_a_remedy(planned):
     line = planned["refusals"]["memory"]
     assert line.startswith("stage 0 needs")
     assert "set optimizer.offload=true" in line
-    assert "too much" not in line
+    assert "not enough" not in line
     assert "\n" not in line
 
 

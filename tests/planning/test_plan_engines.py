@@ -178,7 +178,7 @@ def test_the_largest_share_that_fits_is_offered(planned):
     largest = math.floor(100 * (budget - training) / memory) / 100
     (line,) = [line for line in plan["remedies"] if "gpu_memory_utilization" in line]
     assert line.startswith(f"rollout.vllm.gpu_memory_utilization={largest:g} ")
-    assert "too much" not in line
+    assert "not enough" not in line
     assert int(largest * memory) + training <= budget < int((largest + 0.01) * memory) + training
 
 

@@ -165,7 +165,7 @@ def test_report_of_a_run_before_its_first_step(tmp_path):
 
 def test_report_warns_when_the_bonus_no_longer_selects(tmp_path):
     folder = make_run(tmp_path / "run")
-    assert "lie at the clip (" not in write_report(folder).read_text()
+    assert "are at the clip (" not in write_report(folder).read_text()
     (folder / "metrics.jsonl").write_text(
         as_lines({**metric(step), "care/clipped_rate": 0.97} for step in range(1, 6))
     )
@@ -328,7 +328,7 @@ def test_compare_goes_on_where_it_stopped(tmp_path, fake):
     assert len(calls(out)) == 4
     record = json.loads((out / "comparison.json").read_text())
     assert [run["steps"] for run in record["runs"]] == [5, 5]
-    with pytest.raises(InputError, match="other overrides"):
+    with pytest.raises(InputError, match="different overrides"):
         compare(["grpo"], [1], out, ["optimizer.lr=1"], 1, None, train_command=fake)
 
 

@@ -85,7 +85,7 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(
     )
     (message,) = capfd.readouterr().err.splitlines()
     assert status == 2
-    assert f"{tmp_path / 'mine'} is no run directory of nemo-care" in message
+    assert f"{tmp_path / 'mine'} is not a run directory of nemo-care" in message
     assert name.partition("/")[0] in message
     assert "choose another exp_manager.explicit_log_dir" in message
     assert contents(tmp_path) == before
@@ -118,7 +118,7 @@ def test_folders_that_a_run_may_use(tmp_path, run):
     shutil.rmtree(run / "checkpoints")
     check_run_directory(run)
     (run / "starts.jsonl").write_text('{"race": "Marathon"}\n')
-    with pytest.raises(InputError, match="no run directory"):
+    with pytest.raises(InputError, match="not a run directory"):
         check_run_directory(run)
     with pytest.raises(InputError, match="is a file"):
         check_run_directory(run / "recipe.yaml")

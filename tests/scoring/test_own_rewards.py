@@ -135,7 +135,7 @@ def test_format_keeps_its_minimum_of_reasoning_words():
         ),
         (
             config("accuracy", "format", weights=[0.0, 0.0], bonus=0.0),
-            ["algorithm.reward_weights=[0.0, 0.0]", "nothing is left"],
+            ["algorithm.reward_weights=[0.0, 0.0]", "all rewards have weight 0"],
         ),
         (
             config("accuracy", "no_such_package.rewards.f"),
