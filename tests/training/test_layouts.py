@@ -5,6 +5,7 @@ The oracle is plain Hugging Face and torch (golden.py). Each layout really start
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from safetensors.torch import load_file
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.groups.batch import model_inputs
 from nemo_care.models.families import read_family
-from nemo_care.models.video_language_model import ModelInputs
 
 pytestmark = pytest.mark.numeric
 
@@ -32,12 +33,11 @@ def job(rank_server, checkpoint, world, tmp_path_factory):
     video = prompts[0]
     rows = torch.stack([video.token_ids, video.token_ids.clone()])
     rows[1, -6:-3] = rows[1, -5:-2].clone()
-    inputs = ModelInputs(
-        token_ids=rows,
-        position_ids=torch.stack([video.position_ids] * 2, dim=1),
-        pixel_values=torch.cat([video.pixel_values, video.pixel_values.flip(0)]),
-        grid_thw=torch.cat([video.grid_thw] * 2),
-        is_vision=torch.stack([video.is_vision] * 2),
+    inputs = model_inputs(
+        [video, replace(video, pixel_values=video.pixel_values.flip(0))],
+        rows,
+        torch.stack([video.position_ids] * 2, dim=1),
+        torch.stack([video.is_vision] * 2),
     )
     contents = {
         "checkpoint": checkpoint,
