@@ -151,7 +151,7 @@ class VideoLanguageModel(MegatronModule, ABC):
         Only `pixel_values` and `grid_thw` are read: they may be those of some of the frames.
         """
 
-    def _all_vision_features(self, inputs: ModelInputs) -> torch.Tensor:
+    def all_vision_features(self, inputs: ModelInputs) -> torch.Tensor:
         """The features of all vision tokens, the frames dealt to the ranks if they are to be."""
         if not self.deals_vision:
             return self.vision_features(inputs)
@@ -212,7 +212,7 @@ class VideoLanguageModel(MegatronModule, ABC):
         embeddings = self.language_model.embedding(input_ids=inputs.token_ids, position_ids=None)
         if inputs.pixel_values is None:
             return embeddings
-        features = self._all_vision_features(inputs)
+        features = self.all_vision_features(inputs)
         assert inputs.vision_places is not None
         marked = len(inputs.vision_places)
         if marked != features.shape[0]:

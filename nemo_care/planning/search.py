@@ -201,7 +201,7 @@ def _least(
 
 
 class _VisionBytes:
-    """What the vision tower keeps of one group: on the first stage, whatever the layout."""
+    """What the vision tower keeps on the first stage, at least."""
 
     def __init__(self, recipe: Recipe, shape: ModelShape) -> None:
         self.recipe = recipe
@@ -209,7 +209,8 @@ class _VisionBytes:
         self.found: dict[str, int] = {}
 
     def bytes(self, recipe: Recipe) -> int:
-        """Bytes of one micro-batch."""
+        """Bytes of one micro-batch on the rank that keeps most: of dealt frames no less than its part.
+        """
         granularity = recipe.model.recompute_granularity
         if granularity not in self.found:
             alone = deepcopy(self.recipe)
@@ -221,7 +222,8 @@ class _VisionBytes:
             lengths = longest_lengths(alone, self.shape.family)
             with built_stage(alone, self.shape, 0, reference=False) as stage:
                 self.found[granularity] = stage.activations(lengths)[1]
-        return self.found[granularity] * recipe.algorithm.groups_per_micro_batch
+        ranks = recipe.model.tensor_model_parallel_size if recipe.model.vision.shard else 1
+        return self.found[granularity] * recipe.algorithm.groups_per_micro_batch // ranks
 
 
 def _largest(
