@@ -152,17 +152,18 @@ def model_inputs(
 ) -> ModelInputs:
     """What the model takes of rows laid out on the CPU, on the compute device.
 
-    `prompts` in the order in which their images and videos appear in the rows; the rest as in
-    `ModelInputs`.
+    `prompts` in the order in which their images and videos appear in the rows, `is_vision` bool
+    [B, S] is True at their tokens; the rest as in `ModelInputs`.
     """
     device = compute_device()
     pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
     grids = [p.grid_thw for p in prompts if p.grid_thw is not None]
+    rows, columns = is_vision.nonzero(as_tuple=True)
     return ModelInputs(
         token_ids=token_ids.to(device),
         position_ids=position_ids.to(device),
         pixel_values=torch.cat(pixels).to(device) if pixels else None,
         grid_thw=torch.cat(grids).to(device) if grids else None,
-        is_vision=is_vision.to(device) if pixels else None,
+        vision_places=(columns * len(is_vision) + rows).to(device) if pixels else None,
         packed=packed,
     )

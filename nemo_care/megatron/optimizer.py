@@ -5,17 +5,14 @@ import types
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+from nemo_care.megatron.partial_gradients import finalize_gradients
 from nemo_care.recipe.model import OptimizerConfig
 
 
@@ -27,7 +24,7 @@ def wrap_data_parallel(
     With `overlap_grad_reduce` the replicas' gradients are summed while the last micro-batch's
     backward still runs.
     """
-    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.finalize_model_grads_func = finalize_gradients
     wrapped = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(

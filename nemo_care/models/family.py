@@ -33,11 +33,14 @@ class Family(ABC):
         architecture: the model's sizes.
         prompt: how videos and images are written into a prompt and cut into patches.
         weights: which tensors of a checkpoint fill which parameters.
+        computes_frames_apart: whether the vision tower computes each frame of a video (each step
+            of its grid) as if it were an image of its own, so that frames can be dealt to ranks.
     """
 
     model_type: ClassVar[str]
     name: ClassVar[str]
     weights: ClassVar[WeightTable]
+    computes_frames_apart: ClassVar[bool] = False
     architecture: Architecture
     prompt: PromptFormat
 

@@ -1,13 +1,14 @@
 """A vision tower in front of Megatron's GPTModel: what the models of all families share.
 
-The vision tower lives whole on every tensor-parallel rank of the first pipeline stage. The
-language model is cut by Megatron. Both are trained.
+The vision tower lives whole on every tensor-parallel rank of the first pipeline stage, and each of
+them computes some of the frames (see `vision_dealing.py`). The language model is cut by Megatron.
+Both are trained.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
+from nemo_care.megatron.partial_gradients import mark_partial_gradient
 from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.family import Family
 from nemo_care.models.layer_specs import layer_spec
 from nemo_care.models.log_probs import token_log_probs
 from nemo_care.models.segments import PackedSegments
+from nemo_care.models.vision_dealing import VisionDealing
 
 # Independent of the tensor-parallel size, so that a checkpoint of any layout fits any other.
 _VOCABULARY_MULTIPLE = 128
@@ -42,17 +45,17 @@ class ModelInputs:
 
     `token_ids` [B, S], `position_ids` [3, B, S]. `pixel_values` [patches, values of
     a patch] and `grid_thw` [items, 3] hold the images and videos of all rows in order of
-    appearance, `is_vision` bool [B, S] says which tokens their features replace; all None where
-    there are none. A vision token that the model itself has sampled is an ordinary token and not
-    marked. `packed` says what a token sees where the one row (B = 1) holds several segments, or
-    the next tokens of cached sequences; None: each row is one causal sequence.
+    appearance, `vision_places` long [N] says which tokens their features replace, as s * B + b; all
+    None where there are none. A vision token that the model itself has sampled is an ordinary token
+    and not among them. `packed` says what a token sees where the one row (B = 1) holds several
+    segments, or the next tokens of cached sequences; None: each row is one causal sequence.
     """
 
     token_ids: torch.Tensor
     position_ids: torch.Tensor
     pixel_values: torch.Tensor | None = None
     grid_thw: torch.Tensor | None = None
-    is_vision: torch.Tensor | None = None
+    vision_places: torch.Tensor | None = None
     packed: PackedSegments | DecodingCache | None = None
 
 
@@ -103,6 +106,7 @@ class VideoLanguageModel(MegatronModule, ABC):
         self.share_embeddings_and_output_weights = family.architecture.tied
         self.family = family
         self.vocab_size = family.architecture.vocab_size
+        self.deals_vision = False
         self.language_model = _LanguageModel(
             config,
             layer_spec(config, backend),
@@ -128,9 +132,43 @@ class VideoLanguageModel(MegatronModule, ABC):
             for parameter in tower.parameters():
                 parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
 
+    def deal_vision(self) -> None:
+        """From now on each tensor-parallel rank computes the features of some of the frames.
+
+        Its gradients of the tower's parameters are then a part of theirs, and marked to be summed.
+        """
+        if parallel_state.get_tensor_model_parallel_world_size() == 1 or not self.pre_process:
+            return
+        self.deals_vision = True
+        for parameter in self.visual.parameters():
+            parameter.average_gradients_across_tp_domain = False
+            mark_partial_gradient(parameter)
+
     @abstractmethod
     def vision_features(self, inputs: ModelInputs) -> torch.Tensor:
-        """The vision tower's features [N, H] for all vision tokens of the micro-batch, in order."""
+        """The vision tower's features [N, H] for all vision tokens of the inputs, in order.
+
+        Only `pixel_values` and `grid_thw` are read: they may be those of some of the frames.
+        """
+
+    def all_vision_features(self, inputs: ModelInputs) -> torch.Tensor:
+        """The features of all vision tokens, the frames dealt to the ranks if they are to be."""
+        if not self.deals_vision:
+            return self.vision_features(inputs)
+        assert inputs.pixel_values is not None
+        assert inputs.grid_thw is not None
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        dealing = VisionDealing.of(
+            self.family,
+            inputs.grid_thw.tolist(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        share = replace(
+            inputs,
+            pixel_values=dealing.pixels(rank, inputs.pixel_values),
+            grid_thw=inputs.grid_thw.new_tensor(dealing.grids(rank)),
+        )
+        return dealing.gather(self.vision_features(share))
 
     def _mark_tensor_parallel(self) -> None:
         """Mark the parameters that tensor parallelism cuts, as their initialisation would have.
@@ -174,15 +212,14 @@ class VideoLanguageModel(MegatronModule, ABC):
         embeddings = self.language_model.embedding(input_ids=inputs.token_ids, position_ids=None)
         if inputs.pixel_values is None:
             return embeddings
-        features = self.vision_features(inputs)
-        assert inputs.is_vision is not None
-        marked = int(inputs.is_vision.sum())
+        features = self.all_vision_features(inputs)
+        assert inputs.vision_places is not None
+        marked = len(inputs.vision_places)
         if marked != features.shape[0]:
             raise ValueError(f"{marked} vision tokens but {features.shape[0]} vision features")
-        rows = embeddings.transpose(0, 1)
-        where = inputs.is_vision.unsqueeze(-1).expand_as(rows)
-        rows = rows.masked_scatter(where, features.to(rows.dtype))
-        return rows.transpose(0, 1).contiguous()
+        tokens = embeddings.flatten(0, 1)
+        tokens = tokens.index_copy(0, inputs.vision_places, features.to(tokens.dtype))
+        return tokens.view_as(embeddings)
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Run this stage.

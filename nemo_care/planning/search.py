@@ -201,7 +201,7 @@ def _least(
 
 
 class _VisionBytes:
-    """Memory of the vision tower for one group: on the first stage, in every layout."""
+    """Memory that the vision tower needs at least on the first stage, for one group."""
 
     def __init__(self, recipe: Recipe, shape: ModelShape) -> None:
         self.recipe = recipe
@@ -209,7 +209,7 @@ class _VisionBytes:
         self.found: dict[str, int] = {}
 
     def bytes(self, recipe: Recipe) -> int:
-        """Return the bytes of one micro-batch."""
+        """Return the bytes of one micro-batch on the rank that keeps most."""
         granularity = recipe.model.recompute_granularity
         if granularity not in self.found:
             alone = deepcopy(self.recipe)
@@ -221,7 +221,8 @@ class _VisionBytes:
             lengths = longest_lengths(alone, self.shape.family)
             with built_stage(alone, self.shape, 0, reference=False) as stage:
                 self.found[granularity] = stage.activations(lengths)[1]
-        return self.found[granularity] * recipe.algorithm.groups_per_micro_batch
+        ranks = recipe.model.tensor_model_parallel_size if recipe.model.vision.shard else 1
+        return self.found[granularity] * recipe.algorithm.groups_per_micro_batch // ranks
 
 
 def _largest(

@@ -13,6 +13,7 @@ from nemo_care.planning.gpus import GIB
 from nemo_care.planning.measured import PHASES
 from nemo_care.planning.plan import GRANULARITIES, Plan, StagePlan
 from nemo_care.planning.precision import precision_in_words
+from nemo_care.planning.work import busiest_vision_flops
 from nemo_care.process.screen import console
 from nemo_care.recipe.schema import Recipe, replicas_of
 
@@ -222,11 +223,15 @@ def _sharing(plan: Plan) -> str:
     if config.keep_last and config.keep_every:
         kept += f", and each of a multiple of {config.keep_every} steps"
     size = plan.recipe.algorithm.group_size
+    forward = plan.shape.family.vision_flops(plan.typical.grids)
+    busiest = busiest_vision_flops(plan.recipe, plan.shape.family, plan.typical, 1)
     used = "" if plan.recipe.algorithm.shared_prompt else " (this recipe has shared_prompt=false)"
     return (
         f"prompt sharing{used}: {tokens['shared']} tokens per group instead of "
         f"{tokens['separate']}, {saved:.0%} saved; the vision tower runs once instead of {size} "
-        f"times\ncheckpoint: {gib(plan.checkpoint_bytes)} GiB each, {kept}"
+        f"times\nvision tower: at most {busiest / 1e12:.1f} of the {forward / 1e12:.1f} TFLOP of a "
+        "typical prompt's forward pass on a GPU of the first stage\n"
+        f"checkpoint: {gib(plan.checkpoint_bytes)} GiB each, {kept}"
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nemo_care.models.architecture import Architecture
 from nemo_care.models.family import Family
+from nemo_care.models.vision_dealing import VisionDealing
 from nemo_care.planning.counts import micro_batches_of, prompts_of
 from nemo_care.planning.engines import (
     EnginePlan,
@@ -120,6 +121,18 @@ def group_flops(family: Family, lengths: Lengths, group: int, *, shared: bool, r
     )
 
 
+def busiest_vision_flops(recipe: Recipe, family: Family, lengths: Lengths, prompts: int) -> float:
+    """Forward FLOPs of the vision tower on the rank of the first stage that has most to do.
+
+    For the videos of so many prompts in one micro-batch, whose frames may be dealt to the ranks.
+    """
+    grids, ranks = lengths.grids * prompts, recipe.model.tensor_model_parallel_size
+    if not grids or not recipe.model.vision.shard:
+        return family.vision_flops(grids)
+    dealing = VisionDealing.of(family, grids, ranks)
+    return max(family.vision_flops(dealing.grids(rank)) for rank in range(ranks))
+
+
 def step_flops(recipe: Recipe, family: Family, lengths: Lengths) -> dict[str, float]:
     """Return the FLOPs of all GPUs together by phase, recomputation included."""
     algorithm, model = recipe.algorithm, family.architecture
@@ -194,7 +207,7 @@ class Clock:
     def _forward(
         self, tokens: int, attention: float, head_rows: int, copies: int, fp8: bool
     ) -> _Forward:
-        """Return the seconds for `tokens` tokens; the vision tower is not tensor-parallel."""
+        """Return the seconds for `tokens` tokens and the vision of `copies` prompts."""
         speed = self.gpu.flops * self.efficiency.flops
         cut = self.tensor * self.pipeline
         products = layer_flops(self.model, tokens)
@@ -202,13 +215,16 @@ class Clock:
         layers = (products - quantised + attention) / cut / speed
         if quantised:
             layers += quantised / cut / (self.gpu.fp8_flops * self.efficiency.fp8_flops)
+        vision = busiest_vision_flops(self.recipe, self.family, self.lengths, copies) / speed
         if self.tensor > 1:
             # Two all-gathers and two reduce-scatters of the hidden states per layer.
             moved = 4 * tokens * self.model.hidden_size * 2 * (self.tensor - 1) / self.tensor
             fast = self.tensor <= self.recipe.trainer.devices
             link = self.efficiency.nvlink_gb_s if fast else self.efficiency.network_gb_s
             layers += moved * self.model.layers / self.pipeline / (link * 1e9)
-        vision = copies * self.family.vision_flops(self.lengths.grids) / speed
+            if self.recipe.model.vision.shard:
+                # One all-gather of the features.
+                vision += moved / 4 * copies * self.lengths.vision / tokens / (link * 1e9)
         head = head_flops(self.model, head_rows) / self.tensor / speed
         ends = vision + head if self.pipeline == 1 else max(vision, head)
         return _Forward(layers + ends, layers * self.pipeline + vision + head)

@@ -51,6 +51,15 @@ class PrecisionConfig:
 
 
 @dataclass
+class VisionConfig:
+    """How the vision tower is computed."""
+
+    shard: bool = True
+    """Deal the frames to the tensor-parallel ranks of the first stage, each of which holds the
+    whole tower; false: each of them computes all frames."""
+
+
+@dataclass
 class ModelConfig:
     """The initial checkpoint and its parallel layout."""
 
@@ -71,6 +80,7 @@ class ModelConfig:
     attention), full (each layer's and the vision tower's)."""
     freeze_vision: bool = False
     """Do not train the vision tower's weights."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
 

@@ -54,7 +54,10 @@ def build_model(
         recompute_granularity=recipe.model.recompute_granularity,
         fp8=recipe.model.precision.fp8 if fp8 else None,
     )
-    return family.build(config, recipe.model.backend)
+    model = family.build(config, recipe.model.backend)
+    if recipe.model.vision.shard:
+        model.deal_vision()
+    return model
 
 
 def load_model(recipe: Recipe, ranks: Ranks) -> VideoLanguageModel:

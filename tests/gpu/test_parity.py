@@ -53,16 +53,15 @@ def hf_logits(model, prompt) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_logits_equal_hugging_face_on_the_same_device(job: Job, dtype):
-    from nemo_care.models.video_language_model import ModelInputs
+    from nemo_care.groups.batch import model_inputs
 
     prompt = job.prompts[0]
     device = compute_device()
-    inputs = ModelInputs(
-        token_ids=prompt.token_ids[None].to(device),
-        position_ids=prompt.position_ids[:, None].to(device),
-        pixel_values=prompt.pixel_values.to(device),
-        grid_thw=prompt.grid_thw.to(device),
-        is_vision=prompt.is_vision[None].to(device),
+    inputs = model_inputs(
+        [prompt],
+        prompt.token_ids[None],
+        prompt.position_ids[:, None],
+        prompt.is_vision[None],
     )
     model = load_model(job.recipe(dtype), job.ranks).eval()
     (ours,) = forward_only(

@@ -86,7 +86,7 @@ def test_vision_of_a_prompt_is_there_once_and_whole(groups):
     prompts = [group.prompt for group in groups]
     pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
     assert torch.equal(batch.inputs.pixel_values, torch.cat(pixels))
-    assert int(batch.inputs.is_vision.sum()) == sum(int(p.is_vision.sum()) for p in prompts)
+    assert len(batch.inputs.vision_places) == sum(int(p.is_vision.sum()) for p in prompts)
 
 
 def test_one_token_answers_behind_every_reasoning_add_nothing():

@@ -6,6 +6,7 @@ The oracle is plain Hugging Face and torch (golden.py). Each layout really start
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ from safetensors.torch import load_file
 from small_runs import one_step, small_recipe, small_trainer, updated
 
 from nemo_care.data.tokenizer import load_tokenizer
+from nemo_care.groups.batch import model_inputs
 from nemo_care.models.families import read_family
 from nemo_care.models.pipeline import forward_only
-from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.models.weights import export_hf
 from nemo_care.ranks.process_groups import Ranks
 
@@ -113,12 +114,11 @@ def job(checkpoint, world, folder):
     video = prompts[0]
     rows = torch.stack([video.token_ids, video.token_ids.clone()])
     rows[1, -6:-3] = rows[1, -5:-2].clone()
-    inputs = ModelInputs(
-        token_ids=rows,
-        position_ids=torch.stack([video.position_ids] * 2, dim=1),
-        pixel_values=torch.cat([video.pixel_values, video.pixel_values.flip(0)]),
-        grid_thw=torch.cat([video.grid_thw] * 2),
-        is_vision=torch.stack([video.is_vision] * 2),
+    inputs = model_inputs(
+        [video, replace(video, pixel_values=video.pixel_values.flip(0))],
+        rows,
+        torch.stack([video.position_ids] * 2, dim=1),
+        torch.stack([video.is_vision] * 2),
     )
     return {
         "folder": folder,

@@ -31,6 +31,8 @@ class Qwen25VLFamily(Family):
     model_type = MODEL_TYPE
     name = "Qwen2.5-VL"
     weights = WEIGHTS
+    # Windows, whole attention and rotations know height and width of a frame only.
+    computes_frames_apart = True
     prompt: Qwen25VLPrompt
 
     def __init__(self, hf: Qwen2_5_VLConfig) -> None:
