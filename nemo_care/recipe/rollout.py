@@ -64,6 +64,11 @@ class RolloutConfig:
     from 0 to -1 (DAPO: 4096 of 20480 tokens)."""
     groups_per_batch: int = 1
     """Groups that are generated together; vllm finds out by itself."""
+    cuda_graphs: bool = False
+    """Of backend=megatron: decode by steps of one shape, which CUDA captures once per
+    groups_per_batch groups and replays, instead of launching each kernel for each token. Completions
+    that have ended are computed on until all have. On a CPU the steps run without being captured,
+    and give the same tokens. Not with 8-bit rollouts. It has not been run on a GPU yet."""
     max_logprob_difference: float = 0.05
     """The mean difference between a token's log-probability in rollout and in training. Above it
     the first step stops the run, because weights or positions must be wrong on one side; later
@@ -119,6 +124,11 @@ def check_rollout(rollout: RolloutConfig) -> None:
             "rollout.importance_sampling.enabled=false"
         )
     if rollout.backend == "vllm":
+        if rollout.cuda_graphs:
+            raise InputError(
+                "rollout.cuda_graphs=true is for rollout.backend=megatron; vllm captures graphs "
+                "unless rollout.vllm.enforce_eager=true: set it to false"
+            )
         check_vllm(rollout.vllm)
 
 

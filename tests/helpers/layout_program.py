@@ -22,6 +22,7 @@ from nemo_care.models.pipeline import forward_only
 from nemo_care.models.weights import export_hf, iterate_hf_weights
 from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 from nemo_care.rollouts.generator import Sampling
+from nemo_care.rollouts.megatron import MegatronGenerator
 
 LAYOUTS = {
     "tp1": Layout(),
@@ -81,8 +82,10 @@ def share_of(items: list, ranks: Ranks) -> list:
     return items[ranks.data_rank * size : (ranks.data_rank + 1) * size]
 
 
-def generate(trainer, prompts, temperature: float, ranks: Ranks) -> list[list[list[int]]]:
-    groups = trainer.generator.generate(
+def generate(
+    trainer, prompts, temperature: float, ranks: Ranks, *, generator=None
+) -> list[list[list[int]]]:
+    groups = (generator or trainer.generator).generate(
         share_of(prompts, ranks),
         Sampling(group_size=2, temperature=temperature, top_p=0.95, max_tokens=16, seed=(7,)),
     )
@@ -106,6 +109,10 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
     result["logits"] = gather_vocabulary(logits[0] if logits else None, ranks)
     result["greedy"] = generate(trainer, job["prompts"], 0.0, ranks)
     result["sampled"] = generate(trainer, job["prompts"], 1.0, ranks)
+    fixed = MegatronGenerator(
+        model, trainer.generator.tokenizer, ranks, groups_per_batch=3, cuda_graphs=True
+    )
+    result["fixed"] = generate(trainer, job["prompts"], 1.0, ranks, generator=fixed)
     export_hf(model, job["checkpoint"], folder / f"{name}-export")
 
     # One step on given completions.
