@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
-from nemo_care.models.decoding_cache import DecodingCache
+from nemo_care.models.decoding_cache import DecodingCache, PromptPass
 from nemo_care.models.segments import Bucket, PackedSegments
 
 
@@ -50,8 +50,8 @@ class GroupAttention(torch.nn.Module):
         """Attend.
 
         Args:
-            query: [S, B, heads, head_dim], with rotary embedding.
-            key: [S, B, key-value heads, head_dim], with rotary embedding; value alike.
+            query: [S, B, heads, head_dim], with rotary embedding, unless it is in the cache.
+            key: [S, B, key-value heads, head_dim], as the query; value alike.
             attention_mask: not used: what a token sees follows from `packed_seq_params`.
             packed_seq_params: None: B sequences, each causal. Else B = 1: segments of a packed
                 sequence; or a cache, in which `key` and `value` are stored and read back.
@@ -61,10 +61,9 @@ class GroupAttention(torch.nn.Module):
         """
         if isinstance(packed_seq_params, DecodingCache):
             cache = packed_seq_params
-            if cache.decoding:
-                return cache.attend(self.layer_number, query, key, value, self.softmax_scale)
-            cache.store_prompts(self.layer_number, key, value)
-            return self._attend_segments(query, key, value, cache.prompts)
+            return cache.attend(self.layer_number, query, key, value, self.softmax_scale)
+        if isinstance(packed_seq_params, PromptPass):
+            query, key = packed_seq_params.rotate_and_store(self.layer_number, query, key, value)
         if packed_seq_params is not None:
             return self._attend_segments(query, key, value, packed_seq_params)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))

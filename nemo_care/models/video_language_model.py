@@ -26,7 +26,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_care.megatron.partial_gradients import mark_partial_gradient
-from nemo_care.models.decoding_cache import DecodingCache
+from nemo_care.models.decoding_cache import DecodingCache, PromptPass, Rotation
 from nemo_care.models.family import Family
 from nemo_care.models.layer_specs import layer_spec
 from nemo_care.models.log_probs import token_log_probs
@@ -65,7 +65,31 @@ def padded_vocabulary(size: int) -> int:
 
 
 class _LanguageModel(GPTModel):
-    """GPTModel that stops before its output layer, which runs on chosen positions only."""
+    """GPTModel that stops before its output layer, which runs on chosen positions only.
+
+    While completions are sampled, the cache rotates queries and keys: Megatron's attention would
+    compute the same cosines and sines in every layer, once for queries and once for keys.
+    """
+
+    def _preprocess(
+        self,
+        *args: Any,
+        packed_seq_params: PackedSegments | DecodingCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        hidden, angles, *others = super()._preprocess(
+            *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        # A family that rotates neighbours, or a part of a head, is left to Megatron.
+        whole = angles is not None and angles.shape[-1] == self.config.kv_channels
+        if (
+            isinstance(packed_seq_params, DecodingCache | PromptPass)
+            and whole
+            and not self.config.rotary_interleaved
+        ):
+            packed_seq_params.rotation = Rotation(angles, self.config.params_dtype)
+            angles = None
+        return (hidden, angles, *others)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states

@@ -21,8 +21,9 @@ from nemo_care.planning.precision import as_built, fp8_copies
 from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.schema import Recipe, needs_reference
+from nemo_care.rollouts.decoding import Decoding
 from nemo_care.rollouts.generator import Sampling
-from nemo_care.rollouts.megatron import Decoding, MegatronGenerator
+from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.scoring.reference import Reference
 from nemo_care.scoring.scorer import Scorer
 from nemo_care.training.build import build_model
@@ -196,7 +197,9 @@ class Stage:
             decoding = Decoding(
                 self.model, self.ranks, repeated, group_size // copies, sampling, tokenizer
             )
-            with exchanged_shape((lengths.prompt * len(repeated), 1, hidden)):
+            # With stages, a micro-batch is one prompt.
+            together = 1 if self.ranks.layout.pipeline > 1 else len(repeated)
+            with exchanged_shape((lengths.prompt * together, 1, hidden)):
                 logits = decoding.prefill().repeat_interleave(group_size // copies, dim=0)
             token, _ = decoding.choose(logits, torch.zeros(rows))
             # The last token, with the cache full.

@@ -249,8 +249,8 @@ def _verdict(plan: Plan) -> str:
 def _footnote(plan: Plan) -> str:
     question = plan.question
     fp8 = _FP8_FOOTNOTE if plan.recipe.model.precision.fp8.enabled else ""
-    vllm = plan.recipe.rollout.vllm
-    graphs = plan.engine is not None and not vllm.enforce_eager
+    rollout = plan.recipe.rollout
+    graphs = rollout.cuda_graphs if plan.engine is None else not rollout.vllm.enforce_eager
     footnote = _FOOTNOTE.replace("{layer_", "{graph_layer_") if graphs else _FOOTNOTE
     return (footnote + fp8).format(
         allowance=plan.allowance / GIB, margin=question.margin, **vars(question.efficiency)

@@ -35,11 +35,12 @@ class Efficiency:
     """Share of the dense 8-bit peak that 8-bit matrix products reach, quantisation included."""
     bandwidth: float = 0.60
     """Share of the memory bandwidth that decoding reaches."""
-    layer_microseconds: float = 250.0
-    """Launching one layer's kernels for one decoded token, without CUDA graphs."""
+    layer_microseconds: float = 300.0
+    """Launching one layer's kernels for one decoded token, without CUDA graphs: about 25 (counted
+    in tests/rollouts/test_decoding.py), each called from Python in 12 microseconds."""
     graph_layer_microseconds: float = 50.0
-    """Least time of one layer's kernels for one decoded token with CUDA graphs, which vLLM
-    captures unless rollout.vllm.enforce_eager is set."""
+    """The least that one layer's kernels take for one decoded token with CUDA graphs
+    (rollout.cuda_graphs; vLLM captures them unless rollout.vllm.enforce_eager is set)."""
     nvlink_gb_s: float = 300.0
     """Collectives inside a machine, per GPU."""
     network_gb_s: float = 40.0
@@ -248,16 +249,17 @@ class Clock:
         batches = -(-prompts // groups)
         copies = groups if algorithm.shared_prompt else groups * algorithm.group_size
         prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
-        attention = copies * attention_flops(self.model, prompt_only, 1, shared=True)
-        rows = copies * lengths.prompt
-        prefill = self._forward(rows, attention, copies, copies, self.fp8.rollout).all
+        attention = attention_flops(self.model, prompt_only, 1, shared=True)
+        one = self._forward(lengths.prompt, attention, 1, 1, self.fp8.rollout)
+        # The prompts follow each other through the stages.
+        prefill = one.all + (copies - 1) * one.slowest
         # Every token reads the weights, the prompts' keys and values and half of its own.
         cached = copies * lengths.prompt
         cached += groups * algorithm.group_size * lengths.completion // 2
         per_token = 2 * model.kv_size * 2 * model.layers / self.tensor
         read = sum(build.weights for build in builds) + cached * per_token
         token = read / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
-        token += model.layers * self.efficiency.layer_microseconds * 1e-6
+        token += model.layers * self._launching(self.recipe.rollout.cuda_graphs)
         return batches * (prefill + lengths.completion * token)
 
     def _engines_rollout(self, builds: list[StageBuild]) -> float:
@@ -283,10 +285,14 @@ class Clock:
         cached = together * group * (lengths.prompt + lengths.completion // 2)
         read = engine.weights + cached * engine.bytes_per_token
         token = read / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
-        eager, graphs = self.efficiency.layer_microseconds, self.efficiency.graph_layer_microseconds
-        token += model.layers * (eager if vllm.enforce_eager else graphs) * 1e-6
+        token += model.layers * self._launching(not vllm.enforce_eager)
         decoding = turns * lengths.completion * token
         return prompts * prefill + decoding + self._sending(engine, parameters)
+
+    def _launching(self, graphs: bool) -> float:
+        """Seconds, at least, of one layer for one token."""
+        assumed = self.efficiency
+        return (assumed.graph_layer_microseconds if graphs else assumed.layer_microseconds) * 1e-6
 
     def _sending(self, engine: EnginePlan, parameters: int) -> float:
         """Return the seconds to send all weights to the engines, once per step."""

@@ -309,6 +309,24 @@ class Ranks:
             )
         return tensor
 
+    @staticmethod
+    def send_to_next_stage(tensor: torch.Tensor) -> None:
+        """Give this stage's `tensor` to the same rank of the next stage, which receives it."""
+        dist.send(
+            tensor,
+            dst=parallel_state.get_pipeline_model_parallel_next_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+
+    @staticmethod
+    def receive_from_previous_stage(tensor: torch.Tensor) -> None:
+        """Fill `tensor` with what the stage before sends, which has this shape and type."""
+        dist.recv(
+            tensor,
+            src=parallel_state.get_pipeline_model_parallel_prev_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+
     def sum_over_model(self, value: torch.Tensor) -> torch.Tensor:
         """Sum `value` over the ranks of this model replica (in place)."""
         dist.all_reduce(value, group=parallel_state.get_model_parallel_group())

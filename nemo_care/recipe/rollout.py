@@ -64,6 +64,11 @@ class RolloutConfig:
     from 0 to -1 (DAPO: 4096 of 20480 tokens)."""
     groups_per_batch: int = 1
     """Number of groups generated together; vllm chooses it by itself."""
+    cuda_graphs: bool = False
+    """For backend=megatron: decode in steps of a fixed shape, which CUDA captures once for each number
+    of groups and replays, instead of launching every kernel for every token. Completions that have
+    ended are computed until all have ended. On a CPU the steps run without being captured and give
+    the same tokens. Not with 8-bit rollouts. Not run on a GPU yet."""
     max_logprob_difference: float = 0.05
     """Limit for the mean absolute difference between a token's log-probability in rollout and in
     training. Above it the first step stops the run, because weights or positions must be wrong on
@@ -119,6 +124,11 @@ def check_rollout(rollout: RolloutConfig) -> None:
             "rollout.importance_sampling.enabled=false"
         )
     if rollout.backend == "vllm":
+        if rollout.cuda_graphs:
+            raise InputError(
+                "rollout.cuda_graphs=true is for rollout.backend=megatron; vllm captures graphs "
+                "unless rollout.vllm.enforce_eager=true: set it to false"
+            )
         check_vllm(rollout.vllm)
 
 

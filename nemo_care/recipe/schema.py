@@ -254,6 +254,12 @@ def _check_together(recipe: Recipe) -> None:
     check_evaluation(recipe.evaluation)
     check_model(recipe.model)
     check_rollout(recipe.rollout)
+    fp8 = recipe.model.precision.fp8
+    if recipe.rollout.cuda_graphs and fp8.enabled and fp8.rollout:
+        raise InputError(
+            "rollout.cuda_graphs=true with model.precision.fp8.rollout=true: quantisation is not "
+            "captured; set one of them to false"
+        )
 
 
 def replicas_of(recipe: Recipe) -> int:

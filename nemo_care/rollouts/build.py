@@ -59,6 +59,7 @@ def build_generator(
             groups_per_batch=groups_per_batch,
             shared_prompt=shared_prompt,
             fp8=recipe.model.precision.fp8,
+            cuda_graphs=recipe.rollout.cuda_graphs,
         )
     fleet = Fleet(
         recipe.rollout.vllm,

@@ -43,7 +43,9 @@ def sample_tokens(
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
     if top_p < 1.0:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        # The logits in float32 have the same order, and are half of what a sort has to move.
+        order = logits.argsort(dim=-1, descending=True, stable=True)
+        ordered = probabilities.gather(-1, order)
         # A token stays if the ones before it have not reached top_p; the first always does.
         keep = ordered.cumsum(dim=-1) - ordered < top_p
         probabilities = probabilities * torch.zeros_like(keep).scatter(-1, order, keep)

@@ -67,9 +67,11 @@ def share_of(items: list, ranks: Ranks) -> list:
     return items[ranks.data_rank * size : (ranks.data_rank + 1) * size]
 
 
-def generate(trainer, prompts, temperature: float, ranks: Ranks) -> list[list[list[int]]]:
+def generate(
+    trainer, prompts, temperature: float, ranks: Ranks, *, generator=None
+) -> list[list[list[int]]]:
     """Tokens of two completions of each prompt, from all replicas."""
-    groups = trainer.generator.generate(
+    groups = (generator or trainer.generator).generate(
         share_of(prompts, ranks),
         Sampling(group_size=2, temperature=temperature, top_p=0.95, max_tokens=16, seed=(7,)),
     )

@@ -18,8 +18,9 @@ from nemo_care.megatron.optimizer import initialise_adamw_state
 from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.planning.shapes import lengths_of, made_group, read_model_shape
 from nemo_care.recipe.schema import Recipe
+from nemo_care.rollouts.decoding import Decoding
 from nemo_care.rollouts.generator import Sampling
-from nemo_care.rollouts.megatron import Decoding, MegatronGenerator
+from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.scoring.reference import Reference
 from nemo_care.training.build import build_model
 from nemo_care.training.policy import Policy

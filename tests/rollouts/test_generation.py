@@ -6,7 +6,7 @@ from made_groups import make_prompts
 from small_runs import small_recipe, small_trainer
 
 from nemo_care.models.decoding_cache import DecodingCache
-from nemo_care.models.segments import PackedSegments, Segment
+from nemo_care.rollouts import decoding
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.megatron import MegatronGenerator
 
@@ -83,12 +83,12 @@ def test_each_prompt_is_computed_once_and_ended_completions_not_at_all(
 
 
 def test_prompts_are_cached_once_per_group(trainer, prompts, monkeypatch):
-    from nemo_care.rollouts import megatron
-
     caches = []
-    cache = megatron.DecodingCache
+    cache = decoding.DecodingCache
     monkeypatch.setattr(
-        megatron, "DecodingCache", lambda *args: caches.append(cache(*args)) or caches[-1]
+        decoding,
+        "DecodingCache",
+        lambda *args, **options: caches.append(cache(*args, **options)) or caches[-1],
     )
     config = trainer.policy.model.config
     sampling = Sampling(group_size=4, temperature=1.0, top_p=1.0, max_tokens=2, seed=(5,))
@@ -105,16 +105,14 @@ def test_scores_of_large_bf16_keys_are_not_rounded(ranks):
     """Qwen2.5's key biases make large scores: rounded to bf16 they would move the weights."""
     generator = torch.Generator().manual_seed(0)
     length, heads, key_heads, width = 20, 4, 2, 16
-    packed = PackedSegments(segments=(Segment(0, length),), length=length)
-    cache = DecodingCache(packed, group_size=3, max_tokens=2)
+    cache = DecodingCache([length], group_size=3, max_tokens=2)
     shapes = [(length, 1, key_heads, width)] * 2 + [(3, 1, heads, width)]
     shapes += [(3, 1, key_heads, width)] * 2
     prompt_k, prompt_v, q, k, v = (
         torch.randn(shape, generator=generator).bfloat16() for shape in shapes
     )
     prompt_k, k, q = prompt_k + 12, k + 12, q + 4
-    cache.store_prompts(1, prompt_k, prompt_v)
-    cache.begin_decoding()
+    cache.store_prompts(1, cache.passes()[0], prompt_k, prompt_v)
     ours = cache.attend(1, q, k, v, None).float()
     wanted = []
     for row in range(3):
