@@ -65,10 +65,10 @@ class RolloutConfig:
     groups_per_batch: int = 1
     """Number of groups generated together; vllm chooses it by itself."""
     cuda_graphs: bool = False
-    """For backend=megatron: decode in steps of a fixed shape, which CUDA captures once for each number
-    of groups and replays, instead of launching every kernel for every token. Completions that have
-    ended are computed until all have ended. On a CPU the steps run without being captured and give
-    the same tokens. Not with 8-bit rollouts. Not run on a GPU yet."""
+    """For backend=megatron: decode in steps of a fixed shape, which CUDA captures once for each
+    number of groups and replays, instead of launching every kernel for every token. Completions
+    that have ended are computed until all have ended. On a CPU the steps run without being captured
+    and give the same tokens. Not with 8-bit rollouts. Not run on a GPU yet."""
     max_logprob_difference: float = 0.05
     """Limit for the mean absolute difference between a token's log-probability in rollout and in
     training. Above it the first step stops the run, because weights or positions must be wrong on
