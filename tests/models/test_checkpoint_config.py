@@ -201,7 +201,8 @@ def made_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
 def our_logits(folder: Path, world: Path, ranks) -> torch.Tensor:
     ids, positions, pixels, grid = made_inputs()
     model = load_model(small_recipe(folder, world), ranks).eval()
-    inputs = ModelInputs(ids, positions, pixels, grid, ids == 6)
+    rows, columns = (ids == 6).nonzero(as_tuple=True)
+    inputs = ModelInputs(ids, positions, pixels, grid, columns * len(ids) + rows)
     (logits,) = forward_only(
         model,
         [inputs],
