@@ -247,6 +247,15 @@ def _own_commands(text: str) -> list[list[str]]:
     return [words for words in found if words and words[0].islower()]
 
 
+def test_commands_are_found_in_blocks_and_lines():
+    found = [words for page in PAGES for words in _own_commands(page.read_text())]
+    assert ["replay", "RUN", "--step", "12"] in found
+    assert ["train", "--config-name", "mine", "+precision=fp8"] in found
+    assert {"train", "evaluate", "plan", "doctor", "data", "study", "export"} <= {
+        words[0] for words in found if len(words) > 2
+    }
+
+
 @each_page
 def test_commands_are_understood(page, recipes, monkeypatch):
     for words in _own_commands(page.read_text()):
