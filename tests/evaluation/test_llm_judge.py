@@ -529,7 +529,7 @@ def test_package_is_imported_only_where_a_judge_is_made():
         ({"prompt_template": "{reasoning} {answer} {}"}, ["unknown field {}"]),
         (
             {"prompt_template": '{reasoning} {answer} {\n  "verdict": "..."}'},
-            ['{"verdict"}', "twice"],
+            ['{"verdict"}', "double"],
         ),
         ({"prompt_template": "{reasoning} {answer} {"}, ["prompt_template", "brace"]),
         ({"prompt_template": "{reasoning} {answer:{width}}"}, ["prompt_template", "width"]),

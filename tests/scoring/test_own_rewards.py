@@ -318,7 +318,7 @@ def test_rewards_that_are_left_out_are_null_in_the_records(module, recipe, ranks
         ("fails", RuntimeError, "reward fails .* of prompt {prompt}: KeyError: 'no such thing'"),
         # Leaving with status 0 must not look like a run that is done.
         ("leaves", RuntimeError, "reward leaves .* of prompt {prompt}: SystemExit: 0"),
-        ("gives_nan", ValueError, "reward gives_nan gave nan .* of prompt {prompt}"),
+        ("gives_nan", ValueError, "reward gives_nan returned nan .* of prompt {prompt}"),
     ],
 )
 def test_failing_reward_stops_the_run(module, recipe, ranks, tmp_path, reward, error, message):
