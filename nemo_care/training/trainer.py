@@ -200,7 +200,7 @@ class GRPOCareTrainer:
         self.console.validation(self.step, levels)
 
     def _validation_is_missing(self) -> bool:
-        """Whether one is due but not recorded: at step 0 or after an ill-timed kill."""
+        """Whether one is due but not recorded: at step 0, or after a kill just before it."""
         recorded = self.ranks.from_rank_zero(lambda: self.step in self.files.validations())
         return (self.step == 0 or self._validation_is_due()) and not recorded
 
