@@ -70,7 +70,7 @@ class _Packer:
         )
 
     def _append(self, token_ids: torch.Tensor, context: tuple[Range, ...], offset: int) -> int:
-        """Add a segment with positions from `offset` after the prompt on; return where it starts."""
+        """Add a segment with positions from `offset` after the prompt; return where it starts."""
         start = self.segments[-1].stop
         positions = self.group.prompt.continued_positions(offset + len(token_ids))
         self.token_ids.append(token_ids)
