@@ -1,8 +1,8 @@
-"""Annotations files of any layout: what can be used becomes samples, the rest is set aside.
+"""Read annotations files of any layout: usable records become samples, bad ones are listed.
 
-A data set of 260,000 lines always has a few bad ones. A loader says how one record becomes a
-sample and raises InputError for a record that can't; `Record` and `read_annotations` do the rest,
-so that every layout treats bad lines, paths and solutions alike.
+A data set of 260,000 lines always has a few bad ones. A loader converts one record to a sample, or
+raises InputError if it can't; `Record` and `read_annotations` do the rest, so that bad lines, paths
+and solutions are treated alike in every layout.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from nemo_care.errors import InputError
 from nemo_care.objective.rewards import accuracy_reward
 from nemo_care.objective.text import extract_answer
 
-# GIF is in neither: some data sets hold GIF videos.
+# GIF is in neither, because some data sets have GIF videos.
 _SUFFIXES = {
     "video": {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"},
     "image": {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"},
@@ -33,7 +33,7 @@ _WHITE_SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class Normalised:
-    """A solution that was brought to the form which rewards compare; `where` is FILE:LINE."""
+    """A solution that was converted to the form that rewards compare; `where` is FILE:LINE."""
 
     where: str
     given: str
@@ -42,7 +42,7 @@ class Normalised:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells the content of an annotations file from another: its SHA-256 and its lines."""
+    """The identity of an annotations file's content: its SHA-256 and its number of lines."""
 
     file: str
     sha256: str
@@ -50,7 +50,7 @@ class Fingerprint:
 
 
 class _NumberOf(Sequence[Sample]):
-    """The number of a file's samples, without the samples."""
+    """Has the length of a file's samples, but no samples."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -64,9 +64,9 @@ class _NumberOf(Sequence[Sample]):
 
 @dataclass(frozen=True)
 class Annotations:
-    """The usable samples of an annotations file in its order, and its bad lines with reasons.
+    """The usable samples of an annotations file in file order, and its bad lines with reasons.
 
-    `normalised` are those whose solution differs from what the file says. Samples that were not
+    `normalised` are those whose solution differs from the one in the file. Samples that were not
     read from a file have no `fingerprint`.
     """
 
@@ -77,26 +77,26 @@ class Annotations:
 
     @property
     def total(self) -> int:
-        """Samples that the file means to hold."""
+        """The number of samples in the file, including bad ones."""
         return len(self.samples) + len(self.bad)
 
     def without_samples(self) -> "Annotations":
-        """The same with the number of samples in their place, for ranks that decode none."""
+        """Return a copy with only the number of samples, for ranks that decode none."""
         return replace(self, samples=_NumberOf(len(self.samples)), normalised=[])
 
 
 class Record:
     """One JSON object of an annotations file, with checked access to its fields.
 
-    Every method raises InputError with a line that names file, line and field.
+    Every method raises InputError with a message that names file, line and field.
     """
 
     def __init__(
         self, content: Any, root: Path, where: str, accuracy: Accuracy = accuracy_reward
     ) -> None:
-        """`where` is FILE:LINE, `accuracy` what the sample's completions are scored with.
+        """`where` is FILE:LINE; `accuracy` is the function that scores the sample's completions.
 
-        Raises InputError for content that is no JSON object.
+        Raises InputError for content that is not a JSON object.
         """
         self.root = root
         self.where = where
@@ -107,36 +107,36 @@ class Record:
         self.content: dict[str, Any] = content
 
     def error(self, reason: str) -> InputError:
-        """What to raise for a record that can't be used."""
+        """Return the error to raise for an unusable record."""
         return InputError(f"{self.where}: {reason}")
 
     def has(self, key: str) -> bool:
-        """Whether the field is there and not null."""
+        """Whether the field exists and is not null."""
         return self.content.get(key) is not None
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A text field; required, and not empty, where no default is given. null is missing."""
+        """Return a text field; without a default it is required and not empty. null is missing."""
         value = self.content[key] if self.has(key) else default
         if value is None or (default is None and value == ""):
             raise self.error(f'"{key}" is missing')
         return self._checked_text(key, value)
 
     def identifier(self, key: str) -> str:
-        """A required field that names the sample: text or a whole number."""
+        """Return a required field that names the sample: text or a whole number."""
         value = self.content.get(key)
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         return self.text(key)
 
     def choice(self, key: str, known: Collection[str], default: str | None = None) -> str:
-        """A text field with one of the known values."""
+        """Return a text field with one of the known values."""
         value = self.text(key, default)
         if value not in known:
             raise self.error(f'unknown "{key}" {shown(value)}; known: {", ".join(known)}')
         return value
 
     def texts(self, key: str, default: list[str] | None = None) -> list[str]:
-        """A list of texts; required where no default is given."""
+        """Return a list of texts; required without a default."""
         values = self.content[key] if self.has(key) else default
         if values is None:
             raise self.error(f'"{key}" is missing')
@@ -145,7 +145,7 @@ class Record:
         return [self._checked_text(key, value) for value in values]
 
     def mapping(self, key: str) -> dict[str, str]:
-        """An object of texts, empty where the field is missing."""
+        """Return an object of texts, empty if the field is missing."""
         value = self.content[key] if self.has(key) else {}
         if not isinstance(value, dict):
             raise self.error(f'"{key}" must be a JSON object')
@@ -154,10 +154,10 @@ class Record:
     def solution(
         self, key: str, problem_type: str, options: Mapping[str, str], *, tagged: bool = False
     ) -> str:
-        """The solution in a required text field, in the form that the sample's reward compares.
+        """Return the solution in a required text field, in the form that the reward compares.
 
-        `tagged`: the layout wraps it in answer tags. Raises InputError for one that no answer could
-        match.
+        `tagged`: the layout wraps it in answer tags. Raises InputError if no answer could match the
+        solution.
         """
         text = self.text(key)
         given = extract_answer(text) if tagged else text
@@ -172,22 +172,22 @@ class Record:
         return solution
 
     def media(self, name: str, kind: Literal["video", "image"]) -> Path:
-        """The path of a video or image, given relative to the data root; it must stay in it.
+        """Return the path of a video or image, given relative to the data root; it must stay in it.
 
-        Only the text of the path counts: `videos` may well be a symbolic link to another disk, and
-        the path returned holds no `..` that could leave through such a link.
+        Only the text of the path is checked: `videos` can be a symbolic link to another disk, and
+        the returned path contains no `..` that could leave through such a link.
         """
         if "\0" in name:
             raise self.error(f"the path {shown(name)} is not a path")
         root = str(self.root)
         text = os.path.normpath(os.path.join(root, name))
-        # As text: pathlib's comparison takes longer than everything else that is read of a line.
+        # Compared as text: pathlib's comparison takes longer than all other parsing of a line.
         if text != root and not text.startswith(os.path.join(root, "")):
             raise self.error(f"the path {shown(name)} leaves the data root {self.root}")
         path = Path(text)
         other = "image" if kind == "video" else "video"
         if path.suffix.lower() in _SUFFIXES[other]:
-            raise self.error(f"the path {shown(name)} is of type {other}, but {kind} is asked for")
+            raise self.error(f"the path {shown(name)} is of type {other}, not {kind}")
         return path
 
     def _checked_text(self, key: str, value: Any) -> str:
@@ -196,8 +196,8 @@ class Record:
         try:
             value.encode()
         except UnicodeEncodeError:
-            # JSON allows half of a surrogate pair; no tokenizer and no file does.
-            raise self.error(f'"{key}" holds half of a surrogate pair') from None
+            # JSON allows half of a surrogate pair; tokenizers and files do not.
+            raise self.error(f'"{key}" contains half of a surrogate pair') from None
         return value
 
 
@@ -208,15 +208,15 @@ def read_annotations(
     *,
     accuracy: Accuracy = accuracy_reward,
 ) -> Annotations:
-    """The samples and the bad lines of `root/annotations`.
+    """Read the samples and the bad lines of `root/annotations`.
 
-    The file holds one JSON object a line, or, with a name that ends in `.json`, one JSON array of
-    objects. `parse` makes a sample of a record, or raises InputError. `accuracy` is what
-    completions are scored with, by which solutions are checked.
+    The file contains one JSON object per line or, if its name ends in `.json`, possibly one JSON
+    array of objects. `parse` converts a record to a sample, or raises InputError. `accuracy` is the
+    function that scores completions; solutions are checked with it.
 
     Raises:
-        InputError: the file is missing, unreadable, empty or without any usable sample, or an array
-            whose JSON is malformed: nothing can be known of what follows the mistake.
+        InputError: the file is missing, unreadable, empty or without any usable sample, or it is a
+            malformed JSON array, of which nothing after the error can be read.
     """
     folder = Path(root).resolve()
     file = folder / annotations
@@ -250,28 +250,28 @@ def read_annotations(
 
 
 class _Content:
-    """Takes the lines of a file as they are read, for its fingerprint."""
+    """Collects the fingerprint of a file while its lines are read."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
         self._lines = 0
 
     def of(self, lines: Iterable[bytes]) -> Iterator[bytes]:
-        """The lines, each of them taken."""
+        """Yield the lines, and add each of them to the fingerprint."""
         for line in lines:
             self._digest.update(line)
             self._lines += 1
             yield line
 
     def fingerprint(self, file: str) -> Fingerprint:
-        """That of the lines so far."""
+        """Return the fingerprint of the lines so far."""
         return Fingerprint(file, self._digest.hexdigest(), self._lines)
 
 
 def _entries(file: Path, content: _Content) -> Iterator[tuple[int, Any]]:
-    """Line numbers from 1 with what stands there: the line's bytes, or an array's element.
+    """Yield line numbers from 1, each with the line's bytes or an array's element.
 
-    `content` has taken every line of the file at the end.
+    At the end, `content` has read every line of the file.
     """
     with file.open("rb") as opened:
         first = next((line for line in opened if line.strip()), b"")
@@ -294,16 +294,16 @@ def _decoded(line: bytes, where: str) -> Any:
         cause = "not UTF-8"
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, 5000 brackets
         cause = str(error)
-    raise InputError(f"{where}: not valid JSON ({cause}); mend or remove the line")
+    raise InputError(f"{where}: not valid JSON ({cause}); fix or remove the line")
 
 
 def _array_elements(file: Path, content: bytes) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON array one by one, with the line on which each begins."""
+    """Yield the elements of a JSON array, each with the line on which it begins."""
 
     def malformed(position: int, cause: str) -> InputError:
         number = text.count("\n", 0, position) + 1
         return InputError(
-            f"{file}:{number}: not valid JSON ({cause}); mend the file, or write one object a line"
+            f"{file}:{number}: not valid JSON ({cause}); fix the file, or write one object per line"
         )
 
     def after_white_space(position: int) -> int:
@@ -313,7 +313,7 @@ def _array_elements(file: Path, content: bytes) -> Iterator[tuple[int, Any]]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 ({error.reason}); convert the file") from error
-    del content  # hundreds of MB, which the text holds again
+    del content  # hundreds of MB, which the text contains again
     decoder = json.JSONDecoder()
     number, counted = 1, 0
     position = after_white_space(text.index("[") + 1)
@@ -335,5 +335,5 @@ def _array_elements(file: Path, content: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def shown(value: Any) -> str:
-    """A value of the user's file on one line, and not too much of it."""
+    """Return a value of the user's file on one line, shortened."""
     return _SHORT.repr(value)

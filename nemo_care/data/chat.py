@@ -1,7 +1,7 @@
-"""A user's message becomes token ids: the chat template's control tokens, and no others.
+"""Convert a user's message to token ids, with control tokens only from the chat template.
 
-A tokenizer finds `<|im_end|>` in any text. In a question it is text like any other: it must not end
-the user's turn, nor stand for a video.
+A tokenizer recognises `<|im_end|>` in any text. In a question it is ordinary text: it must neither
+end the user's turn nor represent a video.
 """
 
 import json
@@ -16,35 +16,35 @@ from nemo_care.errors import InputError
 from nemo_care.objective.text import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 
 Content = Sequence[Mapping[str, str]]
-"""The parts of a user's message, as chat templates take them."""
+"""The parts of a user's message, in the form of chat templates."""
 
-# A prompt has to name them, and a tokenizer may have them as tokens.
+# Prompts have to contain these tags, and a tokenizer may have them as tokens.
 _TAGS = {THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE}
-# From the private use area of Unicode: no text should hold it.
+# From Unicode's private use area, so no text should contain it.
 _MARK = "\ue000"
 
 
 class ChatEncoder:
-    """Renders and tokenises prompts with one tokenizer and its chat template."""
+    """Renders and tokenizes prompts with one tokenizer and its chat template."""
 
     def __init__(self, base: PreTrainedTokenizerBase) -> None:
-        """`base` has a chat template."""
+        """`base` must have a chat template."""
         self.base = base
 
     def encode(self, content: Content) -> list[int]:
-        """Token ids of the prompt in which a user says `content`, a video or image one token each.
+        """Return a prompt's token ids for a user message `content`, one token per video or image.
 
-        The template's control tokens become tokens, those in the content's own texts do not.
+        The template's control tokens become tokens; those in the content's texts do not.
 
         Raises:
-            InputError: a text holds a control token, and this tokenizer can't write it as text.
+            InputError: a text contains a control token that this tokenizer can't write as text.
         """
         texts = [part["text"] for part in content if "text" in part]
         found = [token for text in texts for token in self._control_regex.findall(text)]
         if not found:
             return self.base(self.render(content), add_special_tokens=False)["input_ids"]
-        # A mark breaks the texts' control tokens in two. Those that are still whole in the rendered
-        # chat are the template's.
+        # A mark splits the texts' control tokens in two. Those still whole in the rendered chat are
+        # the template's.
         mark = _MARK
         while any(mark in text for text in texts):
             mark += _MARK
@@ -67,21 +67,21 @@ class ChatEncoder:
         return ids
 
     def render(self, content: Content) -> str:
-        """The chat template's text of a prompt in which a user says `content`."""
+        """Return the chat template's text of a prompt for a user message `content`."""
         return self.base.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
 
     @cached_property
     def _added(self) -> dict[str, int]:
-        """Tokens that the tokenizer finds in any text before it looks at words, with their ids."""
+        """Tokens that the tokenizer finds in any text before it splits words, with their ids."""
         return {token.content: n for n, token in self.base.added_tokens_decoder.items()}
 
     @cached_property
     def _control(self) -> dict[str, int]:
-        """Those that are neither words nor the tags.
+        """The added tokens that are neither words nor the tags.
 
-        Special, or in angle brackets: some are not special, such as `<|fim_prefix|>`.
+        They are special or in angle brackets: some are not special, such as `<|fim_prefix|>`.
         """
         return {
             token.content: number
@@ -96,24 +96,24 @@ class ChatEncoder:
 
     @cached_property
     def _words(self) -> Tokenizer:
-        """The tokenizer without any added token. It takes a second to make."""
+        """The tokenizer without any added token, which takes a second to create."""
         content = json.loads(self.base.backend_tokenizer.to_str())
         content |= {"added_tokens": [], "truncation": None, "padding": None}
         return Tokenizer.from_str(json.dumps(content))
 
     def _ids_of_piece(self, piece: str, mark: str) -> list[int]:
-        """Of an added token, or of text between them with marks in it."""
+        """Return the ids of an added token, or of text between added tokens, with marks in it."""
         if piece in self._added:
             return [self._added[piece]]
         return self._words.encode(piece.replace(mark, ""), add_special_tokens=False).ids
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Finds any of the tokens, the longest where several begin; a group, for `split`."""
+    """Compile a pattern for any of the tokens, longest match first, with a group for `split`."""
     ordered = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, ordered)) or '(?!)'})")
 
 
 def _with_texts(content: Content, change: Callable[[str], str]) -> list[Mapping[str, str]]:
-    """The content with its texts changed."""
+    """Return the content with its texts changed."""
     return [{**part, "text": change(part["text"])} if "text" in part else part for part in content]

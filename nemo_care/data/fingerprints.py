@@ -1,4 +1,4 @@
-"""What the annotations files of a run hold, so that a resumed run notices a changed one."""
+"""The content of a run's annotations files, so that a resumed run notices a changed one."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -11,10 +11,10 @@ Fingerprints = dict[str, dict[str, Any]]
 
 
 def fingerprints(training: TrainingData, levels: Mapping[str, Annotations]) -> Fingerprints:
-    """`file`, `sha256` and `lines` of each annotations file, by what the recipe uses it for.
+    """Return `file`, `sha256` and `lines` of each annotations file, by its use in the recipe.
 
-    The names are `training 0`, `training 1`, ... in the order of the sources, and `validation
-    LEVEL`. Samples that were not read from a file have none.
+    The keys are `training 0`, `training 1`, ... in the order of the sources, and `validation
+    LEVEL`. Samples that were not read from a file have no fingerprint.
     """
     read = {f"training {number}": source for number, source in enumerate(training.sources)}
     read |= {f"validation {level}": annotations for level, annotations in levels.items()}
@@ -26,9 +26,9 @@ def fingerprints(training: TrainingData, levels: Mapping[str, Annotations]) -> F
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each annotations file that is not what it was at an earlier step.
+    """Yield one line for each annotations file that changed since an earlier step.
 
-    Files that only one of the two has come from a changed recipe.
+    Files in only one of the two come from a changed recipe, and are ignored.
     """
     for use in sorted(before.keys() & now.keys()):
         old, new = before[use], now[use]

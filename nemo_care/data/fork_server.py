@@ -1,7 +1,7 @@
-"""The process that decoding processes are forked from.
+"""The server process that decoding processes are forked from.
 
-Light to import: a command that will decode starts the server first, and imports torch and the rest
-while the server does the same.
+It is light to import: a command that will decode starts the server first, and the server imports
+torch and other modules while the command does the same.
 """
 
 import multiprocessing
@@ -17,16 +17,16 @@ _PRELOADED = [
     "nemo_care.data.decoding",
     "nemo_care.data.video_readers",
     "decord",
-    # How a family cuts patches comes with a request.
+    # A request contains the family's rule for cutting patches.
     "nemo_care.models.families",
 ]
-# Ctrl-C, a closed terminal, Slurm and others send them to a whole process group, and mean the
-# training process.
+# Ctrl-C, a closed terminal, Slurm and others send these to a whole process group, but they are
+# meant for the training process.
 _NOT_FOR_CHILDREN = ASKING
 
 
 def fork_context() -> ForkServerContext:
-    """Where decoding processes come from."""
+    """Return the context that starts decoding processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
@@ -34,10 +34,10 @@ def fork_context() -> ForkServerContext:
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """What this thread starts meanwhile never hears of the signals that ask a run to stop.
+    """Block the signals that stop a run in the processes that this thread starts inside.
 
-    They live on while the run ends its step, and end with the training process. The thread itself
-    gets a signal that arrives meanwhile afterwards.
+    These processes continue while the run completes its step, and end with the training process.
+    The thread itself receives a signal that arrives inside afterwards.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
     try:

@@ -15,14 +15,14 @@ from nemo_care.errors import InputError
 
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SIDEWAYS = (5, 6, 7, 8)
-# Of these formats, PIL gives grey values with more than 8 bits as 32-bit integers up to 65535.
+# For these formats, PIL returns grey values with more than 8 bits as 32-bit integers up to 65535.
 _TO_16_BITS = ("PNG", "PPM")
 
 
 class ImageFile:
-    """An image whose size is known and whose pixels have not been decoded yet.
+    """An image whose size is known but whose pixels have not been decoded yet.
 
-    Of an animation or a file of several pages, the first picture.
+    It is the first picture of an animation or a file with several pages.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -41,14 +41,14 @@ class ImageFile:
         self.width, self.height = reversed(size) if turned else size
 
     def frame(self) -> Tensor:
-        """The image as RGB, uint8 [H, W, 3], turned as its EXIF orientation says.
+        """Decode the image as RGB, uint8 [H, W, 3], rotated by its EXIF orientation.
 
         Raises:
-            UnreadableMedia: it can't be decoded, or its values have no known range.
+            UnreadableMedia: it can't be decoded, or the range of its values is unknown.
         """
         with self._readable(), self._image as image:
             image.load()
-            # The copies have none of the file's tags.
+            # Copies of the image lose the file's tags.
             depth = _Depth.of(image)
             return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(image), depth)))
 
@@ -60,18 +60,18 @@ class ImageFile:
             raise
         except _UnknownRange as error:
             raise unreadable(self.path, "image", str(error)) from error
-        # A damaged file makes PIL raise many things, such as struct.error and IndexError.
+        # A damaged file makes PIL raise many exceptions, such as struct.error and IndexError.
         except Exception as error:
             cause = f"it can't be decoded as an image ({library_reason(error)})"
             raise unreadable(self.path, "image", cause) from error
 
 
 class _UnknownRange(Exception):
-    """Nobody can say which value of the image is white."""
+    """The value that means white in the image is unknown."""
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """A picture with transparency as RGB, laid over white, as a page or a browser shows it."""
+    """Return a picture with transparency as RGB over white, as on a page or in a browser."""
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
@@ -79,9 +79,9 @@ def on_white(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class _Depth:
-    """What the grey values of an image with more than 8 bits mean.
+    """How to interpret the grey values of an image with more than 8 bits.
 
-    `most` is the value of full brightness, or None if it is not known. `inverted`: 0 is white.
+    `most` is the value of full brightness, or None if unknown. `inverted`: 0 is white.
     """
 
     most: int | None
@@ -94,7 +94,7 @@ class _Depth:
             white = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
             known = image.mode.startswith("I;16")
             return cls(2**bits - 1 if known else None, inverted=white == 0)
-        # Of other formats, PIL brings the values to 16 bits.
+        # For other formats, PIL scales the values to 16 bits.
         return cls(65535 if image.mode.startswith("I;16") or image.format in _TO_16_BITS else None)
 
 
@@ -109,7 +109,7 @@ def _rgb(image: Image.Image, depth: _Depth) -> Image.Image:
         )
     transparent = image.info.get("transparency")
     if isinstance(transparent, tuple) and max(transparent) > 255:
-        # A PNG with 16 bits per colour: PIL cuts the pixels to 8 bits, and not this one.
+        # For PNG files with 16 bits per colour, PIL cuts the pixels to 8 bits, but not this value.
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
     return on_white(image) if image.has_transparency_data else image.convert("RGB")
 
@@ -128,10 +128,10 @@ def _from_integers(image: Image.Image, depth: _Depth) -> Image.Image:
 
 
 def _from_floats(image: Image.Image) -> Image.Image:
-    """Values from 0 to 1, or else from 0 to 255."""
+    """Convert values from 0 to 1, or otherwise from 0 to 255."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 255):  # NaN too
+    if not (low >= 0 and high <= 255):  # also NaN
         raise _UnknownRange(
             f"its values from {low:g} to {high:g} have no known range; scale them to 0 to 1"
         )

@@ -1,11 +1,11 @@
-"""Our own data layout: one JSON object a line.
+"""The project's own data layout: one JSON object per line.
 
     {"id": "42", "question": "...", "solution": "B", "problem_type": "multiple choice",
      "videos": ["videos/42.mp4"], "images": [], "options": {"A": "left", "B": "right"}}
 
 `question` and `solution` are required. Paths are relative to the data root and must stay in it.
-`forced_reasoning` and `forced_answer` are for the forced-reasoning probe, `task_type` for results
-by kind of task (see Sample).
+`forced_reasoning` and `forced_answer` are for the forced-reasoning probe, `task_type` is for
+results by type of task (see Sample).
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ _KEYS = {
 
 
 def parse_jsonl(record: Record) -> Sample:
-    """One record as a sample; raises InputError for a record that can't be used."""
+    """Convert a record to a sample; raises InputError for an unusable record."""
     unknown = sorted(set(record.content) - _KEYS)
     if unknown:
         known = ", ".join(sorted(_KEYS))
@@ -46,9 +46,9 @@ def parse_jsonl(record: Record) -> Sample:
 def read_jsonl(
     root: str | Path, annotations: str, *, accuracy: Accuracy = accuracy_reward
 ) -> Annotations:
-    """The samples and the bad lines of `root/annotations`.
+    """Read the samples and the bad lines of `root/annotations`.
 
     Raises:
-        InputError: as `read_annotations`.
+        InputError: see `read_annotations`.
     """
     return read_annotations(root, annotations, parse_jsonl, accuracy=accuracy)

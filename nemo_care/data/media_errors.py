@@ -1,4 +1,4 @@
-"""Why a video or image file can't be used, in one line that names it."""
+"""Errors of unusable video and image files, as one line that names the file."""
 
 from pathlib import Path
 
@@ -12,27 +12,27 @@ class UnreadableMedia(InputError):
 
 
 class MissingMedia(UnreadableMedia):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 class SlowMedia(UnreadableMedia):
-    """It was given up after data.seconds_per_sample."""
+    """Decoding took longer than data.seconds_per_sample and was cancelled."""
 
 
 class FatalMedia(UnreadableMedia):
-    """The process that decoded it died."""
+    """The process that decoded the file died."""
 
 
 def check_file(path: Path, kind: str) -> None:
-    """Refuse a path that is no file with something in it; `kind` is "video" or "image".
+    """Refuse a path that is not a file with content; `kind` is "video" or "image".
 
     Raises:
-        MissingMedia: there is no such file.
-        UnreadableMedia: it is empty or can't be reached.
+        MissingMedia: the file does not exist.
+        UnreadableMedia: it is empty or inaccessible.
     """
     try:
         size = path.stat().st_size if path.is_file() else None
-    except OSError as error:  # a name that is too long, a folder that may not be entered
+    except OSError as error:  # a name that is too long, a folder without permission
         raise unreadable(path, kind, str(error.strerror)) from error
     if size is None:
         raise unreadable(path, kind, "there is no such file", MissingMedia)
@@ -43,22 +43,22 @@ def check_file(path: Path, kind: str) -> None:
 def unreadable(
     path: Path, kind: str, cause: str, error: type[UnreadableMedia] = UnreadableMedia
 ) -> UnreadableMedia:
-    """The error that says why a file can't be read."""
+    """Return the error with the reason why a file can't be read."""
     name = one_line(str(path))
     return error(f"{name}: {kind} not readable: {cause}; replace the file or remove its sample")
 
 
 def library_reason(error: BaseException) -> str:
-    """What a library says is wrong, short enough to be part of one line.
+    """Return a library's error message, short enough to be part of one line.
 
-    Library messages may quote bytes of the file, so that nothing a terminal obeys is kept.
+    Library messages may quote bytes of the file, so terminal control characters are removed.
     """
-    # The text of an operating system's or ffmpeg's error, without its number.
+    # The text of an error of the operating system or ffmpeg, without its number.
     text = getattr(error, "strerror", None) or str(error)
     text = one_line(text) or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
 
 
 def one_line(text: str) -> str:
-    """The text with every control character and run of white space as one space."""
+    """Return the text with every control character and run of white space as one space."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())

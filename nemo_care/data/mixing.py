@@ -1,11 +1,11 @@
 """The endless order of the training samples: epochs of one data set, or of a weighted mixture.
 
-A place in the order is a whole number, and what stands there depends on it and on the seed alone.
-So the order is the same on every rank, and a resumed run needs nothing but the place.
+A place in the order is a whole number, and its sample depends on the place and the seed alone. So
+the order is the same on every rank, and a resumed run needs only the place.
 
-An epoch of a mixture has as many prompts as all sources have samples together. Each source gets its
-share of them, and takes them from an endless sequence of its own, which holds each of its samples
-once before any of them again.
+An epoch of a mixture has as many prompts as all sources have samples in total. Each source gets
+its share of the prompts, and takes them from its own endless sequence, which contains each of its
+samples once before it repeats any.
 """
 
 from collections.abc import Sequence
@@ -20,27 +20,27 @@ from nemo_care.errors import InputError
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training data sets, and the weight of each in the mixture."""
+    """The training data sets, and their weights in the mixture."""
 
     sources: tuple[Annotations, ...]
     weights: tuple[float, ...]
 
     @classmethod
     def of(cls, samples: list[Sample]) -> "TrainingData":
-        """One data set without bad lines."""
+        """Return training data of one data set without bad lines."""
         return cls((Annotations(samples, []),), (1.0,))
 
 
 def epoch_shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Prompts of each source in an epoch of sum(sizes) prompts: by weight, largest remainder.
+    """Return each source's prompts per epoch of sum(sizes) prompts: by weight, largest remainder.
 
     Raises:
-        InputError: a weight is so small that its source gets no prompt.
+        InputError: a weight is too small for its source to get a prompt.
     """
     total = sum(sizes)
     exact = np.array(weights, dtype=np.float64) / sum(weights) * total
     shares = np.floor(exact).astype(np.int64)
-    # A stable sort: among equal remainders the source that is named first gets the prompt.
+    # A stable sort: among equal remainders, the source named first gets the prompt.
     by_remainder = np.argsort(-(exact - shares), kind="stable")
     shares[by_remainder[: total - int(shares.sum())]] += 1
     for number, share in enumerate(shares):
@@ -53,10 +53,10 @@ def epoch_shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
 
 
 class SampleOrder:
-    """Which sample stands at a place of the endless order."""
+    """Maps a place of the endless order to its sample."""
 
     def __init__(self, data: TrainingData, *, seed: int, shuffle: bool) -> None:
-        """Raises InputError where a source would get no prompt."""
+        """Raises InputError if a source would get no prompt."""
         self.data = data
         self.seed = seed
         self.shuffle = shuffle
@@ -66,25 +66,25 @@ class SampleOrder:
         self._pairs: list[tuple[int, int]] = []
 
     def at(self, index: int) -> tuple[int, int]:
-        """Number of the source, and place of the sample in it."""
+        """Return the number of the source, and the sample's place in it."""
         epoch, place = divmod(index, sum(self.sizes))
         if epoch != self._epoch:
             self._epoch, self._pairs = epoch, self._draw(epoch)
         return self._pairs[place]
 
     def sample(self, index: int) -> Sample:
-        """The sample at a place of the order."""
+        """Return the sample at a place of the order."""
         source, place = self.at(index)
         return self.data.sources[source].samples[place]
 
     def _draw(self, epoch: int) -> list[tuple[int, int]]:
-        # The j-th of a source's n prompts at (j + 1/2) / n of the epoch: all spread evenly.
+        # The j-th of a source's n prompts is at (j + 1/2) / n of the epoch: all are spread evenly.
         spread = np.concatenate([(np.arange(share) + 0.5) / share for share in self.shares])
         turns = np.repeat(np.arange(len(self.shares)), self.shares)
         turns = turns[np.argsort(spread, kind="stable")]
         if self.shuffle:
             turns = np.random.default_rng([self.seed, epoch, 0, 1]).permutation(turns)
-        # Only whose turn it is was shuffled: within a source the order is that of its own sequence.
+        # Only the turns were shuffled: within a source, the order is that of its own sequence.
         places = [
             iter(self._places(source, epoch * share, share))
             for source, share in enumerate(self.shares)
@@ -92,7 +92,7 @@ class SampleOrder:
         return [(source, next(places[source])) for source in turns.tolist()]
 
     def _places(self, source: int, start: int, count: int) -> list[int]:
-        """`count` places of a source's own endless sequence, from its `start`-th."""
+        """Return `count` places of a source's own endless sequence, from its `start`-th on."""
         size = self.sizes[source]
         first, last = start // size, (start + count - 1) // size
         rounds = np.concatenate([self._round(source, number) for number in range(first, last + 1)])
@@ -100,10 +100,10 @@ class SampleOrder:
         return rounds[skipped : skipped + count].tolist()
 
     def _round(self, source: int, number: int) -> np.ndarray:
-        """Every place of a source once."""
+        """Return every place of a source once."""
         places = np.arange(self.sizes[source])
         if not self.shuffle:
             return places
-        # The first source's seed is that of a data set without a mixture.
+        # The first source's seed equals that of a data set without a mixture.
         seed = [self.seed, number, source] if source else [self.seed, number]
         return np.random.default_rng(seed).permutation(places)

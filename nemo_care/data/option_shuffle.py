@@ -1,4 +1,4 @@
-"""A multiple-choice question with its options' texts at other letters."""
+"""Move the texts of a multiple-choice question's options to different letters."""
 
 import hashlib
 import re
@@ -9,13 +9,13 @@ from nemo_care.data.samples import Sample
 
 
 def with_shuffled_options(sample: Sample) -> Sample:
-    """The sample with every option's text at another letter, and the solution's letter with it.
+    """Return the sample with every option's text at another letter, and its solution adapted.
 
-    The texts move on by the same number of letters, which the sample's id decides, so that no text
-    keeps its letter. Where the question itself lists the options (`... A left B right`, `A. left
+    The texts are rotated by a number of letters that the sample's id decides, so that no text keeps
+    its letter. If the question itself lists the options (`... A left B right`, `A. left
     (B) right`), that listing changes too.
 
-    The sample needs two options at least.
+    The sample needs at least two options.
     """
     letters, texts = list(sample.options), list(sample.options.values())
     digest = hashlib.sha256(sample.sample_id.encode()).digest()
@@ -31,12 +31,12 @@ def with_shuffled_options(sample: Sample) -> Sample:
 
 
 def _with_listing(question: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """The question with the new texts where it lists the old ones; as it is where it does not."""
+    """Return the question with the new texts in its listing; unchanged if it has none."""
     entries = [rf"(\(?{re.escape(letter)}[.):]?\s+){re.escape(old[letter])}" for letter in old]
     listing = re.search(r"(?<!\w)" + r"([\s,;]*)".join(entries) + r"(?!\w)", question)
     if listing is None:
         return question
-    # The letters with what follows each, and between two entries the space between them.
+    # The letters with the separator after each, and the spaces between the entries.
     between = listing.groups()
     made = "".join(
         f"{between[2 * number]}{text}{between[2 * number + 1] if number + 1 < len(new) else ''}"

@@ -1,4 +1,4 @@
-"""What the data pipeline asks of a model family to make prompts for it."""
+"""The interface of a model family for creating prompts from its data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -9,50 +9,50 @@ from nemo_care.data.media import Media
 from nemo_care.data.patches import Grid, Patching
 
 Encode = Callable[[str], list[int]]
-"""Token ids of a text."""
+"""Returns the token ids of a text."""
 
 
 class PromptFormat(Protocol):
-    """How one checkpoint's family writes videos and images into a prompt.
+    """How a checkpoint's family represents videos and images in a prompt.
 
-    The chat template gives one placeholder token for each of them; `expanded` makes the tokens of
-    it that the model sees.
+    The chat template gives one placeholder token for each of them; `expanded` replaces it with the
+    tokens that the model sees.
     """
 
     @property
     def patching(self) -> Patching:
-        """How frames become patches."""
+        """How frames are cut into patches."""
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the model's embedding: the tokenizer has no more tokens."""
+        """The number of rows of the model's embedding; the tokenizer has no more tokens."""
 
     @property
     def eos_token_id(self) -> int | list[int] | None:
-        """Where a completion ends by config.json; counts without generation_config.json."""
+        """Where a completion ends by config.json; used without a generation_config.json."""
 
     @property
     def placeholders(self) -> Mapping[str, int]:
-        """The placeholder's token id by kind: "video" and "image"."""
+        """The placeholder's token id by kind of media: "video" and "image"."""
 
     def expanded(self, token_ids: Sequence[int], media: Media, encode: Encode) -> list[int]:
-        """The prompt's token ids with each placeholder replaced by what its media need.
+        """Return the prompt's token ids, with each placeholder replaced by its media's tokens.
 
         Args:
-            token_ids: of the chat, with one placeholder for each video and image.
-            media: what they hold, in the same order.
+            token_ids: those of the chat, with one placeholder for each video and image.
+            media: the videos and images, in the same order.
             encode: for text that the family writes between vision tokens, such as times.
         """
 
     def collapsed(self, token_ids: Sequence[int], grids: Sequence[Grid]) -> list[int]:
-        """The inverse of `expanded`: one placeholder for each video and image."""
+        """Invert `expanded`: return one placeholder for each video and image."""
 
     def positions(self, token_ids: Tensor, media: Media) -> Tensor:
-        """Rotary positions long [3, P] of an expanded prompt's tokens [P].
+        """Return rotary positions, long [3, P], of an expanded prompt's tokens [P].
 
         Raises:
             InputError: the vision tokens do not match the media.
         """
 
     def is_vision(self, token_ids: Tensor) -> Tensor:
-        """Which tokens of an expanded prompt stand for a vision feature: bool [P]."""
+        """Return which tokens of an expanded prompt represent a vision feature: bool [P]."""

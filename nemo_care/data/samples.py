@@ -1,4 +1,4 @@
-"""One question of a data set, as text and paths: nothing is decoded or tokenised yet."""
+"""One question of a data set, as text and paths: not decoded or tokenized yet."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ class Sample:
     """A question about videos and images, with its solution.
 
     `options` maps an option letter to its text and is empty for open questions.
-    `forced_reasoning` and `forced_answer` belong to the forced-reasoning probe: a reasoning to put
-    in the model's mouth, and the option letter it implies. They are empty where there is no probe.
-    `task_type` says what kind of task the question belongs to, for results by kind; empty where the
-    annotations do not say.
+    `forced_reasoning` and `forced_answer` are for the forced-reasoning probe: a reasoning to insert
+    into the model's completion, and the option letter it implies. They are empty without a probe.
+    `task_type` is the question's type of task, for results by type; empty if the annotations do not
+    have one.
     """
 
     sample_id: str
@@ -30,10 +30,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that was left out, and why.
+    """A sample that was skipped, and the reason.
 
     `index` is its place in the training stream or the validation file. A line of an annotations
-    file that gave no sample has none, and its `sample_id` is FILE:LINE.
+    file that gave no sample has no index, and its `sample_id` is FILE:LINE.
     """
 
     index: int | None
@@ -42,8 +42,8 @@ class Skipped:
 
 
 def too_many_skipped(count: float, total: float, max_fraction: float) -> bool:
-    """Whether a data set of `total` samples is unusable because `count` of them are.
+    """Whether `count` unusable samples make a data set of `total` samples unusable.
 
-    `max_fraction` is data.max_skipped_fraction; a data set without any usable sample never passes.
+    `max_fraction` is data.max_skipped_fraction; a data set without any usable sample always is.
     """
     return count == total or count > max_fraction * total

@@ -1,13 +1,13 @@
-"""SEED-Bench-R1 as it is published: egocentric videos, and what to do next.
+"""SEED-Bench-R1 as published: egocentric videos, and the question what to do next.
 
     annotations/training_6k.jsonl, annotations/validation_L1.jsonl, ...
     videos/<video_source>/<video_basename>                 what was done so far
     images/<video_source>/<current_observation_basename>   what the wearer sees now
 
-A record with `negative_answers` (training) gets four options in an order of its own; one with
-`choice_a` to `choice_d` and `golden_choice_idx` (validation) keeps the order that it gives. A
-record whose `task_progress_metadata` is empty has no video. The annotations name no task type;
-those of level 3 have a `domain`, which takes its place. Other fields are left alone.
+A record with `negative_answers` (training) gets four options in random order; one with `choice_a`
+to `choice_d` and `golden_choice_idx` (validation) keeps its order. A record with an empty
+`task_progress_metadata` has no video. The annotations have no task type; those of level 3 have a
+`domain`, which is used instead. Other fields are ignored.
 """
 
 import hashlib
@@ -22,19 +22,19 @@ _CHOICES = {letter: f"choice_{letter.lower()}" for letter in _LETTERS}
 
 
 def read_seed_bench_r1(root: str | Path, annotations: str, *, seed: int) -> Annotations:
-    """The samples and the bad lines of `root/annotations`.
+    """Read the samples and the bad lines of `root/annotations`.
 
-    `seed` and a sample's id, and nothing else, decide which negative answers are options and in
-    which order: neither the place in the file nor the rank that reads it matters.
+    Only `seed` and a sample's id decide which negative answers are options, and in which order:
+    neither the place in the file nor the rank that reads it matters.
 
     Raises:
-        InputError: as `read_annotations`.
+        InputError: see `read_annotations`.
     """
     return read_annotations(root, annotations, lambda record: parse_seed_bench_r1(record, seed))
 
 
 def parse_seed_bench_r1(record: Record, seed: int) -> Sample:
-    """One record as a sample; raises InputError for a record that can't be used."""
+    """Convert a record to a sample; raises InputError for an unusable record."""
     sample_id = record.identifier("sample_id")
     source = record.text("video_source")
     if not isinstance(record.content.get("task_progress_metadata"), list):
@@ -63,9 +63,9 @@ def parse_seed_bench_r1(record: Record, seed: int) -> Sample:
 
 
 def _shuffled_options(record: Record, sample_id: str, seed: int) -> tuple[dict[str, str], str]:
-    """Options by letter, and the letter of the answer."""
+    """Return options by letter, and the letter of the answer."""
     answer = record.text("answer")
-    # Each once, in the order given. The answer among its negatives would make two options right.
+    # Each once, in file order. The answer among its negatives would make two options right.
     negatives = [text for text in dict.fromkeys(record.texts("negative_answers")) if text != answer]
     wanted = len(_LETTERS) - 1
     if len(negatives) < wanted:
@@ -78,7 +78,7 @@ def _shuffled_options(record: Record, sample_id: str, seed: int) -> tuple[dict[s
 
 
 def _in_random_order(texts: list[str], *key: str | int) -> list[str]:
-    """An order that the key decides; by hash, so that no library's next version changes it."""
+    """Return an order decided by the key; hashed, so that no library version can change it."""
     return sorted(
         texts, key=lambda text: hashlib.sha256(json.dumps([*key, text]).encode()).digest()
     )

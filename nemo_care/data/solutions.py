@@ -1,7 +1,7 @@
-"""Solutions of annotations: brought to the form that rewards compare, or refused.
+"""Convert the solutions of annotations to the form that rewards compare, or refuse them.
 
-A reward compares texts strictly, so a solution in another form than the answers makes a sample
-whose every completion scores 0, without an error anywhere. A solution whose meaning is plain is
+A reward compares texts strictly, so a solution in a different form than the answers yields a sample
+on which every completion scores 0, without any error. A solution with a clear meaning is
 normalised; one that does not score when it is itself the answer is refused.
 """
 
@@ -13,11 +13,11 @@ from nemo_care.objective.rewards import parse_number
 from nemo_care.objective.text import ANSWER_CLOSE, ANSWER_OPEN, extract_answer
 
 Accuracy = Callable[[str, str, str], float]
-"""What scores a completion: takes problem_type, completion and solution."""
+"""Scores a completion; takes problem_type, completion and solution."""
 
-# What the best answer must reach. Less than 1 for the 1e-9 in the regression's formula.
+# The score that the best answer must reach: below 1 for the 1e-9 in the regression's formula.
 _FULL = 0.99
-# ROUGE-2 is 0 for a text of one word, which has no pairs of words.
+# ROUGE-2 is 0 for a text of one word, which has no word pairs.
 _FULL_OF_ONE_WORD = 0.66
 _NUMBERS = ("numerical", "regression")
 _REMEDY = (
@@ -33,11 +33,11 @@ _LETTER_AND_TEXT = re.compile(r"[(\[]?([a-z])\s?[)\].:]{1,2}\s?(.+)", re.IGNOREC
 
 
 def normalised_solution(problem_type: str, solution: str, options: Mapping[str, str]) -> str:
-    """The solution in the form that the reward compares, unchanged where its meaning is not plain.
+    """Return the solution in the form that the reward compares; as it is if its meaning is unclear.
 
-    Surrounding white space and `<answer>` tags go. A multiple-choice solution such as `(B)`, `B.`,
-    `b`, `B. its text` or an option's text becomes the letter of the only option that it can mean.
-    In numbers, Unicode's minus signs and full-width digits become those that a model writes.
+    Surrounding white space and `<answer>` tags are removed. A multiple-choice solution such as
+    `(B)`, `B.`, `b`, `B. its text` or an option's text becomes the letter of the only option that
+    it can mean. In numbers, Unicode's minus signs and full-width digits become ASCII.
     """
     wrapped = extract_answer(solution)
     text = solution.strip() if wrapped is None else wrapped
@@ -53,9 +53,9 @@ def normalised_solution(problem_type: str, solution: str, options: Mapping[str, 
 def why_no_answer_scores(
     problem_type: str, solution: str, options: Mapping[str, str], accuracy: Accuracy
 ) -> str | None:
-    """Why no answer can be right with a normalised solution; None where it scores as an answer.
+    """Return why no answer can match a normalised solution; None if it scores as an answer.
 
-    `accuracy` is what completions are scored with: `accuracy_reward` in training,
+    `accuracy` is the function that scores completions: `accuracy_reward` in training,
     `evaluation_accuracy` in validation.
     """
     if not solution:
@@ -87,18 +87,18 @@ def why_no_answer_scores(
 
 
 def is_one_word(problem_type: str, solution: str) -> bool:
-    """Whether it is free text of one word, which reaches 2/3 at most (see `rouge_f1`)."""
+    """Whether it is free text of one word, which scores at most 2/3 (see `rouge_f1`)."""
     from nemo_care.objective.words import rouge_words
 
     return problem_type == "free-form" and len(rouge_words(solution)) == 1
 
 
 def _letters_meant(text: str, options: Mapping[str, str]) -> set[str]:
-    """Every option that the text may mean; without options the letter that it writes."""
+    """Return every option that the text may mean; without options, the letter in it."""
     text = _folded(text)
     match = _LETTER.fullmatch(text)
     if not options:
-        # The letter's case is the question's own; only what stands around it goes.
+        # The letter's case is the question's choice; only the characters around it are removed.
         return {match[1]} if match else set()
     meant = {letter for letter in options if match and letter.lower() == match[1].lower()}
     texts = {letter: _folded(option) for letter, option in options.items()}
@@ -114,5 +114,5 @@ def _letters_meant(text: str, options: Mapping[str, str]) -> set[str]:
 
 
 def _folded(text: str) -> str:
-    """On one line, with single spaces and ASCII spellings."""
+    """Return the text on one line, with single spaces and ASCII spellings."""
     return " ".join(plain_characters(text).split())

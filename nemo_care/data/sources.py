@@ -1,4 +1,4 @@
-"""From the recipe's data keys to samples: the one place that knows the loader of each kind."""
+"""Read the samples that the recipe's data keys name, with the loader of each kind."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ class RunData:
     levels: dict[str, Annotations]
 
     def without_samples(self) -> "RunData":
-        """What ranks need that decode nothing; see `Annotations.without_samples`."""
+        """Return the data for ranks that decode nothing; see `Annotations.without_samples`."""
         training = self.training
         if training is not None:
             sources = tuple(source.without_samples() for source in training.sources)
@@ -36,10 +36,10 @@ class RunData:
 
     @classmethod
     def read(cls, config: DataConfig, *, seed: int, trains: bool = True) -> "RunData":
-        """What a recipe's data keys name, with or without the training data.
+        """Read the data that a recipe names, with or without the training data.
 
         Raises:
-            InputError: as `read_training`.
+            InputError: see `read_training`.
         """
         training = read_training(config, seed=seed) if trains else None
         return cls(training, read_levels(config, seed=seed))
@@ -48,11 +48,11 @@ class RunData:
     def on_every_rank(
         cls, ranks: "Ranks", checked: "RunData | None", read: "Callable[[], RunData]"
     ) -> "RunData":
-        """The data of a run, read once: the leaders of the replicas get the samples from rank 0.
+        """Read the data of a run once; the leaders of the replicas get the samples from rank 0.
 
         The other ranks, which decode nothing, get the number of samples and the bad lines.
-        `checked` is what the check of the inputs has read; rank 0 calls `read` where it has not
-        got that.
+        `checked` is the data already read by the check of the inputs; rank 0 calls `read` if it has
+        none.
         """
         whole: list[RunData] = []
 
@@ -67,10 +67,11 @@ class RunData:
 def read_source(
     kind: str, root: str, annotations: str, *, seed: int, for_training: bool
 ) -> Annotations:
-    """The samples and the bad lines of one annotations file.
+    """Read the samples and the bad lines of one annotations file.
 
-    `seed` is the run's; it draws the options of SEED-Bench-R1's training questions. `for_training`:
-    solutions must be such that an answer gets the reward, for validation the evaluation's accuracy.
+    `seed` is the run's; it chooses the options of SEED-Bench-R1's training questions.
+    `for_training`: an answer to each solution must get the reward; otherwise, the evaluation's
+    accuracy.
 
     Raises:
         InputError: the file is missing, empty or without any usable sample.
@@ -85,7 +86,7 @@ def read_source(
 
 
 def training_sources(config: DataConfig) -> list[SourceConfig]:
-    """The sources of the mixture; one where the recipe has none."""
+    """Return the sources of the mixture, or the single source of a recipe without one."""
     train = config.train
     if train.sources is not None:
         return train.sources
@@ -94,11 +95,11 @@ def training_sources(config: DataConfig) -> list[SourceConfig]:
 
 
 def read_training(config: DataConfig, *, seed: int) -> TrainingData:
-    """The training data sets of a recipe.
+    """Read the training data sets of a recipe.
 
     Raises:
         InputError: unusable annotations, more bad lines than data.max_skipped_fraction allows, or a
-            source whose weight gives it no prompt.
+            source whose weight is too small for a prompt.
     """
     sources = training_sources(config)
     data = TrainingData(
@@ -115,10 +116,10 @@ def read_training(config: DataConfig, *, seed: int) -> TrainingData:
 
 
 def read_levels(config: DataConfig, *, seed: int) -> dict[str, Annotations]:
-    """Validation samples by level, data.validation.samples_per_level of each, and its bad lines.
+    """Read data.validation.samples_per_level validation samples of each level, and its bad lines.
 
     Raises:
-        InputError: as `read_training`.
+        InputError: see `read_training`.
     """
     validation = config.validation
     levels = {}

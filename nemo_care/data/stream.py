@@ -1,9 +1,9 @@
-"""The training prompts of each step, the same ones for every parallel layout.
+"""The training prompts of each step, the same for every parallel layout.
 
 The stream is an endless sequence of samples (`SampleOrder`: one seeded permutation per epoch). A
-step takes the next B samples that can be used; one that can't (a broken video, a prompt that is
-too long) is skipped, counted and listed, and the next one takes its place. Each model replica
-decodes its share, while the step before it runs; the replicas tell each other which failed.
+step takes the next B usable samples; an unusable one (a broken video, a prompt that is too long) is
+skipped, counted and listed, and replaced by the next. Each model replica decodes its share during
+the previous step; then the replicas exchange which samples failed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,21 +17,21 @@ from nemo_care.ranks.process_groups import Ranks
 
 
 class TooManySkipped(InputError):
-    """More of a data set than data.max_skipped_fraction can't be used.
+    """More of a data set is unusable than data.max_skipped_fraction allows.
 
-    `skipped` are those that the step met which ends the run: nobody else hears of them.
+    `skipped` are those of the step that ends the run, which are not reported elsewhere.
     """
 
     def __init__(self, message: str, skipped: Sequence[Skipped] = ()) -> None:
-        """As above."""
+        """Create the error with the samples that the last step skipped."""
         super().__init__(message)
         self.skipped = skipped
 
 
 class PromptStream:
-    """Gives each model replica its share of every step's prompts.
+    """Provides each model replica with its share of every step's prompts.
 
-    `position` is the place of the next sample in the stream: all that a resumed run needs.
+    `position` is the place of the next sample in the stream, all that a resumed run needs.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class PromptStream:
         max_skipped_fraction: float,
         prefetch_steps: int = 1,
     ) -> None:
-        """`loader` makes the prompts, on leaders only, `prefetch_steps` steps ahead.
+        """`loader` creates the prompts, on leaders only, `prefetch_steps` steps ahead.
 
         Raises:
             InputError: a source of the mixture would get no prompt.
@@ -60,16 +60,16 @@ class PromptStream:
         self.max_skipped_fraction = max_skipped_fraction
         self.prefetch_steps = prefetch_steps
         self.position = 0
-        # By source, and there by place: what has turned out unusable so far.
+        # Unusable samples so far, by source and place.
         self._unusable: list[dict[int, Skipped]] = [{} for _ in data.sources]
 
     def next_step(self) -> tuple[list[Prompt], list[Skipped]]:
-        """This replica's prompts of the next step, and the samples that all replicas skipped.
+        """Return this replica's prompts of the next step, and the samples skipped by all replicas.
 
         Collective over all ranks; the ranks of a replica get equal prompts.
 
         Raises:
-            TooManySkipped: more of a data set than data.max_skipped_fraction can't be used.
+            TooManySkipped: more of a data set is unusable than data.max_skipped_fraction allows.
         """
         replicas = self.ranks.data_size
         missing = [self.prompts_per_step // replicas] * replicas
@@ -89,20 +89,20 @@ class PromptStream:
         return prompts, skipped
 
     def _load(self, missing: Sequence[int]) -> list[Prompt | Skipped]:
-        """This replica's next prompts, on its leader; see `_dealt`."""
+        """Load this replica's next prompts, on its leader; see `_dealt`."""
         return self.loader.load(self._dealt(self.position, missing))
 
     def _dealt(self, position: int, missing: Sequence[int]) -> list[Numbered]:
-        """This replica's part of the samples from `position` on, dealt to those that lack prompts.
+        """Return this replica's part of the samples from `position` on.
 
-        `missing` says how many each replica lacks.
+        `missing` is how many prompts each replica lacks.
         """
         first = position + sum(missing[: self.ranks.data_rank])
         places = range(first, first + missing[self.ranks.data_rank])
         return [(place, self.order.sample(place)) for place in places]
 
     def _next_samples(self) -> list[Numbered]:
-        """What this replica will be dealt in the next steps, unless a sample can't be used."""
+        """Return the samples of this replica in the next steps, assuming that all are usable."""
         replicas = self.ranks.data_size
         missing = [self.prompts_per_step // replicas] * replicas
         return [
@@ -113,14 +113,14 @@ class PromptStream:
 
     @property
     def worker_memory_gib(self) -> float | None:
-        """Most memory that a process which decodes for this replica has used; None without any."""
+        """The highest memory of a process that decodes for this replica; None without any."""
         return self.loader.workers.peak_memory_gib
 
     def count_again(self, skipped: Iterable[Skipped]) -> None:
-        """Count what a run had skipped before it was killed.
+        """Count the samples that a run had skipped before it was killed.
 
         Raises:
-            TooManySkipped: as `next_step`, where the fraction has been lowered since.
+            TooManySkipped: see `next_step`; possible if the fraction has been lowered since.
         """
         self._count(list(skipped))
 

@@ -20,7 +20,7 @@ _JSON_FILES = (
     "vocab.json",
 )
 _TEMPLATE = "chat_template.jinja"
-# Where the released checkpoints have the template; it counts if the tokenizer has none.
+# The released checkpoints have the template here; it is used if the tokenizer has none.
 _TEMPLATE_JSON = "chat_template.json"
 
 
@@ -33,7 +33,7 @@ class ChatTokenizer:
     pad_id: int
 
     def completion_text(self, token_ids: list[int]) -> str:
-        """Text of a completion without its EOS; other special tokens stay visible."""
+        """Decode a completion without its EOS; other special tokens remain visible."""
         if token_ids and token_ids[-1] in self.eos_ids:
             token_ids = token_ids[:-1]
         return self.base.decode(
@@ -41,11 +41,11 @@ class ChatTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, nothing added; control tokens in it are recognised."""
+        """Return the token ids of a text, nothing added; control tokens in it are recognised."""
         return self.base(text, add_special_tokens=False)["input_ids"]
 
     def encode_chat(self, content: Content) -> list[int]:
-        """Token ids of a prompt in which a user says `content` (see `ChatEncoder`)."""
+        """Return the token ids of a prompt for a user message `content` (see `ChatEncoder`)."""
         return self._chat.encode(content)
 
     @cached_property
@@ -58,13 +58,13 @@ def load_tokenizer(
 ) -> ChatTokenizer:
     """Load and check a checkpoint's tokenizer.
 
-    `prompt_format` is the model family's, `key` the recipe's key that names the folder.
+    `prompt_format` is the model family's, `key` the recipe key that names the folder.
 
     Raises:
-        InputError: there is none, its files can't be used, or it does not belong to the model.
+        InputError: there is none, its files are unusable, or it does not belong to the model.
     """
     path = Path(folder)
-    # transformers makes an empty tokenizer where it finds none.
+    # transformers would create an empty tokenizer if there is none.
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise _unusable(key, path, "tokenizer.json is missing")
     for name in _JSON_FILES:
@@ -103,7 +103,7 @@ def _check_text(file: Path) -> None:
 
 
 def _check_tokenizer_json(file: Path) -> None:
-    """Name this file where it is the one that can't be used."""
+    """Raise an error that names this file if it is the unusable one."""
     if not file.is_file():
         return
     try:
@@ -124,10 +124,10 @@ def _template(file: Path) -> str:
 def _eos_ids(
     folder: Path, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
 ) -> frozenset[int]:
-    """Where a completion ends: the tokenizer's end and what generation_config.json lists.
+    """Return where a completion ends: the tokenizer's EOS and those in generation_config.json.
 
-    A turn may end with <|im_end|> or <|endoftext|>. Without that file config.json says it, as in
-    transformers. Nothing else of generation_config.json counts: the recipe says how to sample.
+    A turn can end with <|im_end|> or <|endoftext|>. Without that file, config.json is used, as in
+    transformers. Nothing else in generation_config.json is used: the recipe defines the sampling.
     """
     ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     file = folder / "generation_config.json"
@@ -171,7 +171,7 @@ def _check(
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        # A template is a program, and can raise what it likes.
+        # A template is a program, and can raise any exception.
         except Exception as error:
             raise InputError(
                 f"{_template_file(path)}: the chat template can't be used ({first_line(error)}); "
@@ -183,7 +183,7 @@ def _check(
 
 
 def _template_file(folder: Path) -> Path:
-    """The file that the chat template was read from."""
+    """Return the file that the chat template was read from."""
     if (folder / _TEMPLATE).is_file():
         return folder / _TEMPLATE
     own = folder / "tokenizer_config.json"

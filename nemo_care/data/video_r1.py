@@ -1,9 +1,9 @@
-"""The layout of Video-R1-260k, in which general video benchmarks come too: an array, or lines.
+"""The layout of Video-R1-260k and of general video benchmarks: a JSON array, or lines.
 
     {"problem_id": 2, "problem": "...", "data_type": "video", "problem_type": "multiple choice",
      "options": ["A. a cup", "B. a knife"], "solution": "<answer>B</answer>", "path": "./dir/x.mp4"}
 
-`path` is relative to the data root. Other fields (`process`, `data_source`, ...) are left alone.
+`path` is relative to the data root. Other fields (`process`, `data_source`, ...) are ignored.
 """
 
 import re
@@ -20,16 +20,16 @@ _OPTION = re.compile(r"\s*\(?([A-Z])[.:)]\s*(.*)", re.DOTALL)
 def read_video_r1(
     root: str | Path, annotations: str, *, accuracy: Accuracy = accuracy_reward
 ) -> Annotations:
-    """The samples and the bad entries of `root/annotations`.
+    """Read the samples and the bad entries of `root/annotations`.
 
     Raises:
-        InputError: as `read_annotations`.
+        InputError: see `read_annotations`.
     """
     return read_annotations(root, annotations, parse_video_r1, accuracy=accuracy)
 
 
 def parse_video_r1(record: Record) -> Sample:
-    """One record as a sample; raises InputError for a record that can't be used."""
+    """Convert a record to a sample; raises InputError for an unusable record."""
     problem_type = record.choice("problem_type", PROBLEM_TYPES)
     data_type = record.choice("data_type", ("video", "image"))
     name = record.text("path")
@@ -47,7 +47,7 @@ def parse_video_r1(record: Record) -> Sample:
 
 
 def _options(record: Record) -> dict[str, str]:
-    """Options by letter; none for an open question."""
+    """Return options by letter; none for an open question."""
     options: dict[str, str] = {}
     for entry in record.texts("options") if record.has("options") else []:
         match = _OPTION.fullmatch(entry)

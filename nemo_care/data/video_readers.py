@@ -1,7 +1,7 @@
 """The two libraries that decode videos, with one interface: frame number `index` as an array.
 
-decord reads ordinary files. PyAV, whose ffmpeg is newer, reads the rest: codecs that decord was
-built without, and files in which decord counts frames that are never shown.
+decord reads ordinary files. PyAV, with its newer ffmpeg, reads the rest: codecs that decord does
+not support, and files in which decord counts frames that are never shown.
 """
 
 from bisect import bisect_right
@@ -22,8 +22,8 @@ class DecordReader:
     """Frames of a file that is `Timeline.plain`."""
 
     def __init__(self, path: Path, timeline: Timeline) -> None:
-        """Raises UnusableVideo where decord does not open it, or counts other frames."""
-        import decord  # here, so that a machine's check finds out whether it loads
+        """Raises UnusableVideo if decord can't open the file, or counts a different number."""
+        import decord  # imported here, so that a check of the machine reports if it fails
 
         self._errors = (RuntimeError, AssertionError, decord.DECORDError)
         try:
@@ -34,31 +34,31 @@ class DecordReader:
             raise UnusableVideo(f"{len(self._reader)} frames instead of {len(timeline.starts)}")
 
     def at(self, index: int) -> np.ndarray:
-        """Frame `index`, uint8 [H, W, 3]; raises UnusableVideo."""
+        """Return frame `index`, uint8 [H, W, 3]; raises UnusableVideo."""
         try:
             frame = self._reader[index].asnumpy()
         except self._errors as error:
             raise UnusableVideo(str(error)) from error
-        if frame.shape[2] != 3:  # of narrow frames, decord takes the rows' padding for colours
+        if frame.shape[2] != 3:  # in narrow frames, decord mistakes row padding for colours
             raise UnusableVideo(f"frames of shape {frame.shape}")
         return frame
 
 
 class PyavReader:
-    """Frames of any file that has a timeline; fastest when read in order."""
+    """Frames of any file that has a timeline; fastest if read in order."""
 
     def __init__(self, path: Path, timeline: Timeline) -> None:
-        """Raises as `open_video`."""
+        """Open the file; raises the errors of `open_video`."""
         self._path = path
         self._timeline = timeline
         self._last = -1
         self._rewind()
 
     def at(self, index: int) -> np.ndarray:
-        """Frame `index`, uint8 [H, W, 3], turned as the file says.
+        """Return frame `index`, uint8 [H, W, 3], rotated by the file's metadata.
 
         Raises:
-            UnusableVideo: it does not come out of the decoder.
+            UnusableVideo: the decoder does not return it.
             av.FFmpegError: it can't be decoded.
         """
         if index <= self._last:
@@ -75,7 +75,7 @@ class PyavReader:
         raise UnusableVideo(f"the frame at {self._timeline.starts[index]:.2f} s is damaged")
 
     def _position(self, place: int, frame: VideoFrame, index: int) -> tuple[int | None, int]:
-        """Where the decoded frame is and where the wanted one is, by place or time."""
+        """Return the positions of the decoded frame and the wanted one, as place or time."""
         places, pts = self._timeline.places, self._timeline.pts
         if places is not None:
             return place, places[index]
@@ -90,7 +90,7 @@ class PyavReader:
         )
 
     def _jump(self, index: int) -> None:
-        """Go on from the last key frame before frame `index`, if that is further on."""
+        """Continue from the last key frame before frame `index`, if that is further ahead."""
         pts = self._timeline.pts
         assert pts is not None, "packets without times do not suffice"
         keys = self._timeline.key_pts
@@ -104,7 +104,7 @@ class PyavReader:
         except (av.FFmpegError, StopIteration):
             self._rewind()
             return
-        # Not every container finds the place; from the beginning, all do.
+        # Not every container can seek there; all can seek to the beginning.
         if not first.is_keyframe or first.pts is None or first.pts > pts[index]:
             self._rewind()
             return

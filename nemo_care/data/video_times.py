@@ -1,9 +1,8 @@
-"""Which frames of a video file are shown, and when.
+"""Find out which frames of a video file are shown, and when.
 
-A container's frame count and frame rate are claims that are often wrong, so neither is believed:
-the times come from the packets, which are read without decoding them. Where the packets don't say
-which frames there will be (no times, a start between two key frames, ...), every frame is decoded
-once to see.
+A container's frame count and frame rate are often wrong, so neither is trusted: the times come from
+the packets, which are read without decoding them. If the packets don't show which frames there will
+be (no times, a start between two key frames, ...), every frame is decoded once.
 """
 
 from collections.abc import Iterator
@@ -24,15 +23,15 @@ from av.video.stream import VideoStream
 from nemo_care.data.media_errors import library_reason
 
 # decord seeks by time, and in containers without an index of key frames (MPEG-TS, MPEG-PS) it
-# returns frames of another place than the one that was requested.
+# returns frames from a different place than requested.
 _DECORD_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-# AVI has no presentation times, and ASF none that count: ffmpeg guesses them.
+# AVI has no presentation times, and those of ASF are not reliable: ffmpeg guesses them.
 _UNTIMED_CONTAINERS = ("avi", "asf")
 _NOT_MOVING = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 
 class UnusableVideo(Exception):
-    """A video whose frames or times can't be known; the message says why."""
+    """The frames or times of a video can't be determined; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class Timeline:
         starts: float64 [frames], the seconds at which each frame appears, increasing.
         rate: frames per second over the whole video, the last frame's duration included.
         constant: whether every frame is within half a frame of its place at that rate.
-        pts: of each frame, in the stream's time base; None if the file has no times.
+        pts: those of the frames, in the stream's time base; None if the file has no times.
         places: of each shown frame among all frames that the decoder returns; None if the packets
-            alone said what there is.
+            alone were sufficient.
         key_pts: of the key frames, increasing; a decoder can begin at any of them.
         plain: whether decord returns exactly these frames.
     """
@@ -63,20 +62,20 @@ class Timeline:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its moving video stream; raises as `open_video`."""
+    """Open the container and its moving video stream; raises the errors of `open_video`."""
     container, stream = open_video(path)
     with container:
         yield container, stream
 
 
 def open_video(path: Path) -> tuple[InputContainer, VideoStream]:
-    """The container and its moving video stream, ready to decode in this thread.
+    """Open the container and its moving video stream, ready to decode in this thread.
 
     Raises:
-        UnusableVideo: there is no moving video in it, or no decoder for it.
+        UnusableVideo: it has no moving video, or there is no decoder for it.
         av.FFmpegError: it can't be opened.
     """
-    # "file:" because the name may hold a colon; nothing in the file may lead to a network address.
+    # "file:" because the name may contain a colon; the file must not lead to network access.
     container = av.open(
         f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"}
     )
@@ -85,30 +84,30 @@ def open_video(path: Path) -> tuple[InputContainer, VideoStream]:
     except UnusableVideo:
         container.close()
         raise
-    # dav1d and others start a thread per core by themselves; decoding has processes for that.
+    # dav1d and others start one thread per core by default, but decoding already has processes.
     stream.codec_context.thread_count = 1
     return container, stream
 
 
 def decoded(packets: Iterator[Packet]) -> Iterator[VideoFrame]:
-    """The frames that the decoder returns for these packets, in the order of their display.
+    """Yield the frames that the decoder returns for these packets, in display order.
 
     Raises:
         av.FFmpegError: one can't be decoded.
     """
     begun = False
     for packet in packets:
-        begun = begun or packet.is_keyframe  # what comes before can't be decoded
+        begun = begun or packet.is_keyframe  # earlier packets can't be decoded
         if begun and not packet.is_corrupt:
             yield from packet.decode()
 
 
 def read_timeline(path: Path) -> Timeline:
-    """When each frame of a file is shown.
+    """Return when each frame of a file is shown.
 
     Raises:
         UnusableVideo: it has no video, its end is missing, its frames' times contradict each other,
-            or frames that have to be decoded to be counted can't be.
+            or frames that have to be decoded in order to count them can't be decoded.
         av.FFmpegError: it can't be opened.
     """
     with opened(path) as (container, stream):
@@ -148,14 +147,14 @@ def read_timeline(path: Path) -> Timeline:
 
 
 def codec_name(stream: VideoStream) -> str:
-    """The codec's name, whichever library decodes it."""
+    """Return the codec's name, whichever library decodes it."""
     return stream.codec_context.codec.canonical_name
 
 
 def _moving_stream(container: InputContainer) -> VideoStream:
     streams = container.streams.video
     moving = [stream for stream in streams if not stream.disposition & _NOT_MOVING]
-    if container.format.name.endswith("_pipe"):  # jpeg_pipe and its kind: files of one picture
+    if container.format.name.endswith("_pipe"):  # jpeg_pipe and similar: files of one picture
         moving = []
     if not moving:
         held = "a still picture only" if streams else "no video"
@@ -168,7 +167,7 @@ def _moving_stream(container: InputContainer) -> VideoStream:
 
 
 class _Entry(NamedTuple):
-    """What one packet says about its frame; `shown` is False if the frame is never seen."""
+    """One packet's information about its frame; `shown` is False if it is never seen."""
 
     pts: int | None
     dts: int | None
@@ -179,14 +178,14 @@ class _Entry(NamedTuple):
 
 
 def _entries(container: InputContainer, stream: VideoStream) -> list[_Entry]:
-    """An entry per packet, in the order of decoding; long videos have 100,000 of them."""
+    """Return an entry per packet, in decoding order; long videos have 100,000 of them."""
     is_vp8 = codec_name(stream) == "vp8"
     entries = []
     for packet in container.demux(stream):
         if not packet.size:
             continue
         pts = packet.pts
-        # An edit list hides frames that are needed to decode the first shown one: before time 0.
+        # An edit list hides frames needed only to decode the first shown one: before time 0.
         hidden = packet.is_discard or (pts is not None and pts < 0)
         # show_frame in the frame tag (RFC 6386, 9.1): alternate reference frames have 0.
         if is_vp8 and not bytes(packet)[0] & 0x10:
@@ -207,14 +206,14 @@ def _entries(container: InputContainer, stream: VideoStream) -> list[_Entry]:
 def _suffice(entries: list[_Entry], *, reorders: bool) -> bool:
     """Whether each shown packet gives one frame, shown at the packet's time.
 
-    `reorders`: frames may be decoded in another order than they are shown in.
+    `reorders`: the decoding order of frames may differ from their display order.
     """
     pts = [entry.pts for entry in entries if entry.shown and entry.pts is not None]
     if not pts or any(entry.pts is None or entry.is_corrupt for entry in entries):
         return False
     first = entries[0]
     if not first.is_key or min(pts) < (first.pts or 0):
-        return False  # what comes before the first key frame can't be decoded
+        return False  # packets before the first key frame can't be decoded
     if len(set(pts)) < len(pts):
         return False
     if not reorders and pts != sorted(pts):
@@ -223,11 +222,11 @@ def _suffice(entries: list[_Entry], *, reorders: bool) -> bool:
 
 
 def _decord_counts_right(entries: list[_Entry]) -> bool:
-    """Whether decord's place of each frame is the one in the order of display.
+    """Whether decord's number of each frame is its number in display order.
 
-    decord takes all packets for shown frames, and the place of a key frame among the packets for
-    its place in the display. Frames that are stored after a key frame and shown before it (an open
-    group of pictures, usual in HEVC) make these differ, and then frames that it seeks are wrong.
+    decord treats all packets as shown frames, and a key frame's number among the packets as its
+    number in the display. Frames that are stored after a key frame but shown before it (an open
+    group of pictures, common in HEVC) make these differ, and then decord seeks wrong frames.
     """
     if not all(entry.shown for entry in entries):
         return False
@@ -242,7 +241,7 @@ def _decord_counts_right(entries: list[_Entry]) -> bool:
 
 
 def _times_by_decoding(path: Path) -> tuple[list[int] | None, list[int], list[int]]:
-    """Times, durations and places of the shown frames; the times are None if there are none."""
+    """Return times, durations and places of the shown frames; times are None without any."""
     pts: list[int | None] = []
     durations, places = [], []
     with opened(path) as (container, stream):
@@ -266,28 +265,28 @@ def _times_by_decoding(path: Path) -> tuple[list[int] | None, list[int], list[in
         )
     steps = set(np.diff(sorted(times)).tolist())
     if 0 in steps:
-        # Such as files put together from others whose clocks each begin at 0.
+        # For example, files concatenated from others whose clocks each begin at 0.
         raise UnusableVideo(
             "several frames have the same timestamp, so which is which can't be known; "
             "encode it again"
         )
-    # Evenly spaced times leave no doubt: the decoder returns frames in the order of their display.
+    # Evenly spaced times are unambiguous: the decoder returns frames in display order.
     if times != sorted(times) and len(steps) > 1:
         raise UnusableVideo("its frames' times are in the wrong order; encode it again")
     return sorted(times), durations, places
 
 
 def _nominal_times(count: int, rate: Fraction | None) -> tuple[np.ndarray, float, bool]:
-    """Starts, rate and whether it is constant, where nothing but a frame rate is known."""
+    """Return starts, rate and whether it is constant, if only a frame rate is known."""
     if not rate or rate <= 0:
-        raise UnusableVideo("its frames have no times, and it names no frame rate; encode it again")
+        raise UnusableVideo("its frames have no times, and it has no frame rate; encode it again")
     return np.arange(count) / float(rate), float(rate), True
 
 
 def _rate(starts: np.ndarray, durations: np.ndarray, declared: float) -> tuple[float, bool]:
-    """Frames per second over the whole video, and whether the frames keep to it.
+    """Return frames per second over the whole video, and whether the frames keep to it.
 
-    The declared rate counts if the times agree with it: theirs are rounded to the time base.
+    The declared rate is used if the times, which are rounded to the time base, agree with it.
     """
     if declared > 0 and _keeps_to(starts, declared):
         return declared, True

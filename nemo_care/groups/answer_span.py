@@ -1,4 +1,4 @@
-"""Which tokens of a completion are its answer (arXiv 2506.16141, step 3)."""
+"""Find the tokens of a completion that are its answer (arXiv 2506.16141, step 3)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What decoders write for bytes that are no UTF-8, or not yet."""
+"""The character that decoders write for bytes that are not UTF-8, or not yet."""
 
 
 @dataclass(frozen=True)
 class AnswerTokens:
-    """The tokens of a completion's answer, and how they join the text around it.
+    """The tokens of a completion's answer, and how they connect to the text around it.
 
     `start` and `end` are a half-open range of token indices. These tokens decode to `before`, the
     answer without surrounding white space (`text`), and `after`: `>B` has ">" before the answer.
-    `space` is the white space between the opening tag and the answer. `cuts` says where a token
-    begins within the opening tag or right after it: number of the tag's characters before that
-    place -> index of the token.
+    `space` is the white space between the opening tag and the answer. `cuts` maps each place inside
+    or right after the opening tag where a token begins, as the number of the tag's characters
+    before it, to the index of the token.
 
     Example:
         `<`, `answer`, `>B`, `</`, `answer`, `>` has start 2, end 3, before ">", text "B", after "",
@@ -41,12 +41,12 @@ class AnswerTokens:
 
     @property
     def span(self) -> tuple[int, int]:
-        """Half-open range of token indices."""
+        """The half-open range of token indices."""
         return self.start, self.end
 
 
 def answer_token_span(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> tuple[int, int] | None:
-    """Half-open range of the answer's tokens in `token_ids` [C], None where there are none.
+    """Return the half-open range of the answer's tokens in `token_ids` [C], or None without any.
 
     See `find_answer_tokens`.
     """
@@ -55,16 +55,16 @@ def answer_token_span(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> tupl
 
 
 def find_answer_tokens(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> AnswerTokens | None:
-    """The answer's tokens in `token_ids` [C], None where the completion has no answer.
+    """Find the answer's tokens in `token_ids` [C]; None if the completion has no answer.
 
     The answer is the text inside the last well-formed `<answer>...</answer>` without surrounding
-    white space. A token belongs to it when it holds at least one of the answer's characters,
-    whatever else it holds: real vocabularies write `<answer>B</answer>` with the token `>B`.
-    Tokens of tags or white space alone don't count. An answer of white space alone has no tokens.
+    white space. A token belongs to it if it contains at least one of the answer's characters,
+    whatever else it contains: real vocabularies write `<answer>B</answer>` with the token `>B`.
+    Tokens of only tags or white space don't count. An answer of white space alone has no tokens.
 
     `tokenizer` needs the Hugging Face `decode`; `token_ids` are the generated tokens of one
-    completion, EOS and all, a list or a 1-D tensor. They need not be what the tokenizer would make
-    of the text: offsets come from decoding prefixes of these very tokens.
+    completion, including EOS, as a list or a 1-D tensor. They can differ from the tokenizer's
+    encoding of the text, because offsets come from decoding prefixes of these very tokens.
     """
     ids = _as_list(token_ids)
     offsets = _TokenOffsets(tokenizer, ids)
@@ -78,7 +78,7 @@ def find_answer_tokens(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> Ans
     if not answer:
         return None
 
-    # Both ends of a token's range grow with its index, so two bisections find the overlap.
+    # Both ends of a token's range increase with its index, so two bisections find the overlap.
     def reaches_answer(index: int) -> bool:
         return offsets[index][1] > start
 
@@ -101,14 +101,14 @@ def find_answer_tokens(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> Ans
 
 
 def _cuts(offsets: _TokenOffsets, tag_end: int, begin: int) -> dict[int, int]:
-    """Where tokens begin in the opening tag that ends at `tag_end`; `begin`: the answer's first."""
+    """Return where tokens begin in the tag; it ends at `tag_end`, the answer is at `begin`."""
     tag_start = tag_end - len(ANSWER_OPEN)
     cuts = {}
     for index in range(begin, -1, -1):
         first, last = offsets[index]
         if first < tag_start:
             break
-        # Of tokens that share a character, as its bytes do, the first one stays. Others are empty.
+        # Tokens that are bytes of one character share its range: keep the first, skip empty ones.
         if first <= tag_end and first < last:
             cuts[first - tag_start] = index
     return cuts
@@ -120,10 +120,10 @@ def _as_list(token_ids: Sequence[int] | Tensor) -> list[int]:
 
 
 class _TokenOffsets:
-    """Character range of each token in the decoded text, worked out where it is asked for.
+    """The character range of each token in the decoded text, computed on access.
 
-    Indexing gives the half-open range of one token. Tokens that hold parts of one character (the
-    bytes of an emoji, say) share that character's range.
+    Indexing gives the half-open range of one token. Tokens that are parts of one character (such
+    as the bytes of an emoji) share that character's range.
     """
 
     def __init__(self, tokenizer: Any, ids: list[int]) -> None:
@@ -136,22 +136,22 @@ class _TokenOffsets:
         start, _ = self._prefix(index)
         end, in_character = self._prefix(index + 1)
         if in_character:
-            # The token ends inside the character that follows the settled text.
+            # The token ends inside the character that follows the complete ones.
             end = min(end + 1, len(self.text))
         elif start == end > 0 and self.text[start - 1] == REPLACEMENT:
-            # The text shows broken bytes as one character, which the first of them settled.
+            # The text shows broken bytes as one character, which the first of them completed.
             start -= 1
         return start, end
 
     def _prefix(self, count: int) -> tuple[int, bool]:
-        """Characters settled after `count` tokens, and whether the next one has begun.
+        """Return how many characters `count` tokens complete, and whether the next one has begun.
 
-        A prefix that ends inside a character decodes to replacement characters there. Comparing
-        with the whole text tells them from those that the completion really holds.
+        A prefix that ends inside a character decodes to replacement characters there. Comparison
+        with the whole text distinguishes them from those that the completion really contains.
         """
         settled, in_character = self._compare(count)
-        # Decoders with byte fallback give up a whole run of bytes while its last character is
-        # incomplete: what an earlier prefix has settled stays settled.
+        # Decoders with byte fallback discard a whole run of bytes while its last character is
+        # incomplete, so what an earlier prefix has completed remains complete.
         earlier = count
         unsettled = in_character
         while unsettled:
@@ -161,7 +161,7 @@ class _TokenOffsets:
         return settled, in_character
 
     def _compare(self, count: int) -> tuple[int, bool]:
-        """Characters that the first `count` tokens share with the text; whether others follow."""
+        """Return how many characters `count` tokens share with the text, and if others follow."""
         if count not in self._compared:
             prefix = self._decode(count)
             common = _common_length(prefix, self.text)
@@ -175,7 +175,7 @@ class _TokenOffsets:
 
 
 def _common_length(prefix: str, text: str) -> int:
-    """Number of leading characters that the two have in common."""
+    """Return the number of leading characters that both have in common."""
     if text.startswith(prefix):
         return len(prefix)
     pairs = enumerate(zip(prefix, text, strict=False))

@@ -1,4 +1,4 @@
-"""Groups laid out as one micro-batch, whichever way: what scoring and update see of a layout."""
+"""One micro-batch of groups, as scoring and update see it, whatever its layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from nemo_care.models.video_language_model import ModelInputs, VideoLanguageMode
 
 @dataclass(frozen=True)
 class AnswerPairs:
-    """Every answer of a group behind every reasoning of the same group.
+    """Every answer of a group placed after every reasoning of the same group.
 
     T tokens over all pairs: `token_ids` [T], `places` [T] (as in `GroupBatch`), and `pair` [T], the
-    number of the pair: the groups' G x G matrices (row: answer, column: reasoning) laid end to end.
+    number of the pair: an index into the groups' G x G matrices (row: answer, column: reasoning),
+    concatenated.
     """
 
     token_ids: torch.Tensor
@@ -28,11 +29,11 @@ class AnswerPairs:
 
 @dataclass
 class GroupBatch:
-    """The N completions of some groups, of C tokens at most, and the model's inputs for them.
+    """The N completions of some groups, of at most C tokens, and the model's inputs for them.
 
-    `token_ids` [N, C] are the completions' tokens, `mask` bool [N, C] is True where there is one,
-    `answer_mask` bool [N, C] at those of the answer. `places` [N, C] says where each token is
-    predicted: as s * B + b in the hidden states [S, B, H] that the model makes of `inputs`.
+    `token_ids` [N, C] are the completions' tokens, `mask` bool [N, C] is True at each of them,
+    `answer_mask` bool [N, C] at those of the answer. `places` [N, C] is where each token is
+    predicted: s * B + b in the hidden states [S, B, H] that the model computes from `inputs`.
     """
 
     groups: Sequence[Group]
@@ -51,7 +52,7 @@ class GroupBatch:
         places: Sequence[torch.Tensor],
         pairs: AnswerPairs | None = None,
     ) -> "GroupBatch":
-        """The batch of these groups; `places` are one vector [C_i] per completion."""
+        """Build the batch of these groups; `places` are one vector [C_i] per completion."""
         completions = [completion for group in groups for completion in group.completions]
         width = max(completion.length for completion in completions)
         mask = [torch.ones(completion.length, dtype=torch.bool) for completion in completions]
@@ -71,16 +72,16 @@ class GroupBatch:
         )
 
     def asked_of_reference(self, *, all_tokens: bool) -> torch.Tensor:
-        """Tokens that the reference scores, bool [N, C]: the answers', or with a KL term all."""
+        """Return which tokens the reference scores, bool [N, C]: answers, or all with a KL term."""
         return self.mask if all_tokens else self.answer_mask
 
     def log_probs(
         self, model: VideoLanguageModel, hidden: torch.Tensor, where: torch.Tensor
     ) -> torch.Tensor:
-        """Log-probabilities of the tokens in `where` (bool [N, C]), float32 [N, C], zero elsewhere.
+        """Return log-probabilities of the tokens in `where` (bool [N, C]), float32 [N, C].
 
-        `hidden` is the model's output for `inputs`; differentiable. The output layer runs where
-        it is asked for only.
+        Zero elsewhere. `hidden` is the model's output for `inputs`; differentiable. The output
+        layer runs only on the rows needed.
         """
         values = model.token_log_probs(hidden, self.places[where], self.token_ids[where])
         return torch.zeros(where.shape, device=values.device).masked_scatter(where, values)
@@ -88,13 +89,13 @@ class GroupBatch:
     def pair_likelihoods(
         self, model: VideoLanguageModel, hidden: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Likelihood of each answer under each reasoning: one float32 [G, G] per group.
+        """Return the likelihood of each answer under each reasoning: float32 [G, G] per group.
 
-        Row i, column j: exp(mean log-probability of the tokens of answer i behind reasoning j); NaN
-        where either completion has no answer, or their opening tags can't be cut at one place.
+        Row i, column j: exp(mean log-probability of the tokens of answer i after reasoning j); NaN
+        if either completion has no answer, or their opening tags can't be cut at the same place.
 
         Raises:
-            ValueError: the batch was made without pairs.
+            ValueError: the batch has no answer pairs.
         """
         if self.pairs is None:
             raise ValueError("this batch was laid out without answer pairs")
@@ -103,30 +104,30 @@ class GroupBatch:
         total, count = torch.zeros(2, sum(squares), device=log_probs.device)
         total.index_add_(0, self.pairs.pair, log_probs)
         count.index_add_(0, self.pairs.pair, torch.ones_like(log_probs))
-        # 0 / 0 is the NaN of a pair that does not exist.
+        # 0 / 0 gives the NaN of a pair that does not exist.
         means = torch.exp(total / count).split(squares)
         return [part.view(group.size, -1) for part, group in zip(means, self.groups, strict=True)]
 
     def rollout_log_probs(self) -> torch.Tensor:
-        """Log-probability of each token as the generator saw it, float32 [N, C], zero-padded."""
+        """The log-probability of each token in the generator, float32 [N, C], zero-padded."""
         return self.padded([[c.log_probs for c in group.completions] for group in self.groups])
 
     def ended(self) -> torch.Tensor:
-        """Which completions came to their end within the tokens they had, bool [N]."""
+        """Whether each completion ended within its token limit, bool [N]."""
         ended = [completion.ended for group in self.groups for completion in group.completions]
         return torch.tensor(ended, device=self.mask.device)
 
     def advantages(self) -> torch.Tensor:
-        """Advantage of each completion, float32 [N]."""
+        """The advantage of each completion, float32 [N]."""
         return torch.cat([known(group.advantage) for group in self.groups]).to(self.mask.device)
 
     def padded(self, per_group: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-        """Per-completion vectors [C_i] of each group as one float32 [N, C], zero-padded."""
+        """Return per-completion vectors [C_i] of each group as float32 [N, C], zero-padded."""
         vectors = [vector for vectors in per_group for vector in vectors]
         return _pad_rows(vectors, self.mask.shape[1]).to(self.mask.device)
 
     def unpadded(self, values: torch.Tensor) -> list[list[torch.Tensor]]:
-        """The inverse of `padded`: [N, C] as per-completion vectors of each group, on the CPU."""
+        """Invert `padded`: return [N, C] as per-completion vectors of each group, on the CPU."""
         values = values.detach().float().cpu()
         rows = iter(values)
         return [
@@ -136,7 +137,7 @@ class GroupBatch:
 
 
 def _pad_rows(rows: Sequence[torch.Tensor], width: int) -> torch.Tensor:
-    """Vectors [C_i] as one tensor [N, width] of their type, zero-padded."""
+    """Stack vectors [C_i] into one tensor [N, width] of their type, zero-padded."""
     out = torch.zeros(len(rows), width, dtype=rows[0].dtype)
     for number, row in enumerate(rows):
         out[number, : len(row)] = row
@@ -150,10 +151,10 @@ def model_inputs(
     is_vision: torch.Tensor,
     packed: PackedSegments | DecodingCache | None = None,
 ) -> ModelInputs:
-    """What the model takes of rows laid out on the CPU, on the compute device.
+    """Return the model's inputs for rows laid out on the CPU, on the compute device.
 
-    `prompts` in the order in which their images and videos appear in the rows, `is_vision` bool
-    [B, S] is True at their tokens; the rest as in `ModelInputs`.
+    `prompts` are in the order of their images and videos in the rows; `is_vision` bool [B, S] is
+    True at their tokens. For the rest see `ModelInputs`.
     """
     device = compute_device()
     pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]

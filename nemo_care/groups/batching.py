@@ -1,4 +1,4 @@
-"""Groups become micro-batches."""
+"""Turn groups into micro-batches."""
 
 import math
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.model import FP8Config
 from nemo_care.recipe.schema import Recipe
 
-# Of packed groups, in any precision; some 8-bit recipes ask for more.
+# For packed groups in any precision; some 8-bit recipes require more.
 _PACKED_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How groups become micro-batches.
+    """How groups are turned into micro-batches.
 
-    `groups_per_batch` groups make one. With `shared_prompt` each group is one sequence that holds
-    its prompt once, else each completion is a sequence of its own. Sequences are padded with
-    `pad_id` to a multiple of `multiple` tokens.
+    A micro-batch has `groups_per_batch` groups. With `shared_prompt`, each group is one sequence
+    that contains its prompt once; otherwise each completion is a separate sequence. Sequences
+    are padded with `pad_id` to a multiple of `multiple` tokens.
     """
 
     groups_per_batch: int
@@ -41,7 +41,7 @@ class BatchLayout:
         shared_prompt: bool,
         fp8: FP8Config | None = None,
     ) -> "BatchLayout":
-        """The layout whose lengths sequence parallelism and 8-bit products can divide."""
+        """Return a layout with lengths that suit sequence parallelism and 8-bit products."""
         scattered = parallel.tensor if parallel.sequence_parallel else 1
         multiple = math.lcm(scattered, token_multiple(fp8, parallel))
         if shared_prompt:
@@ -52,9 +52,9 @@ class BatchLayout:
     def of_recipe(
         cls, recipe: Recipe, parallel: Layout, pad_id: int, *, groups_per_batch: int | None = None
     ) -> "BatchLayout":
-        """The layout in which a recipe trains, validates and is replayed.
+        """Return the layout in which a recipe trains, validates and is replayed.
 
-        `groups_per_batch` is the recipe's where it is not given.
+        `groups_per_batch` defaults to the recipe's.
         """
         algorithm = recipe.algorithm
         return cls.of(
@@ -66,10 +66,10 @@ class BatchLayout:
         )
 
     def batches(self, groups: Sequence[Group], *, answer_pairs: bool = False) -> list[GroupBatch]:
-        """The groups as micro-batches, with `answer_pairs` for `pair_likelihoods`.
+        """Return the groups as micro-batches, with `answer_pairs` for `pair_likelihoods`.
 
         Raises:
-            ValueError: answer pairs without a shared prompt.
+            ValueError: answer pairs were requested without a shared prompt.
         """
         if answer_pairs and not self.shared_prompt:
             raise ValueError("answer pairs need the shared-prompt layout")

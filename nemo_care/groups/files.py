@@ -1,9 +1,9 @@
-"""Groups in files: a step's rollouts with everything found out about them, without their media.
+"""Files of groups: a step's rollouts with all values computed for them, without their media.
 
 NAME.safetensors    `groups.N.KEY`: prompt_token_ids [P]; [G] each base_reward, consistency_bonus,
                     reward, advantage, rewards.NAME and answer_likelihood, where known;
                     `completions.M.KEY`, [C] each: token_ids, log_probs (the rollout's),
-                    reference_log_probs (NaN where it was not asked) and policy_log_probs
+                    reference_log_probs (NaN where not scored) and policy_log_probs
                     (those of the update), where known
 NAME.json           prompt_index, sample_id and, of each completion, text, ended, answer_span
 """
@@ -45,14 +45,14 @@ _PER_COMPLETION = ("base_reward", "consistency_bonus", "reward", "advantage")
 
 @dataclass
 class StoredGroup:
-    """What is written of a group: `record` is plain JSON, `tensors` are named within the group."""
+    """The stored form of a group: `record` is plain JSON, `tensors` have names within the group."""
 
     record: dict[str, Any]
     tensors: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, group: Group, policy_log_probs: Sequence[torch.Tensor] | None) -> "StoredGroup":
-        """Of a group; `policy_log_probs` are the update's, one [C] per completion."""
+        """Return a group's; `policy_log_probs` are the update's, one [C] per completion."""
         tensors = {"prompt_token_ids": group.prompt.token_ids}
         tensors |= {name: known(getattr(group, name)) for name in _PER_COMPLETION}
         tensors |= {f"rewards.{name}": values for name, values in known(group.rewards).items()}
@@ -75,16 +75,16 @@ class StoredGroup:
                 for c in group.completions
             ],
         }
-        # A copy: vectors that share memory can't be written beside each other.
+        # Copies, because tensors that share memory can't be written to one file.
         return cls(record, {key: tensor.detach().clone() for key, tensor in tensors.items()})
 
     @property
     def prompt_index(self) -> int:
-        """Place of its prompt in the training stream."""
+        """The index of its prompt in the training stream."""
         return self.record["prompt_index"]
 
     def group(self, prompt: Prompt) -> Group:
-        """The group again, with its prompt made anew."""
+        """Rebuild the group, with its prompt given."""
         tensors = self.tensors
         count = len(self.record["completions"])
         completions = [
@@ -116,9 +116,9 @@ class StoredGroup:
 
 
 def write_groups(file: Path, groups: Sequence[StoredGroup], about: Mapping[str, Any]) -> None:
-    """Write groups to `file` and the .safetensors beside it; `about` goes in front of them.
+    """Write groups to `file` and the .safetensors next to it; `about` precedes them.
 
-    The .json is written last, so where it is, both are whole.
+    The .json is written last: if it exists, both files are complete.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -135,10 +135,10 @@ def write_groups(file: Path, groups: Sequence[StoredGroup], about: Mapping[str, 
 
 
 def read_groups(file: Path) -> tuple[dict[str, Any], list[StoredGroup]]:
-    """What `write_groups` wrote: `about`, and the groups.
+    """Read the output of `write_groups`: `about`, and the groups.
 
     Raises:
-        InputError: a file is missing or broken.
+        InputError: a file is missing or damaged.
     """
     target = file.with_suffix(".safetensors")
     for needed in (file, target):
@@ -168,7 +168,7 @@ def read_groups(file: Path) -> tuple[dict[str, Any], list[StoredGroup]]:
 
 
 def _needed_tensors(completions: int) -> list[str]:
-    """Names of the tensors that every group has."""
+    """Return the names of the tensors that every group has."""
     own = [f"completions.{n}.{key}" for n in range(completions) for key in _PER_TOKEN]
     return ["prompt_token_ids", *_PER_COMPLETION, *own]
 
@@ -176,10 +176,10 @@ def _needed_tensors(completions: int) -> list[str]:
 def restore_groups(
     stored: Sequence[StoredGroup], prompt_of: Callable[[int], Prompt]
 ) -> list[Group]:
-    """The groups, with the prompts that `prompt_of` makes of their indices.
+    """Return the groups, with the prompts that `prompt_of` creates from their indices.
 
     Raises:
-        InputError: a prompt is not the one of then: data or recipe have changed.
+        InputError: a prompt differs from the stored one, because data or recipe have changed.
     """
     groups = []
     for item in stored:
@@ -187,7 +187,7 @@ def restore_groups(
         if not torch.equal(prompt.token_ids, item.tensors["prompt_token_ids"]):
             raise InputError(
                 f"prompt {item.prompt_index} was made of sample {item.record['sample_id']} and is "
-                f"other tokens now (sample {prompt.sample.sample_id}): data, tokenizer or recipe "
+                f"different now (sample {prompt.sample.sample_id}): data, tokenizer or recipe "
                 "have changed since the step was stored"
             )
         groups.append(item.group(prompt))

@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 @dataclass
 class Completion:
-    """One sampled completion of C tokens, up to and with EOS where it ended.
+    """One sampled completion of C tokens, up to and including EOS if it ended.
 
-    `log_probs` float32 [C]: of its tokens as the generator saw them (temperature 1, no top-p).
+    `log_probs` float32 [C] are its tokens' in the generator (temperature 1, no top-p).
     `answer_span` is half open, in token indices; None without a well-formed answer. `answer_cuts`
-    say where the answer may be cut from the reasoning (see `AnswerTokens.cuts`); None: right
-    before the answer's first token.
+    are the places where the answer can be cut from the reasoning (see `AnswerTokens.cuts`); None:
+    only right before the answer's first token.
     """
 
     token_ids: torch.Tensor
@@ -31,7 +31,7 @@ class Completion:
 
     @property
     def length(self) -> int:
-        """C, tokens of the completion."""
+        """C, the number of tokens of the completion."""
         return len(self.token_ids)
 
     @property
@@ -41,12 +41,12 @@ class Completion:
 
     @property
     def is_unscored(self) -> bool:
-        """Whether there is an answer whose tokens were not found: it can't get a likelihood."""
+        """Whether the tokens of its answer were not found, so that it can't get a likelihood."""
         return self.answer_span is None and self.has_answer
 
     @property
     def cuts(self) -> Mapping[int, int]:
-        """`answer_cuts`, of a completion with an answer."""
+        """The `answer_cuts` of a completion with an answer."""
         if self.answer_cuts:
             return self.answer_cuts
         assert self.answer_span is not None, "a completion with an answer"
@@ -55,10 +55,10 @@ class Completion:
 
 @dataclass
 class Group:
-    """One prompt, its completions, and what each phase of the step finds out about them.
+    """One prompt, its completions, and the values that each phase of the step computes for them.
 
-    A field is None until its phase has set it, with what is known on this rank. All ranks of a
-    model replica have the same groups; other replicas have others. [G] is float32, one value per
+    A field is None until its phase has set it, on the ranks listed. All ranks of a model replica
+    have the same groups, which differ from those of other replicas. [G] is float32, one value per
     completion.
 
     Example:
@@ -69,7 +69,7 @@ class Group:
     """
 
     prompt: Prompt
-    """Rollouts; all ranks. Without its media where dynamic sampling has set the group aside."""
+    """Rollouts; all ranks. Without its media if dynamic sampling has dropped the group."""
     completions: list[Completion]
     """Rollouts; all ranks."""
     rewards: dict[str, torch.Tensor] | None = None
@@ -80,10 +80,10 @@ class Group:
     """Reference, in a run that has one; all ranks. [G], clipped from above, NaN without an answer.
     """
     pair_likelihood: torch.Tensor | None = None
-    """Reference, where the bonus needs it; all ranks. [G, G], row: answer, column: reasoning."""
+    """Reference, if the bonus needs it; all ranks. [G, G], row: answer, column: reasoning."""
     reference_log_probs: list[torch.Tensor] | None = None
-    """Reference, in a run that has one; last pipeline stage, where the loss is computed. Float32
-    [C] per completion, NaN where it was not asked: outside the answers, without a KL term."""
+    """Reference, in a run that has one; last pipeline stage, which computes the loss. Float32 [C]
+    per completion, NaN where not scored: outside the answers, without a KL term."""
     consistency_bonus: torch.Tensor | None = None
     """Credit; all ranks. [G], zeros in a run without a bonus."""
     reward: torch.Tensor | None = None
@@ -91,7 +91,7 @@ class Group:
     advantage: torch.Tensor | None = None
     """Credit; all ranks. [G]."""
     used: bool | None = None
-    """Dynamic sampling; all ranks. Whether the step trains on the group; None without it: it does.
+    """Dynamic sampling; all ranks. Whether the step trains on the group; None without it: always.
     """
 
     @property
@@ -101,12 +101,12 @@ class Group:
 
     @property
     def accuracy(self) -> torch.Tensor:
-        """Unweighted accuracy, float32 [G], which selects completions and sizes their bonus."""
+        """The unweighted accuracy, float32 [G]; it selects completions and scales their bonus."""
         return known(self.rewards)["accuracy"]
 
 
 def known(value: T | None) -> T:
-    """The value of a field, for phases that come after the one which sets it.
+    """Return the value of a field, for phases after the one that sets it.
 
     Raises:
         ValueError: that phase has not run.

@@ -1,7 +1,8 @@
 """The shared-prompt layout: one sequence [prompt | completion 1 | ... | completion G] per group.
 
-Vision tower and prompt are computed once per group, forward and backward. The completions' lengths
-may differ; each one's positions go on from the prompt's end, and it sees the prompt and itself.
+The vision tower and the prompt are computed once per group, forward and backward. The completions'
+lengths may differ; each one's positions continue from the prompt's end, and it attends to the
+prompt and itself.
 """
 
 import itertools
@@ -18,11 +19,11 @@ from nemo_care.models.segments import PackedSegments, Range, Segment
 
 @dataclass(frozen=True)
 class PackedGroup:
-    """One group as one sequence of S = P + sum of C_i tokens (and those of answer pairs).
+    """One group as one sequence of S = P + sum of C_i tokens (plus those of answer pairs).
 
-    `token_ids` [S], `position_ids` [3, S]. `segments` tell what sees what; `places` hold, per
+    `token_ids` [S], `position_ids` [3, S]. `segments` define the attention; `places` hold, per
     completion, where its tokens are predicted, long [C_i]. All indices count from the group's
-    first token. `pairs` is None unless asked for.
+    first token. `pairs` is None unless requested.
     """
 
     token_ids: torch.Tensor
@@ -33,17 +34,17 @@ class PackedGroup:
 
     @property
     def length(self) -> int:
-        """S."""
+        """S, the number of tokens."""
         return len(self.token_ids)
 
 
 def pack_group(group: Group, *, answer_pairs: bool = False) -> PackedGroup:
-    """Lay out one group; with `answer_pairs` so that each answer follows each reasoning too."""
+    """Lay out one group, with `answer_pairs` also each answer after each reasoning."""
     return _Packer(group).pack(answer_pairs)
 
 
 class _Packer:
-    """Appends segment after segment."""
+    """Appends one segment after another."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -56,7 +57,7 @@ class _Packer:
         places = []
         for completion in self.group.completions:
             start = self._append(completion.token_ids, (self.prompt,), 0)
-            # The first token is predicted by the prompt's last one.
+            # The first token is predicted at the prompt's last one.
             places.append(torch.arange(start - 1, start - 1 + completion.length))
             places[-1][0] = self.prompt[1] - 1
         pairs = self._answer_pairs() if answer_pairs else None
@@ -69,7 +70,7 @@ class _Packer:
         )
 
     def _append(self, token_ids: torch.Tensor, context: tuple[Range, ...], offset: int) -> int:
-        """Add a segment that begins `offset` tokens behind the prompt's end; where it starts."""
+        """Add a segment with positions from `offset` after the prompt; return where it starts."""
         start = self.segments[-1].stop
         positions = self.group.prompt.continued_positions(offset + len(token_ids))
         self.token_ids.append(token_ids)
@@ -78,12 +79,12 @@ class _Packer:
         return start
 
     def _answer_pairs(self) -> AnswerPairs:
-        """Every answer after every reasoning.
+        """Lay out every answer after every reasoning.
 
-        The giver's tokens go on where the reasoner's opening tag was cut, at the last place of the
-        tag where a token of both begins. So a token that holds the end of the tag and the answer
-        (`>B`) does not follow a whole tag, and every answer has the tokens that were sampled. Where
-        there is no such place the pair does not exist.
+        The giver's tokens continue from a cut in the reasoner's opening tag: the last place of the
+        tag where a token of both begins. So a token that contains the end of the tag and the answer
+        (`>B`) does not follow a complete tag, and every answer has the tokens that were sampled.
+        Without such a place, the pair does not exist.
         """
         ids, where, numbers = [], [], []
         for j, reasoner in enumerate(self.group.completions):
@@ -101,7 +102,7 @@ class _Packer:
                 key = (at, *tokens.tolist())
                 if key not in known:
                     known[key] = self._branch(j, at, tokens)
-                # Between the cut and the answer there may be the rest of the tag, and white space.
+                # Between the cut and the answer there can be the rest of the tag, and white space.
                 ids.append(tokens[start - begin :])
                 where.append(known[key][start - begin :])
                 numbers.append(torch.full((end - start,), i * self.group.size + j))
@@ -111,10 +112,10 @@ class _Packer:
         )
 
     def _branch(self, number: int, at: int, tokens: torch.Tensor) -> torch.Tensor:
-        """Put tokens after the first `at` of a completion; where each of them is predicted.
+        """Put tokens after the first `at` of a completion; return where each is predicted.
 
-        Only those are added to the sequence that differ from what the completion goes on with, and
-        not the last one, which predicts nothing: none at all for letters of one token.
+        Only tokens that differ from the completion's own continuation are added to the sequence,
+        and not the last one, which predicts nothing: none at all for one-token letters.
         """
         segment = self.segments[1 + number]
         own = self.group.completions[number].token_ids[at : at + len(tokens)]
@@ -134,7 +135,7 @@ class _Packer:
 def packed_groups(
     groups: Sequence[Group], pad_id: int, multiple: int, *, answer_pairs: bool = False
 ) -> GroupBatch:
-    """The groups as one row (B = 1) of packed groups, S a multiple of `multiple` tokens."""
+    """Return the groups as one row (B = 1), padded so that S is a multiple of `multiple`."""
     packed = [pack_group(group, answer_pairs=answer_pairs) for group in groups]
     starts = [0, *itertools.accumulate(part.length for part in packed)]
     used = starts[-1]
@@ -168,7 +169,7 @@ def _joined_pairs(
     starts: Sequence[int],
     device: torch.device,
 ) -> AnswerPairs:
-    """The groups' pairs with places and numbers of the whole row."""
+    """Return the groups' pairs with places and numbers of the whole row."""
     parts = [part.pairs for part in packed if part.pairs is not None]
     squares = [0, *itertools.accumulate(group.size**2 for group in groups)]
     return AnswerPairs(

@@ -1,7 +1,7 @@
 """The simple layout: one sequence [prompt | completion] per completion.
 
-Each of the G sequences of a group holds the whole prompt. What `packed.py` computes is held
-against this layout; `algorithm.shared_prompt=false` trains with it.
+Each of the G sequences of a group contains the whole prompt. This layout is the reference for
+`packed.py` in tests; `algorithm.shared_prompt=false` trains with it.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from nemo_care.groups.group import Group
 
 
 def separate_sequences(groups: Sequence[Group], pad_id: int, multiple: int) -> GroupBatch:
-    """The groups' completions as B = N right-padded rows, S a multiple of `multiple` tokens."""
+    """Return completions as B = N right-padded rows, S a multiple of `multiple` tokens."""
     rows = [(group.prompt, completion) for group in groups for completion in group.completions]
     count = len(rows)
     longest = max(prompt.length + completion.length for prompt, completion in rows)
@@ -29,7 +29,7 @@ def separate_sequences(groups: Sequence[Group], pad_id: int, multiple: int) -> G
         is_vision[row, :start] = prompt.is_vision
         positions[:, row, :start] = prompt.position_ids
         positions[:, row, start:stop] = prompt.continued_positions(completion.length)
-        # The token at s is predicted at s - 1. Padding behind it is hidden by the causal mask.
+        # The token at s is predicted at s - 1. The causal mask hides the padding after it.
         places.append(torch.arange(start - 1, stop - 1) * count + row)
     inputs = model_inputs([prompt for prompt, _ in rows], ids, positions, is_vision)
     return GroupBatch.of(groups, inputs, places)

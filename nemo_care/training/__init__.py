@@ -1,1 +1,1 @@
-"""The trainer, and what it needs around the algorithm: state, records, saving, watching."""
+"""The trainer and what it needs besides the algorithm: state, records, checkpoints, checks."""

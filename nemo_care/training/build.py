@@ -1,4 +1,4 @@
-"""Put a trainer together from a recipe: the one place that knows every part."""
+"""Build a trainer from a recipe: the only module that imports all of its parts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -39,12 +39,12 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def build_model(
     recipe: Recipe, ranks: Ranks, family: Family | None = None, *, fp8: bool = True
 ) -> VideoLanguageModel:
-    """This rank's part of the recipe's model (or of `family`), its weights still to be loaded.
+    """Build this rank's part of the recipe's model (or of `family`), without loading its weights.
 
-    Without `fp8` it computes in bf16 even where the recipe's update does not.
+    Without `fp8` it computes in bf16 even if the recipe's update uses fp8.
 
     Raises:
-        InputError: kernels that this machine has not got.
+        InputError: the kernels are not available on this machine.
     """
     check_transformer_engine(recipe.model)
     family = family or read_family(recipe.model.hf_path)
@@ -61,7 +61,7 @@ def build_model(
 
 
 def load_model(recipe: Recipe, ranks: Ranks) -> VideoLanguageModel:
-    """This rank's part of the recipe's checkpoint (see `build_model`)."""
+    """Build and load this rank's part of the recipe's checkpoint (see `build_model`)."""
     model = build_model(recipe, ranks)
     load_hf_weights(model, recipe.model.hf_path)
     return model
@@ -71,7 +71,7 @@ def load_model(recipe: Recipe, ranks: Ranks) -> VideoLanguageModel:
 def build_twin(
     recipe: Recipe, ranks: Ranks, model: VideoLanguageModel, *, fp8: bool
 ) -> VideoLanguageModel:
-    """A model with the weights of `model`, which nobody has to read again (see `build_model`)."""
+    """Build a model with the weights of `model`, without reading its files (see `build_model`)."""
     twin = build_model(recipe, ranks, model.family, fp8=fp8)
     weights = dict(model.named_parameters())
     for name, parameter in twin.named_parameters():
@@ -90,10 +90,10 @@ def build_trainer(
     workers: DecodingWorkers,
     stop: StopRequest | None = None,
 ) -> GRPOCareTrainer:
-    """The trainer with everything it needs; collective over all ranks.
+    """Build the trainer and all of its parts; collective over all ranks.
 
-    `training` are the training samples, `levels` the validation samples by level; `workers` decode
-    both; `stop` is asked after each step whether to go on.
+    `training` has the training samples, `levels` the validation samples by level; `workers`
+    decode both; `stop` is checked after each step.
     """
     algorithm, fp8 = recipe.algorithm, recipe.model.precision.fp8
     model = load_model(recipe, ranks)
@@ -125,7 +125,7 @@ def build_trainer(
         PromptLoader(validation_prompts, workers),
         likelihoods=reference.answer_likelihoods if reference is not None else None,
         folder=files.folder,
-        # vLLM's engines are there for both; in the training shards, batches differ in size.
+        # Engines of vLLM serve both. Training shards can't: batches of validation differ in size.
         generator=generator if recipe.rollout.backend == "vllm" else None,
     )
     return GRPOCareTrainer(

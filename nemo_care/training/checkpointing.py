@@ -1,4 +1,4 @@
-"""When a run saves, what it waits for, and where it goes on."""
+"""When a run saves, how long it waits for a save, and where it resumes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -29,27 +29,27 @@ State = dict[str, Any]
 
 
 def refuse_old_run(recipe: Recipe, checkpoints: Path) -> None:
-    """Refuse to begin where a run already is, if the recipe says so.
+    """Refuse to start in the directory of an existing run, if the recipe says so.
 
     Raises:
-        InputError: the folder has a checkpoint, whole or damaged, and trainer.resume=never.
+        InputError: the folder has a checkpoint, complete or damaged, and trainer.resume=never.
     """
     if recipe.trainer.resume != "never":
         return
     if list_checkpoints(checkpoints) or list_damaged(checkpoints):
         raise InputError(
-            f"{checkpoints.parent} holds a run already and trainer.resume=never: choose another "
+            f"{checkpoints.parent} already holds a run and trainer.resume=never: choose another "
             "exp_manager.name or exp_manager.explicit_log_dir, or remove it"
         )
 
 
 def refuse_lost_checkpoints(run: Path) -> None:
-    """Refuse to begin anew where a run has results and no checkpoint to go on from.
+    """Refuse to start over in a run directory that has results but no checkpoint to resume from.
 
-    A run that was ended before its first checkpoint has records only, and begins again.
+    A run that ended before its first checkpoint has only records, and starts over.
 
     Raises:
-        InputError: names what a new run would replace.
+        InputError: lists what a new run would replace.
     """
     checkpoints = RunFiles.checkpoints_of(run)
     if list_checkpoints(checkpoints) or list_damaged(checkpoints):
@@ -60,13 +60,13 @@ def refuse_lost_checkpoints(run: Path) -> None:
     if results:
         raise InputError(
             f"{run} holds results of a run ({', '.join(results)}) whose checkpoints are gone, so "
-            "that it can't go on: choose another exp_manager.name or "
+            "that it can't resume: choose another exp_manager.name or "
             "exp_manager.explicit_log_dir, or remove it"
         )
 
 
 class Checkpointing:
-    """The checkpoints of one run. All ranks call its methods, at the same places."""
+    """The checkpoints of one run. All ranks call its methods, at the same points."""
 
     def __init__(
         self,
@@ -76,10 +76,10 @@ class Checkpointing:
         console: Console,
         bad_steps: BadSteps,
     ) -> None:
-        """`console` tells of checkpoints that can't be used.
+        """Report unusable checkpoints on `console`.
 
-        Weights that make bad steps may be bad themselves: a checkpoint that is completed during
-        these removes no older one.
+        The weights of bad steps may be bad themselves, so a checkpoint that is completed during bad
+        steps removes no older one.
         """
         self.recipe = recipe
         self.ranks = ranks
@@ -94,9 +94,9 @@ class Checkpointing:
     # ------------------------------------------------------------------ saving
 
     def is_due(self, step: int) -> bool:
-        """Whether the recipe wants a checkpoint now: an interval or the whole run is over.
+        """Whether a checkpoint is due: an interval or the whole run is complete.
 
-        Bad steps put an interval's checkpoint off.
+        Bad steps postpone an interval's checkpoint.
         """
         interval = self.recipe.checkpoint.save_interval
         due = step // interval > self.saved_step // interval and not self.bad_steps.in_a_row
@@ -104,16 +104,16 @@ class Checkpointing:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a save is still to be completed."""
+        """Whether a save is in progress."""
         return self._pending is not None
 
     def save(self, step: int, make_state: Callable[[], State]) -> None:
-        """Save the state as it is now; with checkpoint.asynchronous the writing goes on behind.
+        """Save the current state; with checkpoint.asynchronous, it is written in the background.
 
-        A save that is still under way is waited for.
+        Waits for a previous save that is still in progress.
 
         Raises:
-            CheckpointError: this or the save before it failed; on all ranks.
+            CheckpointError: this save or the previous one failed; on all ranks.
         """
         with self._held_up():
             self._complete()
@@ -125,7 +125,7 @@ class Checkpointing:
                 self._complete()
 
     def complete_if_written(self) -> None:
-        """Complete the save that is under way if all ranks have written; between two steps.
+        """Complete the save in progress if all ranks have written; called between two steps.
 
         Raises:
             CheckpointError: a rank could not write; on all ranks.
@@ -137,7 +137,7 @@ class Checkpointing:
                 self._complete()
 
     def wait(self) -> None:
-        """Complete the save that is under way, however long it takes.
+        """Complete the save in progress, however long it takes.
 
         Raises:
             CheckpointError: a rank could not write; on all ranks.
@@ -147,9 +147,9 @@ class Checkpointing:
 
     @contextmanager
     def completed_in_failure(self) -> Iterator[None]:
-        """A run that its own checks end completes the save that is under way: it lies before that.
+        """Complete the save in progress, of an earlier step, if a check of the run ends it.
 
-        All ranks raise a RunFailed alike, so all of them wait here.
+        RunFailed is raised on all ranks alike, so all of them wait here.
         """
         try:
             yield
@@ -164,7 +164,7 @@ class Checkpointing:
         pending, self._pending = self._pending, None
         config = self.recipe.checkpoint
         keep_last = 0 if self.bad_steps.in_a_row else config.keep_last
-        # What a checkpoint says is done has its records, also after a power cut.
+        # Every step up to a checkpoint must have its records, even after a power failure.
         self.ranks.from_rank_zero(self.files.sync)
         pending.finish(keep_last=keep_last, keep_every=config.keep_every)
         self.ranks.from_rank_zero(self.files.mark_saved)
@@ -180,27 +180,27 @@ class Checkpointing:
             self.total_seconds += seconds
 
     def take_seconds(self) -> float:
-        """Seconds that saving has held up the run since this was last asked."""
+        """Return the seconds for which saving has delayed the run since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     # ------------------------------------------------------------------ resuming
 
     def resume(self, make_state: Callable[[], State]) -> tuple[State, Path] | None:
-        """The state of the newest checkpoint that is what was written, and its place.
+        """Return the state and the path of the newest undamaged checkpoint.
 
-        Damaged ones are named on the console and in damaged_checkpoints.jsonl, and set aside.
+        Damaged ones are reported on the console and in damaged_checkpoints.jsonl, and renamed.
 
         Returns:
-            None where the run has no checkpoint yet.
+            None if the run has no checkpoint yet.
 
         Raises:
-            InputError: the folder can't be written to; there is a checkpoint, and the recipe says
-                trainer.resume=never; all checkpoints are damaged, or gone (see
+            InputError: the folder is not writable; there is a checkpoint, but the recipe says
+                trainer.resume=never; all checkpoints are damaged, or missing (see
                 `refuse_lost_checkpoints`).
         """
         folder = self.files.checkpoints
-        # Before the folder of checkpoints is made.
+        # Must come before the folder of checkpoints is created.
         self.ranks.from_rank_zero(lambda: refuse_lost_checkpoints(self.files.folder))
         check_writable(folder)
         self.ranks.from_rank_zero(lambda: refuse_old_run(self.recipe, folder))
@@ -217,8 +217,8 @@ class Checkpointing:
         if aside:
             raise InputError(
                 f"no checkpoint of {folder} can be used; damaged: "
-                f"{', '.join(path.name for path in sorted(aside))}. Bring one back (as step_...), "
-                f"or remove {self.files.folder} to begin again from the start"
+                f"{', '.join(path.name for path in sorted(aside))}. Restore one (as step_...), "
+                f"or remove {self.files.folder} to start over"
             )
         return None
 
@@ -227,7 +227,7 @@ class Checkpointing:
         return list_checkpoints(self.files.checkpoints), list_damaged(self.files.checkpoints)
 
     def _set_aside(self, path: Path, reason: str) -> Path:
-        """On rank 0: say what is wrong, on the console and in the run, and rename."""
+        """On rank 0: report the damage, on the console and in the run, and rename the folder."""
         aside = set_aside(path)
         self.files.append_damaged(path.name, reason, aside.name)
         self.console.damaged(reason, aside)

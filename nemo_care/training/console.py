@@ -1,6 +1,6 @@
-"""What a person sees of a run: a progress bar, sampled completions, a table at the end.
+"""What a run prints: a progress bar, sampled completions, and a table at the end.
 
-In a log file, which shows every state of a bar below the other, each step has a line instead.
+In a log file, where a progress bar would print every state, each step has a line instead.
 """
 
 import sys
@@ -26,10 +26,10 @@ _SHOWN = {
 
 
 class Console:
-    """Prints on rank 0 and stays silent on the others."""
+    """Prints on rank 0 and is silent on the others."""
 
     def __init__(self, recipe: Recipe, *, active: bool) -> None:
-        """`active` is true on the rank that prints."""
+        """Print only if `active`, which is true on one rank."""
         self.recipe = recipe
         self.active = active
         self._in_log = not sys.stderr.isatty()
@@ -37,7 +37,7 @@ class Console:
 
     def _print(self, text: Any) -> None:
         if self.active:
-            # The bar's own writer keeps the bar below the text.
+            # tqdm's own writer keeps the bar below the text.
             with tqdm.external_write_mode():
                 console(soft_wrap=True).print(text)
 
@@ -47,7 +47,7 @@ class Console:
 
     @contextmanager
     def steps(self, done: int) -> Iterator[None]:
-        """The progress bar over all optimizer steps, `done` of which lie behind."""
+        """Show a progress bar over all optimizer steps, of which `done` are complete."""
         self._bar = tqdm(
             total=self.recipe.trainer.max_steps,
             initial=done,
@@ -62,7 +62,7 @@ class Console:
             self._bar = None
 
     def phase(self, name: str) -> None:
-        """Show the phase that runs now."""
+        """Show the current phase."""
         if self._bar is not None and name != m.STEP_TIME.short:
             self._bar.set_description(f"{name:<10}")
 
@@ -73,7 +73,7 @@ class Console:
         rows: Sequence[Mapping[str, Any]],
         skipped: Sequence[Skipped],
     ) -> None:
-        """Show a finished step, and now and then one of its completions."""
+        """Show a finished step, and from time to time one of its completions."""
         for item in skipped:
             self._print(
                 plain(one_line(f"skipped sample {item.sample_id}: {item.reason}"), "yellow")
@@ -110,27 +110,27 @@ class Console:
         )
 
     def bad_lines(self, bad_lines: Sequence[Skipped]) -> None:
-        """Say that lines of the annotations can't be used; a large file may have thousands."""
+        """Report unusable lines of the annotations; a large file may have thousands."""
         if bad_lines:
             text = f"skipped {len(bad_lines)} lines of the annotations; the first: "
             self._print(plain(one_line(text + bad_lines[0].reason), style="yellow"))
 
     def bad_step(self, step: int, why: str, in_a_row: int, file: Path) -> None:
-        """Say that a step was left out."""
+        """Report that a step was left out."""
         text = f"step {step} is left out, not finite: {why}; {in_a_row} in a row; inputs: {file}"
         self._print(plain(text, style="yellow"))
 
     def difference(self, step: int, difference: float, bound: float, again: int) -> None:
-        """Say that rollout and training disagree; `again` is how many such steps until the next."""
+        """Warn that rollout and training disagree; repeated every `again` such steps."""
         text = (
             f"step {step}: log-probabilities of rollout and training differ by {difference:.4f} on "
-            f"average, more than rollout.max_logprob_difference={bound:g} (told every {again} "
+            f"average, more than rollout.max_logprob_difference={bound:g} (repeated every {again} "
             f"such steps; metric {m.ROLLOUT_DIFFERENCE})"
         )
         self._print(plain(text, style="yellow"))
 
     def uncorrected_rollouts(self) -> None:
-        """Say that completions of older weights are taken for the policy's own."""
+        """Warn that completions of older weights are treated as the current policy's."""
         text = (
             "rollout.asynchronous: completions come from the weights before the last update, and "
             "nothing corrects for it; rollout.importance_sampling.enabled=true (with "
@@ -139,20 +139,20 @@ class Console:
         self._print(plain(text, style="yellow"))
 
     def idle_bonus(self, step: int, rate: float, steps: int, again: int) -> None:
-        """Say that the consistency bonus no longer selects."""
+        """Warn that the consistency bonus no longer selects."""
         text = (
-            f"step {step}: in the last {steps} steps the bonus told accurate completions apart in "
-            f"{rate:.0%} of the groups. Either their reasoning supports the answer by now, or the "
-            "reference is as sure of an answer whatever the reasoning says: a validation's "
-            f"consistency rate and forced-reasoning probe tell which (metric {m.SELECTION_RATE}; "
-            f"told every {again} such steps)"
+            f"step {step}: in the last {steps} steps the bonus distinguished accurate completions "
+            f"in {rate:.0%} of the groups. Either their reasoning supports the answer by now, or "
+            "the reference is equally sure of an answer whatever the reasoning: a validation's "
+            f"consistency rate and forced-reasoning probe show which (metric {m.SELECTION_RATE}; "
+            f"repeated every {again} such steps)"
         )
         self._print(plain(text, style="yellow"))
 
     def no_signal(
         self, step: int, rows: Sequence[Mapping[str, Any]], steps: int, again: int
     ) -> None:
-        """Say that the rewards within every group have been equal for some steps."""
+        """Warn that the rewards within every group have been equal for some steps."""
         rewards = mean_of_known([row["reward"] for row in rows])
         text = (
             f"step {step}: in the last {steps} steps no group had a signal: all completions of a "
@@ -165,11 +165,11 @@ class Console:
         self._print(plain(text, style="yellow"))
 
     def resumed(self, step: int, checkpoint: Path) -> None:
-        """Say where the run goes on."""
+        """Report where the run resumes."""
         self._print(plain(f"resumed after step {step} from {checkpoint}"))
 
     def start(self, start: Mapping[str, Any]) -> None:
-        """Say what this start changes, and which records of steps before it are lost."""
+        """Report what this start changes, and which records of earlier steps are missing."""
         step = start["after_step"]
         changed = "; ".join(
             f"{key}: {old} -> {new}" for key, (old, new) in start["changed"].items()
@@ -177,17 +177,17 @@ class Console:
         if changed and step < self.recipe.trainer.max_steps:
             self._print(plain(f"recipe changed from step {step + 1} on: {changed}"))
         elif changed:
-            text = f"no step is left to make, so these changes of the recipe do nothing: {changed}"
+            text = f"no step is left to train, so changes of the recipe have no effect: {changed}"
             self._print(plain(text, style="yellow"))
         if start["missing_steps"]:
             text = (
-                f"metrics.jsonl lacks steps that the checkpoint has behind it: "
+                "metrics.jsonl lacks steps before the checkpoint: "
                 f"{_ranges(start['missing_steps'])}; a crash of the machine may have lost them"
             )
             self._print(plain(text, style="yellow"))
 
     def damaged(self, reason: str, aside: Path) -> None:
-        """Say that a checkpoint can't be used."""
+        """Report that a checkpoint is unusable."""
         text = f"damaged checkpoint, the one before it is tried; set aside as {aside.name}: "
         self._print(plain(text + reason, style="bold red"))
 
@@ -203,7 +203,7 @@ class Console:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as "3, 5 to 8"."""
+    """Return ascending numbers as "3, 5 to 8"."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:

@@ -1,11 +1,11 @@
-"""Dynamic sampling: a step samples on until enough groups have a signal.
+"""Dynamic sampling: a step continues to sample until enough groups have a signal.
 
 Q. Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv 2503.14476,
-section 3.2. A group whose rewards are all equal has advantages of 0 and teaches nothing; the more
-often the policy is right (or wrong) throughout, the smaller a batch really is.
+section 3.2. A group whose rewards are all equal has advantages of 0 and teaches nothing, so the
+effective batch shrinks as the policy becomes consistently right (or wrong).
 
-DAPO asks the accuracy. Here the advantage itself is asked, behind the scoring pass: completions
-that are all right may still be told apart by their consistency bonus. What is kept follows from the
+DAPO decides by the accuracy. Here the advantage decides, after the scoring pass, because the
+consistency bonus can distinguish completions that are all right. The groups kept depend on the
 order of the training stream alone, so every parallel layout trains on the same groups.
 """
 
@@ -26,9 +26,9 @@ from nemo_care.training.step import Step
 
 
 class _Worth(IntEnum):
-    """What a group is to the update; what comes first is taken first."""
+    """How useful a group is to the update; lower values are taken first."""
 
-    # Never set aside: the update has to see it, to leave the step out and say so.
+    # Never dropped: the update must see it, so that it skips the step and reports why.
     NOT_FINITE = 0
     SIGNAL = 1
     NO_SIGNAL = 2
@@ -43,20 +43,21 @@ class _Candidate(NamedTuple):
 
 
 class DynamicSampling:
-    """Rounds of sampling, until `algorithm.prompts_per_step` groups have a signal."""
+    """Repeats sampling until `algorithm.prompts_per_step` groups have a signal."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
-        """Without rollout.dynamic_sampling a step has one round, and all of it is trained on."""
+        """Without rollout.dynamic_sampling, train on all groups of a single round."""
         self.config = recipe.rollout.dynamic_sampling
         self.wanted = recipe.algorithm.prompts_per_step
         self.all_tokens = recipe.algorithm.kl_coefficient > 0
         self.ranks = ranks
 
     def rounds(self, step: Step, sample: Callable[[Step], list[Group]]) -> Iterator[list[Group]]:
-        """Each round's groups, which get their advantages before the next one, until enough are.
+        """Yield the groups of each round until enough have a signal.
 
-        Then the step has its `groups`, those of them that are `trained`, and metrics. Collective
-        over all ranks, which go through the same number of rounds.
+        The caller sets their advantages before the next round. Afterwards the step has its
+        `groups`, the `trained` ones among them, and metrics. Collective over all ranks, which run
+        the same number of rounds.
         """
         if not self.config.enabled:
             step.groups = step.trained = sample(step)
@@ -74,7 +75,7 @@ class DynamicSampling:
             candidates += self._candidates(new)
             chosen = sorted(candidates)[: self.wanted]
             _mark(mine.values(), chosen)
-            # A step that is left out needs no further groups.
+            # A step that will be left out needs no further groups.
             if chosen[0].worth is _Worth.NOT_FINITE or chosen[-1].worth is _Worth.SIGNAL:
                 break
         step.groups = list(mine.values())
@@ -86,8 +87,8 @@ class DynamicSampling:
         }
 
     def _candidates(self, groups: Sequence[Group]) -> list[_Candidate]:
-        """This round's groups of all replicas."""
-        # The reference's log-probabilities are known on the last stage only.
+        """Return this round's groups of all replicas."""
+        # Only the last stage has the reference's log-probabilities.
         worth = torch.tensor([self._worth(group) for group in groups], device=compute_device())
         self.ranks.broadcast_from_last_stage(worth)
         indices = [group.prompt.index for group in groups]
@@ -105,9 +106,9 @@ class DynamicSampling:
         return _Worth.SIGNAL if bool((known(group.advantage) != 0).any()) else _Worth.NO_SIGNAL
 
     def _dealt(self, chosen: Sequence[_Candidate], mine: Mapping[int, Group]) -> list[Group]:
-        """This replica's share of the chosen groups; what a replica has too many goes to others.
+        """Return this replica's share of the chosen groups; replicas pass on their surplus.
 
-        Only the groups' number is the same everywhere: which replica has sampled them is chance.
+        Each replica gets the same number; how many of them it has sampled itself is chance.
         """
         share = self.wanted // self.ranks.data_size
         kept: list[list[int]] = [[] for _ in range(self.ranks.data_size)]
@@ -126,10 +127,10 @@ class DynamicSampling:
 
 
 def _mark(groups: Iterable[Group], chosen: Sequence[_Candidate]) -> None:
-    """Say of each group so far whether it would be trained on.
+    """Mark each group so far with whether the step would train on it.
 
-    What is not among the first now never will be, and is only recorded: its media would fill the
-    memory for nothing while the rounds go on.
+    A group that is not among the first now never will be, and is only recorded. Its media are
+    dropped, since they would fill the memory in the remaining rounds.
     """
     indices = {candidate.prompt_index for candidate in chosen}
     for group in groups:

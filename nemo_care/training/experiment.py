@@ -1,4 +1,4 @@
-"""The run directory and the loggers, as NeMo's experiment manager makes them."""
+"""The run directory and the loggers, created by NeMo's experiment manager."""
 
 import sys
 import threading
@@ -20,13 +20,13 @@ _REMEDIES = {
 
 
 def run_directory(config: ExpManagerConfig) -> Path:
-    """Where the run's files go.
+    """Return the directory of the run's files.
 
-    `explicit_log_dir` if given, else `exp_dir/name`: the folder that exp_manager takes for a run
-    that can be resumed, without a version of its own for each start.
+    `explicit_log_dir` if set, otherwise `exp_dir/name`: the folder that exp_manager uses for a run
+    that can be resumed, without a version subfolder for each start.
 
     Raises:
-        InputError: an empty name, which would mean the working directory.
+        InputError: the name is empty, which would mean the working directory.
     """
     if config.explicit_log_dir is not None:
         if not config.explicit_log_dir.strip():
@@ -39,7 +39,7 @@ def run_directory(config: ExpManagerConfig) -> Path:
 
 
 def check_loggers(config: ExpManagerConfig) -> None:
-    """Refuse loggers that can't work, as far as that is known without starting them.
+    """Refuse loggers that can't work, as far as can be checked without starting them.
 
     Raises:
         InputError: a package or the W&B project is missing.
@@ -59,16 +59,16 @@ def check_loggers(config: ExpManagerConfig) -> None:
 
 
 def _asked_for(config: ExpManagerConfig) -> list[str]:
-    """The loggers with a package of their own that the recipe switches on."""
+    """Return the enabled loggers that need a separate package."""
     asked = {"wandb": config.create_wandb_logger, "mlflow": config.create_mlflow_logger}
     return [name for name, is_asked in asked.items() if is_asked]
 
 
 def start_experiment(config: ExpManagerConfig) -> tuple[Path, list[Any]]:
-    """Make the run directory and the loggers, which have started when this returns; rank 0 only.
+    """Create the run directory, and create and start the loggers; rank 0 only.
 
     Returns:
-        The run directory and the loggers that the recipe switches on.
+        The run directory and the loggers that the recipe enables.
 
     Raises:
         InputError: a logger can't start, for example because W&B has no key or no network.
@@ -88,18 +88,18 @@ def start_experiment(config: ExpManagerConfig) -> tuple[Path, list[Any]]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        # Under srun it would hold its one device against the tasks of the job.
+        # Under srun, Lightning would compare its one device with the tasks of the job.
         plugins=[LightningEnvironment()],
     )
     settings = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(settings, dict)
     folder = run_directory(config)
     settings.update(
-        # A folder of its own: exp_manager moves the files that it finds there out of the way at
-        # each start, and a resumed run goes on with its metrics.
+        # In a subfolder, because exp_manager moves existing files away at each start, and a
+        # resumed run appends to its metrics.
         explicit_log_dir=str(folder / "logs"),
         exp_dir=None,
-        # Checkpoints, resuming, preemption and step timing are the trainer's own.
+        # The trainer implements checkpoints, resuming, preemption and step timing itself.
         create_checkpoint_callback=False,
         resume_if_exists=False,
         create_preemption_callback=False,
@@ -117,7 +117,7 @@ def start_experiment(config: ExpManagerConfig) -> tuple[Path, list[Any]]:
 
 
 def _start_logger(logger: Any, asked_for: list[str]) -> None:
-    """Connect a logger, which Lightning's loggers would do with the first metrics.
+    """Connect a logger, which Lightning would do only with the first metrics.
 
     Raises:
         InputError: W&B or MLflow can't start; the remedy is in the message.
@@ -139,7 +139,7 @@ def _start_logger(logger: Any, asked_for: list[str]) -> None:
 
 @contextmanager
 def _refused(keys: Iterator[str]) -> Iterator[None]:
-    """Errors while W&B's or MLflow's logger is made name the keys that hold its arguments."""
+    """Turn errors while W&B's or MLflow's logger is created into ones that name its keys."""
     names = " and ".join(keys)
     try:
         yield
@@ -148,12 +148,12 @@ def _refused(keys: Iterator[str]) -> Iterator[None]:
     except Exception as error:
         if not names:
             raise
-        raise InputError(f"{names}: the loggers can't be made ({reason(error)})") from error
+        raise InputError(f"{names}: the loggers can't be created ({reason(error)})") from error
 
 
 @contextmanager
 def _no_prompt() -> Iterator[None]:
-    """Without a terminal to read from: W&B would wait for somebody to type a key."""
+    """Replace standard input, where W&B would wait for a key to be typed."""
     kept = sys.stdin
     with open("/dev/null", encoding="utf-8") as nothing:
         sys.stdin = nothing
@@ -164,7 +164,7 @@ def _no_prompt() -> Iterator[None]:
 
 
 def _silence_writer_threads() -> None:
-    """Leave out the traceback of TensorBoard's writer thread.
+    """Suppress the traceback of TensorBoard's writer thread.
 
     The writer keeps the error and raises it in its next call, where it becomes a warning.
     """

@@ -1,4 +1,4 @@
-"""What has to be finite before the optimizer may step, and how a step that isn't is counted."""
+"""What has to be finite before an optimizer step, and the count of steps that are not."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,10 +22,10 @@ NAMES = {
 class NotFinite:
     """Why an update was left out.
 
-    `first` names the kinds that are not finite, each with the lowest rank on which it is not (None:
-    the gradient's norm overflows, on all ranks), and is the same on all ranks, like `update`, the
-    number from 0 among the updates of the same rollouts. This rank's own are `parameters`, those
-    with such a gradient, and `log_probs`, the policy's, a list of [C] per group (last stage).
+    `first` has the kinds that are not finite, each with the lowest rank on which it is not (None:
+    the gradient's norm overflows, on all ranks). It is the same on all ranks, like `update`, the
+    number from 0 among the updates of the same rollouts. Per rank are `parameters`, those with
+    such a gradient, and `log_probs`, the policy's, a list of [C] per group (last stage).
     """
 
     first: Mapping[str, int | None]
@@ -35,15 +35,15 @@ class NotFinite:
 
 
 def rollout_is_finite(groups: Iterable[Group]) -> bool:
-    """Whether all log-probabilities of these rollouts are."""
+    """Whether all log-probabilities of these rollouts are finite."""
     return all(_finite(c.log_probs) for group in groups for c in group.completions)
 
 
 def reference_is_finite(groups: Iterable[Group], *, all_tokens: bool) -> bool:
-    """Whether the reference's log-probabilities are, as far as this rank knows any.
+    """Whether the reference's log-probabilities are finite, as far as this rank has any.
 
-    A likelihood of NaN also means "no answer"; this asks where there is one, or with `all_tokens`
-    about every token.
+    A likelihood of NaN also means "no answer", so this checks the tokens of existing answers, or
+    with `all_tokens` every token.
     """
     return all(
         _finite(asked_of_reference(completion, scored, all_tokens=all_tokens))
@@ -56,7 +56,7 @@ def reference_is_finite(groups: Iterable[Group], *, all_tokens: bool) -> bool:
 def asked_of_reference(
     completion: Completion, scored: torch.Tensor, *, all_tokens: bool
 ) -> torch.Tensor:
-    """The part of `scored` [C] that the reference was asked for."""
+    """Return the part of `scored` [C] that the reference had to score."""
     return scored if all_tokens else scored[slice(*(completion.answer_span or (0, 0)))]
 
 
@@ -65,13 +65,13 @@ def _finite(values: torch.Tensor) -> bool:
 
 
 def finite_or_none(value: Any) -> Any:
-    """None in place of a float that is not finite: JSON has no way to write it."""
+    """Return None for a float that is not finite, which JSON can't represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass
 class BadSteps:
-    """Counts the steps that were left out: in `total`, and those `in_a_row` up to the last one."""
+    """Counts the steps left out: the `total`, and those `in_a_row` up to the last step."""
 
     total: int = 0
     in_a_row: list[int] = field(default_factory=list)
@@ -82,10 +82,10 @@ class BadSteps:
         self.in_a_row = [*self.in_a_row, step] if bad else []
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on counting from."""
+        """Return the counts, for a resumed run."""
         return {"total": self.total, "in_a_row": list(self.in_a_row)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a `state_dict`; that of a checkpoint from before steps were counted is empty."""
+        """Load a `state_dict`; it is empty in checkpoints from before steps were counted."""
         self.total = state.get("total", 0)
         self.in_a_row = list(state.get("in_a_row", ()))

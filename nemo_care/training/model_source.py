@@ -1,4 +1,4 @@
-"""Where a model's weights come from: a Hugging Face directory, or a checkpoint of a run."""
+"""The source of a model's weights: a Hugging Face directory, or a checkpoint of a run."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ _PROMPT_FILES = ("*.json", "*.jinja", "*.txt")
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means by `path`: a run's newest, or the step_... folder itself.
+    """Return the checkpoint that `path` means: a run's newest, or the step_... folder itself.
 
     Raises:
         InputError: `path` is neither a run directory with a complete checkpoint nor a checkpoint.
@@ -57,17 +57,17 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run directory that a checkpoint lies in."""
+    """Return the run directory that contains a checkpoint."""
     return checkpoint.parent.parent
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Weights of a model: of a Hugging Face directory, or of a checkpoint of a run.
+    """The weights of a model, in a Hugging Face directory or in a checkpoint of a run.
 
-    `key` is the recipe's key that names them, `model_key` the one that names the folder of the
-    model that they are loaded into. A checkpoint holds the policy and, with `is_reference`, the
-    moving average of it that is meant.
+    `key` is the recipe key that names them, `model_key` the one of the model directory they are
+    loaded into. A checkpoint holds the policy and, for a run with a reference, its moving average;
+    `is_reference` selects the latter.
     """
 
     key: str
@@ -78,10 +78,10 @@ class ModelSource:
 
     @classmethod
     def find(cls, key: str, path: str, *, is_reference: bool = False) -> "ModelSource":
-        """The source that a user names: a Hugging Face directory, a run or a checkpoint.
+        """Find the source that a user names: a Hugging Face directory, a run or a checkpoint.
 
         Raises:
-            InputError: `path` is none of them.
+            InputError: `path` is none of these.
         """
         folder = Path(path).resolve()
         if (folder / "config.json").is_file():
@@ -93,10 +93,10 @@ class ModelSource:
         return cls(key, checkpoint, is_checkpoint=True, is_reference=is_reference)
 
     def check(self, family: Family) -> None:
-        """Refuse what can't be loaded into a model of this family and size, as far as files tell.
+        """Refuse weights that don't fit this family and size, as far as the files show.
 
         Raises:
-            InputError: another architecture, unreadable weights, a damaged checkpoint, or a run
+            InputError: a different architecture, unreadable weights, a damaged checkpoint, or a run
                 without a reference.
         """
         if not self.is_checkpoint:
@@ -108,7 +108,7 @@ class ModelSource:
             check_files(self.folder)
             names = stored_shapes(self.folder)
             stored = read_common(self.folder).get("trainer", {})
-        # Older checkpoints do not say it; loading compares shapes.
+        # Older checkpoints lack it; loading compares shapes.
         if "architecture" in stored:
             self._compare(stored["architecture"], family)
         if self.is_reference and not any(name.startswith(REFERENCE) for name in names):
@@ -126,12 +126,12 @@ class ModelSource:
         """Fill this rank's parameters; all ranks call it.
 
         Raises:
-            InputError: a tensor is missing or of another shape, or a checkpoint is damaged.
+            InputError: a tensor is missing or has a different shape, or a checkpoint is damaged.
         """
         if not self.is_checkpoint:
             load_hf_weights(model, self.folder, key=self.key)
         elif self.is_reference:
-            # It is kept in float32, whatever the model computes in.
+            # It is stored in float32, whatever the model computes in.
             average = WeightAverage(model, decay=1.0)
             sharded = average.sharded_state_dict(REFERENCE, sharding_metadata())
             average.load_state_dict(self._read(sharded), REFERENCE)
@@ -159,7 +159,7 @@ class ModelSource:
 
     @contextmanager
     def _told_damaged(self) -> Iterator[None]:
-        """Say which key names a damaged checkpoint, and what to do."""
+        """Raise InputError with the key that names a damaged checkpoint, and the remedy."""
         try:
             yield
         except DamagedCheckpoint as damage:
@@ -175,7 +175,7 @@ class ModelSource:
         )
 
     def identity(self) -> dict[str, str]:
-        """What tells these weights from others, without reading them."""
+        """Return what identifies these weights, without reading them."""
         identity = {"folder": str(self.folder), "files": _digest(self.folder, _WEIGHT_FILES)}
         if self.is_checkpoint:
             identity["weights"] = "reference" if self.is_reference else "policy"
@@ -183,32 +183,32 @@ class ModelSource:
 
 
 def prompt_files_identity(folder: Path) -> str:
-    """What tells one model's configuration and tokenizer from another's, without reading them."""
+    """Return what identifies a model's configuration and tokenizer, without reading them."""
     return _digest(folder, _PROMPT_FILES)
 
 
 def _digest(folder: Path, patterns: Sequence[str]) -> str:
-    """A digest of names, sizes and times of change of a model directory's files."""
+    """Return a digest of the names, sizes and modification times of a model directory's files."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
 def evaluated_model(recipe: Recipe) -> ModelSource:
-    """The model of `nemo-care evaluate`.
+    """Return the model of `nemo-care evaluate`.
 
     Raises:
-        InputError: evaluation.checkpoint names none.
+        InputError: evaluation.checkpoint names no model.
     """
     given = recipe.evaluation.checkpoint
     return ModelSource.find("evaluation.checkpoint", given or recipe.model.hf_path)
 
 
 def judging_model(recipe: Recipe) -> ModelSource | None:
-    """The reference of the likelihood judge in `nemo-care evaluate`; None for other judges.
+    """Return the reference of the likelihood judge in `nemo-care evaluate`, None without one.
 
     Raises:
-        InputError: evaluation.reference names none.
+        InputError: evaluation.reference names no model.
     """
     if not judged_by(recipe.evaluation, "likelihood"):
         return None

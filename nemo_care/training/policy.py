@@ -1,4 +1,4 @@
-"""The policy: the model that is trained, with its optimizer."""
+"""The policy: the model being trained, with its optimizer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,12 +31,12 @@ PREFIX = "policy."
 
 
 class Policy:
-    """pi_theta of the paper, and its updates."""
+    """The policy pi_theta of the paper, and its updates."""
 
     def __init__(
         self, model: VideoLanguageModel, recipe: Recipe, ranks: Ranks, layout: BatchLayout
     ) -> None:
-        """`model` holds the weights to start from."""
+        """Start from the weights of `model`."""
         self.model = model
         self.algorithm = recipe.algorithm
         self.loss = LOSSES[recipe.algorithm.loss]
@@ -62,17 +62,17 @@ class Policy:
 
     @property
     def optimizer_steps(self) -> int:
-        """Optimizer steps so far."""
+        """The number of optimizer steps so far."""
         return self.scheduler.num_steps
 
     def update(self, step: Step, after_step: Callable[[Step], None] = lambda step: None) -> None:
-        """Optimizer steps on the groups to be trained (algorithm step 7); sets the step's metrics.
+        """Update on the groups to be trained (algorithm step 7), and set the step's metrics.
 
         With several updates per rollout, the log-probabilities before the first one are the old
-        ones of the clipped surrogate. `after_step` is called after each.
+        ones of the clipped surrogate. `after_step` is called after each update.
 
-        Where anything is not finite on any rank, no rank steps: weights, optimizer and schedule
-        stay as they are, `step.not_finite` says what it was, and these groups are left.
+        If anything is not finite on any rank, no rank steps: weights, optimizer and schedule are
+        unchanged, `step.not_finite` has the reason, and these groups are not used further.
         """
         step.optimizer_steps, step.not_finite = self.optimizer_steps, None
         batches = self.layout.batches(step.trained)
@@ -82,7 +82,7 @@ class Policy:
             results = self.forward_backward(batches, count, old_log_probs)
             metrics = self.metrics.reduce(results, count)
             step.not_finite = self._step(step.trained, batches, results, number, metrics)
-            # Comparisons with rollout and reference only mean something before any update.
+            # Comparisons with rollout and reference are only meaningful before any update.
             step.metrics |= {
                 metric: value
                 for metric, value in metrics.items()
@@ -102,9 +102,9 @@ class Policy:
         number: int,
         metrics: dict[Metric, float | None],
     ) -> NotFinite | None:
-        """Let the optimizer step, and add to the metrics; returns why the step was left out.
+        """Take an optimizer step and add its metrics; return the reason if it was left out.
 
-        `number` is that of the update among those of the same rollouts.
+        `number` is the update's among those of the same rollouts.
         """
         metrics |= {m.GRAD_NORM: None, m.LEARNING_RATE: None}
         first = self._first_not_finite(groups, results)
@@ -115,7 +115,7 @@ class Policy:
             if stepped:
                 return None
             self.scheduler.step(-1)
-            # Its elements are finite on all ranks, so none was the first.
+            # Its elements are finite on all ranks, so there is no first rank.
             first = {"gradient": None}
         vectors = [
             batch.unpadded(result.log_probs)
@@ -131,13 +131,13 @@ class Policy:
         return not_finite
 
     def step_optimizer(self) -> tuple[bool, float]:
-        """Whether the optimizer stepped (see `build_optimizer`), and the norm of the gradient."""
+        """Return whether the optimizer stepped (see `build_optimizer`), and the gradient's norm."""
         with self.optimizer_state.in_place():
             stepped, grad_norm, _ = self.optimizer.step()
         return stepped, float(grad_norm)
 
     def gradient_norm(self) -> float:
-        """The norm of the gradients that a backward has left, over all ranks; nothing steps."""
+        """Return the norm of the gradients of a backward pass, over all ranks, without a step."""
         with self.optimizer_state.in_place():
             self.optimizer.prepare_grads()
             return float(self.optimizer.get_grad_norm())
@@ -145,7 +145,7 @@ class Policy:
     def _first_not_finite(
         self, groups: Sequence[Group], results: Sequence[Result]
     ) -> dict[str, int | None]:
-        """What is not finite on any rank, and the lowest such rank; the same on all ranks."""
+        """Return what is not finite on any rank, with the lowest such rank; same on all ranks."""
         device = next(self.model.parameters()).device
         inputs = (
             rollout_is_finite(groups),
@@ -153,7 +153,7 @@ class Policy:
         )
         loss = torch.tensor(True, device=device)
         if results:
-            # With old ones, a log-probability of minus infinity hides behind a ratio of 0.
+            # With old ones, a log-probability of minus infinity is masked by a ratio of 0.
             parts = [
                 result.values[m.LOSS].isfinite() & result.log_probs.isfinite().all()
                 for result in results
@@ -171,20 +171,20 @@ class Policy:
         self.optimizer.zero_grad()
 
     def loss_count(self, batches: Sequence[GroupBatch]) -> torch.Tensor:
-        """By how much the loss's totals are divided: its count over the batches of all replicas.
+        """Return the divisor of the loss's totals: its count over the batches of all replicas.
 
-        A float32 scalar. Known before any forward pass, so that each micro-batch can contribute its
-        share of the step's loss. Collective over the replicas.
+        A float32 scalar. It is computed before any forward pass, so that each micro-batch can
+        contribute its share of the step's loss. Collective over the replicas.
         """
         device = next(self.model.parameters()).device
         masks = [self._loss_mask(batch) for batch in batches]
         counts = [self.loss.mean.count(mask, self.longest).float() for mask in masks]
         count = self.ranks.sum_over_data(torch.stack(counts).sum().to(device))
-        # Where all completions of a step are masked, loss and gradient are 0, not 0 / 0.
+        # If all completions of a step are masked, loss and gradient are 0, not 0 / 0.
         return count.clamp(min=1)
 
     def _loss_mask(self, batch: GroupBatch) -> torch.Tensor:
-        """Tokens that the loss averages over, bool [N, C]: all, or those of ended completions."""
+        """Return the loss's tokens, bool [N, C]: all, or only those of completions that ended."""
         return batch.mask & batch.ended()[:, None] if self.masks_truncated else batch.mask
 
     def forward_backward(
@@ -193,9 +193,9 @@ class Policy:
         count: torch.Tensor,
         old_log_probs: Sequence[torch.Tensor] = (),
     ) -> list[Result]:
-        """Loss and gradients of these micro-batches; a result for each on the last stage.
+        """Compute loss and gradients of micro-batches; one result for each on the last stage.
 
-        `count` is the `loss_count` of the step that they belong to.
+        `count` is the `loss_count` of their step.
         """
         old_of = dict(zip(map(id, batches), old_log_probs, strict=False))
 
@@ -240,7 +240,7 @@ class Policy:
         )
 
     def _reference_log_probs(self, batch: GroupBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The reference's log-probabilities float32 [N, C], and for which tokens it was asked."""
+        """Return the reference's log-probabilities [N, C] (float32), and the tokens it scored."""
         vectors = [group.reference_log_probs for group in batch.groups]
         known = [v for v in vectors if v is not None]
         if len(known) < len(vectors):
@@ -251,29 +251,29 @@ class Policy:
     def _importance(
         self, batch: GroupBatch, log_probs: torch.Tensor, rollout: torch.Tensor
     ) -> ImportanceWeights | None:
-        """Of each token: `log_probs` [N, C] in training, before any update, against `rollout`."""
+        """Return weights per token of training against `rollout` log-probabilities, both [N, C]."""
         if not self.importance.enabled:
             return None
         return importance_weights(log_probs, rollout, batch.mask, cap=self.importance.cap)
 
     def sharded_state_dict(self, metadata: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-        """Weights and optimizer state as Megatron sharded tensors; the schedule's step count."""
+        """Return weights and optimizer state as sharded tensors, and the schedule's step count."""
         model = self.model.sharded_state_dict(prefix=PREFIX, metadata=metadata)
-        # For loading, and for saving a run none of whose steps could be taken.
+        # For loading, and for saving a run in which every step was left out.
         self.optimizer_state.initialise()
         optimizer = self.optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=metadata
         )
-        # For loading, Megatron may make it anew.
+        # For loading, Megatron may have created it anew.
         self.optimizer_state.put_away()
         return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a loaded `sharded_state_dict`."""
+        """Load a `sharded_state_dict`."""
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in state["model"].items()}
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer_state.put_away()
-        # Megatron's scheduler adds the restored steps to those that it has.
+        # Megatron's scheduler adds the restored steps to its current count.
         self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(state["scheduler"])

@@ -1,4 +1,4 @@
-"""What a step leaves behind: one row per completion, and metrics made from the rows."""
+"""The records of a step: one row per completion, and metrics computed from the rows."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def _number(values: torch.Tensor | None, place: int) -> float | None:
-    """A JSON number; None for NaN (no answer) and where the value was never set."""
+    """Return a JSON number, or None for NaN (no answer) and for a value that is not set."""
     if values is None:
         return None
     value = float(values[place])
@@ -24,10 +24,10 @@ def _number(values: torch.Tensor | None, place: int) -> float | None:
 
 
 def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
-    """One row per completion, as written to `rollouts/`; `judge` is the recipe's.
+    """Return one row per completion, as in `rollouts/`; `judge` is the recipe's.
 
-    `accuracy` and `format` are None where the recipe leaves them out of its rewards. `used` is
-    there with dynamic sampling only: whether the step trained on the group.
+    `accuracy` and `format` are None if they are not among the recipe's rewards. `used` exists only
+    with dynamic sampling: whether the step trained on the group.
     """
     return [
         {
@@ -40,11 +40,11 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
             "ended": completion.ended,
             "has_answer": completion.has_answer,
             "unscored": completion.is_unscored,
-            # Only the rule costs nothing; the other judges see validation's completions.
+            # Only the rule is free of cost; other judges see only validation's completions.
             "consistent": rule_verdict(completion.text, group.prompt.sample).consistent
             if judge == "rule"
             else None,
-            # Ours have columns of their own, whether the recipe uses them or not.
+            # Built-in rewards have fixed columns, whether the recipe uses them or not.
             **{name: _number(known(group.rewards).get(name), place) for name in OURS},
             **{
                 m.OWN_REWARD.of(name): _number(values, place)
@@ -63,7 +63,7 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
 
 
 def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[Metric, float | None]:
-    """Metrics of a step's completions, trained on or not (None where nothing has a value)."""
+    """Return metrics of a step's completions, trained on or not (None without any value)."""
     groups: dict[int, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["prompt_index"], []).append(row)
@@ -95,6 +95,6 @@ def rollout_metrics(rows: Sequence[Row], likelihood_clip: float) -> dict[Metric,
 
 
 def _all_have_accuracy(group: Sequence[Row], accuracy: int) -> bool | None:
-    """Whether all completions have that accuracy; None where it is not among the rewards."""
+    """Whether all completions have that accuracy; None if it is not among the rewards."""
     values = {row["accuracy"] for row in group}
     return None if None in values else values == {accuracy}

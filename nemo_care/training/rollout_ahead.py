@@ -1,13 +1,14 @@
-"""The groups of each round of sampling; with rollout.asynchronous the engines are a round ahead.
+"""The groups of each sampling round; with rollout.asynchronous, engines work one round ahead.
 
 While the trainer rewards, scores and updates on a round's groups, the engines then sample the next
-round's prompts, with the weights from before that update: one step off. M. Noukhovitch et al.,
-"Asynchronous RLHF: Faster and More Efficient Off-Policy RL for Language Models", arXiv 2410.18252.
+round's prompts, with the weights from before that update: one step off-policy.
+M. Noukhovitch et al., "Asynchronous RLHF: Faster and More Efficient Off-Policy RL for Language
+Models", arXiv 2410.18252.
 
-The order is: collect what is in flight, bring the engines' weights up to date, submit the next
-prompts, and only then hand the collected groups out. Weights change while no completion is being
-sampled, so each completion, and all that an engine caches for it, comes from one set of weights.
-Prompts come in the order of the training stream, as without the switch.
+The order is: collect the round in flight, update the engines' weights, submit the next prompts, and
+only then return the collected groups. Weights change only while no completion is being sampled, so
+each completion, and everything that an engine caches for it, comes from one set of weights. Prompts
+come in the order of the training stream, as they do without this option.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,17 +25,17 @@ from nemo_care.runs import metrics as m
 from nemo_care.training.console import Console
 from nemo_care.training.step import Step
 
-# Tells training's random numbers from those of validation.
+# Separates training's random numbers from those of validation.
 _SEED_DOMAIN = 0
 
 
 @dataclass
 class _Round:
-    """Prompts that were drawn and are being sampled.
+    """A round of prompts that is being sampled.
 
-    `position` is the stream's from before they were drawn, `version` that of the weights, `begun`
-    what the generator gave for them. `groups` are there when they were collected early. `too_many`
-    is why there are no prompts.
+    `position` is the stream's before the prompts were drawn, `version` the weights', `begun` the
+    generator's handle for them. `groups` is set if they were collected early, `too_many` if there
+    are no prompts.
     """
 
     position: int
@@ -46,7 +47,7 @@ class _Round:
 
 
 class Rollouts:
-    """Draws the prompts of one round after another and has them sampled (algorithm step 1)."""
+    """Draws the prompts of each round and has them sampled (algorithm step 1)."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Rollouts:
         *,
         version: Callable[[], int],
     ) -> None:
-        """Nothing is drawn yet. `version` is how many optimizer steps there have been."""
+        """Draw nothing yet. `version` returns the number of optimizer steps so far."""
         self.asynchronous = recipe.rollout.asynchronous
         self.corrected = recipe.rollout.importance_sampling.enabled
         self.prompts = prompts
@@ -75,13 +76,13 @@ class Rollouts:
         self._told = False
 
     def __call__(self, step: Step) -> list[Group]:
-        """The next prompts' groups; the step notes samples that were skipped, times and staleness.
+        """Return the next groups, and note the step's skipped samples, times and staleness.
 
         Collective over all ranks.
 
         Raises:
-            TooManySkipped: more of a data set than data.max_skipped_fraction can't be used. It is
-                raised when its round comes, however early it was found: what lies before is
+            TooManySkipped: more of a data set than data.max_skipped_fraction is unusable. However
+                early this is found, it is raised only in its round, after all steps before it are
                 trained, recorded and saved.
             RunFailed: the generator has failed, on all ranks.
         """
@@ -103,29 +104,29 @@ class Rollouts:
         return groups
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """G completions of each prompt, sampled now."""
+        """Sample G completions of each prompt now."""
         groups = self.generator.generate(prompts, self.sampling)
         self.generator.rest()
         return groups
 
     def settle(self) -> None:
-        """Wait for what is being sampled ahead and keep it, so that others can use the engines.
+        """Wait for completions sampled ahead and keep them, which frees the engines.
 
-        These take no newer weights before, and a validation needs them. Collective over all ranks.
+        Until then, engines can't load the newer weights that a validation needs. Collective.
         """
         if self._ahead is not None and self._ahead.too_many is None:
             self._ahead.groups = self._collected(self._ahead)
 
     @property
     def position(self) -> int:
-        """The stream's position behind what was handed out: what a checkpoint has to keep.
+        """The stream's position after the returned groups, for checkpoints.
 
-        What is in flight is sampled anew by a resumed run, with the checkpoint's weights.
+        A resumed run samples prompts in flight again, with the checkpoint's weights.
         """
         return self.prompts.position if self._ahead is None else self._ahead.position
 
     def _begin(self, step: Step) -> _Round:
-        """Draw prompts and let the engines begin, with the weights as they are now."""
+        """Draw prompts and start the engines on them, with the current weights."""
         begun = _Round(self.prompts.position, self.version())
         try:
             with step.timed(m.DATA_TIME):

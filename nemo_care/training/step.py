@@ -1,4 +1,4 @@
-"""A step of training: what it is made of, and what its phases find out about it."""
+"""A step of training: its groups, and the results of its phases."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from nemo_care.training.finite import NotFinite
 
 @dataclass
 class Step:
-    """One step, handed from phase to phase; each sets its fields on every rank.
+    """One step, passed from phase to phase; each sets its fields on every rank.
 
     Example:
         >>> step = Step(1, trained=groups)
@@ -24,30 +24,30 @@ class Step:
     """
 
     number: int
-    """From 1, over all starts of the run."""
+    """Counted from 1, over all starts of the run."""
     is_last: bool = False
-    """No step follows, so nothing is sampled ahead."""
+    """Whether no step follows, so that nothing is sampled ahead."""
     groups: list[Group] = field(default_factory=list)
-    """Rollouts: all that this replica has sampled, over all rounds, in the stream's order."""
+    """Set by rollouts: all groups sampled by this replica in all rounds, in the stream's order."""
     trained: list[Group] = field(default_factory=list)
-    """Rollouts: those that this replica trains on, as many on each; another may have sampled some.
-    """
+    """Set by rollouts: the groups this replica trains on, equally many per replica. Some may have
+    been sampled by another replica."""
     skipped: list[Skipped] = field(default_factory=list)
-    """Rollouts: samples that could not be used, the same on all ranks."""
+    """Set by rollouts: unusable samples, the same on all ranks."""
     optimizer_steps: int = 0
-    """Update: how many optimizer steps of the run there had been before it."""
+    """Set by the update: the number of the run's optimizer steps before it."""
     not_finite: NotFinite | None = None
-    """Update: why it was left out; None where it was not."""
+    """Set by the update: why it was left out; None if it was not."""
     metrics: dict[Metric, float | None] = field(default_factory=dict)
-    """All phases: equal on all ranks. Those of the completions are added when it is recorded."""
+    """Set by all phases: equal on all ranks. Recording adds those of the completions."""
     timing: dict[Metric, float] = field(default_factory=dict)
-    """All phases: seconds of this rank, summed over the rounds."""
+    """Set by all phases: seconds of this rank, summed over the rounds."""
     shown: Callable[[str], None] = field(default=lambda name: None, repr=False)
-    """Called with the name of each phase that begins."""
+    """Called with the name of each phase when it begins."""
 
     @contextmanager
     def timed(self, phase: Metric) -> Iterator[None]:
-        """Time a phase of the step, which may have several parts."""
+        """Time a phase of the step, possibly in several parts."""
         self.shown(phase.short)
         started = time.perf_counter()
         yield
@@ -56,5 +56,5 @@ class Step:
         self.timing[phase] = self.timing.get(phase, 0.0) + time.perf_counter() - started
 
     def of_round(self, metric: Metric, value: float) -> None:
-        """Add a round's value to that of the rounds before, as the metric is reduced."""
+        """Add a round's value to that of the previous rounds, by the metric's reduction."""
         self.metrics[metric] = metric.reduce([self.metrics.get(metric), value])

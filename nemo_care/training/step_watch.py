@@ -1,4 +1,4 @@
-"""What the trainer does about numbers: bad steps are stored, counted and told, too many stop it."""
+"""Checks of each step's numbers: bad steps are stored and reported; too many end the run."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -27,24 +27,24 @@ from nemo_care.training.finite import (
 from nemo_care.training.records import Row
 from nemo_care.training.step import Step
 
-# A difference that stays too large, or a bonus that stays idle, is told again after so many steps.
+# Interval of steps between repeated warnings of a large difference or an idle bonus.
 _TELL_AGAIN = 50
-# The bonus is idle when over so many steps it told completions apart in at most this share of the
-# groups that gave it a choice.
+# The bonus is idle if, over this number of steps, it distinguished completions in at most this
+# share of the groups that gave it a choice.
 _IDLE_STEPS = 20
 _IDLE_RATE = 0.05
-# Nothing is learnt when the rewards of every group were all equal over this number of steps.
+# Nothing is learnt if the rewards in every group were all equal over this number of steps.
 _SILENT_STEPS = 10
-# Share of the answers that may go without a likelihood in the first step that has answers.
+# The share of answers that may lack a likelihood in the first step that has answers.
 _MAX_UNSCORED = 0.05
-# Of the completion that such an error shows: those at its end, where the answer is.
+# Number of tokens shown of a completion in this error: the last ones, where the answer is.
 _SHOWN_TOKENS = 60
-# Of each rank. Backward hands a NaN on towards the input: the last ones are nearest to its origin.
+# Per rank. Backward propagates a NaN towards the input: the last ones are nearest to its origin.
 _PARAMETERS = 50
 
 
 class StepWatch:
-    """Looks at each step's numbers after its update."""
+    """Checks each step's numbers after its update."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class StepWatch:
         tokenizer: ChatTokenizer,
         bad_steps: BadSteps,
     ) -> None:
-        """`bad_steps` is what it counts in."""
+        """Count bad steps in `bad_steps`."""
         self.recipe = recipe
         self.ranks = ranks
         self.files = files
@@ -69,7 +69,7 @@ class StepWatch:
         self._idle_steps = 0
 
     def after_update(self, step: Step) -> None:
-        """Count the step, store its inputs where it was left out; two metrics. Collective."""
+        """Count the step, store its inputs if it was left out, and add two metrics. Collective."""
         self.bad_steps.note(step.number, bad=step.not_finite is not None)
         if step.not_finite is not None:
             self._store(step, step.not_finite)
@@ -77,7 +77,7 @@ class StepWatch:
         step.metrics[m.BAD_STEPS] = self.bad_steps.total
 
     def _store(self, step: Step, bad: NotFinite) -> None:
-        """Write the groups of all replicas, and what was not finite where."""
+        """Write the groups of all replicas, and where what was not finite."""
         stored: list[StoredGroup] = []
         if self.ranks.is_loss_leader:
             stored = [
@@ -91,7 +91,7 @@ class StepWatch:
             "parameters_not_finite": len(bad.parameters),
         }
         everyone = self.ranks.gather_on_rank_zero((rank, stored))
-        # Where rank 0 can't write, all ranks have to stop.
+        # If rank 0 can't write, all ranks must stop.
         self.ranks.from_rank_zero(lambda: self._write(step, bad, everyone))
 
     def _write(
@@ -100,7 +100,7 @@ class StepWatch:
         bad: NotFinite,
         everyone: Sequence[tuple[dict[str, Any], list[StoredGroup]]],
     ) -> None:
-        """On rank 0: into the run directory and on the console."""
+        """On rank 0: write to the run directory and the console."""
         replicas = [of_rank["replica"] for of_rank, _ in everyone]
         not_finite: list[dict[str, Any]] = [
             {
@@ -127,7 +127,7 @@ class StepWatch:
         self.console.bad_step(step.number, why(not_finite), in_a_row, file)
 
     def _marked(self, group: Group, log_probs: Sequence[torch.Tensor]) -> StoredGroup:
-        """The group, with what is not finite of each completion."""
+        """Return the group, marked with what is not finite of each completion."""
         stored = StoredGroup.of(group, log_probs)
         all_tokens = self.recipe.algorithm.kl_coefficient > 0
         for number, (completion, record) in enumerate(
@@ -143,7 +143,7 @@ class StepWatch:
         return stored
 
     def stop_if_too_many(self) -> None:
-        """Called when the step is recorded.
+        """Fail if too many steps in a row were bad; called after recording the step.
 
         Raises:
             RunFailed: more than trainer.max_bad_steps in a row were left out.
@@ -154,23 +154,23 @@ class StepWatch:
         steps = f"steps {row[0]} to {row[-1]}" if len(row) > 1 else f"step {row[0]}"
         raise RunFailed(
             f"{steps} had to be left out because of numbers that are not finite, more in a row "
-            f"than trainer.max_bad_steps={allowed}. Their inputs, and what was not finite where, "
-            f"are in {self.files.bad_steps}. The weights are those from before these steps. "
-            f"Look at one with: nemo-care replay {self.files.folder} --step {row[-1]}. The same "
-            "command as before goes on from the newest checkpoint; to get past these steps, try a "
-            "lower optimizer.lr or optimizer.clip_grad, model.precision.dtype=fp32, or an older "
-            "checkpoint (remove newer ones)"
+            f"than trainer.max_bad_steps={allowed}. Their inputs, and where numbers were not "
+            f"finite, are in {self.files.bad_steps}. The weights are those from before these "
+            f"steps. Look at one with: nemo-care replay {self.files.folder} --step {row[-1]}. "
+            "The same command as before resumes from the newest checkpoint; to get past these "
+            "steps, try a lower optimizer.lr or optimizer.clip_grad, "
+            "model.precision.dtype=fp32, or an older checkpoint (remove newer ones)"
         )
 
     def check_differences(self, step: Step) -> None:
-        """Compare rollout, scoring and update on the same tokens, all before this step's update.
+        """Compare rollout, scoring and update on the same tokens, all from before this update.
 
-        Before any update of the run all three ran the same weights. Later the rollout may have run
-        those from before another update, which makes a difference of its own. In a bad step there
-        is something to compare once its first update was made.
+        Before the run's first update, all three used the same weights. Later, the rollout may have
+        used the weights from before another update, which makes a difference by itself. In a bad
+        step, there is something to compare only after its first update.
 
         Raises:
-            RunFailed: they differ by more than the bounds while the policy is untouched.
+            RunFailed: they differ by more than the bounds before the policy was ever updated.
         """
         if step.not_finite is not None and step.not_finite.update == 0:
             return
@@ -187,9 +187,9 @@ class StepWatch:
             self._differences += 1
 
     def check_selection(self, step: int, rate: float | None) -> None:
-        """Say when the bonus no longer tells accurate completions apart.
+        """Warn if the bonus no longer distinguishes accurate completions.
 
-        `rate`: the share of groups in which it did, None where no group gave it a choice.
+        `rate`: the share of groups in which it did, None if no group gave it a choice.
         """
         if rate is None or not BONUSES[self.recipe.algorithm.consistency.kind].selects:
             return
@@ -203,12 +203,12 @@ class StepWatch:
         self._idle_steps += 1
 
     def check_answers(self, groups: Sequence[Group]) -> None:
-        """Check in the first step with answers that they can get a likelihood; collective.
+        """Check that the first answers of the run have a likelihood; collective.
 
-        Where nothing uses likelihoods, nothing is checked.
+        Nothing is checked if nothing uses likelihoods.
 
         Raises:
-            RunFailed: the tokens of more than 5% of the answers, over all replicas, were not found.
+            RunFailed: over all replicas, the tokens of more than 5% of the answers were not found.
         """
         has_bonus = self.recipe.algorithm.consistency.bonus_coefficient > 0
         is_wanted = has_bonus or judged_by(self.recipe.evaluation, "likelihood")
@@ -227,20 +227,20 @@ class StepWatch:
                 f"{missing} of {total} well-formed answers of the first step that has any got no "
                 "likelihood, because none of their tokens was found: with this tokenizer no such "
                 f"completion could get a bonus. One of them is {first}. Use the tokenizer files "
-                "that were published with the checkpoint of model.hf_path. If these are the ones, "
-                "report it: their decoder does not give back the text token by token"
+                "that were published with the checkpoint of model.hf_path. If they are in use "
+                "already, report it: their decoder does not reproduce the text token by token"
             )
 
     def _shown(self, completion: Completion) -> str:
-        """A completion with its last tokens."""
+        """Return a completion with its last tokens."""
         tokens = self.tokenizer.base.convert_ids_to_tokens(completion.token_ids.tolist())
         more = "... " if len(tokens) > _SHOWN_TOKENS else ""
         return f"{completion.text!r}, its tokens: {more}{tokens[-_SHOWN_TOKENS:]}"
 
     def check_signal(self, step: int, rows: Sequence[Row]) -> None:
-        """Say when the rewards of every group of the last steps were all equal.
+        """Warn if the rewards in every group of the last steps were all equal.
 
-        `rows` are the step's completions of all replicas; rank 0 has them.
+        `rows` are the step's completions of all replicas, on rank 0.
         """
         if any(row["advantage"] != 0 for row in rows):
             self._silent_steps = 0
@@ -257,7 +257,7 @@ class StepWatch:
                 "rollout.max_logprob_difference",
                 self.recipe.rollout.max_logprob_difference,
             ),
-            # The reference starts as the policy. No value: no completion has an answer.
+            # The reference starts as the policy. There is no value if no completion has an answer.
             (
                 "the scoring pass and training",
                 metrics[m.REFERENCE_DIFFERENCE] or 0.0,
@@ -275,7 +275,7 @@ class StepWatch:
 
 
 def why(not_finite: Sequence[Mapping[str, Any]]) -> str:
-    """One phrase for what was not finite, and where first."""
+    """Return a phrase for what was not finite, and where first."""
     parts = []
     for item in not_finite:
         name = NAMES.get(item["what"], item["what"])

@@ -1,4 +1,4 @@
-"""The GRPO-CARE trainer: `fit` is a run, `run_training_step` the algorithm."""
+"""The GRPO-CARE trainer: `fit` is a run, `run_training_step` is the algorithm."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ from nemo_care.training.step_watch import StepWatch
 
 
 class GRPOCareTrainer:
-    """Trains a policy with GRPO-CARE, or with GRPO where the recipe has no bonus."""
+    """Trains a policy with GRPO-CARE, or with GRPO if the recipe has no bonus."""
 
     def __init__(
         self,
@@ -58,9 +58,12 @@ class GRPOCareTrainer:
         annotations: Fingerprints | None = None,
         stop: StopRequest | None = None,
     ) -> None:
-        """`reference` is None where neither a bonus nor a KL term needs one; `bad_lines` are the
-        lines of the annotations that gave no sample; `annotations` is what their files hold; `stop`
-        is asked after each step."""
+        """Connect the parts of a run.
+
+        `reference` is None if neither a bonus nor a KL term needs one; `bad_lines` are the lines of
+        the annotations that gave no sample; `annotations` are their fingerprints; `stop` is checked
+        after each step.
+        """
         self.recipe = recipe
         self.ranks = ranks
         self.rewards = rewards
@@ -81,7 +84,7 @@ class GRPOCareTrainer:
             recipe, prompts, generator, self.console, version=lambda: policy.optimizer_steps
         )
         self.sampling = DynamicSampling(recipe, ranks)
-        # The number of the last step that was begun.
+        # The number of the last step that has begun.
         self.step = 0
 
     @property
@@ -91,19 +94,19 @@ class GRPOCareTrainer:
 
     @property
     def generator(self) -> Generator:
-        """What samples the completions."""
+        """The generator of completions."""
         return self.rollouts.generator
 
     # ------------------------------------------------------------------ the algorithm
 
     def fit(self) -> dict[str, Any]:
-        """Train until `trainer.max_steps`; goes on where the run directory's checkpoint ends.
+        """Train until `trainer.max_steps`, resuming from the run directory's newest checkpoint.
 
         Returns:
-            The run's summary (rank 0; empty on the others).
+            The run's summary on rank 0, empty on the others.
 
         Raises:
-            RunStopped: it was asked to stop, and has saved a checkpoint.
+            RunStopped: a stop was requested, and a checkpoint is saved.
         """
         started = time.perf_counter()
         self.resume()
@@ -121,16 +124,16 @@ class GRPOCareTrainer:
         return self.finish(time.perf_counter() - started)
 
     def steps(self) -> Iterator[Step]:
-        """The steps that are left to train."""
+        """Yield the steps that are left to train."""
         last = self.recipe.trainer.max_steps
         while self.step < last:
             self.step += 1
             yield Step(self.step, is_last=self.step == last, shown=self.console.phase)
 
     def run_training_step(self, step: Step) -> None:
-        """One step of GRPO-CARE (arXiv 2506.16141)."""
+        """Run one step of GRPO-CARE (arXiv 2506.16141)."""
         with step.timed(m.STEP_TIME):
-            # One round of sampling, or with rollout.dynamic_sampling several.
+            # One round of sampling, or several with rollout.dynamic_sampling.
             for groups in self.sampling.rounds(step, self.next_rollouts):
                 with step.timed(m.REWARD_TIME):
                     self.rewards(groups)
@@ -149,11 +152,11 @@ class GRPOCareTrainer:
         self.watch.check_selection(step.number, step.metrics[m.SELECTION_RATE])
 
     def next_rollouts(self, step: Step) -> list[Group]:
-        """G completions of each of the next prompts, sampled from the policy (algorithm step 1)."""
+        """Sample G completions of each of the next prompts (algorithm step 1)."""
         try:
             return self.rollouts(step)
         except TooManySkipped as error:
-            # The run ends here, on all ranks, and what this step left out is to be mended.
+            # The run ends here, on all ranks; the user needs the skipped samples to fix them.
             self.checkpoints.wait()
             step.skipped.extend(error.skipped)
             if self.ranks.rank == 0:
@@ -161,7 +164,7 @@ class GRPOCareTrainer:
             raise
 
     def track_policy(self, step: Step) -> None:
-        """Let the reference follow the policy, after an optimizer step (algorithm step 8)."""
+        """Move the reference towards the policy after an optimizer step (algorithm step 8)."""
         if self.reference is not None:
             self.reference.track(
                 self.policy.model, self.policy.optimizer_steps, step.metrics[m.SELECTION_RATE]
@@ -170,7 +173,7 @@ class GRPOCareTrainer:
     # ------------------------------------------------------------------ validation
 
     def run_validation(self) -> None:
-        """Validate on all levels and record the result."""
+        """Validate on all levels and record the results."""
         if not self.validator.levels:
             return
         self.rollouts.settle()
@@ -180,7 +183,7 @@ class GRPOCareTrainer:
     def _record_validation(
         self, levels: dict[str, Results], left_out: dict[str, list[Skipped]]
     ) -> None:
-        """On rank 0: into the run directory, to the loggers, on the console."""
+        """On rank 0: write to the run directory, the loggers and the console."""
         skipped = [
             {"level": level, **asdict(item)} for level, items in left_out.items() for item in items
         ]
@@ -197,7 +200,7 @@ class GRPOCareTrainer:
         self.console.validation(self.step, levels)
 
     def _validation_is_missing(self) -> bool:
-        """Before the first step, or when a kill came between a checkpoint and its validation."""
+        """Whether one is due but not recorded: at step 0, or after a kill just before it."""
         recorded = self.ranks.from_rank_zero(lambda: self.step in self.files.validations())
         return (self.step == 0 or self._validation_is_due()) and not recorded
 
@@ -209,10 +212,10 @@ class GRPOCareTrainer:
     # ------------------------------------------------------------------ records
 
     def record(self, step: Step) -> None:
-        """Write the step's metrics and completions; collective, because rank 0 needs them all.
+        """Write the step's metrics and completions; collective, since rank 0 needs all of them.
 
-        A step is saved behind its record, so `CHECKPOINT_TIME` is what saving has held up the run
-        since the record before: mostly the save of the step before.
+        A step is saved after its record is written, so `CHECKPOINT_TIME` is the delay by saving
+        since the previous record: mostly the save of the previous step.
         """
         mine = (
             completion_rows(step.groups, self.recipe.evaluation.judge),
@@ -232,11 +235,11 @@ class GRPOCareTrainer:
         step.metrics[m.BY_PYAV] = m.BY_PYAV.reduce(by_pyav)
         step.metrics[m.SKIPPED] = len(step.skipped)
         step.metrics |= memory_metrics()
-        # Where rank 0 can't write, all ranks have to stop.
+        # If rank 0 can't write, all ranks must stop.
         self.ranks.from_rank_zero(lambda: self._record(step, rows))
 
     def _record(self, step: Step, rows: list[Row]) -> None:
-        """On rank 0: into the run directory, to the loggers, on the console."""
+        """On rank 0: write to the run directory, the loggers and the console."""
         step.timing[m.CHECKPOINT_TIME] = self.checkpoints.take_seconds()
         clip = self.recipe.algorithm.consistency.likelihood_clip
         record = m.checked(rollout_metrics(rows, clip) | step.metrics | step.timing)
@@ -250,7 +253,7 @@ class GRPOCareTrainer:
     # ------------------------------------------------------------------ state
 
     def state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
-        """Everything that a resumed run needs, as Megatron sharded state."""
+        """Return everything that a resumed run needs, as Megatron sharded state."""
         metadata = sharding_metadata()
         state = {
             "policy": self.policy.sharded_state_dict(metadata, is_loading),
@@ -267,7 +270,7 @@ class GRPOCareTrainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a loaded `state_dict`."""
+        """Load a `state_dict`."""
         self.policy.load_state_dict(state["policy"])
         if self.reference is not None:
             self.reference.load_state_dict(state["reference"])
@@ -278,19 +281,19 @@ class GRPOCareTrainer:
     def save_if_due(self) -> None:
         """Save at the interval and after the last step.
 
-        Not in bad steps: the next good one saves instead.
+        Bad steps are not saved; the next good one is saved instead.
         """
         if self.checkpoints.is_due(self.step):
             self.save()
 
     def stop_if_asked(self) -> None:
-        """Save and leave; called after each step and each batch of a validation, by all ranks.
+        """Save and raise if a stop was requested; all ranks call it after steps and batches.
 
-        A save that goes on behind the steps is completed here.
+        The batches are those of a validation. Also completes a save written in the background.
 
         Raises:
             CheckpointError: a checkpoint could not be written.
-            RunStopped: a signal asked for it, or trainer.max_time_per_run is over.
+            RunStopped: a signal requested it, or trainer.max_time_per_run is over.
         """
         self.checkpoints.complete_if_written()
         request = self.stop.agreed()
@@ -302,12 +305,12 @@ class GRPOCareTrainer:
         raise stopped(self.step, request)
 
     def save(self) -> None:
-        """Save this step; all ranks call it."""
+        """Save the current step; all ranks call it."""
         self.console.phase(m.CHECKPOINT_TIME.short)
         self.checkpoints.save(self.step, self.state_dict)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint of the run directory, if there is one.
+        """Resume from the newest checkpoint of the run directory, if there is one.
 
         Raises:
             InputError: see `Checkpointing.resume`.
@@ -326,7 +329,7 @@ class GRPOCareTrainer:
         )
 
     def _rewind_records(self) -> None:
-        """On rank 0: drop the records of steps that come again."""
+        """On rank 0: drop the records of steps that will be repeated."""
         with self.files.writing(f"the records up to step {self.step}"):
             start = self.files.go_on(self.step)
             self.files.list_skipped_once(self.step, [asdict(item) for item in self.bad_lines])
@@ -334,7 +337,7 @@ class GRPOCareTrainer:
         self.console.bad_lines(self.bad_lines)
 
     def finish(self, seconds: float) -> dict[str, Any]:
-        """Complete the last checkpoint, export the trained model and write the summary."""
+        """Complete the last checkpoint, export the trained model, and write the summary."""
         self.checkpoints.wait()
         self.validator.evaluator.close()
         self.generator.close()
@@ -359,5 +362,5 @@ class GRPOCareTrainer:
         return summary
 
     def _export(self, target: Path) -> None:
-        """Write the policy's weights as a Hugging Face directory, over one of an earlier end."""
+        """Write the policy's weights as a Hugging Face directory, replacing an earlier export."""
         export_hf(self.policy.model, self.recipe.model.hf_path, target, replace=True)

@@ -1,4 +1,4 @@
-"""The metrics of an update: each micro-batch's sums and maxima, and the step's values of them."""
+"""The metrics of an update: sums and maxima per micro-batch, reduced to the step's values."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from nemo_care.runs.metric import Metric, Over, Reduction
 
 @dataclass(frozen=True)
 class Result:
-    """What the last pipeline stage keeps of a micro-batch.
+    """The results of a micro-batch on the last pipeline stage.
 
-    `values` are scalars: by metric the sum, of which the step's mean is made, or the largest; by
-    `Over` how many there are. `log_probs` [N, C] are those under the policy.
+    `values` are scalars: per metric the sum, which becomes the step's mean, or the maximum; per
+    `Over` the count. `log_probs` [N, C] are those under the policy.
     """
 
     values: Mapping[Metric | Over, torch.Tensor]
@@ -26,16 +26,16 @@ class Result:
 
 
 class UpdateMetrics:
-    """Measures micro-batches on the last pipeline stage, and reduces to a step on all ranks."""
+    """Measures micro-batches on the last pipeline stage, and reduces them on all ranks."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
-        """The recipe says what there is to measure."""
+        """Choose the metrics by the recipe."""
         self.recipe = recipe
         self.ranks = ranks
 
     @property
     def measured(self) -> list[Metric]:
-        """What is measured; all ranks have to know it before they have any result."""
+        """The measured metrics, which all ranks must agree on before they have any result."""
         metrics = [m.LOSS, m.CLIPPED_FRACTION, m.REFERENCE_DIFFERENCE, m.ROLLOUT_DIFFERENCE]
         metrics += [m.LARGEST_ROLLOUT_DIFFERENCE]
         if self.recipe.algorithm.kl_coefficient:
@@ -55,10 +55,10 @@ class UpdateMetrics:
         asked: torch.Tensor,
         importance: ImportanceWeights | None,
     ) -> Result:
-        """The result of a micro-batch.
+        """Return the result of a micro-batch.
 
-        All are [N, C]: log-probabilities under the policy, as the rollout saw them and under the
-        reference, `mask` for the tokens and `asked` for those that the reference scored.
+        All are [N, C]: log-probabilities under the policy, in the rollout and under the reference,
+        `mask` for the tokens, and `asked` for those that the reference scored.
         """
         log_probs = log_probs.detach()
         from_rollout = torch.where(mask, (rollout - log_probs).abs(), 0.0)
@@ -83,10 +83,10 @@ class UpdateMetrics:
     def reduce(
         self, results: Sequence[Result], loss_terms: torch.Tensor
     ) -> dict[Metric, float | None]:
-        """The step's metrics from the micro-batches of all replicas, on all ranks. Collective.
+        """Return the step's metrics from the micro-batches of all replicas. Collective.
 
-        `loss_terms` is the loss's count of the step. A mean over nothing is None, and so is the KL
-        term of a loss without one.
+        `loss_terms` is the loss's count of the step. A mean over nothing is None, and so is KL for
+        a loss without a KL term.
         """
         means = [metric for metric in self.measured if metric.reduction is Reduction.MEAN]
         maxima = [metric for metric in self.measured if metric.reduction is Reduction.MAX]

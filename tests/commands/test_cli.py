@@ -348,6 +348,6 @@ def test_a_refused_start_leaves_the_run_that_is_there_as_it_is(train, tmp_path):
     (tmp_path / "run/checkpoints/step_000001").mkdir(parents=True)
     recipe = tmp_path / "run/recipe.yaml"
     recipe.write_text("that run's")
-    assert_refused(train("trainer.resume=never"), "holds a run already", "trainer.resume=never")
+    assert_refused(train("trainer.resume=never"), "already holds a run", "trainer.resume=never")
     assert recipe.read_text() == "that run's"
     assert sorted(path.name for path in recipe.parent.iterdir()) == ["checkpoints", "recipe.yaml"]

@@ -285,9 +285,7 @@ def test_records_that_a_crash_has_lost_are_named(run, recipe, ranks, capsys):
     file.write_text(file.read_text().splitlines(keepends=True)[1])
     recipe.trainer.max_steps = 3
     fit(recipe, ranks, run)
-    assert "metrics.jsonl lacks steps that the checkpoint has behind it: 1;" in (
-        capsys.readouterr().out
-    )
+    assert "metrics.jsonl lacks steps before the checkpoint: 1;" in (capsys.readouterr().out)
     assert [start["missing_steps"] for start in lines(run / "starts.jsonl")] == [[], [1]]
 
 

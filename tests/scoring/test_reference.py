@@ -72,7 +72,7 @@ def test_a_bonus_that_no_longer_selects_is_told_now_and_then(recipe, ranks, tmp_
     told = [line for line in capsys.readouterr().out.splitlines() if "care/selection_rate" in line]
     # The first time the mean over the last 20 steps, one of them at 0.8, is at most 5%.
     assert [line.split(":")[0] for line in told] == ["step 29", "step 79"]
-    assert "in the last 20 steps the bonus told accurate completions apart in 4%" in told[0]
+    assert "in the last 20 steps the bonus distinguished accurate completions in 4%" in told[0]
 
 
 def test_a_bonus_for_all_of_the_accurate_is_not_said_to_be_idle(recipe, ranks, tmp_path, capsys):
