@@ -69,7 +69,8 @@ class Group:
     """
 
     prompt: Prompt
-    """Rollouts; all ranks. Without its media where dynamic sampling has set the group aside."""
+    """Rollouts; all ranks. Its frames are on the leader of the model replica only; nowhere, where
+    dynamic sampling has set the group aside."""
     completions: list[Completion]
     """Rollouts; all ranks."""
     rewards: dict[str, torch.Tensor] | None = None

@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
+from nemo_care.data.patches import Patching
 from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.family import Family
 from nemo_care.models.layer_specs import layer_spec
@@ -131,6 +132,11 @@ class VideoLanguageModel(MegatronModule, ABC):
     @abstractmethod
     def vision_features(self, inputs: ModelInputs) -> torch.Tensor:
         """The vision tower's features [N, H] for all vision tokens of the micro-batch, in order."""
+
+    @property
+    def patching(self) -> Patching:
+        """How the family's frames become patches."""
+        return self.family.prompt.patching
 
     def _mark_tensor_parallel(self) -> None:
         """Mark the parameters that tensor parallelism cuts, as their initialisation would have.

@@ -69,8 +69,8 @@ class StageUse:
     `update` is the peak of forward and backward with one micro-batch in flight, and each further
     one adds `micro_batch`: what it keeps for backward, of which the vision tower keeps `vision`;
     `optimizer_step` is the peak of what follows, with the optimizer's state if that is offloaded.
-    `inputs` are the patches of one micro-batch; all of a step are on the GPU, in scoring and
-    update. `output_layer` is the peak of the output layer alone. Where vLLM samples, `rollout` and
+    `inputs` are the patches of one micro-batch, part of all of these on the first stage.
+    `output_layer` is the peak of the output layer alone. Where vLLM samples, `rollout` and
     `key_value_cache` are 0, and `validation` is what scores its completions beside engines that
     are awake (0 where these have GPUs of their own).
     """
@@ -205,7 +205,7 @@ class Stage:
                 logits = decoding.decode(torch.zeros_like(token, device="cpu"), _positions(rows))
             decoding.choose(logits, torch.zeros(rows))
             cache = decoding.cache.nbytes
-        return found[0] + len(repeated) * patch_bytes(lengths, self.shape), cache
+        return found[0], cache
 
     def output_layer(self, lengths: Lengths) -> int:
         """Peak bytes of the log-probabilities of one micro-batch alone, forward and backward."""
@@ -225,7 +225,7 @@ class Stage:
             before = self.memory.current
             if not self.ranks.is_first_stage:
                 self.model.set_input_tensor(self._hidden(batch))
-            out = self.model(batch.inputs)
+            out = self.model(batch.rows.inputs(self.model))
             kept = self.memory.current - before
         del out
         self.model.set_input_tensor(None)
@@ -233,7 +233,7 @@ class Stage:
 
     def _hidden(self, batch: GroupBatch) -> torch.Tensor:
         """What the stage before would send for a micro-batch."""
-        rows, tokens = batch.inputs.token_ids.shape
+        rows, tokens = batch.rows.token_ids.shape
         parallel = self.ranks.layout
         tokens //= parallel.tensor if parallel.sequence_parallel else 1
         size = (tokens, rows, self.shape.architecture.hidden_size)
@@ -262,7 +262,7 @@ class Stage:
 
 
 def patch_bytes(lengths: Lengths, shape: ModelShape) -> int:
-    """The float32 patches of one prompt; `MetaMemory` takes them for host memory."""
+    """The float32 patches of one prompt."""
     return lengths.patches * shape.family.prompt.patching.values * 4
 
 

@@ -110,6 +110,10 @@ class DataConfig:
     """A prompt whose media take longer to decode is skipped and listed."""
     worker_memory_gib: float = 8.0
     """Memory that one decoding process may use; a prompt that needs more is skipped and listed."""
+    cache: str | None = None
+    """Folder to keep decoded frames in, which runs and ranks may share; null: decode each time."""
+    cache_gib: float = 64.0
+    """Size of that folder; frames that were not used for the longest time are removed beyond it."""
 
 
 def for_validation(data: DataConfig) -> DataConfig:

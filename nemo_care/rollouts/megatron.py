@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.tokenizer import ChatTokenizer
-from nemo_care.groups.batch import model_inputs
+from nemo_care.groups.batch import Rows
 from nemo_care.groups.group import Group
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.decoding_cache import DecodingCache
@@ -188,7 +188,7 @@ class Decoding:
         ids = torch.cat([prompt.token_ids for prompt in self.prompts])
         positions = torch.cat([prompt.position_ids for prompt in self.prompts], dim=1)
         is_vision = torch.cat([prompt.is_vision for prompt in self.prompts])
-        inputs = model_inputs(
+        rows = Rows(
             self.prompts,
             F.pad(ids, behind, value=self.pad_id)[None],
             F.pad(positions, behind)[:, None],
@@ -196,7 +196,7 @@ class Decoding:
             self.cache,
         )
         last = [segment.stop - 1 for segment in self.packed.segments]
-        logits = self._forward(inputs, torch.tensor(last, device=self.device))
+        logits = self._forward(rows.inputs(self.model), torch.tensor(last, device=self.device))
         self.cache.begin_decoding()
         return logits
 
