@@ -13,6 +13,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -123,22 +124,28 @@ class FrameCache:
         path = self._path(name)
         try:
             entry = _read(path, name)
-            # Entries are removed in the order of this time.
-            os.utime(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            self._say_once(error)
+            return None
+        except (ValueError, KeyError, TypeError) as error:
             say(
                 f"{path}: not a readable entry of data.cache ({error}); it is decoded again",
                 file=sys.stderr,
             )
             return None
+        # Entries are removed in the order of this time; it can't be set on another user's files.
+        with suppress(OSError):
+            os.utime(path)
         return entry
 
     def put(self, name: str, entry: DecodedFile) -> None:
-        """Keep an entry, in place of one of the same name. Without room on the disk, it is not."""
+        """Keep an entry, in place of one of the same name.
+
+        One that can't be written, for example because the disk is full, is left out.
+        """
         path = self._path(name)
-        partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}{_PARTIAL}")
         header = _header(name, entry)
         size = len(header) + entry.frames.nbytes
         if size > self.limit:
@@ -146,20 +153,19 @@ class FrameCache:
         try:
             self._make_room(size)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("xb") as file:
-                file.write(header)
-                file.write(np.ascontiguousarray(entry.frames).data)
-            os.replace(partial, path)
+            _write(path, header, np.ascontiguousarray(entry.frames))
             self._written += size
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            if not self._has_failed:
-                say(
-                    f"data.cache={self.folder}: can't be written to ({error.strerror}); this "
-                    "process goes on without keeping what it decodes",
-                    file=sys.stderr,
-                )
-            self._has_failed = True
+            self._say_once(error)
+
+    def _say_once(self, error: OSError) -> None:
+        if not self._has_failed:
+            say(
+                f"data.cache={self.folder}: can't be used ({error.strerror}); this process goes on "
+                "without it",
+                file=sys.stderr,
+            )
+        self._has_failed = True
 
     def _path(self, name: str) -> Path:
         """In one of 256 folders, because some file systems are slow with very large ones."""
@@ -205,6 +211,19 @@ def _header(name: str, entry: DecodedFile) -> bytes:
         "crc32": zlib.crc32(np.ascontiguousarray(entry.frames).data),
     }
     return json.dumps(about).encode() + b"\n"
+
+
+def _write(path: Path, header: bytes, frames: np.ndarray) -> None:
+    """An entry under its name, whole or not at all."""
+    partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}{_PARTIAL}")
+    try:
+        with partial.open("xb") as file:
+            file.write(header)
+            file.write(frames.data)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _read(path: Path, name: str) -> DecodedFile:

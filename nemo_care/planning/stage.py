@@ -172,8 +172,9 @@ class Stage:
     def score_by_policy(self, lengths: Lengths) -> int:
         """Bytes that a scoring pass under the policy itself takes at its peak."""
         scorer = Scorer(self.model, self.ranks, self.layout)
+        groups = self.groups(lengths, 1)
         with self.exchanging(lengths), self.peak() as found:
-            scorer.answer_likelihoods(self.groups(lengths, 1))
+            scorer.answer_likelihoods(groups)
         return found[0]
 
     def generate(self, lengths: Lengths, prompts: int, group_size: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from small_runs import one_step, small_trainer, updated
 from nemo_care.checkpoints.writer import _StateWriter
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.ema import WeightAverage
+from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 from nemo_care.models.log_probs import token_log_probs
 from nemo_care.models.pipeline import forward_only
 from nemo_care.rollouts.generator import Sampling
@@ -46,7 +47,7 @@ def hf_logits(model, prompt) -> torch.Tensor:
         logits = model(
             input_ids=prompt.token_ids[None].to(device),
             position_ids=prompt.position_ids[:, None].to(device),
-            pixel_values_videos=prompt.pixel_values.to(device, model.dtype),
+            pixel_values_videos=PatchSize().patches(*prompt.frames).to(device, model.dtype),
             video_grid_thw=prompt.grid_thw.to(device),
         ).logits
     return logits[0].float().cpu()
@@ -61,7 +62,7 @@ def test_logits_equal_hugging_face_on_the_same_device(job: Job, dtype):
     inputs = ModelInputs(
         token_ids=prompt.token_ids[None].to(device),
         position_ids=prompt.position_ids[:, None].to(device),
-        pixel_values=prompt.pixel_values.to(device),
+        pixel_values=PatchSize().patches(prompt.frames[0].to(device)),
         grid_thw=prompt.grid_thw.to(device),
         is_vision=prompt.is_vision[None].to(device),
     )

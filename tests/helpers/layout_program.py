@@ -90,8 +90,18 @@ def generate(trainer, prompts, temperature: float, ranks: Ranks) -> list[list[li
     return [item for part in ranks.gather_from_replicas(tokens) for item in part]
 
 
-def run(folder: Path, name: str, ranks: Ranks) -> dict:
+def load_job(folder: Path, ranks: Ranks) -> dict:
+    """What is to be done; as in a run, only the leader of a replica has the prompts' frames."""
     job = torch.load(folder / "job.pt", weights_only=False)
+    if not ranks.is_model_leader:
+        job["prompts"] = [prompt.without_frames() for prompt in job.get("prompts", ())]
+        for group in job["groups"]:
+            group.prompt = group.prompt.without_frames()
+    return job
+
+
+def run(folder: Path, name: str, ranks: Ranks) -> dict:
+    job = load_job(folder, ranks)
     recipe = small_recipe(job["checkpoint"], job["world"])
     trainer = small_trainer(recipe, ranks, folder / name)
     model = trainer.policy.model

@@ -21,6 +21,7 @@ from layout_program import (
     LAYOUTS,
     gather_gradients,
     gather_vocabulary,
+    load_job,
     reduce_whole_gradients,
 )
 from small_runs import small_recipe
@@ -36,7 +37,7 @@ from nemo_care.training.build import load_model
 
 def causal(batch):
     """The same packed sequence without its segments."""
-    return dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, packed=None))
+    return dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, packed=None))
 
 
 def from_last_stage(value, ranks: Ranks):
@@ -62,11 +63,14 @@ def compute(wrapped, batches, ranks: Ranks) -> dict:
         factors = torch.sin(torch.arange(log_probs.numel()).view_as(log_probs).float())
         return (log_probs * factors).sum(), None
 
-    passes = forward_only(model, batches, lambda batch: batch.inputs, values)
+    def inputs(batch):
+        return batch.rows.inputs(model)
+
+    passes = forward_only(model, batches, inputs, values)
     vocabulary = [gather_vocabulary(part, ranks) for part in _last_of(passes, len(batches))]
     wrapped.train()
     wrapped.zero_grad_buffer()
-    forward_backward(wrapped, batches, lambda batch: batch.inputs, loss)
+    forward_backward(wrapped, batches, inputs, loss)
     return {
         "log_probs": from_last_stage([part for part, _, _ in passes], ranks),
         "likelihood": from_last_stage([part for _, part, _ in passes], ranks),
@@ -82,7 +86,7 @@ def _last_of(passes: list, count: int) -> list:
 def main() -> None:
     folder, name = Path(sys.argv[1]), sys.argv[2]
     ranks = Ranks(LAYOUTS[name], RankEnvironment.read())
-    job = torch.load(folder / "job.pt", weights_only=False)
+    job = load_job(folder, ranks)
     recipe = small_recipe(job["checkpoint"], job["world"])
     packed, separate = (
         # Two groups in a batch.

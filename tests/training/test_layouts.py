@@ -17,6 +17,7 @@ from small_runs import small_recipe, small_trainer
 
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.models.families import read_family
+from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 from nemo_care.models.video_language_model import ModelInputs
 
 pytestmark = pytest.mark.numeric
@@ -31,11 +32,12 @@ def job(rank_server, checkpoint, world, tmp_path_factory):
     # Two rows of equal length for the comparison of logits.
     video = prompts[0]
     rows = torch.stack([video.token_ids, video.token_ids.clone()])
+    patches = PatchSize().patches(*video.frames)
     rows[1, -6:-3] = rows[1, -5:-2].clone()
     inputs = ModelInputs(
         token_ids=rows,
         position_ids=torch.stack([video.position_ids] * 2, dim=1),
-        pixel_values=torch.cat([video.pixel_values, video.pixel_values.flip(0)]),
+        pixel_values=torch.cat([patches, patches.flip(0)]),
         grid_thw=torch.cat([video.grid_thw] * 2),
         is_vision=torch.stack([video.is_vision] * 2),
     )
@@ -225,6 +227,14 @@ def test_first_training_step_is_the_same_in_every_layout(layout):
         for run in (Path(result["files"]), folder / "tp1-step")
     ]
     assert texts[0] == texts[1]
+
+
+def test_frames_take_the_same_memory_in_every_layout_of_a_replica(layout):
+    """One rank's, in bytes: frames of 8 x 28 x 28 pixels of each of the replica's prompts."""
+    name, result, _ = layout
+    (metrics,) = read_metrics(Path(result["files"]))
+    prompts = small_recipe("", "").algorithm.prompts_per_step // (2 if name == "dp2" else 1)
+    assert metrics["memory/media_gib"] * 2**30 == prompts * 8 * 28 * 28 * 3
 
 
 def test_a_run_of_one_process_resumes_in_every_layout(layout):
