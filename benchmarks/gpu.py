@@ -121,16 +121,14 @@ def planned(folder: str, way: Way, args: argparse.Namespace) -> dict[str, float]
     recipe, shape = recipe_of(folder, way, args), read_model_shape(folder)
     with built_stage(recipe, shape, 0, reference=False) as stage:
         lengths = longest_lengths(recipe, shape.family)
-        # With separate sequences every completion includes the video.
-        copies = 1 if way.shared else args.group
-        patches = copies * lengths.patches * shape.family.prompt.patching.values * 4
-        peak = stage.build.held(offload=True) + max(stage.update(lengths, 1)) + patches
+        peak = stage.build.held(offload=True) + max(stage.update(lengths, 1))
     return {"planned_bytes": peak}
 
 
 def measured(folder: str, way: Way, args: argparse.Namespace) -> dict[str, Any]:
     """Return seconds, tokens/s and FLOPs of both passes, and the peak of the update."""
     import torch
+    from made import with_noise
     from measure import seconds
 
     from nemo_care.groups.batching import BatchLayout
@@ -156,8 +154,7 @@ def measured(folder: str, way: Way, args: argparse.Namespace) -> dict[str, Any]:
     scorer = Scorer(model, ranks, layout)
     lengths = longest_lengths(recipe, family)
     group = made_group(lengths, family, 0, args.group)
-    if group.prompt.pixel_values is not None:
-        group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
+    group.prompt = with_noise(group.prompt)
     tokens = packed_tokens(lengths, args.group, shared=True)
     begin, end = group.completions[0].answer_span or (0, 0)
 

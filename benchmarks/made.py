@@ -1,6 +1,6 @@
 """Make checkpoints, prompts and groups of a given size, with random weights and tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -122,12 +122,20 @@ def video_prompt(config: Qwen2_5_VLConfig, prompt_tokens: int, index: int = 0) -
             video_token_id=config.video_token_id,
         ),
         is_vision=ids == config.video_token_id,
-        pixel_values=torch.randn(
-            grid[0] * grid[1] * grid[2], 3 * TEMPORAL_PATCH * PATCH**2, generator=generator
-        ),
+        frames=(noise((TEMPORAL_PATCH * grid[0], PATCH * grid[1], PATCH * grid[2], 3), generator),),
         grid_thw=torch.tensor([grid]),
         seconds_per_grid=(1.0,),
     )
+
+
+def noise(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
+    """Frames uint8 of any shape."""
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def with_noise(prompt: Prompt) -> Prompt:
+    """The prompt with frames of noise, in the shapes that its frames have."""
+    return replace(prompt, frames=tuple(noise(tuple(f.shape)) for f in prompt.frames))
 
 
 def given_group(prompt: Prompt, tokens: int, group_size: int, vocabulary: int) -> Group:

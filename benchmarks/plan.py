@@ -68,14 +68,14 @@ def planned(folder: str) -> dict[str, int]:
         recipe = recipe_of(folder, granularity)
         with built_stage(recipe, shape, 0, reference=False) as stage:
             lengths = longest_lengths(recipe, shape.family)
-            patches = lengths.patches * shape.family.prompt.patching.values * 4
-            found[granularity] = stage.update(lengths, 1)[0] + patches
+            found[granularity] = stage.update(lengths, 1)[0]
     return found
 
 
 def measured(folder: str, granularity: str) -> tuple[int, int]:
     """Return the peak of a real update: bytes allocated by torch, and resident bytes."""
     import torch
+    from made import with_noise
     from measure import allocated_peak, peak_memory
 
     from nemo_care.groups.batching import BatchLayout
@@ -93,7 +93,7 @@ def measured(folder: str, granularity: str) -> tuple[int, int]:
             parameter.normal_(std=0.02)
     policy = Policy(model, recipe, ranks, BatchLayout(1, 0, multiple=16))
     group = made_group(longest_lengths(recipe, family), family, 0, GROUP)
-    group.prompt.pixel_values = torch.randn(group.prompt.pixel_values.shape)
+    group.prompt = with_noise(group.prompt)
     policy.optimizer.step = lambda: (True, 0.0, None)
     # Megatron's buffers remain after the first update.
     policy.update(Step(0, trained=[group]))

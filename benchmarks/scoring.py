@@ -39,9 +39,9 @@ from nemo_care.scoring.scorer import Scorer
 def naive_likelihoods(model: VideoLanguageModel, group: Group) -> torch.Tensor:
     """Compute answer likelihoods [G], with everything computed for every completion."""
     batch = separate_sequences([group], pad_id=0, multiple=1)
-    logits = model.logits(model(batch.inputs))
+    logits = model.logits(model(batch.rows.inputs(model)))
     rows = []
-    for row, ids in zip(logits, batch.inputs.token_ids, strict=True):
+    for row, ids in zip(logits, batch.rows.token_ids, strict=True):
         log_probs = torch.log_softmax(row[:-1, : model.vocab_size].float(), dim=-1)
         rows.append(log_probs.gather(-1, ids[1:, None])[:, 0])
     log_probs = torch.stack(rows)[:, group.prompt.length - 1 :]

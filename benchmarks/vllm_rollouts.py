@@ -21,12 +21,10 @@ import torch
 from made import Size, hf_config, video_prompt, write_checkpoint
 
 from nemo_care.data.jsonl import read_jsonl
-from nemo_care.data.patches import PixelBounds
 from nemo_care.data.prompts import Prompt, PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.groups.group import Group
 from nemo_care.miniature.files import write_world
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 from nemo_care.models.weights import iterate_hf_weights
 from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import Recipe
@@ -60,16 +58,6 @@ def miniature_prompts(recipe: Recipe, folder: Path, count: int) -> list[Prompt]:
     builder = PromptBuilder(recipe.data, form, load_tokenizer(recipe.model.hf_path, form))
     samples = read_jsonl(folder / "world", "train.jsonl").samples
     return [builder.build(index, sample) for index, sample in enumerate(samples)]
-
-
-def with_frames(prompt: Prompt) -> Prompt:
-    """Replace the patches by those of frames of noise: random patches would belong to no frames."""
-    t, h, w = prompt.grid_thw[0].tolist()
-    generator = torch.Generator().manual_seed(prompt.index)
-    shape = (2 * t, 14 * h, 14 * w, 3)
-    frames = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    pixels, _ = PatchSize().patches(frames, PixelBounds(784, 196 * h * w))
-    return dataclasses.replace(prompt, pixel_values=pixels)
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -149,7 +137,7 @@ def main() -> None:
         recipe = recipe_of(folder / "random", 64)
         recipe.data.video.max_pixels = 224 * 224
         config = hf_config(size)
-        prompts = [with_frames(video_prompt(config, 512, index)) for index in range(4)]
+        prompts = [video_prompt(config, 512, index) for index in range(4)]
         sampling = Sampling(8, 1.0, 1.0, 64, (1,))
         compare("random", recipe, ranks, prompts, sampling, arguments.runs)
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers.vision_utils import get_vision_position_ids
 
 from nemo_care.miniature.vocabulary import IMAGE_PAD, VIDEO_PAD, encode
-from nemo_care.miniature.world import GRID, PIXELS, SECONDS_PER_GRID, VIDEO_TOKENS, Question
+from nemo_care.miniature.world import GRID, SECONDS_PER_GRID, VIDEO_TOKENS, Question
 from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 from nemo_care.models.families.qwen2_5_vl.positions import mrope_positions
 from tiny_model import TinyModel
@@ -36,8 +36,7 @@ def patches(frames: Tensor) -> Tensor:
 
     The frames of all videos are cut as one long video: no temporal patch spans two of them.
     """
-    pixel_values, _ = PatchSize().patches(frames.flatten(0, 1), PIXELS)
-    return pixel_values.unflatten(0, (len(frames), -1))
+    return PatchSize().patches(frames.flatten(0, 1)).unflatten(0, (len(frames), -1))
 
 
 @functools.lru_cache

@@ -58,6 +58,7 @@ class Probe:
 def all_probes() -> tuple[Probe, ...]:
     """Return the probes in the order in which they run; imports what they need."""
     from nemo_care.checks import hardware, inputs, local
+    from nemo_care.data.frame_cache import check_cache
     from nemo_care.models.precision import check_transformer_engine
     from nemo_care.process.environment import CPU
     from nemo_care.recipe.schema import check_training, check_world
@@ -96,6 +97,7 @@ def all_probes() -> tuple[Probe, ...]:
         Probe("8 bits", commands, of_recipe(inputs.eight_bits)),
         Probe("backend", commands, lambda s: check_transformer_engine(s.recipe.model)),
         Probe("rollouts", commands, of_recipe(check_rollouts)),
+        Probe("cache", (TRAIN, EVALUATE, NODE), lambda s: check_cache(s.recipe.data)),
         Probe("prompts", commands, of_recipe(inputs.prompts)),
         Probe("training's keys", training, of_recipe(check_training)),
         Probe("weights", training, lambda s: inputs.check_weights(s.recipe.model.hf_path)),

@@ -11,7 +11,7 @@ import argparse
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +130,9 @@ def _replay(recipe: Recipe, ranks: "Ranks", run: Path, step: int) -> None:
     tokenizer = load_tokenizer(recipe.model.hf_path, model.family.prompt)
     share = len(stored) // ranks.data_size
     mine = stored[ranks.data_rank * share : (ranks.data_rank + 1) * share]
-    groups = ranks.from_leader(lambda: _restore(recipe, model.family, tokenizer, mine))
+    groups = ranks.from_leader(
+        lambda: _restore(recipe, model.family, tokenizer, mine), for_others=_without_frames
+    )
     layout = BatchLayout.of_recipe(recipe, ranks.layout, tokenizer.pad_id, groups_per_batch=1)
     weights = _not_finite_weights(model)
     policy = Policy(model, recipe, ranks, layout)
@@ -170,6 +172,10 @@ def _restore(recipe: Recipe, family: Any, tokenizer: Any, stored: Sequence["Stor
         shuffle=recipe.data.train.shuffle,
     )
     return restore_groups(stored, lambda index: builder.build(index, order.sample(index)))
+
+
+def _without_frames(groups: Sequence["Group"]) -> list["Group"]:
+    return [replace(group, prompt=group.prompt.without_frames()) for group in groups]
 
 
 def _not_finite_weights(model: "torch.nn.Module") -> list[str]:

@@ -40,6 +40,13 @@ class PromptLoader:
         for item in samples:
             self._begin(item)
 
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of the frames that were decoded ahead and are not asked for yet."""
+        done = [future for _, future in self._begun.values() if future.done()]
+        media = [future.result() for future in done if not future.exception()]
+        return sum(frames.nbytes for item in media for frames in item.frames)
+
     def load(self, samples: Sequence[Numbered]) -> list[Prompt | Skipped]:
         """A prompt for each sample, or the reason why there is none.
 

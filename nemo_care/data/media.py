@@ -1,13 +1,13 @@
-"""The videos and images of one prompt, from files to patches: what decoding processes do."""
+"""The videos and images of one prompt, from files to resized frames: what decoding processes do."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from nemo_care.data.frame_cache import CacheSettings, DecodedFile, FrameCache, open_cache
 from nemo_care.data.images import ImageFile
 from nemo_care.data.media_errors import one_line
 from nemo_care.data.patches import Grid, Patching, PixelBounds
@@ -25,6 +25,7 @@ class MediaSettings:
     video_pixels: PixelBounds
     image_pixels: PixelBounds
     patching: Patching
+    cache: CacheSettings | None = None
 
     @classmethod
     def of(cls, config: DataConfig, patching: Patching) -> "MediaSettings":
@@ -35,6 +36,7 @@ class MediaSettings:
             PixelBounds(video.min_pixels, video.max_pixels),
             PixelBounds(image.min_pixels, image.max_pixels),
             patching,
+            CacheSettings.of(config),
         )
 
 
@@ -52,15 +54,15 @@ class MediaRequest:
 class Media:
     """What the files of one prompt hold, videos first.
 
-    `grids` and `seconds_per_grid` (0.0 for an image) have an entry per file. `pixel_values`
-    float32 [patches, values of a patch] is an array, because an array travels
-    between processes without shared memory; None where there is nothing or no room for it.
+    `grids` and `seconds_per_grid` (0.0 for an image) have an entry per file. So do `frames`, uint8
+    [count, H, W, 3] in the size that their patches fill: arrays, because these travel between
+    processes without shared memory. They are missing where there is no room for them.
     `videos_by_pyav` counts the videos that PyAV decoded because decord could not.
     """
 
     grids: list[Grid] = field(default_factory=list)
     seconds_per_grid: list[float] = field(default_factory=list)
-    pixel_values: np.ndarray | None = None
+    frames: list[np.ndarray] = field(default_factory=list)
     videos_by_pyav: int = 0
 
 
@@ -72,27 +74,69 @@ def load_media(request: MediaRequest) -> Media:
         InputError: a frame too narrow to resize.
     """
     settings = request.settings
-    videos = [VideoFile(path, settings.frames) for path in request.videos]
-    images = [ImageFile(path) for path in request.images]
-    grids = [
-        *(_grid(video, video.count, settings.video_pixels, settings.patching) for video in videos),
-        *(_grid(image, 1, settings.image_pixels, settings.patching) for image in images),
+    files = [
+        *(_MediaFile(path, settings, is_video=True) for path in request.videos),
+        *(_MediaFile(path, settings, is_video=False) for path in request.images),
     ]
-    media = Media(grids, [*(video.seconds_per_grid for video in videos), *(0.0 for _ in images)])
-    media.videos_by_pyav = sum(video.by_pyav for video in videos)
-    if not grids or sum(map(settings.patching.tokens, grids)) > request.room:
-        return media
-
-    def patches(frames: Iterable[Tensor], bounds: PixelBounds) -> Tensor:
-        return settings.patching.patches(frames, bounds)[0]
-
-    parts = [
-        *(patches(video.frames(), settings.video_pixels) for video in videos),
-        *(patches([image.frame()], settings.image_pixels) for image in images),
-    ]
-    media.pixel_values = torch.cat(parts).numpy()
-    media.videos_by_pyav = sum(video.by_pyav for video in videos)  # some turned to it on the way
+    media = Media([file.grid for file in files], [file.seconds_per_grid for file in files])
+    if sum(map(settings.patching.tokens, media.grids)) <= request.room:
+        media.frames = [file.frames() for file in files]
+    media.videos_by_pyav = sum(file.by_pyav for file in files)
     return media
+
+
+class _MediaFile:
+    """One file, found in the cache or opened: its grid is known, and its frames can be read."""
+
+    def __init__(self, path: Path, settings: MediaSettings, *, is_video: bool) -> None:
+        """Raises as `load_media`."""
+        self._settings = settings
+        self._bounds = settings.video_pixels if is_video else settings.image_pixels
+        self._entry: DecodedFile | None = None
+        self._cache, self._name = None, None
+        if settings.cache is not None:
+            self._cache = open_cache(settings.cache)
+            choice = settings.frames if is_video else None
+            self._name = FrameCache.name(path, choice, self._bounds, settings.patching)
+            self._entry = self._cache.get(self._name) if self._name else None
+        if self._entry is not None:
+            self.grid, self.seconds_per_grid = self._entry.grid, self._entry.seconds_per_grid
+            return
+        self._file = VideoFile(path, settings.frames) if is_video else ImageFile(path)
+        self._count = self._file.count if isinstance(self._file, VideoFile) else 1
+        self.grid = _grid(self._file, self._count, self._bounds, settings.patching)
+        self.seconds_per_grid = 0.0
+        if isinstance(self._file, VideoFile):
+            self.seconds_per_grid = self._file.seconds_per_grid
+
+    @property
+    def by_pyav(self) -> bool:
+        """Whether PyAV decodes it; some videos are handed over to it on the way."""
+        if self._entry is not None:
+            return self._entry.by_pyav
+        return isinstance(self._file, VideoFile) and self._file.by_pyav
+
+    def frames(self) -> np.ndarray:
+        """The resized frames, uint8 [count, H, W, 3]; raises UnreadableMedia."""
+        if self._entry is not None:
+            return self._entry.frames
+        file = self._file
+        frames = self._resized(file.frames() if isinstance(file, VideoFile) else [file.frame()])
+        if self._cache is not None and self._name is not None:
+            entry = DecodedFile(self.grid, self.seconds_per_grid, frames, self.by_pyav)
+            self._cache.put(self._name, entry)
+        return frames
+
+    def _resized(self, decoded: Iterable[Tensor]) -> np.ndarray:
+        """Resizes frame by frame: no two of full size are in memory, nor two copies of the rest."""
+        frames = None
+        for place, frame in enumerate(decoded):
+            resized = self._settings.patching.resize(frame, self._bounds).numpy()
+            if frames is None:
+                frames = np.empty((self._count, *resized.shape), dtype=np.uint8)
+            frames[place] = resized
+        assert frames is not None, "a file has at least one frame"
+        return frames
 
 
 def _grid(file: VideoFile | ImageFile, count: int, bounds: PixelBounds, patching: Patching) -> Grid:
@@ -110,8 +154,8 @@ def _grid(file: VideoFile | ImageFile, count: int, bounds: PixelBounds, patching
 def measure_media(request: MediaRequest) -> Media:
     """As `load_media`, for who asks whether files can be read, and not what is in them.
 
-    Pixel values are large and would have to travel between processes: they are left behind. So is
-    what ffmpeg writes to stderr about files that are broken.
+    Frames are large and would have to travel between processes: they are left out. So is what
+    ffmpeg writes to stderr about files that are broken.
 
     Raises:
         UnreadableMedia: a file can't be decoded.
@@ -119,5 +163,5 @@ def measure_media(request: MediaRequest) -> Media:
     """
     with silent_stderr():
         media = load_media(request)
-    media.pixel_values = None
+    media.frames = []
     return media

@@ -1,9 +1,10 @@
-"""How frames become patches: what the data pipeline asks of a model family.
+"""How frames become patches, in two parts: what a model family does for the data pipeline.
 
-A family implements `Patching`; the pipeline gets it from outside and knows no family.
+Frames are resized where they are decoded and stay uint8. The first pipeline stage cuts them into
+patches, which are four times as large, one micro-batch at a time. A family implements `Patching`;
+the pipeline gets it from outside and knows no family.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +23,7 @@ class PixelBounds:
 
 
 class Patching(Protocol):
-    """Resizes, normalises and cuts frames; travels to the decoding processes."""
+    """Resizes frames in the decoding processes; normalises and cuts them on the first stage."""
 
     @property
     def frames(self) -> int:
@@ -42,15 +43,18 @@ class Patching(Protocol):
             InputError: the frames can't be resized.
         """
 
-    def patches(self, frames: Iterable[Tensor], bounds: PixelBounds) -> tuple[Tensor, Grid]:
-        """Patches float32 [t * h * w, values] of frames uint8 [H, W, 3], and their grid.
+    def frame_shape(self, grid: Grid) -> tuple[int, int, int, int]:
+        """Shape [count, H, W, 3] of the resized frames that fill a grid."""
 
-        The frames have one size and are resized one by one, so that an iterator that decodes them
-        never has two frames of full size in memory. Raises InputError as `grid`.
+    def resize(self, frame: Tensor, bounds: PixelBounds) -> Tensor:
+        """A frame uint8 [H, W, 3] in the size that its patches fill; raises InputError as `grid`.
+
+        Runs on the CPU, in a decoding process.
         """
 
-    def frames_of(self, patches: Tensor, grid: Grid) -> Tensor:
-        """The resized frames, uint8 [t * frames, H, W, 3], that `patches` has cut.
+    def patches(self, frames: Tensor) -> Tensor:
+        """Patches float32 [t * h * w, values] of the resized frames of one video or image.
 
-        An image comes back `frames` times, as it was filled up.
+        `frames` uint8 [count, H, W, 3]; count is 1 for an image. The patches are on their device,
+        with the same values on all.
         """

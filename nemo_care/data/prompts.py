@@ -1,12 +1,13 @@
-"""A sample becomes a prompt: chat template, decoded vision patches, positions."""
+"""A sample becomes a prompt: chat template, decoded frames, positions."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from nemo_care.data.media import Media, MediaRequest, MediaSettings, load_media
 from nemo_care.data.prompt_format import PromptFormat
-from nemo_care.data.samples import Sample
+from nemo_care.data.samples import Sample, Skipped
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import InputError
 from nemo_care.recipe.data import DataConfig
@@ -44,10 +45,11 @@ class Prompt:
 
     `index` is the prompt's place in the training stream or the validation file: the seed of its
     sampling, whichever rank it lands on. `token_ids` is [P], `position_ids` [3, P], `is_vision`
-    bool [P] (True at the tokens that stand for a vision feature), `pixel_values`
-    [patches, values of a patch] and `grid_thw` [items, 3], in order of
-    appearance; both None for a text-only prompt. `seconds_per_grid` has the seconds that one grid
-    step of each item covers, 0.0 for an image. `videos_by_pyav` is as in `Media`.
+    bool [P] (True at the tokens that stand for a vision feature), `frames` uint8
+    [count, H, W, 3] each and `grid_thw` [items, 3] (None for a text-only prompt) are those of its
+    videos and images, in order of appearance. Frames are on the leader of a model replica only;
+    other ranks know their shapes (see `without_frames`). `seconds_per_grid` has the seconds that
+    one grid step of each item covers, 0.0 for an image. `videos_by_pyav` is as in `Media`.
     """
 
     index: int
@@ -55,7 +57,7 @@ class Prompt:
     token_ids: torch.Tensor
     position_ids: torch.Tensor
     is_vision: torch.Tensor
-    pixel_values: torch.Tensor | None
+    frames: tuple[torch.Tensor, ...]
     grid_thw: torch.Tensor | None
     seconds_per_grid: tuple[float, ...] = ()
     videos_by_pyav: int = 0
@@ -65,10 +67,24 @@ class Prompt:
         """P, tokens of the prompt."""
         return len(self.token_ids)
 
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of the frames that are in this process."""
+        return sum(frames.nbytes for frames in self.frames if not frames.is_meta)
+
+    def without_frames(self) -> "Prompt":
+        """The same prompt for ranks that need no pixels: its frames are on `meta`."""
+        return replace(self, frames=tuple(frames.to("meta") for frames in self.frames))
+
     def continued_positions(self, count: int) -> torch.Tensor:
         """Positions [3, count] of the completion's tokens: text goes on after the prompt."""
         first = int(self.position_ids.max()) + 1
         return torch.arange(first, first + count).expand(3, -1)
+
+
+def without_frames(items: Sequence[Prompt | Skipped]) -> list[Prompt | Skipped]:
+    """What a loader made, for ranks that need no pixels."""
+    return [item.without_frames() if isinstance(item, Prompt) else item for item in items]
 
 
 @dataclass(frozen=True)
@@ -135,14 +151,13 @@ class PromptBuilder:
                 len(token_ids),
             )
         ids = torch.tensor(token_ids)
-        pixels = media.pixel_values
         return Prompt(
             index=draft.index,
             sample=draft.sample,
             token_ids=ids,
             position_ids=self.format.positions(ids, media),
             is_vision=self.format.is_vision(ids),
-            pixel_values=None if pixels is None else torch.from_numpy(pixels),
+            frames=tuple(map(torch.from_numpy, media.frames)),
             grid_thw=torch.tensor(media.grids) if media.grids else None,
             seconds_per_grid=tuple(media.seconds_per_grid),
             videos_by_pyav=media.videos_by_pyav,
@@ -156,10 +171,10 @@ class PromptBuilder:
         media = Media(
             [] if prompt.grid_thw is None else [(t, h, w) for t, h, w in prompt.grid_thw.tolist()],
             list(prompt.seconds_per_grid),
-            None if prompt.pixel_values is None else prompt.pixel_values.numpy(),
-            prompt.videos_by_pyav,
+            videos_by_pyav=prompt.videos_by_pyav,
         )
-        return self.finish(self.draft(prompt.index, sample), media)
+        made = self.finish(self.draft(prompt.index, sample), media)
+        return replace(made, frames=prompt.frames)
 
     def _token_ids(self, sample: Sample) -> list[int]:
         """The chat with one token per video and image; videos come before images and text."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from nemo_care.data.loader import Numbered, PromptLoader
 from nemo_care.data.mixing import SampleOrder, TrainingData
-from nemo_care.data.prompts import Prompt
+from nemo_care.data.prompts import Prompt, without_frames
 from nemo_care.data.samples import Skipped, too_many_skipped
 from nemo_care.errors import InputError
 from nemo_care.ranks.process_groups import Ranks
@@ -66,7 +66,8 @@ class PromptStream:
     def next_step(self) -> tuple[list[Prompt], list[Skipped]]:
         """Return this replica's prompts of the next step, and the samples skipped by all replicas.
 
-        Collective over all ranks; the ranks of a replica get equal prompts.
+        Collective over all ranks; the ranks of a replica get equal prompts, of which only the
+        leader's have frames.
 
         Raises:
             TooManySkipped: more of a data set is unusable than data.max_skipped_fraction allows.
@@ -76,7 +77,10 @@ class PromptStream:
         prompts: list[Prompt] = []
         skipped: list[Skipped] = []
         while sum(missing):
-            made = self.ranks.from_leader(lambda: self._load(missing))  # noqa: B023 - called at once
+            made = self.ranks.from_leader(
+                lambda: self._load(missing),  # noqa: B023 - called at once
+                for_others=without_frames,
+            )
             self.position += sum(missing)
             failed = [item for item in made if isinstance(item, Skipped)]
             prompts.extend(item for item in made if isinstance(item, Prompt))
@@ -115,6 +119,11 @@ class PromptStream:
     def worker_memory_gib(self) -> float | None:
         """The highest memory of a process that decodes for this replica; None without any."""
         return self.loader.workers.peak_memory_gib
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of the frames that were decoded ahead for this replica."""
+        return self.loader.frame_bytes
 
     def count_again(self, skipped: Iterable[Skipped]) -> None:
         """Count the samples that a run had skipped before it was killed.

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from nemo_care.data.loader import Numbered, PromptLoader
-from nemo_care.data.prompts import Prompt
+from nemo_care.data.prompts import Prompt, without_frames
 from nemo_care.data.samples import Sample, Skipped
 from nemo_care.evaluation.judges import Judge, Verdict
 from nemo_care.evaluation.measures import Measure
@@ -128,7 +128,10 @@ class Evaluator:
             return made
 
         for number in range(len(shares)):
-            yield self.ranks.from_leader(lambda number=number: load(number))  # type: ignore[misc]
+            yield self.ranks.from_leader(
+                lambda number=number: load(number),  # type: ignore[misc]
+                for_others=without_frames,
+            )
 
     def _ask(self, made: Sequence[Prompt | Skipped]) -> _Asked:
         """Generate, measure, and submit to the judge.

@@ -5,12 +5,68 @@ from dataclasses import dataclass
 
 import torch
 
+from nemo_care.data.patches import Patching
 from nemo_care.data.prompts import Prompt
 from nemo_care.groups.group import Group, known
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.decoding_cache import DecodingCache
+from nemo_care.models.frames import patches_on_device
 from nemo_care.models.segments import PackedSegments
 from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a micro-batch in CPU memory: what `ModelInputs` are made of.
+
+    `prompts` in the order in which their images and videos appear in the rows; a prompt may appear
+    several times. The rest as in `ModelInputs`, with `is_vision` False everywhere where there are
+    no vision tokens.
+    """
+
+    prompts: Sequence[Prompt]
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    is_vision: torch.Tensor
+    packed: PackedSegments | DecodingCache | None = None
+
+    def inputs(self, model: VideoLanguageModel) -> ModelInputs:
+        """The inputs of this rank's stage, on the compute device.
+
+        The first stage cuts its patches now: call this when the micro-batch is computed, or the
+        patches of all micro-batches are in memory together. All tensor-parallel ranks call it
+        alike (see `patches_on_device`).
+
+        Raises:
+            ValueError: a prompt's frames were not decoded.
+        """
+        device = compute_device()
+        sees = model.pre_process and any(p.grid_thw is not None for p in self.prompts)
+        return ModelInputs(
+            token_ids=self.token_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            pixel_values=self._patches(model.patching) if sees else None,
+            grid_thw=self._grids().to(device) if sees else None,
+            vision_places=self._vision_places().to(device) if sees else None,
+            packed=self.packed,
+        )
+
+    def _vision_places(self) -> torch.Tensor:
+        rows, columns = self.is_vision.nonzero(as_tuple=True)
+        return columns * len(self.is_vision) + rows
+
+    def _grids(self) -> torch.Tensor:
+        return torch.cat([p.grid_thw for p in self.prompts if p.grid_thw is not None])
+
+    def _patches(self, patching: Patching) -> torch.Tensor:
+        seen = {id(p): p for p in self.prompts if p.grid_thw is not None}
+        for prompt in seen.values():
+            if len(prompt.frames) != len(known(prompt.grid_thw)):
+                raise ValueError(f"the frames of prompt {prompt.index} were not decoded")
+        cut = patches_on_device([prompt.frames for prompt in seen.values()], patching)
+        of_prompt = dict(zip(seen, cut, strict=True))
+        parts = [of_prompt[id(p)] for p in self.prompts if id(p) in of_prompt]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -29,15 +85,15 @@ class AnswerPairs:
 
 @dataclass
 class GroupBatch:
-    """The N completions of some groups, of at most C tokens, and the model's inputs for them.
+    """The N completions of some groups, of at most C tokens, and the rows that hold them.
 
     `token_ids` [N, C] are the completions' tokens, `mask` bool [N, C] is True at each of them,
     `answer_mask` bool [N, C] at those of the answer. `places` [N, C] is where each token is
-    predicted: s * B + b in the hidden states [S, B, H] that the model computes from `inputs`.
+    predicted: s * B + b in the hidden states [S, B, H] that the model computes from the rows.
     """
 
     groups: Sequence[Group]
-    inputs: ModelInputs
+    rows: Rows
     token_ids: torch.Tensor
     mask: torch.Tensor
     answer_mask: torch.Tensor
@@ -48,7 +104,7 @@ class GroupBatch:
     def of(
         cls,
         groups: Sequence[Group],
-        inputs: ModelInputs,
+        rows: Rows,
         places: Sequence[torch.Tensor],
         pairs: AnswerPairs | None = None,
     ) -> "GroupBatch":
@@ -63,7 +119,7 @@ class GroupBatch:
         device = compute_device()
         return cls(
             groups=groups,
-            inputs=inputs,
+            rows=rows,
             token_ids=_pad_rows([c.token_ids for c in completions], width).to(device),
             mask=_pad_rows(mask, width).to(device),
             answer_mask=_pad_rows(answers, width).to(device),
@@ -80,8 +136,8 @@ class GroupBatch:
     ) -> torch.Tensor:
         """Return log-probabilities of the tokens in `where` (bool [N, C]), float32 [N, C].
 
-        Zero elsewhere. `hidden` is the model's output for `inputs`; differentiable. The output
-        layer runs only on the rows needed.
+        Zero elsewhere. `hidden` is the model's output for the rows; differentiable. The output
+        layer runs only on the positions needed.
         """
         values = model.token_log_probs(hidden, self.places[where], self.token_ids[where])
         return torch.zeros(where.shape, device=values.device).masked_scatter(where, values)
@@ -142,29 +198,3 @@ def _pad_rows(rows: Sequence[torch.Tensor], width: int) -> torch.Tensor:
     for number, row in enumerate(rows):
         out[number, : len(row)] = row
     return out
-
-
-def model_inputs(
-    prompts: Sequence[Prompt],
-    token_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    is_vision: torch.Tensor,
-    packed: PackedSegments | DecodingCache | None = None,
-) -> ModelInputs:
-    """Return the model's inputs for rows laid out on the CPU, on the compute device.
-
-    `prompts` are in the order of their images and videos in the rows; `is_vision` bool [B, S] is
-    True at their tokens. For the rest see `ModelInputs`.
-    """
-    device = compute_device()
-    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
-    grids = [p.grid_thw for p in prompts if p.grid_thw is not None]
-    rows, columns = is_vision.nonzero(as_tuple=True)
-    return ModelInputs(
-        token_ids=token_ids.to(device),
-        position_ids=position_ids.to(device),
-        pixel_values=torch.cat(pixels).to(device) if pixels else None,
-        grid_thw=torch.cat(grids).to(device) if grids else None,
-        vision_places=(columns * len(is_vision) + rows).to(device) if pixels else None,
-        packed=packed,
-    )

@@ -69,7 +69,8 @@ class Group:
     """
 
     prompt: Prompt
-    """Rollouts; all ranks. Without its media if dynamic sampling has dropped the group."""
+    """Rollouts; all ranks. Its frames are on the leader of the model replica only, and nowhere if
+    dynamic sampling has dropped the group."""
     completions: list[Completion]
     """Rollouts; all ranks."""
     rewards: dict[str, torch.Tensor] | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_care.groups.batch import AnswerPairs, GroupBatch, model_inputs
+from nemo_care.groups.batch import AnswerPairs, GroupBatch, Rows
 from nemo_care.groups.group import Group
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.segments import PackedSegments, Range, Segment
@@ -152,7 +152,7 @@ def packed_groups(
         segments.extend(segment.moved(start) for segment in part.segments)
         places.extend(place + start for place in part.places)
     device = compute_device()
-    inputs = model_inputs(
+    rows = Rows(
         [group.prompt for group in groups],
         ids,
         positions,
@@ -160,7 +160,7 @@ def packed_groups(
         PackedSegments(segments=tuple(segments), length=width, device=device),
     )
     pairs = _joined_pairs(groups, packed, starts, device) if answer_pairs else None
-    return GroupBatch.of(groups, inputs, places, pairs)
+    return GroupBatch.of(groups, rows, places, pairs)
 
 
 def _joined_pairs(

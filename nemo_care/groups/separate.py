@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_care.groups.batch import GroupBatch, model_inputs
+from nemo_care.groups.batch import GroupBatch, Rows
 from nemo_care.groups.group import Group
 
 
@@ -31,5 +31,5 @@ def separate_sequences(groups: Sequence[Group], pad_id: int, multiple: int) -> G
         positions[:, row, start:stop] = prompt.continued_positions(completion.length)
         # The token at s is predicted at s - 1. The causal mask hides the padding after it.
         places.append(torch.arange(start - 1, stop - 1) * count + row)
-    inputs = model_inputs([prompt for prompt, _ in rows], ids, positions, is_vision)
-    return GroupBatch.of(groups, inputs, places)
+    prompts = [prompt for prompt, _ in rows]
+    return GroupBatch.of(groups, Rows(prompts, ids, positions, is_vision), places)

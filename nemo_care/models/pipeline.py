@@ -23,7 +23,8 @@ def forward_only(
     Args:
         model: this rank's stage.
         batches: the micro-batches, equal on all ranks of the model replica.
-        inputs_of: the model's inputs of a micro-batch.
+        inputs_of: the model's inputs of a micro-batch; called right before it is computed, so that
+            patches are in memory for the micro-batches in flight only.
         result_of: called on the last stage with the hidden states (see
             `VideoLanguageModel.forward`) and
             the micro-batch.

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
+from nemo_care.data.patches import Patching
 from nemo_care.megatron.partial_gradients import mark_partial_gradient
 from nemo_care.models.decoding_cache import DecodingCache, PromptPass, Rotation
 from nemo_care.models.family import Family
@@ -193,6 +194,11 @@ class VideoLanguageModel(MegatronModule, ABC):
             grid_thw=inputs.grid_thw.new_tensor(dealing.grids(rank)),
         )
         return dealing.gather(self.vision_features(share))
+
+    @property
+    def patching(self) -> Patching:
+        """How the family's frames become patches."""
+        return self.family.prompt.patching
 
     def _mark_tensor_parallel(self) -> None:
         """Mark the parameters that tensor parallelism cuts, as their initialisation would have.

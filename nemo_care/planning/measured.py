@@ -7,7 +7,7 @@ variant of a recipe changes few of the parts, and only these are measured again.
 from operator import attrgetter
 from typing import Any
 
-from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of
+from nemo_care.planning.counts import in_flight, prompts_of
 from nemo_care.planning.shapes import ModelShape, longest_lengths
 from nemo_care.planning.stage import Stage, StageBuild, StageUse, built_stage, patch_bytes
 from nemo_care.recipe.schema import Recipe
@@ -64,14 +64,12 @@ class Measurements:
     def needs(self, recipe: Recipe, number: int, phase: str) -> int:
         """Return the bytes of a phase's peak, in addition to what the stage holds."""
         found = self._parts(recipe, number, *_PARTS_OF[phase])
-        count = micro_batches_of(recipe)
-        inputs = count * _inputs(recipe, self.shape)
         if phase == "scoring":
-            return found["scoring"] and found["scoring"] + inputs
+            return found["scoring"]
         if phase == "update":
             peak, left, kept, _ = found["passes"]
             flying = peak + (in_flight(recipe, number) - 1) * kept
-            return max(flying, left + found["step"]) + inputs
+            return max(flying, left + found["step"])
         if phase == "validation":
             return self._validation(recipe, found)
         return found["rollout"][0]
@@ -100,7 +98,7 @@ class Measurements:
         # Engines stay awake while a validation's completions are scored: by the check of its first
         # batch, the probe and the likelihood judge. Each is a pass without gradients, estimated by
         # one micro-batch of the step's scoring pass.
-        return (found["scoring"] or found["validation"]) + _inputs(recipe, self.shape)
+        return found["scoring"] or found["validation"]
 
     def _parts(self, recipe: Recipe, number: int, *names: str) -> dict[str, Any]:
         keys = {name: self._key(name, recipe, number) for name in names}

@@ -20,6 +20,7 @@ from nemo_care.planning.precision import check_planned, precision_in_words
 from nemo_care.planning.shapes import (
     Lengths,
     ModelShape,
+    frame_bytes,
     longest_lengths,
     read_model_shape,
     typical_lengths,
@@ -161,7 +162,12 @@ def host_memory(
     replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
     leaders = max(ranks // replica, 1)
     prompts = prompts_of(recipe)
-    patches = prompts * longest.patches * shape.family.prompt.patching.values * 4
+    frames = prompts * frame_bytes(longest, shape.family)
+    # Of a replica, its leader alone holds the step's frames and those decoded ahead: with
+    # rollout.asynchronous another step's are sampled meanwhile, and engines of other ranks get
+    # copies of theirs.
+    copies = 1 + recipe.data.prefetch_steps + recipe.rollout.asynchronous
+    copies += recipe.rollout.backend == "vllm"
     parameters = worst.gradients // 4
     # The first replica's ranks gather the optimizer's state in CPU memory: three float32
     # tensors of all their parameters, and two further copies of one while it arrives. Every rank
@@ -176,7 +182,7 @@ def host_memory(
         "processes": int(ranks * _PROCESS_GIB * GIB),
         "reference": ranks * worst.reference_average if offload else 0,
         "optimizer": ranks * worst.optimizer if recipe.optimizer.offload else 0,
-        "prompts": ranks * patches * (1 + recipe.data.prefetch_steps),
+        "prompts": leaders * frames * copies,
         "decoding": int(leaders * recipe.data.workers * recipe.data.worker_memory_gib * GIB),
         "saving a checkpoint": gathered + shards,
         **engines,

@@ -1,5 +1,6 @@
 """The inputs of a plan: the model's shape, and the lengths of prompts and completions."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,11 @@ class Lengths:
         return sum(t * h * w for t, h, w in self.grids)
 
 
+def frame_bytes(lengths: Lengths, family: Family) -> int:
+    """Bytes of the resized frames of one prompt, uint8."""
+    return sum(math.prod(family.prompt.patching.frame_shape(grid)) for grid in lengths.grids)
+
+
 def lengths_of(recipe: Recipe, family: Family, prompt: int, completion: int) -> Lengths:
     """Return a prompt of some text and videos, each as large as the recipe allows."""
     patching = family.prompt.patching
@@ -109,16 +115,17 @@ def typical_lengths(
 
 
 def made_prompt(lengths: Lengths, family: Family, index: int) -> Prompt:
-    """Make a prompt of these lengths; its patches are on `meta`."""
+    """Make a prompt of these lengths; its frames are on `meta`."""
     return Prompt(
         index=index,
         sample=Sample(str(index), "", ""),
         token_ids=torch.zeros(lengths.prompt, dtype=torch.long),
         position_ids=torch.arange(lengths.prompt).expand(3, -1),
         is_vision=torch.arange(lengths.prompt) < lengths.vision,
-        pixel_values=torch.empty(lengths.patches, family.prompt.patching.values, device="meta")
-        if lengths.grids
-        else None,
+        frames=tuple(
+            torch.empty(family.prompt.patching.frame_shape(grid), dtype=torch.uint8, device="meta")
+            for grid in lengths.grids
+        ),
         grid_thw=torch.tensor(lengths.grids) if lengths.grids else None,
     )
 

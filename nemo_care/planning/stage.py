@@ -70,8 +70,8 @@ class StageUse:
     `update` is the peak of forward and backward with one micro-batch in flight. Each further one
     adds `micro_batch`: what it keeps for backward, of which the vision tower keeps `vision`.
     `optimizer_step` is the peak of the optimizer's step, including its state if that is offloaded.
-    `inputs` are the patches of one micro-batch; those of the whole step are on the GPU in scoring
-    and update. `output_layer` is the peak of the output layer alone. With vLLM rollouts, `rollout`
+    `inputs` are the patches of one micro-batch, part of all of these on the first stage.
+    `output_layer` is the peak of the output layer alone. With vLLM rollouts, `rollout`
     and `key_value_cache` are 0, and `validation` is the scoring of completions while engines are
     awake (0 if these have separate GPUs).
     """
@@ -173,8 +173,9 @@ class Stage:
     def score_by_policy(self, lengths: Lengths) -> int:
         """Return the peak bytes of a scoring pass with the policy itself."""
         scorer = Scorer(self.model, self.ranks, self.layout)
+        groups = self.groups(lengths, 1)
         with self.exchanging(lengths), self.peak() as found:
-            scorer.answer_likelihoods(self.groups(lengths, 1))
+            scorer.answer_likelihoods(groups)
         return found[0]
 
     def generate(self, lengths: Lengths, prompts: int, group_size: int) -> tuple[int, int]:
@@ -208,7 +209,7 @@ class Stage:
                 logits = decoding.decode(torch.zeros_like(token, device="cpu"), _positions(rows))
             decoding.choose(logits, torch.zeros(rows))
             cache = decoding.cache.nbytes
-        return found[0] + len(repeated) * patch_bytes(lengths, self.shape), cache
+        return found[0], cache
 
     def output_layer(self, lengths: Lengths) -> int:
         """Return the peak bytes of one micro-batch's log-probabilities, forward and backward."""
@@ -228,7 +229,7 @@ class Stage:
             before = self.memory.current
             if not self.ranks.is_first_stage:
                 self.model.set_input_tensor(self._hidden(batch))
-            out = self.model(batch.inputs)
+            out = self.model(batch.rows.inputs(self.model))
             kept = self.memory.current - before
         del out
         self.model.set_input_tensor(None)
@@ -236,7 +237,7 @@ class Stage:
 
     def _hidden(self, batch: GroupBatch) -> torch.Tensor:
         """Make the hidden states that the previous stage would send for a micro-batch."""
-        rows, tokens = batch.inputs.token_ids.shape
+        rows, tokens = batch.rows.token_ids.shape
         parallel = self.ranks.layout
         tokens //= parallel.tensor if parallel.sequence_parallel else 1
         size = (tokens, rows, self.shape.architecture.hidden_size)
@@ -265,7 +266,7 @@ class Stage:
 
 
 def patch_bytes(lengths: Lengths, shape: ModelShape) -> int:
-    """Return the bytes of one prompt's float32 patches; `MetaMemory` counts them as host memory."""
+    """Return the bytes of one prompt's float32 patches."""
     return lengths.patches * shape.family.prompt.patching.values * 4
 
 

@@ -194,12 +194,48 @@ class Ranks:
         _set_rendezvous_address()
         dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=TIMEOUT)
 
-    def from_leader(self, make: Callable[[], T]) -> T:
+    def from_leader(
+        self, make: Callable[[], T], *, for_others: Callable[[T], T] = lambda result: result
+    ) -> T:
         """Call `make` on the leader of this model replica and return its result on all its ranks.
 
-        An exception of `make` is raised on every rank of the replica, so that none waits forever.
+        The other ranks get what `for_others` leaves of it. An exception of `make` is raised on
+        every rank of the replica, so that none waits forever.
         """
-        return _from_source(make, self.model_leader, self._model_group)
+        made: list[T] = []
+
+        def sent() -> T:
+            made.append(make())
+            return for_others(made[0])
+
+        received = _from_source(sent, self.model_leader, self._model_group)
+        return made[0] if made else received
+
+    def dealt_by_leader(
+        self, parts: Sequence[tuple[int, Sequence[torch.Tensor]]]
+    ) -> list[Sequence[torch.Tensor]]:
+        """This rank's parts of tensors that the leader of this replica has, in CPU memory.
+
+        Args:
+            parts: (number of a rank within the replica, its tensors), equal on all of its ranks but
+                for the values, which only the leader needs; others may have them on `meta`. Of one
+                type; a part travels as one message.
+        """
+        mine: list[Sequence[torch.Tensor]] = []
+        for number, tensors in parts:
+            target = self.model_ranks[number]
+            total = sum(tensor.numel() for tensor in tensors)
+            if target == self.rank == self.model_leader or (target == self.rank and not total):
+                mine.append(tensors)
+            elif target == self.rank:
+                flat = torch.empty(total, dtype=tensors[0].dtype)
+                dist.recv(flat, src=self.model_leader, group=self._model_group)
+                pieces = flat.split([tensor.numel() for tensor in tensors])
+                mine.append([p.view(t.shape) for p, t in zip(pieces, tensors, strict=True)])
+            elif self.is_model_leader and total:
+                flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+                dist.send(flat, dst=target, group=self._model_group)
+        return mine
 
     def gather_in_replica(self, value: T) -> list[T]:
         """Gather one value per rank of this model replica, in rank order, on each of its ranks."""

@@ -110,6 +110,10 @@ class DataConfig:
     """Prompts whose media take longer to decode are skipped and listed."""
     worker_memory_gib: float = 8.0
     """Memory limit of one decoding process; a prompt that needs more is skipped and listed."""
+    cache: str | None = None
+    """Folder of a cache of decoded frames, which runs and ranks may share; null: no cache."""
+    cache_gib: float = 64.0
+    """Size limit of that folder; the frames that were least recently used are removed beyond it."""
 
 
 def for_validation(data: DataConfig) -> DataConfig:

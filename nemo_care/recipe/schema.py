@@ -171,6 +171,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "data.prefetch_steps": (1, None),
     "data.seconds_per_sample": (1e-3, None),
     "data.worker_memory_gib": (0.25, None),
+    "data.cache_gib": (1e-3, None),
     "evaluation.temperature": (0, None),
     "evaluation.top_p": (1e-6, 1),
     "evaluation.samples_per_batch": (1, None),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.tokenizer import ChatTokenizer
-from nemo_care.groups.batch import model_inputs
+from nemo_care.groups.batch import Rows
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.decoding_cache import DecodingCache, PromptPass
 from nemo_care.models.pipeline import forward_only
@@ -116,13 +116,14 @@ class Decoding:
         ids = torch.cat([prompt.token_ids for prompt in prompts])
         positions = torch.cat([prompt.position_ids for prompt in prompts], dim=1)
         is_vision = torch.cat([prompt.is_vision for prompt in prompts])
-        return model_inputs(
+        rows = Rows(
             prompts,
             F.pad(ids, behind, value=self.pad_id)[None],
             F.pad(positions, behind)[:, None],
             F.pad(is_vision, behind)[None],
             packed,
         )
+        return rows.inputs(self.model)
 
     def decode(self, token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """One token [R] of each row, at `positions` [3, R]; logits float32 [R, V] of the next."""

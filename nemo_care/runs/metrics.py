@@ -274,6 +274,11 @@ PROCESS_MEMORY = _metric(
     "memory/process_gib", MAX, Over.RANKS, "GiB of the rank's process",
     "does not grow from step to step", _MEMORY, "process",
 )  # fmt: skip
+MEDIA_MEMORY = _metric(
+    "memory/media_gib", MAX, Over.REPLICAS,
+    "GiB of decoded frames that all ranks of a model replica hold together: the step's, and those "
+    "decoded ahead", "the same for every group size and layout", _MEMORY, "frames of a replica",
+)  # fmt: skip
 GPU_MEMORY = _metric(
     "memory/gpu_gib", MAX, Over.RANKS, "peak GiB of the rank's GPU since the previous record",
     "below the GPU's memory, near the plan's estimate", _MEMORY, "GPU",

@@ -111,7 +111,10 @@ class Scorer:
         """Run the pass; `shapes` of the groups' tables are used by the other stages."""
         with computing(self.model.config, fp8=self.fp8):
             results = forward_only(
-                self.model, batches, inputs_of=lambda batch: batch.inputs, result_of=result
+                self.model,
+                batches,
+                inputs_of=lambda batch: batch.rows.inputs(self.model),
+                result_of=result,
             )
         counts = [height * width for height, width in shapes]
         flat = (

@@ -10,7 +10,6 @@ order of the training stream alone, so every parallel layout trains on the same 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -136,4 +135,4 @@ def _mark(groups: Iterable[Group], chosen: Sequence[_Candidate]) -> None:
     for group in groups:
         group.used = group.prompt.index in indices
         if not group.used:
-            group.prompt = replace(group.prompt, pixel_values=None, grid_thw=None)
+            group.prompt = group.prompt.without_frames()

@@ -236,7 +236,10 @@ class Policy:
         self.wrapped.train()
         self.clear_gradients()
         return forward_backward(
-            self.wrapped, batches, inputs_of=lambda batch: batch.inputs, loss_of=loss_of
+            self.wrapped,
+            batches,
+            inputs_of=lambda batch: batch.rows.inputs(self.model),
+            loss_of=loss_of,
         )
 
     def _reference_log_probs(self, batch: GroupBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,6 +40,7 @@ class _Round:
 
     position: int
     version: int
+    prompts: Sequence[Prompt] = ()
     skipped: Sequence[Skipped] = ()
     begun: Any = None
     groups: list[Group] | None = None
@@ -118,6 +119,11 @@ class Rollouts:
             self._ahead.groups = self._collected(self._ahead)
 
     @property
+    def prompts_ahead(self) -> list[Prompt]:
+        """The prompts that are being sampled ahead."""
+        return [] if self._ahead is None else list(self._ahead.prompts)
+
+    @property
     def position(self) -> int:
         """The stream's position after the returned groups, for checkpoints.
 
@@ -130,12 +136,12 @@ class Rollouts:
         begun = _Round(self.prompts.position, self.version())
         try:
             with step.timed(m.DATA_TIME):
-                prompts, begun.skipped = self.prompts.next_step()
+                begun.prompts, begun.skipped = self.prompts.next_step()
         except TooManySkipped as error:
             begun.too_many = error
             return begun
         with step.timed(m.ROLLOUT_TIME):
-            begun.begun = self._background.submit(prompts, self.sampling)
+            begun.begun = self._background.submit(begun.prompts, self.sampling)
         return begun
 
     def _collected(self, begun: _Round) -> list[Group]:

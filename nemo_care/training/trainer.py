@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_care.checkpoints.store import sharding_metadata
 from nemo_care.data.fingerprints import Fingerprints, changes
 from nemo_care.data.samples import Skipped
@@ -14,8 +16,9 @@ from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.results import Results
 from nemo_care.evaluation.validation import Validator
 from nemo_care.groups.group import Group
+from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.weights import export_hf
-from nemo_care.ranks.memory import memory_metrics
+from nemo_care.ranks.memory import GIB, memory_metrics
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.ranks.stop_request import StopRequest, stopped
 from nemo_care.recipe.schema import Recipe
@@ -221,8 +224,9 @@ class GRPOCareTrainer:
             completion_rows(step.groups, self.recipe.evaluation.judge),
             self.prompts.worker_memory_gib,
             sum(group.prompt.videos_by_pyav for group in step.groups),
+            self.frames_gib(step),
         )
-        made, peaks, by_pyav = zip(*self.ranks.gather_from_replicas(mine), strict=True)
+        made, peaks, by_pyav, frames = zip(*self.ranks.gather_from_replicas(mine), strict=True)
         rows = sorted(
             (row for rows in made for row in rows),
             key=lambda row: (row["prompt_index"], row["completion_index"]),
@@ -232,11 +236,21 @@ class GRPOCareTrainer:
             with step.timed(m.DISTANCE_TIME):
                 step.metrics[m.EMA_DISTANCE] = self.reference.distance(self.policy.model)
         step.metrics[m.WORKER_MEMORY] = m.WORKER_MEMORY.reduce(peaks)
+        step.metrics[m.MEDIA_MEMORY] = m.MEDIA_MEMORY.reduce(frames)
         step.metrics[m.BY_PYAV] = m.BY_PYAV.reduce(by_pyav)
         step.metrics[m.SKIPPED] = len(step.skipped)
         step.metrics |= memory_metrics()
         # If rank 0 can't write, all ranks must stop.
         self.ranks.from_rank_zero(lambda: self._record(step, rows))
+
+    def frames_gib(self, step: Step) -> float:
+        """GiB of the frames that the ranks of this replica hold; all of them call it."""
+        prompts = [group.prompt for group in step.groups] + self.rollouts.prompts_ahead
+        held = sum(prompt.frame_bytes for prompt in prompts) + self.prompts.frame_bytes
+        return (
+            float(self.ranks.sum_over_model(torch.tensor(float(held), device=compute_device())))
+            / GIB
+        )
 
     def _record(self, step: Step, rows: list[Row]) -> None:
         """On rank 0: write to the run directory, the loggers and the console."""

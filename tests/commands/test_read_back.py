@@ -313,7 +313,7 @@ def test_replay_pads_as_training_does(run, monkeypatch):
     class Eight:
         layout = Layout(tensor=8, sequence_parallel=True)
         data_size, data_rank, rank = 1, 0, 0
-        from_rank_zero = from_leader = staticmethod(lambda make: make())
+        from_rank_zero = from_leader = staticmethod(lambda make, **_: make())
 
     def policy(model, recipe, ranks, layout):
         raise SeenError(layout)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,8 @@ def files(tmp_path_factory):
 def equal(one: Media, other: Media) -> bool:
     if (one.grids, one.seconds_per_grid) != (other.grids, other.seconds_per_grid):
         return False
-    return np.array_equal(one.pixel_values, other.pixel_values)
+    pairs = zip(one.frames, other.frames, strict=True)
+    return all(np.array_equal(mine, others) for mine, others in pairs)
 
 
 def test_processes_give_what_the_calling_thread_would(files):
@@ -101,13 +103,25 @@ def test_processes_give_what_the_calling_thread_would(files):
         assert nobody.peak_memory_gib is None
 
 
+def test_a_process_holds_no_more_than_resized_frames(tmp_path):
+    """96 MB of them in half a GiB: as float32 patches they would take four times as much."""
+    encode_video(tmp_path / "a.mp4", np.stack([picture(64, 64, seed) for seed in range(32)]), 2)
+    large = PixelBounds(10**6, 10**6)
+    settings = replace(SETTINGS, frames=FrameChoice(max_frames=32), video_pixels=large)
+    with closing(DecodingWorkers(1, seconds=60, memory_gib=0.5)) as workers:
+        media = workers.submit(MediaRequest(settings, (tmp_path / "a.mp4",), (), 10**6)).result()
+    (frames,) = media.frames
+    assert len(frames) == 32
+    assert frames.nbytes > 90e6
+
+
 def test_what_there_is_no_room_for_is_measured_and_not_decoded(files):
     whole = load_media(request(files / "a.mp4", images=[files / "c.jpg"]))
     tokens = sum(map(SETTINGS.patching.tokens, whole.grids))
     fits = load_media(request(files / "a.mp4", images=[files / "c.jpg"], room=tokens))
     measured = load_media(request(files / "a.mp4", images=[files / "c.jpg"], room=tokens - 1))
     assert equal(fits, whole)
-    assert measured.pixel_values is None
+    assert not measured.frames
     assert (measured.grids, measured.seconds_per_grid) == (whole.grids, whole.seconds_per_grid)
 
 

@@ -61,8 +61,23 @@ def test_announced_samples_are_decoded_once_and_given_in_the_order_asked_for(bui
     assert [prompt.index for prompt in prompts] == [2, 0]
     for prompt in prompts:
         expected = builder.build(prompt.index, prompt.sample)
-        for field in ("token_ids", "position_ids", "is_vision", "pixel_values", "grid_thw"):
+        for field in ("token_ids", "position_ids", "is_vision", "grid_thw"):
             assert torch.equal(getattr(prompt, field), getattr(expected, field))
+        assert all(map(torch.equal, prompt.frames, expected.frames))
+
+
+def test_frames_decoded_ahead_are_counted_until_they_are_asked_for(builder, numbered):
+    workers = Workers()
+    loader = PromptLoader(builder, workers)
+    loader.prefetch(numbered[:3])
+    assert loader.frame_bytes == 0
+    workers.decode()
+    one = 8 * 28 * 28 * 3
+    assert loader.frame_bytes == 3 * one
+    (prompt,) = loader.load(numbered[:1])
+    assert (loader.frame_bytes, prompt.frame_bytes) == (2 * one, one)
+    assert prompt.without_frames().frame_bytes == 0
+    assert prompt.without_frames().frames[0].shape == prompt.frames[0].shape
 
 
 def test_samples_no_longer_announced_are_given_up(builder, numbered):
@@ -80,7 +95,7 @@ def test_samples_with_one_place_in_several_files_are_told_apart(builder, numbere
     workers.decode()
     (prompt,) = loader.load([(0, numbered[2][1])])
     assert prompt.sample is numbered[2][1]
-    assert torch.equal(prompt.pixel_values, builder.build(0, numbered[2][1]).pixel_values)
+    assert torch.equal(prompt.frames[0], builder.build(0, numbered[2][1]).frames[0])
 
 
 def test_a_sample_that_can_t_be_used_is_skipped_with_its_reason(builder, numbered, tmp_path):
@@ -106,7 +121,7 @@ def test_vision_tokens_count_before_anything_is_decoded(builder, numbered, monke
     length = builder.build(index, sample).length
     monkeypatch.setattr(builder, "max_tokens", length - 1)
     draft = builder.draft(index, sample)
-    assert load_media(draft.request).pixel_values is None
+    assert not load_media(draft.request).frames
     with pytest.raises(Exception, match=rf"has {length} tokens, more than .*={length - 1}"):
         builder.build(index, sample)
     monkeypatch.setattr(builder, "max_tokens", length)

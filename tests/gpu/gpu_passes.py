@@ -86,10 +86,13 @@ def passes_of(
         factors = torch.sin(torch.arange(len(log_probs), device=log_probs.device).float())
         return (log_probs * factors).sum(), log_probs.detach().cpu()
 
-    likelihoods = [row for _, row in forward_only(model, batches, lambda b: b.inputs, values)]
+    def inputs(batch):
+        return batch.rows.inputs(model)
+
+    likelihoods = [row for _, row in forward_only(model, batches, inputs, values)]
     wrapped.train()
     wrapped.zero_grad_buffer()
-    log_probs = forward_backward(wrapped, batches, lambda batch: batch.inputs, loss)
+    log_probs = forward_backward(wrapped, batches, inputs, loss)
     gradients = {
         _plain(name): parameter.main_grad.float().cpu().clone()
         for name, parameter in model.named_parameters()

@@ -22,6 +22,7 @@ from small_runs import one_step, small_trainer, updated
 from nemo_care.checkpoints.writer import _StateWriter
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.ema import WeightAverage
+from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 from nemo_care.models.log_probs import token_log_probs
 from nemo_care.models.pipeline import forward_only
 from nemo_care.rollouts.generator import Sampling
@@ -45,7 +46,7 @@ def hf_logits(model, prompt) -> torch.Tensor:
         logits = model(
             input_ids=prompt.token_ids[None].to(device),
             position_ids=prompt.position_ids[:, None].to(device),
-            pixel_values_videos=prompt.pixel_values.to(device, model.dtype),
+            pixel_values_videos=PatchSize().patches(*prompt.frames).to(device, model.dtype),
             video_grid_thw=prompt.grid_thw.to(device),
         ).logits
     return logits[0].float().cpu()
@@ -53,15 +54,15 @@ def hf_logits(model, prompt) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_logits_equal_hugging_face_on_the_same_device(job: Job, dtype):
-    from nemo_care.groups.batch import model_inputs
 
     prompt = job.prompts[0]
     device = compute_device()
-    inputs = model_inputs(
-        [prompt],
-        prompt.token_ids[None],
-        prompt.position_ids[:, None],
-        prompt.is_vision[None],
+    inputs = ModelInputs(
+        token_ids=prompt.token_ids[None].to(device),
+        position_ids=prompt.position_ids[:, None].to(device),
+        pixel_values=PatchSize().patches(prompt.frames[0].to(device)),
+        grid_thw=prompt.grid_thw.to(device),
+        vision_places=prompt.is_vision.nonzero()[:, 0].to(device),
     )
     model = load_model(job.recipe(dtype), job.ranks).eval()
     (ours,) = forward_only(

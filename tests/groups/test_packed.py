@@ -27,7 +27,7 @@ def written_group(answers: list[list[int]]) -> Group:
         # The last token lies at position 8 on every axis, as behind a video.
         position_ids=(torch.arange(5) + 4).expand(3, -1),
         is_vision=torch.zeros(5, dtype=torch.bool),
-        pixel_values=None,
+        frames=(),
         grid_thw=None,
     )
     completions = [
@@ -75,18 +75,17 @@ def test_length_is_a_multiple_of_what_must_divide_it(groups, parallel, multiple)
     layout = BatchLayout.of(parallel, 2, pad_id=0, shared_prompt=True)
     for batch in layout.batches(groups):
         used = sum(pack_group(group).length for group in batch.groups)
-        length = batch.inputs.token_ids.shape[1]
+        length = batch.rows.token_ids.shape[1]
         assert length % multiple == 0
         assert used <= length < used + multiple
-        assert batch.inputs.packed.used == used
+        assert batch.rows.packed.used == used
 
 
 def test_vision_of_a_prompt_is_there_once_and_whole(groups):
     batch = packed_groups(groups, pad_id=0, multiple=16)
     prompts = [group.prompt for group in groups]
-    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
-    assert torch.equal(batch.inputs.pixel_values, torch.cat(pixels))
-    assert len(batch.inputs.vision_places) == sum(int(p.is_vision.sum()) for p in prompts)
+    assert batch.rows.prompts == prompts
+    assert int(batch.rows.is_vision.sum()) == sum(int(p.is_vision.sum()) for p in prompts)
 
 
 def test_one_token_answers_behind_every_reasoning_add_nothing():
@@ -121,8 +120,8 @@ def test_longer_answers_add_their_tokens_but_the_last_once_per_other_reasoning()
 def test_without_the_shared_prompt_every_completion_is_a_sequence(groups):
     layout = BatchLayout.of(Layout(), 2, pad_id=0, shared_prompt=False)
     for batch in layout.batches(groups):
-        assert batch.inputs.packed is None
-        assert len(batch.inputs.token_ids) == sum(group.size for group in batch.groups)
+        assert batch.rows.packed is None
+        assert len(batch.rows.token_ids) == sum(group.size for group in batch.groups)
 
 
 def test_pairs_need_the_shared_prompt(groups):

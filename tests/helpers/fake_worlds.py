@@ -167,10 +167,9 @@ def schedule(folder: str) -> list:
     measured, planned = Measurements(shape), []
     for count in (1, 2, 3, 4):
         recipe.algorithm.prompts_per_step = count
-        inputs = count * measured.use(recipe, 0).inputs
-        planned.append((count, measured.needs(recipe, 0, "update"), inputs))
+        planned.append((count, measured.needs(recipe, 0, "update")))
     with built_stage(recipe, shape, 0) as stage:
-        return [(stage.update(lengths, n)[0] + inputs, says) for n, says, inputs in planned]
+        return [(stage.update(lengths, n)[0], says) for n, says in planned]
 
 
 def flops(folder: str) -> dict:
@@ -180,7 +179,7 @@ def flops(folder: str) -> dict:
     size = recipe.algorithm.group_size
     with built_stage(recipe, shape, 0) as stage, FlopCounterMode(display=False) as counter:
         batch = stage.layout.batches(stage.groups(lengths, 1))[0]
-        hidden = stage.model(batch.inputs)
+        hidden = stage.model(batch.rows.inputs(stage.model))
         batch.log_probs(stage.model, hidden, batch.mask)
     by_operator = counter.get_flop_counts()["Global"]
     vision = shape.family.hf.vision_config

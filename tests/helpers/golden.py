@@ -1,7 +1,7 @@
 """One whole GRPO-CARE step in plain Hugging Face and torch: the oracle of the layout tests.
 
 One sequence per completion, formulas written out from the specification, nothing imported from
-the package but the prompts' tokens and positions.
+the package but the prompts' tokens, positions and patches.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from nemo_care.groups.group import Group
+from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 
 
 @dataclass
@@ -38,14 +39,13 @@ def _disk_name(name: str) -> str:
 
 
 def vision_inputs(model, prompt) -> dict:
-    if prompt.pixel_values is None:
+    if prompt.grid_thw is None:
         return {}
     is_image = [
         bool(seconds)
         for seconds in [False] * len(prompt.sample.videos) + [True] * len(prompt.sample.images)
     ]
-    patches = prompt.grid_thw.prod(dim=1).tolist()
-    parts = prompt.pixel_values.split(patches)
+    parts = [PatchSize().patches(frames) for frames in prompt.frames]
     inputs = {}
     for images, pixels, grid in (
         (False, "pixel_values_videos", "video_grid_thw"),

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from made_family import TIME_WORDS, VIDEO_PAD, ToyFamily, ToyPatching, write_toy
+from made_family import TIME_WORDS, VIDEO_PAD, ToyFamily, write_toy
 from small_runs import one_step, small_recipe, small_trainer
 
 from nemo_care.checks.recipe import check_training_inputs
 from nemo_care.data.media import Media
 from nemo_care.data.patches import PixelBounds
 from nemo_care.errors import InputError
-from nemo_care.groups.batch import model_inputs
+from nemo_care.groups.batch import Rows
 from nemo_care.miniature.vocabulary import encode
 from nemo_care.models.families import FAMILIES, read_family
 from nemo_care.models.weights import iterate_hf_weights
@@ -63,7 +63,8 @@ def test_a_family_is_added_without_touching_the_package(toy, checkpoint, world, 
         prompt = group.prompt
         grid = [tuple(row) for row in prompt.grid_thw.tolist()]
         assert grid == [(4, 1, 1)]
-        assert prompt.pixel_values.shape == (4, ToyPatching.values)
+        (frames,) = prompt.frames
+        assert frames.shape == (8, 4, 4, 3)
         words = encode(TIME_WORDS)
         ids = prompt.token_ids.tolist()
         start = ids.index(words[0])
@@ -80,8 +81,8 @@ def test_vision_features_take_the_places_of_the_vision_tokens(toy, world, ranks,
     prompts, _ = trainer.prompts.next_step()
     prompt, model = prompts[0], trainer.policy.model
     row = prompt.token_ids[None], prompt.position_ids[:, None], prompt.is_vision[None]
-    embedded = model._embed(model_inputs([prompt], *row))[:, 0]
-    seen = prompt.pixel_values @ weights["eye.weight"].T
+    embedded = model._embed(Rows([prompt], *row).inputs(model))[:, 0]
+    seen = model.patching.patches(*prompt.frames) @ weights["eye.weight"].T
     torch.testing.assert_close(embedded[prompt.is_vision], seen)
     words = weights["words"][prompt.token_ids]
     torch.testing.assert_close(embedded[~prompt.is_vision], words[~prompt.is_vision])
@@ -122,7 +123,9 @@ def test_hugging_face_s_processor_cuts_as_we_do_with_the_files_that_vllm_gets(ch
     files = family.processor_files(56 * 84)
     generator = torch.Generator().manual_seed(0)
     frame = torch.randint(0, 256, (56, 84, 3), generator=generator, dtype=torch.uint8)
-    ours, grid = family.prompt.patching.patches([frame], PixelBounds(784, 56 * 84))
+    patching, bounds = family.prompt.patching, PixelBounds(784, 56 * 84)
+    ours = patching.patches(patching.resize(frame, bounds)[None])
+    grid = patching.grid(1, 56, 84, bounds)
     for content in files.values():
         theirs = Qwen2VLImageProcessorPil(**content)(
             frame.numpy(), return_tensors="pt", input_data_format="channels_last"

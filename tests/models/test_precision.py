@@ -232,7 +232,7 @@ def test_padded_groups_give_the_same_gradients_and_likelihoods(
         trainer.policy.model.zero_grad()
         trainer.policy.wrapped.zero_grad_buffer()
         for batch in layout.batches(groups):
-            hidden = trainer.policy.model(batch.inputs)
+            hidden = trainer.policy.model(batch.rows.inputs(trainer.policy.model))
             assert hidden.shape[0] % multiple == 0
             batch.log_probs(trainer.policy.model, hidden, batch.mask).sum().backward()
         found.append([p.main_grad.clone() for p in trainer.policy.model.parameters()])

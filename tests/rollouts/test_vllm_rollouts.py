@@ -16,12 +16,10 @@ from small_runs import small_recipe, small_trainer
 from transformers import Qwen2_5_VLConfig
 from vllm_double import KEY, DoubleEngine, HostThread
 
-from nemo_care.data.patches import PixelBounds
 from nemo_care.errors import InputError, RunFailed
 from nemo_care.models.families import read_family
 from nemo_care.models.families.qwen2_5_vl.engine import vllm_times
 from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 from nemo_care.models.families.qwen2_5_vl.positions import mrope_positions
 from nemo_care.process.environment import VLLM_KEY
 from nemo_care.ranks.process_groups import Layout, Ranks
@@ -55,30 +53,6 @@ def builder(checkpoint):
     return RequestBuilder(read_family(checkpoint), frozenset({2}))
 
 
-# ------------------------------------------------------------------ frames
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_frames_come_back_from_their_patches_bit_for_bit(count):
-    generator = torch.Generator().manual_seed(0)
-    frames = torch.randint(0, 256, (count, 56, 84, 3), generator=generator, dtype=torch.uint8)
-    patch, bounds = PatchSize(), PixelBounds(784, 56 * 84)
-    patches, grid = patch.patches(frames, bounds)
-    again = patch.frames_of(patches, grid)
-    assert torch.equal(again[:count], frames)
-    # An image fills its temporal patch with itself.
-    assert torch.equal(again[-1], frames[-1])
-    assert torch.equal(patch.patches(again, bounds)[0], patches)
-
-
-def test_every_pixel_value_survives_normalising():
-    values = torch.arange(256, dtype=torch.uint8).repeat(12)[: 28 * 28 * 3 + 720]
-    frame = values[: 28 * 28 * 3].reshape(28, 28, 3)
-    assert len(frame.unique()) == 256
-    patches, grid = PatchSize().patches([frame], PixelBounds(784, 784))
-    assert torch.equal(PatchSize().frames_of(patches, grid)[0], frame)
-
-
 # ------------------------------------------------------------------ requests
 
 
@@ -89,6 +63,7 @@ def test_a_prompt_becomes_tokens_frames_and_images_in_order(builder, prompts):
     assert video.videos[0].frames.shape == (8, 28, 28, 3)
     assert video.videos[0].frames.dtype == np.uint8
     assert mixed.images[0].shape == (56, 56, 3)
+    assert np.array_equal(mixed.images[0], prompts[2].frames[1][0])
     assert not np.array_equal(two.videos[0].frames, two.videos[1].frames)
     for request, prompt in zip((video, two, mixed, text), prompts, strict=True):
         assert sum(id in (6, 7) for id in request.token_ids) == len(prompt.seconds_per_grid)

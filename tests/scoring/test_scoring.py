@@ -58,7 +58,8 @@ def test_vision_runs_once_per_group_and_the_output_layer_on_answers_only(
     )
     scorer(trainer, shared_prompt=True).answer_likelihoods(groups)
     prompts = [group.prompt for group in groups]
-    assert sum(patches) == sum(len(p.pixel_values) for p in prompts if p.pixel_values is not None)
+    grids = [p.grid_thw for p in prompts if p.grid_thw is not None]
+    assert sum(patches) == int(torch.cat(grids).prod(dim=1).sum())
     answers = [c.answer_span for group in groups for c in group.completions if c.answer_span]
     assert sum(rows) == sum(end - start for start, end in answers)
     assert sum(rows) < sum(c.length for group in groups for c in group.completions) / 10

@@ -6,7 +6,6 @@ The oracle is plain Hugging Face and torch (golden.py). Each layout really start
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,10 @@ from safetensors.torch import load_file
 from small_runs import one_step, small_recipe, small_trainer, updated
 
 from nemo_care.data.tokenizer import load_tokenizer
-from nemo_care.groups.batch import model_inputs
 from nemo_care.models.families import read_family
+from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 from nemo_care.models.pipeline import forward_only
+from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.models.weights import export_hf
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.rollouts.megatron import MegatronGenerator
@@ -118,12 +118,15 @@ def job(checkpoint, world, folder):
     # Two rows of equal length for the comparison of logits.
     video = prompts[0]
     rows = torch.stack([video.token_ids, video.token_ids.clone()])
+    patches = PatchSize().patches(*video.frames)
     rows[1, -6:-3] = rows[1, -5:-2].clone()
-    inputs = model_inputs(
-        [video, replace(video, pixel_values=video.pixel_values.flip(0))],
-        rows,
-        torch.stack([video.position_ids] * 2, dim=1),
-        torch.stack([video.is_vision] * 2),
+    row, columns = torch.stack([video.is_vision] * 2).nonzero(as_tuple=True)
+    inputs = ModelInputs(
+        token_ids=rows,
+        position_ids=torch.stack([video.position_ids] * 2, dim=1),
+        pixel_values=torch.cat([patches, patches.flip(0)]),
+        grid_thw=torch.cat([video.grid_thw] * 2),
+        vision_places=columns * 2 + row,
     )
     return {
         "folder": folder,
@@ -310,6 +313,14 @@ def test_first_training_step_is_the_same_in_every_layout(layout, folder):
         for run in (Path(result["files"]), folder / "tp1-step")
     ]
     assert texts[0] == texts[1]
+
+
+def test_frames_take_the_same_memory_in_every_layout_of_a_replica(layout):
+    """One rank's, in bytes: frames of 8 x 28 x 28 pixels of each of the replica's prompts."""
+    name, result = layout
+    (metrics,) = read_metrics(Path(result["files"]))
+    prompts = small_recipe("", "").algorithm.prompts_per_step // (2 if name == "dp2" else 1)
+    assert metrics["memory/media_gib"] * 2**30 == prompts * 8 * 28 * 28 * 3
 
 
 def test_a_run_of_one_process_resumes_in_every_layout(layout, folder):

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
@@ -77,6 +78,7 @@ class VLLMGenerator:
             RunFailed: an engine has died, or did not take the weights.
         """
         self._wake()
+        parts = self._parts(prompts)
 
         def begin() -> list[tuple[Engine, Future]]:
             return [
@@ -87,7 +89,7 @@ class VLLMGenerator:
                         requests=[self.requests.build(prompt, sampling) for prompt in part],
                     ),
                 )
-                for engine, part in self._parts(prompts)
+                for engine, part in parts
                 if part
             ]
 
@@ -203,8 +205,31 @@ class VLLMGenerator:
     # ------------------------------------------------------------------ engines and ranks
 
     def _parts(self, prompts: Sequence[Prompt]) -> list[tuple[Engine, Sequence[Prompt]]]:
-        """This rank's engines, each with its part of the replica's prompts."""
-        return [(engine, prompts[place :: self.fleet.count]) for place, engine in self.fleet.own]
+        """This rank's engines, each with its part of the replica's prompts.
+
+        Their frames come from the leader, and to no rank without an engine. All ranks call it.
+        """
+
+        def share(place: int) -> Sequence[Prompt]:
+            return prompts[place :: self.fleet.count]
+
+        places = self.ranks.gather_in_replica([place for place, _ in self.fleet.own])
+        received = self.ranks.dealt_by_leader(
+            [
+                (number, [frames for prompt in share(place) for frames in prompt.frames])
+                for number, of_rank in enumerate(places)
+                for place in of_rank
+            ]
+        )
+        parts: list[tuple[Engine, Sequence[Prompt]]] = []
+        for (place, engine), dealt in zip(self.fleet.own, received, strict=True):
+            frames = iter(dealt)
+            own = [
+                replace(prompt, frames=tuple(islice(frames, len(prompt.frames))))
+                for prompt in share(place)
+            ]
+            parts.append((engine, own))
+        return parts
 
     def _tell(self, name: str, **arguments: object) -> None:
         def ask() -> None:

@@ -1,13 +1,12 @@
 """A prompt as vLLM takes it: the same tokens, frames and positions as in training.
 
-Videos and images were decoded once, and a prompt holds their patches. vLLM cuts frames into patches
-itself, so the frames are made of the patches again, which is exact.
+vLLM cuts frames into patches itself and gets them in the size that they have in training.
 """
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from nemo_care.data.patches import Grid
 from nemo_care.data.prompts import Prompt
@@ -26,7 +25,7 @@ class RequestBuilder:
         self.eos_ids = sorted(eos_ids)
 
     def build(self, prompt: Prompt, sampling: Sampling) -> SampleRequest:
-        """The request for a group of completions of this prompt."""
+        """The request for a group of completions of this prompt, whose frames are here."""
         videos: list[Video] = []
         images: list[np.ndarray] = []
         token_ids = self.family.prompt.collapsed(prompt.token_ids.tolist(), _grids(prompt))
@@ -55,19 +54,14 @@ class RequestBuilder:
 
     def _items(
         self, prompt: Prompt, collapsed: Sequence[int]
-    ) -> Iterator[tuple[bool, Grid, float, torch.Tensor]]:
+    ) -> Iterator[tuple[bool, Grid, float, Tensor]]:
         """Each item of the prompt: whether it is a video, its grid, seconds per grid, frames."""
         grids = _grids(prompt)
-        if not grids:
-            return
-        assert prompt.pixel_values is not None, "a prompt with grids has patches"
-        parts = prompt.pixel_values.split([t * h * w for t, h, w in grids])
         ids = self.family.prompt.placeholders
         items = [token for token in collapsed if token in ids.values()]
-        for token, grid, seconds, part in zip(
-            items, grids, prompt.seconds_per_grid, parts, strict=True
+        for token, grid, seconds, frames in zip(
+            items, grids, prompt.seconds_per_grid, prompt.frames, strict=True
         ):
-            frames = self.family.prompt.patching.frames_of(part, grid)
             yield token == ids["video"], grid, seconds, frames
 
 

@@ -1,10 +1,9 @@
-"""Frames as patches for the vision tower, in Qwen's order, without torchvision.
+"""Frames resized, and cut into patches for the vision tower in Qwen's order, without torchvision.
 
 torchvision is avoided because its wheel does not load beside a CPU build of torch; Hugging Face's
 own video processor needs it.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +38,7 @@ class PatchSize:
         t, h, w = grid
         return t * h * w // self.merge**2
 
-    def resized(self, height: int, width: int, bounds: PixelBounds) -> tuple[int, int]:
+    def size(self, height: int, width: int, bounds: PixelBounds) -> tuple[int, int]:
         """Height and width that frames of this size are brought to.
 
         Raises:
@@ -59,30 +58,44 @@ class PatchSize:
             ) from error
 
     def grid(self, count: int, height: int, width: int, bounds: PixelBounds) -> Grid:
-        """The grid that `count` frames of this size will have; raises InputError as `resized`."""
-        new_height, new_width = self.resized(height, width, bounds)
+        """The grid that `count` frames of this size will have; raises InputError as `size`."""
+        new_height, new_width = self.size(height, width, bounds)
         return -(-count // self.frames), new_height // self.side, new_width // self.side
 
-    def patches(self, frames: Iterable[Tensor], bounds: PixelBounds) -> tuple[Tensor, Grid]:
-        """Resizes, normalises and cuts frames into patches.
+    def frame_shape(self, grid: Grid) -> tuple[int, int, int, int]:
+        """As `Patching.frame_shape`."""
+        t, h, w = grid
+        return t * self.frames, h * self.side, w * self.side, 3
 
-        Patches that are merged into one vision token lie next to each other. A number of frames
+    def resize(self, frame: Tensor, bounds: PixelBounds) -> Tensor:
+        """As `Patching.resize`: bicubic with antialiasing; raises InputError as `size`."""
+        height, width = frame.shape[:2]
+        size = self.size(height, width, bounds)
+        if size == (height, width):
+            return frame
+        image = frame.permute(2, 0, 1)[None]
+        # On uint8, torch rounds between the two passes as PIL and torchvision do.
+        resized = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True)
+        return resized[0].permute(1, 2, 0)
+
+    def patches(self, frames: Tensor) -> Tensor:
+        """Normalises and cuts the resized frames of one video or image into patches.
+
+        Patches that are merged into one vision token are next to each other. A number of frames
         that does not fill the last temporal patch (an image) is filled with the last frame.
 
         Args:
-            frames: uint8 [H, W, 3] each, all of one size; resized one by one, so that an iterator
-                that decodes them never has two frames of full size in memory.
-            bounds: of a frame's area.
+            frames: uint8 [count, H, W, 3].
 
         Returns:
-            pixel_values: float32 [t * h * w, 3 * frames * side * side].
-            grid: (t, h, w).
-
-        Raises:
-            InputError: one side of the frames is more than 200 times the other.
+            float32 [t * h * w, 3 * frames * side * side], on the device of the frames.
         """
-        images = torch.stack([self._resize(frame, bounds) for frame in frames])
-        images = (images.float() / 255 - CLIP_MEAN) / CLIP_STD
+        device = frames.device
+        images = frames.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        # Divided by tensors of the device: CUDA multiplies by the reciprocal of a plain number,
+        # which rounds differently. In place, because a long video's patches are large.
+        images.div_(torch.full((), 255.0, device=device))
+        images.sub_(CLIP_MEAN.to(device)).div_(CLIP_STD.to(device))
         missing = -len(images) % self.frames
         if missing:
             images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
@@ -105,46 +118,4 @@ class PatchSize:
         )
         # -> t, merged row, merged column, row and column inside it | channel, time, pixel row,
         # column
-        patches = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-        return patches.reshape(t * h * w, -1), (t, h, w)
-
-    def _resize(self, frame: Tensor, bounds: PixelBounds) -> Tensor:
-        """A frame uint8 [H, W, 3] as uint8 [3, new H, new W]."""
-        height, width = frame.shape[:2]
-        size = self.resized(height, width, bounds)
-        image = frame.permute(2, 0, 1)
-        if size == (height, width):
-            return image
-        # On uint8, torch rounds between the two passes as PIL and torchvision do.
-        return torch.nn.functional.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
-
-    def frames_of(self, patches: Tensor, grid: Grid) -> Tensor:
-        """The inverse of `patches`, exact to the last bit of each pixel.
-
-        Args:
-            patches: float32 [t * h * w, 3 * frames * side * side] of one video or image.
-            grid: (t, h, w).
-
-        Returns:
-            uint8 [t * frames, H, W, 3]. An image comes back `frames` times, as it was filled up.
-        """
-        t, h, w = grid
-        cut = patches.reshape(
-            t,
-            h // self.merge,
-            w // self.merge,
-            self.merge,
-            self.merge,
-            3,
-            self.frames,
-            self.side,
-            self.side,
-        )
-        # -> t, time | channel | merged row, row inside it, pixel row | the same of columns
-        images = cut.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(
-            t * self.frames, 3, h * self.side, w * self.side
-        )
-        # Normalising moves a pixel by a few parts in 1e7, far less than the half that rounding
-        # takes.
-        pixels = ((images * CLIP_STD + CLIP_MEAN) * 255).round().clamp(0, 255)
-        return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
