@@ -20,7 +20,7 @@ from made import Size, hf_config, video_prompt
 from measure import allocated_peak, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_care.groups.batch import model_inputs
+from nemo_care.groups.batch import Rows
 from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
 from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 
@@ -36,7 +36,7 @@ def measured(ranks: Ranks, prompt_tokens: int, repeats: int, *, shard: bool) -> 
         model.deal_vision()
     prompt = video_prompt(family.hf, prompt_tokens)
     row = prompt.token_ids[None], prompt.position_ids[:, None], prompt.is_vision[None]
-    inputs = model_inputs([prompt], *row)
+    inputs = Rows([prompt], *row).inputs(model)
 
     def forward_backward() -> None:
         model.all_vision_features(inputs).square().sum().backward()

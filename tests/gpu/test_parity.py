@@ -25,6 +25,7 @@ from nemo_care.models.ema import WeightAverage
 from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 from nemo_care.models.log_probs import token_log_probs
 from nemo_care.models.pipeline import forward_only
+from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.training.build import load_model
 

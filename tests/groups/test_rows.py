@@ -35,7 +35,7 @@ def test_patches_are_cut_on_the_first_stage_only_and_once_per_prompt(groups, tra
     own = torch.cat([model.patching.patches(frames) for frames in mixed.prompt.frames])
     assert torch.equal(separate.inputs(model).pixel_values, own.repeat(mixed.size, 1))
     later = rows.inputs(SimpleNamespace(pre_process=False))
-    assert later.pixel_values is later.grid_thw is later.is_vision is None
+    assert later.pixel_values is later.grid_thw is later.vision_places is None
 
 
 def test_a_prompt_whose_frames_were_not_decoded_is_refused(groups, trainer):

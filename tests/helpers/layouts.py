@@ -61,6 +61,14 @@ def record_gradients(policy) -> dict[str, torch.Tensor]:
     return recorded
 
 
+def held_by_leader(groups: list, ranks: Ranks) -> list:
+    """The groups; as in a run, only the leader of a replica has the frames of their prompts."""
+    if not ranks.is_model_leader:
+        for group in groups:
+            group.prompt = group.prompt.without_frames()
+    return groups
+
+
 def share_of(items: list, ranks: Ranks) -> list:
     """Those of this rank's replica."""
     size = len(items) // ranks.data_size

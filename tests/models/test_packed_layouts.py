@@ -9,7 +9,13 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import LAYOUTS, gather_gradients, gather_vocabulary, reduce_whole_gradients
+from layouts import (
+    LAYOUTS,
+    gather_gradients,
+    gather_vocabulary,
+    held_by_leader,
+    reduce_whole_gradients,
+)
 from made_groups import make_groups, make_prompts
 from small_runs import small_recipe
 
@@ -33,7 +39,7 @@ RELATIVE_ERROR = 3e-6
 
 def causal(batch):
     """The same packed sequence without its segments."""
-    return dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, packed=None))
+    return dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, packed=None))
 
 
 def from_last_stage(value, ranks: Ranks):
@@ -59,11 +65,14 @@ def compute(wrapped, batches, ranks: Ranks) -> dict:
         factors = torch.sin(torch.arange(log_probs.numel()).view_as(log_probs).float())
         return (log_probs * factors).sum(), None
 
-    passes = forward_only(model, batches, lambda batch: batch.inputs, values)
+    def inputs(batch):
+        return batch.rows.inputs(model)
+
+    passes = forward_only(model, batches, inputs, values)
     vocabulary = [gather_vocabulary(part, ranks) for part in _last_of(passes, len(batches))]
     wrapped.train()
     wrapped.zero_grad_buffer()
-    forward_backward(wrapped, batches, lambda batch: batch.inputs, loss)
+    forward_backward(wrapped, batches, inputs, loss)
     return {
         "log_probs": from_last_stage([part for part, _, _ in passes], ranks),
         "likelihood": from_last_stage([part for _, part, _ in passes], ranks),
@@ -81,6 +90,7 @@ def computed(ranks: Ranks, job: tuple) -> dict:
     predict the completions, log-probabilities, answer likelihoods and gradients; then packed groups
     under a plain causal mask, the negative control."""
     checkpoint, world, groups = job
+    groups = held_by_leader(groups, ranks)
     recipe = small_recipe(checkpoint, world)
     packed, separate = (
         # Two groups in a batch.

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from golden import golden_step, hf_model, vision_inputs
-from layouts import LAYOUTS, gather_vocabulary, gather_weights, generate, record_gradients, share_of
+from layouts import (
+    LAYOUTS,
+    gather_vocabulary,
+    gather_weights,
+    generate,
+    held_by_leader,
+    record_gradients,
+    share_of,
+)
 from made_groups import make_groups, make_prompts
 from safetensors.torch import load_file
 from small_runs import one_step, small_recipe, small_trainer, updated
@@ -43,6 +51,8 @@ def computed(ranks: Ranks, job: dict) -> dict:
         result_of=lambda hidden, inputs: model.logits(hidden),
     )
     result["logits"] = gather_vocabulary(logits[0] if logits else None, ranks)
+    if not ranks.is_model_leader:
+        job["prompts"] = [prompt.without_frames() for prompt in job["prompts"]]
     result["greedy"] = generate(trainer, job["prompts"], 0.0, ranks)
     result["sampled"] = generate(trainer, job["prompts"], 1.0, ranks)
     fixed = MegatronGenerator(
@@ -52,7 +62,7 @@ def computed(ranks: Ranks, job: dict) -> dict:
     export_hf(model, job["checkpoint"], folder / f"{name}-export")
 
     # One step on given completions.
-    groups = share_of(job["groups"], ranks)
+    groups = held_by_leader(share_of(job["groups"], ranks), ranks)
     trainer.reference.score_answers(groups)
     trainer.credit(groups)
     gradients = record_gradients(trainer.policy)
