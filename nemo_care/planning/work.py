@@ -37,7 +37,7 @@ class Efficiency:
     """Share of the memory bandwidth that decoding reaches."""
     layer_microseconds: float = 300.0
     """Launching one layer's kernels for one decoded token, without CUDA graphs: about 25 (counted
-    in tests/rollouts/test_decoding.py), each called from Python in 12 microseconds."""
+    in tests/rollouts/test_decoding_steps.py), each called from Python in 12 microseconds."""
     graph_layer_microseconds: float = 50.0
     """The least that one layer's kernels take for one decoded token with CUDA graphs
     (rollout.cuda_graphs; vLLM captures them unless rollout.vllm.enforce_eager is set)."""
