@@ -136,7 +136,7 @@ def test_data_that_can_all_be_used_ends_with_status_0_and_counts(check, tmp_path
         assert file["problem_types"] == {"multiple choice": count}
         assert file["unusable_fraction"] == 0
         assert not file["stops_a_run"]
-    assert re.search(r"train +8 +8 +8 +0\.0% +goes on", out)
+    assert re.search(r"train +8 +8 +8 +0\.0% +continues", out)
     assert "20/20" in err
     assert not list(tmp_path.glob("*.partial"))
 
