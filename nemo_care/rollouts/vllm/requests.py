@@ -1,7 +1,7 @@
-"""A prompt as vLLM takes it: the same tokens, frames and positions as in training.
+"""A prompt as a vLLM request: the same tokens, frames and positions as in training.
 
-Videos and images were decoded once, and a prompt holds their patches. vLLM cuts frames into patches
-itself, so the frames are made of the patches again, which is exact.
+Videos and images were decoded once, and a prompt contains their patches. vLLM cuts frames into
+patches itself, so the frames are reconstructed from the patches, which is exact.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from nemo_care.rollouts.vllm.messages import SampleRequest, Video
 
 
 class RequestBuilder:
-    """Makes requests for one model."""
+    """Builds requests for one model."""
 
     def __init__(self, family: Family, eos_ids: frozenset[int]) -> None:
         """`family` is the model's; a completion ends at any of `eos_ids`."""
@@ -26,7 +26,7 @@ class RequestBuilder:
         self.eos_ids = sorted(eos_ids)
 
     def build(self, prompt: Prompt, sampling: Sampling) -> SampleRequest:
-        """The request for a group of completions of this prompt."""
+        """Build the request for a group of completions of this prompt."""
         videos: list[Video] = []
         images: list[np.ndarray] = []
         token_ids = self.family.prompt.collapsed(prompt.token_ids.tolist(), _grids(prompt))
@@ -44,7 +44,7 @@ class RequestBuilder:
             token_ids=token_ids,
             videos=videos,
             images=images,
-            # vLLM refuses several greedy completions, which would be the same.
+            # vLLM refuses several greedy completions, which would be equal.
             count=sampling.group_size if sampling.temperature > 0 else 1,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -56,7 +56,7 @@ class RequestBuilder:
     def _items(
         self, prompt: Prompt, collapsed: Sequence[int]
     ) -> Iterator[tuple[bool, Grid, float, torch.Tensor]]:
-        """Each item of the prompt: whether it is a video, its grid, seconds per grid, frames."""
+        """Yield the prompt's items: whether it is a video, its grid, seconds per grid, frames."""
         grids = _grids(prompt)
         if not grids:
             return
@@ -76,6 +76,6 @@ def _grids(prompt: Prompt) -> list[Grid]:
 
 
 def seed_of(sampling: Sampling, index: int) -> int:
-    """A seed below 2**62 for the prompt of this index; its completions take the next numbers."""
+    """Return a seed below 2**62 for a prompt's index; its completions use the next numbers."""
     words = np.random.SeedSequence([*sampling.seed, index]).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(2))
