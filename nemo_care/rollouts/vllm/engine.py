@@ -221,7 +221,7 @@ class Engine:
             ) from error
 
     def _read(self, connection: Connection) -> None:
-        """In a thread: hand out answers until the connection ends."""
+        """In a thread: set the results of calls until the connection ends."""
         reason = "its process has ended"
         while True:
             try:
@@ -230,11 +230,11 @@ class Engine:
                 break
             except (
                 Exception
-            ) as error:  # of unpickling: without this thread nobody would be answered
-                reason = f"its answer can't be read: {type(error).__name__}: {error}"
+            ) as error:  # in unpickling: calls would never return without this thread
+                reason = f"its reply can't be read: {type(error).__name__}: {error}"
                 break
             if not isinstance(reply, Reply):
-                reason = f"its answer is no answer but {type(reply).__name__}"
+                reason = f"its reply is not a reply but {type(reply).__name__}"
                 break
             if reply.number < 0:
                 reason = reply.error or reason
@@ -260,7 +260,7 @@ class Engine:
     def _death(self, reason: str) -> str:
         message = f"vLLM's engine {self.name} has died: {reason}{self._log_hint()}"
         if self.process is not None:
-            message += f"; its last words:\n{self.process.end_of_log()}"
+            message += f"; the end of its log:\n{self.process.end_of_log()}"
         return message
 
     def _log_hint(self) -> str:
@@ -271,8 +271,8 @@ class Engine:
         self._left = True
         with self._lock:
             if self._dead is None and self._connection is not None:
-                # Closing it here would not wake the thread that reads from it. One that has died
-                # unheard is left all the same.
+                # Closing it here would not wake the thread that reads from it. The engine may have
+                # died without notice.
                 with contextlib.suppress(OSError):
                     self._connection.send(Call(-1, LEAVE, {}))
         if self.process is not None:

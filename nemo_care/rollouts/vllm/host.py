@@ -115,7 +115,7 @@ class Host:
             greet(client, self.key)
             bound_sending(client, _SEND_SECONDS)
         except (AuthenticationError, OSError, EOFError) as error:
-            say(f"a client was turned away: {error or 'it has gone'}", file=sys.stderr)
+            say(f"a client was turned away: {error or 'it disconnected'}", file=sys.stderr)
             client.close()
             return
         finally:
