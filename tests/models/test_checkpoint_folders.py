@@ -163,7 +163,7 @@ def test_a_torn_file_of_weights_is_named(folder, refused, size):
         (QUERY.replace("weight", "qweight"), torch.ones(1), ["q_proj.qweight"]),
         ("model.layers.0.self_attn.o_proj.bias", torch.ones(64), ["o_proj.bias"]),
         ("model.layers.4.mlp.up_proj.weight", torch.ones(160, 64), ["layers.4"]),
-        ("custom_text_proj.weight", torch.ones(1), ["custom_text_proj.weight", "no part"]),
+        ("custom_text_proj.weight", torch.ones(1), ["custom_text_proj.weight", "not part"]),
         (QUERY, None, [QUERY, "is missing"]),
         ("lm_head.weight", None, ["lm_head.weight", "is missing"]),
         ("visual.merger.ln_q.weight", None, ["visual.merger.ln_q.weight", "is missing"]),
