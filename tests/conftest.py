@@ -1,4 +1,4 @@
-"""What several tests need: the tiny checkpoint, the miniature's files, one-rank groups, judges."""
+"""Fixtures of many tests: the tiny checkpoint, the miniature, ranks, an endpoint and judges."""
 
 import gc
 import sys
@@ -13,7 +13,7 @@ from absl import logging as absl_logging
 import nemo_care
 from nemo_care.ranks.process_groups import Layout, Ranks
 
-# rouge-score brings absl, whose log handler closes a stderr that is not the process's own, such as
+# rouge-score imports absl, whose log handler closes a stderr that is not the process's own, such as
 # pytest's, as soon as Hydra sets up its logging while composing a recipe.
 absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
@@ -28,43 +28,43 @@ CHECKPOINT = Path(nemo_care.__file__).parent / "miniature" / "checkpoint_warm"
 
 
 def pytest_report_header() -> str:
-    """Names the CPU instructions in use: rounding, and so the last digits, depend on them."""
+    """Report the CPU instructions in use, which affect rounding and so the last digits."""
     return f"torch's CPU instructions: {torch.backends.cpu.get_cpu_capability()}"
 
 
-# Folders whose files take longest: begun last, one of them would be waited for at the end.
+# Folders with the slowest files: if started last, one of them would delay the end.
 _LONG = ("faults", "training", "commands", "models", "evaluation", "data", "planning", "ranks")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Starts the longest files first; without xdist's own order (--no-loadscope-reorder)."""
+    """Start the slowest files first; without xdist's own order (--no-loadscope-reorder)."""
     place = {name: number for number, name in enumerate(_LONG)}
     items.sort(key=lambda item: place.get(item.path.parent.name, len(_LONG)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _imported_modules_are_no_garbage() -> None:
-    """Megatron collects garbage whenever it saves, a long look at all that is imported."""
+    """Exclude imported modules from garbage collection, which Megatron runs at every save."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
-    """The warm-started tiny Qwen2.5-VL that comes with the package."""
+    """Return the warm-started tiny Qwen2.5-VL that comes with the package."""
     return CHECKPOINT
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Ranks:
-    """Process groups of a world of one rank, in this process."""
+    """Return process groups of a world of one rank, in this process."""
     return Ranks(Layout())
 
 
 @pytest.fixture(scope="session")
 def rank_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["RankServer"]:
-    """Starts ranks without their imports."""
+    """Start ranks without waiting for their imports."""
     from forked_ranks import RankServer
 
     server = RankServer(tmp_path_factory.mktemp("ranks"))
@@ -74,7 +74,7 @@ def rank_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["RankServe
 
 @pytest.fixture(scope="session")
 def on_ranks(rank_server: "RankServer", tmp_path_factory: pytest.TempPathFactory) -> "OnRanks":
-    """Runs a function of a test on ranks: see on_ranks.py."""
+    """Run a function of a test on ranks: see on_ranks.py."""
     from on_ranks import OnRanks
 
     return OnRanks(rank_server, tmp_path_factory.mktemp("jobs"))
@@ -82,7 +82,7 @@ def on_ranks(rank_server: "RankServer", tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small miniature: videos and questions."""
+    """Write a small miniature: videos and questions."""
     from nemo_care.miniature.files import write_world
 
     root = tmp_path_factory.mktemp("miniature") / "world"
@@ -92,7 +92,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def endpoint() -> Iterator["Endpoint"]:
-    """A chat endpoint on this machine."""
+    """Serve a chat endpoint on this machine."""
     from made_endpoint import serving
 
     with serving() as made:
@@ -103,13 +103,13 @@ def endpoint() -> Iterator["Endpoint"]:
 def judge(
     endpoint: "Endpoint", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., "LLMJudge"]]:
-    """Makes judges that ask that endpoint, and closes them; the arguments differ from the usual."""
+    """Create judges that use that endpoint, and close them; arguments change their settings."""
     from made_endpoint import KEY, PATIENCE
 
     from nemo_care.evaluation.llm_judge import LLMJudge
     from nemo_care.recipe.evaluation import LLMJudgeConfig
 
-    # Pauses between attempts of a hundredth of a second; no proxy before this machine.
+    # Retry after a hundredth of a second; use no proxy for this machine.
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("THE_KEY", KEY)

@@ -1,4 +1,4 @@
-"""The sizes of a model, whichever family it is of: what planning counts with."""
+"""The sizes of a model of any family, with which planning computes."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Architecture:
     """Sizes of a language model with a vision tower.
 
     `heads` query heads share `kv_heads` key-value heads, each `head_dim` wide. `tied`: the output
-    layer is the embedding. `max_positions` is the longest sequence that the model is made for.
+    layer is the embedding. `max_positions` is the longest sequence the model supports.
     """
 
     layers: int
@@ -32,10 +32,10 @@ class Architecture:
 
     @property
     def query_size(self) -> int:
-        """Width of all queries together, and of what attention gives to its output layer."""
+        """The width of all queries together, and of the input to attention's output layer."""
         return self.heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Width of all keys together, and of all values."""
+        """The width of all keys together, and of all values."""
         return self.kv_heads * self.head_dim

@@ -1,11 +1,11 @@
 """The exponential moving average of the policy's weights.
 
-The released GRPO-CARE code averages bf16 weights in place: at a learning rate of 1e-6 a step of
+The released GRPO-CARE code averages bf16 weights in place: at a learning rate of 1e-6, a step of
 (1 - decay) * (theta - phi) is below half a bf16 ulp and rounds away. Here the average is kept in
-float32, cut over the ranks exactly like the weights, and cast to the compute type after each
+float32, sharded over the ranks exactly like the weights, and cast to the compute type after each
 update. Every rank updates its own shard; nothing is gathered.
 
-With `offload` the average lives in (pinned) CPU memory, and the model's parameters hold memory of
+With `offload`, the average is in (pinned) CPU memory, and the model's parameters occupy memory of
 the compute device only while they are in use.
 """
 
@@ -28,14 +28,14 @@ class WeightAverage:
     """
 
     def __init__(self, model: torch.nn.Module, decay: float, *, offload: bool = False) -> None:
-        """`model` starts as the average; its parameters stop taking gradients.
+        """Start with `model` as the average; its parameters no longer require gradients.
 
-        `offload` keeps the average in CPU memory; use the model within `in_place` then.
+        `offload` keeps the average in CPU memory; then use the model inside `in_place`.
         """
         self.model = model.requires_grad_(False).eval()
         self.decay = decay
         self.offload = offload
-        # In place, a float32 parameter is its own state; any other type gets a float32 twin.
+        # In place, a float32 parameter is its own state; those of other types get a float32 copy.
         state_of = _cpu_copy if offload else torch.Tensor.float
         self.state: dict[str, torch.Tensor] = {
             name: state_of(parameter.data) for name, parameter in model.named_parameters()
@@ -45,7 +45,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model's parameters hold the average, on the compute device."""
+        """Make the model's parameters hold the average, on the compute device, inside."""
         if not self.offload:
             yield
             return
@@ -58,7 +58,7 @@ class WeightAverage:
             self._release()
 
     def _release(self) -> None:
-        """Give the parameters' memory back; shape, type and device stay (one element each)."""
+        """Free the parameters' memory; shape, type and device remain (one element each)."""
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)
 
@@ -68,21 +68,21 @@ class WeightAverage:
         theta = dict(policy.named_parameters())
         for name, parameter in self.model.named_parameters():
             average, target = self.state[name], theta[name].float()
-            # Offloaded: one parameter at a time on the compute device, which does the arithmetic.
+            # Offloaded: one parameter at a time moves to the compute device for the arithmetic.
             moved = average.to(target.device, non_blocking=True)
             average.copy_(moved.mul_(self.decay).add_(target, alpha=1.0 - self.decay))
             self._show(name, parameter)
 
     def _show(self, name: str, parameter: torch.Tensor) -> None:
-        """Bring a parameter of the model up to its average, unless `in_place` does that."""
+        """Set a parameter of the model to its average, unless `in_place` does that."""
         if not self.offload and self.state[name].data_ptr() != parameter.data_ptr():
             parameter.copy_(self.state[name])
 
     @torch.no_grad()
     def squared_distance(self, policy: torch.nn.Module) -> torch.Tensor:
-        """This rank's share of (|theta - phi|^2, |theta|^2), float64 [2].
+        """Return this rank's share of (|theta - phi|^2, |theta|^2), float64 [2].
 
-        A parameter that several ranks of a model replica hold is counted on one of them, so that
+        A parameter that several ranks of a model replica have is counted on one of them, so that
         the sum over the replica does not depend on the layout.
         """
         device = next(self.model.parameters()).device
@@ -95,7 +95,7 @@ class WeightAverage:
         return squares
 
     def sharded_state_dict(self, prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
-        """The float32 average as Megatron sharded tensors, laid out like the model's own."""
+        """Return the float32 average as Megatron sharded tensors, laid out like the model's own."""
         sharded = self.model.sharded_state_dict(prefix=prefix, metadata=metadata)  # type: ignore[operator]
         for key, entry in sharded.items():
             name = key.removeprefix(prefix)
@@ -107,14 +107,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], prefix: str) -> None:
-        """Take a float32 average that `sharded_state_dict` described."""
+        """Load a float32 average that `sharded_state_dict` described."""
         for name, parameter in self.model.named_parameters():
             self.state[name].copy_(state[prefix + name])
             self._show(name, parameter)
 
 
 def _cpu_copy(weight: torch.Tensor) -> torch.Tensor:
-    """A float32 copy in CPU memory."""
+    """Return a float32 copy in CPU memory."""
     copy = host_memory.host_empty(weight.shape, torch.float32)
     copy.copy_(weight)
     return copy

@@ -1,7 +1,7 @@
-"""A model family: everything that is particular to one kind of checkpoint.
+"""The interface of a model family: everything specific to one kind of checkpoint.
 
-A family is a folder in `families/`. All else sees the parts of `Family`, its `Architecture` and
-the `VideoLanguageModel` that it builds.
+A family is a folder in `families/`. All other code uses the parts of `Family`, its `Architecture`
+and the `VideoLanguageModel` that it builds.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from nemo_care.models.architecture import Architecture
 from nemo_care.models.weight_table import WeightTable
 
 if TYPE_CHECKING:
-    # Some commands need a checkpoint's sizes and prompts, and no Megatron.
+    # Some commands need a checkpoint's sizes and prompts, but not Megatron.
     import torch
     from megatron.core.transformer import TransformerConfig
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 class Family(ABC):
-    """One checkpoint's model, as its family knows it.
+    """One checkpoint's model, described by its family.
 
     Attributes:
-        model_type: what config.json calls the family.
-        name: what people call it.
+        model_type: the family's name in config.json.
+        name: the family's name in messages.
         architecture: the model's sizes.
-        prompt: how videos and images are written into a prompt and cut into patches.
+        prompt: how videos and images are represented in a prompt and cut into patches.
         weights: which tensors of a checkpoint fill which parameters.
         computes_frames_apart: whether the vision tower computes each frame of a video (each step
             of its grid) as if it were an image of its own, so that frames can be dealt to ranks.
@@ -47,28 +47,28 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def read(cls, folder: Path, raw: Mapping[str, Any], *, key: str) -> Self:
-        """The model of a Hugging Face directory whose config.json is `raw`.
+        """Read the model of a Hugging Face directory whose config.json is `raw`.
 
-        `key` is the recipe's key that names the folder.
+        `key` is the recipe key that names the folder.
 
         Raises:
-            InputError: config.json or the processor files say something that is not computed here.
+            InputError: config.json or the processor files require something not implemented.
         """
 
     @abstractmethod
     def signature(self) -> dict[str, Any]:
-        """What two models must have in common for the weights of one to fit the other.
+        """Return what two models must have in common for the weights of one to fit the other.
 
-        By the names of config.json; plain values, which JSON can hold.
+        The keys are those of config.json; the values can be written as JSON.
         """
 
     @abstractmethod
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors of a checkpoint, by their names on disk."""
+        """Return the shapes of all tensors of a checkpoint, by their names on disk."""
 
     @abstractmethod
     def vision_flops(self, grids: Sequence[Grid]) -> float:
-        """FLOPs of the vision tower's forward pass on videos and images of these grids."""
+        """Return FLOPs of the vision tower's forward pass on videos and images of these grids."""
 
     @abstractmethod
     def transformer_config(
@@ -78,10 +78,10 @@ class Family(ABC):
         recompute_granularity: str = "none",
         fp8: "FP8Config | None" = None,
     ) -> "TransformerConfig":
-        """Megatron's configuration of the language model.
+        """Return Megatron's configuration of the language model.
 
         `recompute_granularity`: none, selective (the inside of attention) or full (whole layers).
-        `fp8`: how the layers compute in 8 bits; None: they don't.
+        `fp8`: how the layers compute in 8 bits; None disables it.
 
         Raises:
             InputError: the model or the layout does not fit 8-bit products.
@@ -89,19 +89,19 @@ class Family(ABC):
 
     @abstractmethod
     def build(self, config: "TransformerConfig", backend: str = "auto") -> "VideoLanguageModel":
-        """This rank's part of the model, without meaningful weights."""
+        """Build this rank's part of the model, without meaningful weights."""
 
     @abstractmethod
     def processor_files(self, max_pixels: int) -> dict[str, dict[str, Any]]:
-        """Files, by name, from which vLLM cuts frames as `prompt.patching` does.
+        """Return files, by name, that make vLLM cut frames as `prompt.patching` does.
 
-        No frame of up to `max_pixels` may be resized: they come in the size that they shall have.
+        Frames of up to `max_pixels` must not be resized, because they have their final size.
         """
 
     @abstractmethod
     def video_fps(self, grid: Grid, seconds_per_grid: float) -> float:
-        """The frame rate of a video from which vLLM computes the positions of `prompt.positions`.
+        """Return the frame rate with which vLLM computes the positions of `prompt.positions`.
 
         Raises:
-            RunFailed: there is none.
+            RunFailed: there is no such rate.
         """

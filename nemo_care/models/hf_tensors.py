@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face checkpoint folder: which file gives which, and whether they fit."""
+"""The tensors of a Hugging Face checkpoint folder: which file has which, and whether they fit."""
 
 import sys
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from nemo_care.models.weight_table import WeightTable
 from nemo_care.process.screen import say
 
 INDEX = "model.safetensors.index.json"
-# What weights can be; others are quantised, or no weights.
+# Types of weights; other types are quantised, or not weights.
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _ROWS_AT_ONCE = 8192
 
@@ -25,17 +25,17 @@ _ROWS_AT_ONCE = 8192
 class HFTensors:
     """Opens the safetensors files of a folder and finds each tensor's file.
 
-    The index decides which files are read and which tensors are taken from them; where there is
-    none, all files are, and no two may give the same tensor.
+    The index decides which files are read and which tensors are taken from them; without an index,
+    all files are read, and no two may have the same tensor.
     """
 
     def __init__(self, folder: Path, table: WeightTable, key: str) -> None:
-        """`table` is the family's, `key` the recipe's key that names the folder.
+        """`table` is the family's, `key` the recipe key that names the folder.
 
-        Raises InputError as `check_weights`.
+        Raises InputError as in `check_weights`.
         """
         self.where = f"{key}={folder}"
-        # What lies there and is not read, in words; the index decided so.
+        # What the folder contains but the index excludes, in words.
         self.ignored: list[str] = []
         self._folder = folder
         self._disk_name = table.disk_name
@@ -60,7 +60,7 @@ class HFTensors:
         handles: dict[str, Any] = {}
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or Path(shard).name != shard:
-                raise InputError(f"{index}: {name} is said to be in {shard!r}, no file name")
+                raise InputError(f"{index}: {name} is listed in {shard!r}, not a file name")
             if shard not in handles:
                 if not (self._folder / shard).is_file():
                     raise InputError(
@@ -72,7 +72,7 @@ class HFTensors:
         for name, shard in weight_map.items():
             if name not in held[shard]:
                 raise InputError(
-                    f"{self.where}: {INDEX} says that {name} is in {shard}, which does not have "
+                    f"{self.where}: {INDEX} lists {name} in {shard}, which does not have "
                     "it; copy both from the checkpoint again"
                 )
             self._add(name, handles[shard], shard)
@@ -87,24 +87,24 @@ class HFTensors:
         name = self._disk_name(key)
         if name in self._handle:
             raise InputError(
-                f"{self.where}: {file} gives tensor {name}, which another file or name gives too; "
-                "remove what does not belong to the checkpoint"
+                f"{self.where}: {file} has tensor {name}, which another file or name has too; "
+                "remove files that do not belong to the checkpoint"
             )
         self._handle[name], self._key[name] = handle, key
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is a tensor of that name."""
+        """Whether there is a tensor with that name."""
         return name in self._handle
 
     def __iter__(self) -> Iterator[str]:
-        """The tensors' names."""
+        """Iterate over the tensors' names."""
         return iter(self._handle)
 
     def __call__(self, name: str) -> Any:
-        """A tensor as a slice, of which parts can be read.
+        """Return a tensor as a slice, of which parts can be read.
 
         Raises:
-            InputError: there is none of that name, or it is quantised.
+            InputError: there is none with that name, or it is quantised.
         """
         if name not in self._handle:
             raise InputError(f"{self.where}: tensor {name} is missing")
@@ -127,13 +127,13 @@ def _opened(file: Path) -> Any:
 
 
 def check_weights(folder: str | Path, *, key: str = "model.hf_path") -> None:
-    """Refuse tensors that are not those of the model; says once on stderr what is not read.
+    """Refuse tensors that don't fit the model; print once on stderr what is not read.
 
-    `key` is the recipe's key that names the folder.
+    `key` is the recipe key that names the folder.
 
     Raises:
-        InputError: a file is missing, unreadable or not what the index says; a tensor is missing,
-            given twice, of another shape than config.json says, not of floating point, or no part
+        InputError: a file is missing, unreadable or contradicts the index; a tensor is missing,
+            duplicated, shaped differently than in config.json, not of floating point, or not part
             of the model; config.json can't be used (see `read_family`).
     """
     family = read_family(folder, key=key)
@@ -150,9 +150,9 @@ def check_weights(folder: str | Path, *, key: str = "model.hf_path") -> None:
             continue
         if name not in shapes:
             raise InputError(
-                f"{tensors.where}: tensor {name} is no part of a {family.name} (scales of "
+                f"{tensors.where}: tensor {name} is not part of a {family.name} (scales of "
                 "quantised weights, an adapter, or another architecture); use a checkpoint with "
-                "the model's own weights alone"
+                "the model's own weights only"
             )
         found, wanted = tuple(tensors(name).get_shape()), shapes[name]
         if found != wanted:
@@ -162,8 +162,8 @@ def check_weights(folder: str | Path, *, key: str = "model.hf_path") -> None:
                 else ""
             )
             raise InputError(
-                f"{tensors.where}: tensor {name} is {_shape(found)}, but config.json makes it "
-                f"{_shape(wanted)}{rows}; use the two of one checkpoint"
+                f"{tensors.where}: tensor {name} is {_shape(found)}, but config.json requires "
+                f"{_shape(wanted)}{rows}; use files of the same checkpoint"
             )
     for name in shapes:
         if name not in tensors and not (name == output and tied):
@@ -173,7 +173,7 @@ def check_weights(folder: str | Path, *, key: str = "model.hf_path") -> None:
 
 
 def _check_tied(tensors: HFTensors, family: Family, rows: int) -> None:
-    """Refuse an output layer of its own where config.json ties it to the embedding."""
+    """Refuse a separate output layer if config.json ties it to the embedding."""
     names = family.weights.embedding, family.weights.output
     embedding, output = map(tensors, names)
     for start in range(0, rows, _ROWS_AT_ONCE):

@@ -1,8 +1,8 @@
-"""Log-probabilities of given tokens from hidden states, with the vocabulary cut over ranks.
+"""Log-probabilities of given tokens from hidden states, with the vocabulary sharded over ranks.
 
-The output layer runs on the rows that are asked for and nowhere else, some rows at a time. Backward
-computes their logits again, so that no float32 tensor of all tokens times the vocabulary exists.
-Nothing is gathered along the vocabulary: ranks exchange one number per row.
+The output layer runs only on the rows needed, some rows at a time. Backward recomputes their
+logits, so that no float32 tensor of all tokens times the vocabulary exists. Nothing is gathered
+along the vocabulary: ranks exchange one number per row.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-# Elements of the float32 logits that exist at a time (128 MiB).
+# Maximum number of float32 logits in memory at a time (128 MiB).
 _CHUNK_ELEMENTS = 2**25
 
 
@@ -24,15 +24,15 @@ def token_log_probs(
     *,
     chunk_elements: int = _CHUNK_ELEMENTS,
 ) -> torch.Tensor:
-    """Log-probability of each token.
+    """Compute the log-probability of each token.
 
     Args:
-        hidden: [R, H] hidden states; several tokens may be predicted from one of them.
+        hidden: [R, H] hidden states; one of them can predict several tokens.
         weight: [V_padded / TP, H], this rank's slice of the output layer.
         row_of: long [T], the row of `hidden` that predicts each token.
         token_ids: long [T].
         vocab_size: V; the padding columns beyond it get no probability.
-        chunk_elements: rows at a time times vocabulary of a rank, at most.
+        chunk_elements: maximum of rows at a time multiplied by a rank's vocabulary.
 
     Returns:
         float32 [T], equal on all tensor-parallel ranks. Differentiable by `hidden` and `weight`;
@@ -73,7 +73,7 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, row_of, token_ids, log_sums = ctx.saved_tensors
         slices = _Slices(weight, token_ids, *ctx.sizes)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Chunk after chunk in float32: in bf16 the late ones would be rounded away.
+        # Summed over chunks in float32: in bf16, late chunks would be rounded away.
         grad_weight = (
             torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         )
@@ -96,14 +96,14 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 class _Slices:
-    """This rank's part of the vocabulary, and the rows that are computed at a time."""
+    """This rank's part of the vocabulary, and the rows computed at a time."""
 
     def __init__(
         self, weight: torch.Tensor, token_ids: torch.Tensor, vocab_size: int, chunk_elements: int
     ) -> None:
         padded_width = weight.shape[0]
         first = parallel_state.get_tensor_model_parallel_rank() * padded_width
-        # Columns of the padded vocabulary are left out; a rank may have nothing else.
+        # Columns of vocabulary padding are excluded; a rank may have only those.
         self.width = min(max(vocab_size - first, 0), padded_width)
         self.weight = weight[: self.width]
         self.rows = max(1, chunk_elements // padded_width)
@@ -111,20 +111,20 @@ class _Slices:
         self._mine = (self._columns >= 0) & (self._columns < self.width)
 
     def logits(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
-        """float32 [rows, V / TP], a tensor of its own."""
+        """Return float32 [rows, V / TP] logits in newly allocated memory."""
         return (hidden[start : start + self.rows] @ self.weight.t()).float()
 
     def owned(
         self, row_of: torch.Tensor, start: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens of this rank that the rows from `start` predict: which, in which row, column."""
+        """Return this rank's tokens predicted by the rows from `start`: index, row and column."""
         here = self._mine & (row_of >= start) & (row_of < start + self.rows)
         tokens = here.nonzero()[:, 0]
         return tokens, row_of[tokens] - start, self._columns[tokens]
 
 
 def _log_sum_over_ranks(log_sums: torch.Tensor) -> torch.Tensor:
-    """log of the sum over tensor-parallel ranks of exp(log_sums)."""
+    """Return the log of the sum over tensor-parallel ranks of exp(log_sums)."""
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return log_sums
     group = parallel_state.get_tensor_model_parallel_group()

@@ -26,8 +26,7 @@ def forward_only(
         inputs_of: the model's inputs of a micro-batch; called right before it is computed, so that
             patches are in memory for the micro-batches in flight only.
         result_of: called on the last stage with the hidden states (see
-            `VideoLanguageModel.forward`) and
-            the micro-batch.
+            `VideoLanguageModel.forward`) and the micro-batch.
 
     Returns:
         One result per micro-batch on the last pipeline stage; an empty list on the others.
@@ -36,7 +35,7 @@ def forward_only(
     def step(iterator, stage):
         batch = next(iterator)
         output = stage(inputs_of(batch))
-        # The schedule calls this with non_loss_data=True and collects what it returns.
+        # With non_loss_data=True, the schedule calls this and collects the results.
         return output, lambda hidden, non_loss_data: result_of(hidden, batch)
 
     with torch.no_grad():
@@ -45,7 +44,7 @@ def forward_only(
             data_iterator=iter(batches),
             model=model,
             num_microbatches=len(batches),
-            # The stages tell each other the real shapes (variable_seq_lengths).
+            # The stages exchange the actual shapes (variable_seq_lengths).
             seq_length=1,
             micro_batch_size=1,
             forward_only=True,
@@ -59,10 +58,11 @@ def forward_backward(
     inputs_of: Callable[[B], ModelInputs],
     loss_of: Callable[[torch.Tensor, B], tuple[torch.Tensor, R]],
 ) -> list[R]:
-    """Forward and backward over all micro-batches; gradients add up in the model's buffers.
+    """Forward and backward over all micro-batches; gradients accumulate in the model's buffers.
 
-    `loss_of` gives this micro-batch's *share* of the loss, so that the losses add up to the step's
-    loss, and anything to collect. Arguments else and result as in `forward_only`.
+    `loss_of` returns this micro-batch's *share* of the loss, such that the shares add up to the
+    step's loss, and any result to collect. The other arguments and the result are as in
+    `forward_only`.
     """
     count = len(batches)
 

@@ -1,8 +1,8 @@
-"""8-bit matrix products: Megatron's settings for them, what they ask of shapes and of the machine.
+"""8-bit matrix products: Megatron's settings, and their requirements on shapes and machine.
 
 Megatron enters TransformerEngine's 8-bit context around each layer (around the whole stage with
-delayed scales) whenever `config.fp8` is set, so which passes run in 8 bits is decided by each
-model's configuration. Not run on a GPU yet: the rules are read from TransformerEngine 2.4 to 2.18.
+delayed scales) whenever `config.fp8` is set, so each model's configuration decides which passes run
+in 8 bits. Not yet run on a GPU: the rules are read from TransformerEngine 2.4 to 2.18.
 """
 
 import os
@@ -21,25 +21,25 @@ from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.model import FP8Config, ModelConfig
 
 _KEY = "model.precision.fp8"
-# Compute capability, and in words.
+# The compute capability, and its description.
 _NEEDS = {
     "delayed": ((8, 9), "an L40S, H100 or newer"),
     "tensorwise": ((8, 9), "an L40S, H100 or newer"),
     "blockwise": ((9, 0), "an H100 or newer"),
     "mxfp8": ((10, 0), "a B200 or newer"),
 }
-# TransformerEngine's _compute_mxfp8_support: not for all layouts of a product there.
+# TransformerEngine's _compute_mxfp8_support: there, not all layouts of a product are supported.
 _NO_MXFP8 = (12, 0)
 _BLOCKWISE_CUDA = (12, 9)
 _AMAX_HISTORY = 1024
-# TransformerEngine's _extra_state.py.
+# See TransformerEngine's _extra_state.py.
 _PICKLED_SCALES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def fp8_arguments(fp8: FP8Config | None, recompute_granularity: str) -> dict[str, Any]:
-    """Arguments of Megatron's `TransformerConfig` for a model that computes in 8 bits.
+    """Return arguments of Megatron's `TransformerConfig` for a model that computes in 8 bits.
 
-    None, or not enabled: no arguments.
+    If `fp8` is None or not enabled, there are none.
     """
     if fp8 is None or not fp8.enabled:
         return {}
@@ -47,12 +47,12 @@ def fp8_arguments(fp8: FP8Config | None, recompute_granularity: str) -> dict[str
     arguments: dict[str, Any] = {
         "fp8": by_recipe if fp8.format == "auto" else fp8.format,
         "fp8_recipe": fp8.recipe,
-        # A layer that is computed again in backward needs its weights' 8-bit copies for a moment
-        # only. Without recomputation each micro-batch would keep its own.
+        # A layer that is recomputed in backward needs its weights' 8-bit copies only briefly.
+        # Without recomputation, each micro-batch would keep its own copies.
         "disable_parameter_transpose_cache": recompute_granularity == "full",
     }
     if fp8.recipe == "delayed":
-        # TransformerEngine's own values; Megatron's would take the last step's largest number only.
+        # TransformerEngine's defaults; Megatron's would use the last step's maximum only.
         arguments |= {"fp8_amax_history_len": _AMAX_HISTORY, "fp8_amax_compute_algo": "max"}
     if fp8.bf16_first_layers or fp8.bf16_last_layers:
         arguments |= {
@@ -64,21 +64,21 @@ def fp8_arguments(fp8: FP8Config | None, recompute_granularity: str) -> dict[str
 
 
 def _product_multiple(recipe: str) -> int:
-    """What every dimension of an 8-bit product must be a multiple of (`get_fp8_align_size`)."""
+    """Return the multiple for every dimension of an 8-bit product (`get_fp8_align_size`)."""
     return 32 if recipe == "mxfp8" else 16
 
 
 def token_multiple(fp8: FP8Config | None, layout: Layout) -> int:
-    """What the length S of a micro-batch's sequences must be a multiple of; 1 without 8 bits.
+    """Return what a micro-batch's sequence length S must be a multiple of; 1 without 8 bits.
 
-    Tokens are rows of the forward products and what the weights' gradients sum over, so their
-    number is a dimension of 8-bit products: 16, with mxfp8 32. With sequence parallelism this holds
-    for each rank's part; and what ranks exchange is quantised there, by blocks of 128 tokens with
-    blockwise scales (TransformerEngine would exchange bf16 otherwise).
+    Tokens are rows of the forward products, and the weights' gradients sum over them, so their
+    number is a dimension of 8-bit products: 16, or 32 with mxfp8. With sequence parallelism, this
+    applies to each rank's part; and data exchanged by ranks is quantised there, in blocks of 128
+    tokens with blockwise scales (otherwise TransformerEngine would exchange bf16).
 
-    The padding tokens are computed like others and take part in the largest value of a tensor
-    or block of activations; nothing sees them, so they have no gradients and no part in those of
-    gradients.
+    The padding tokens are computed like others and affect the maximum of a tensor or block of
+    activations; no other token attends to them, so they have no gradients and don't affect the
+    maximum of gradients.
     """
     if fp8 is None or not fp8.enabled:
         return 1
@@ -88,15 +88,15 @@ def token_multiple(fp8: FP8Config | None, layout: Layout) -> int:
 
 
 def decoding_multiple(fp8: FP8Config | None) -> int:
-    """What the number of rows of a decoding step must be a multiple of."""
+    """Return what the number of rows of a decoding step must be a multiple of."""
     return _product_multiple(fp8.recipe) if fp8 and fp8.enabled and fp8.rollout else 1
 
 
 def check_fp8(fp8: FP8Config, model: Architecture, layout: Layout) -> None:
-    """Refuse a model or layout that 8-bit products do not fit.
+    """Refuse a model or layout that does not fit 8-bit products.
 
     Raises:
-        InputError: a dimension of a rank's matrices, or too many layers in bf16.
+        InputError: a dimension of a rank's matrices does not fit, or too many layers are in bf16.
     """
     if not fp8.enabled:
         return
@@ -125,7 +125,7 @@ def check_fp8(fp8: FP8Config, model: Architecture, layout: Layout) -> None:
 
 
 def check_transformer_engine(model: ModelConfig) -> None:
-    """Refuse kernels that this machine has not got; says how to get them.
+    """Refuse kernels that are not available on this machine, with the remedy.
 
     Raises:
         InputError: TransformerEngine is missing, the GPU or CUDA is too old for the recipe, or its
@@ -143,22 +143,22 @@ def check_transformer_engine(model: ModelConfig) -> None:
         check_gpu(fp8, torch.cuda.get_device_capability(), torch.version.cuda)
     if fp8.enabled and fp8.recipe == "delayed" and not _scales_can_be_loaded():
         raise InputError(
-            f"{_KEY}.recipe=delayed: this TransformerEngine keeps its scales as a pickle, which "
-            f"may run code, and refuses to load them when a run goes on from a checkpoint: set "
+            f"{_KEY}.recipe=delayed: this TransformerEngine stores its scales as a pickle, which "
+            f"can run code, and refuses to load them when a run resumes from a checkpoint: set "
             f"{_PICKLED_SCALES}=1 if nobody else can write to the checkpoints, or choose tensorwise"
         )
 
 
 def _scales_can_be_loaded() -> bool:
     """Whether TransformerEngine would load delayed scales from a checkpoint, as 2.16.1, 2.17.1 and
-    from 2.18 do only where they are told to."""
+    versions from 2.18 on do only if this is enabled."""
     if os.environ.get(_PICKLED_SCALES) == "1":
         return True
     return find_spec("transformer_engine.pytorch._extra_state") is None
 
 
 def missing_transformer_engine(why: object) -> InputError:
-    """What to tell who asks for TransformerEngine where it can't be imported."""
+    """Return the error for a required TransformerEngine that can't be imported."""
     return InputError(
         f"model.backend=transformer_engine: TransformerEngine can't be imported ({why}); install "
         "it on a machine with CUDA (pip install --no-build-isolation -e '.[gpu]', docs/gpu.md), or "
@@ -167,10 +167,10 @@ def missing_transformer_engine(why: object) -> InputError:
 
 
 def check_gpu(fp8: FP8Config, capability: tuple[int, int], cuda: str | None) -> None:
-    """Refuse a recipe that the GPU's `capability` or torch's `cuda` version does not run.
+    """Refuse a recipe that the GPU's `capability` or torch's `cuda` version does not support.
 
     Raises:
-        InputError: names the recipe and what it needs.
+        InputError: names the recipe and its requirement.
     """
     least, words = _NEEDS[fp8.recipe]
     found = f"this GPU has compute capability {capability[0]}.{capability[1]}"
@@ -196,9 +196,9 @@ def _without_fp8(config: TransformerConfig) -> Iterator[None]:
 
 
 def computing(config: TransformerConfig, *, fp8: bool) -> Any:
-    """Passes of a model inside: in bf16 unless `fp8` (and its configuration) says 8 bits.
+    """Run a model's passes inside in bf16, or in 8 bits if `fp8` and its configuration say so.
 
     Megatron's layers share the configuration and read it at each forward. Weights are stored in
-    bf16 either way; TransformerEngine quantises them again at the next pass in 8 bits.
+    bf16 in both cases; TransformerEngine quantises them again at the next pass in 8 bits.
     """
     return nullcontext() if fp8 else _without_fp8(config)

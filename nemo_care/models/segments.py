@@ -1,8 +1,8 @@
-"""Which tokens of a packed sequence see which: a tree of segments.
+"""The attention structure of a packed sequence: a tree of segments.
 
 A packed group is one sequence [prompt | completion 1 | ... | completion G | padding]. Its prompt is
-a segment without context, each completion a segment whose context is the prompt. Other trees work
-alike: several groups in one sequence, or an answer placed behind a reasoning that is not its own.
+a segment without context, and each completion is a segment with the prompt as its context. Other
+trees are possible: several groups in one sequence, or an answer after the reasoning of another one.
 """
 
 from collections import defaultdict
@@ -15,16 +15,16 @@ from megatron.core.packed_seq_params import PackedSeqParams
 Range = tuple[int, int]
 
 # Segments share one attention call if none is padded by more than a quarter of the longest's
-# length, or by a few tokens: many small calls cost more than some padding.
+# length, or by a few tokens: many small calls cost more than a little padding.
 _PADDED_SHARE = 0.25
 _PADDED_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The tokens [start, stop) of a sequence, which see all of `context` and, causally, themselves.
+    """The tokens [start, stop) of a sequence; they attend to `context` and causally to themselves.
 
-    `context` holds half-open token ranges in order of position.
+    `context` has half-open token ranges in order of position.
     """
 
     start: int
@@ -33,20 +33,20 @@ class Segment:
 
     @property
     def length(self) -> int:
-        """Tokens of the segment itself."""
+        """The number of tokens in the segment itself."""
         return self.stop - self.start
 
     def moved(self, by: int) -> "Segment":
-        """The same segment in a sequence that begins `by` tokens earlier."""
+        """Return the segment for a sequence that begins `by` tokens earlier."""
         context = tuple((start + by, stop + by) for start, stop in self.context)
         return Segment(self.start + by, self.stop + by, context)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """n segments of about equal length with the same context, for one attention call.
+    """n segments of similar length with the same context, for one attention call.
 
-    `length` is L of the longest, `tokens` long [n * L] says where each segment's tokens are,
+    `length` is L of the longest, `tokens` long [n * L] are the places of each segment's tokens,
     right-padded with its last token.
     """
 
@@ -57,13 +57,13 @@ class Bucket:
 
     @property
     def count(self) -> int:
-        """n."""
+        """n, the number of segments."""
         return len(self.segments)
 
 
 @dataclass(frozen=True)
 class VariableLengths:
-    """The segments as rows of unequal length, for kernels that take such rows.
+    """The segments as rows of unequal length, for kernels that support such rows.
 
     Row i has the queries [query_starts[i], query_starts[i + 1]) of the sequence and the keys
     `keys[key_starts[i] : key_starts[i + 1]]` (context and itself), causal from the bottom right.
@@ -79,10 +79,10 @@ class VariableLengths:
 
 @dataclass
 class PackedSegments(PackedSeqParams):
-    """The segments of one packed sequence, in order and without gaps; what follows is padding.
+    """The segments of one packed sequence, in order and without gaps, followed by padding.
 
-    Megatron hands its `packed_seq_params` to every layer's attention untouched (format "sbhd": its
-    own code shall not treat the sequence as Megatron's packed one).
+    Megatron passes its `packed_seq_params` unchanged to every layer's attention (format "sbhd", so
+    that Megatron does not treat the sequence as packed in its own format).
     """
 
     qkv_format: str = "sbhd"
@@ -91,25 +91,25 @@ class PackedSegments(PackedSeqParams):
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the segments are not consecutive or look ahead."""
+        """Raises ValueError if the segments are not consecutive, or have a later context."""
         end = 0
         for segment in self.segments:
             if segment.start != end or segment.stop <= segment.start:
                 raise ValueError(f"segments must follow each other and not be empty: {segment}")
             if any(stop > segment.start or start >= stop for start, stop in segment.context):
-                raise ValueError(f"a context must lie before its segment: {segment}")
+                raise ValueError(f"a context must precede its segment: {segment}")
             end = segment.stop
         if end > self.length:
             raise ValueError(f"segments of {end} tokens in a sequence of {self.length}")
 
     @property
     def used(self) -> int:
-        """Tokens that are not padding."""
+        """The number of tokens that are not padding."""
         return self.segments[-1].stop if self.segments else 0
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """The segments grouped for batched attention; made once, used by every layer."""
+        """The segments grouped for batched attention; computed once, used by every layer."""
         by_context: dict[tuple[Range, ...], list[Segment]] = defaultdict(list)
         for segment in self.segments:
             by_context[segment.context].append(segment)
@@ -127,9 +127,9 @@ class PackedSegments(PackedSeqParams):
 
     @cached_property
     def places(self) -> torch.Tensor:
-        """Where each token's output is among the buckets' outputs laid end to end, long [length].
+        """Each token's place among the outputs of all buckets, concatenated, long [length].
 
-        Padding tokens point one past the end.
+        Padding tokens have the place after the last one.
         """
         total = sum(len(bucket.tokens) for bucket in self.buckets)
         places = torch.full((self.length,), total)
@@ -143,7 +143,7 @@ class PackedSegments(PackedSeqParams):
 
     @cached_property
     def variable_lengths(self) -> VariableLengths:
-        """The same segments for a variable-length kernel."""
+        """The segments for a variable-length kernel."""
         keys = [
             torch.cat([torch.arange(*part) for part in (*s.context, (s.start, s.stop))])
             for s in self.segments
@@ -164,7 +164,7 @@ def _starts(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def _of_similar_length(segments: list[Segment]) -> list[list[Segment]]:
-    """Split into lists, longest first, in which padding to the longest costs little."""
+    """Split into lists, longest first, in which padding to the longest is cheap."""
     lists: list[list[Segment]] = []
     for segment in sorted(segments, key=lambda segment: -segment.length):
         longest = lists[-1][0].length if lists else 0

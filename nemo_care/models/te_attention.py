@@ -1,9 +1,8 @@
 """GroupAttention with TransformerEngine's variable-length kernels, for GPUs.
 
 All segments of a packed sequence are the rows of one kernel call, none of them padded. The keys of
-a context are gathered once per segment that sees it. Not run on a GPU yet: the tests in
-`tests/models/test_te_attention.py` check what the kernel is given, with the kernel written out in
-torch.
+a context are gathered once per segment that attends to it. Not yet run on a GPU: the tests in
+`tests/models/test_te_attention.py` check the kernel's inputs with a kernel written in torch.
 """
 
 from typing import Any
@@ -18,21 +17,21 @@ from nemo_care.models.segments import PackedSegments
 
 
 class TransformerEngineGroupAttention(GroupAttention):
-    """Packed sequences by TransformerEngine ("thd", causal from the bottom right).
+    """Packed sequences with TransformerEngine ("thd", causal from the bottom right).
 
-    Separate sequences and decoding stay with torch's kernels.
+    Separate sequences and decoding use torch's kernels.
     """
 
     kernel: Any
 
     def __init__(self, config: TransformerConfig, layer_number: int, **arguments: Any) -> None:
-        """Raises InputError where TransformerEngine can't be imported."""
+        """Raises InputError if TransformerEngine can't be imported."""
         super().__init__(config, layer_number, **arguments)
         try:
             from transformer_engine.pytorch import DotProductAttention
         except ImportError as error:
             raise missing_transformer_engine(why_unusable() or error) from error
-        # Heads of this rank: TransformerEngine need not know that there are others.
+        # The number of heads on this rank; TransformerEngine treats them as all there are.
         ranks = config.tensor_model_parallel_size
         kernel = DotProductAttention(
             num_attention_heads=config.num_attention_heads // ranks,
@@ -41,13 +40,13 @@ class TransformerEngineGroupAttention(GroupAttention):
             attention_dropout=0.0,
             qkv_format="thd",
             attn_mask_type="padding_causal_bottom_right",
-            # A completion has more keys, those of its prompt too, than queries. With "self" the
-            # unfused backend masks keys by the queries' lengths.
+            # A completion has more keys than queries, because it includes its prompt's. With
+            # "self", the unfused backend masks keys by the queries' lengths.
             attention_type="cross",
             layer_number=layer_number,
             softmax_scale=self.softmax_scale,
         )
-        # Not a submodule: its extra state would make checkpoints differ from those of `local`.
+        # Not a submodule, whose extra state would make checkpoints differ from those of `local`.
         object.__setattr__(self, "kernel", kernel)
 
     def _attend_segments(

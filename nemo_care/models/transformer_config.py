@@ -1,4 +1,4 @@
-"""Megatron's configuration of a language model, and the layouts that divide it."""
+"""Megatron's configuration of a language model, and the check of its layout."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -41,10 +41,10 @@ def check_layout(model: Architecture, layout: Layout) -> None:
 
 
 def _gradients_can_be_fused() -> bool:
-    """Whether linear layers can add their gradients to the float32 sums in the product itself.
+    """Whether linear layers can add gradients to the float32 sums within the matrix product.
 
     TransformerEngine's layers could without this extension of apex, but Megatron's own output layer
-    asks for it.
+    requires it.
     """
     return torch.cuda.is_available() and find_spec("fused_weight_gradient_mlp_cuda") is not None
 
@@ -57,7 +57,7 @@ def transformer_config(
     fp8: FP8Config | None,
     **family: Any,
 ) -> TransformerConfig:
-    """As `Family.transformer_config`; `family` are the arguments that only the family knows.
+    """Implement `Family.transformer_config`; `family` are arguments that only the family has.
 
     Raises:
         InputError: the model or the layout does not fit 8-bit products.
@@ -88,8 +88,8 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
-        # Micro-batches differ in length; this makes the stages tell each other the shapes, and
-        # Megatron asks for the all-to-all dispatcher with it, experts or not.
+        # Micro-batches differ in length: with this, stages exchange their shapes. Megatron then
+        # requires the all-to-all dispatcher, even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         use_cpu_initialization=not torch.cuda.is_available(),

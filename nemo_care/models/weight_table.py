@@ -1,4 +1,4 @@
-"""Which Hugging Face tensors a Megatron parameter is made of: a family's part of its weights."""
+"""The Hugging Face tensors that make up each Megatron parameter: a family's weight mapping."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ class Source:
 
 @dataclass(frozen=True)
 class WeightTable:
-    """Megatron's names of a family's parameters -> names on disk in its published checkpoints.
+    """Maps Megatron's parameter names of a family to names on disk in its published checkpoints.
 
     Attributes:
-        layer: by the name within a layer; its names on disk are those in a layer, too.
-        layer_prefix: what comes before them on disk, with `{}` for the layer's number.
-        outer: by the name outside of the layers; `EMBEDDING` and `OUTPUT` are among them.
-        vision_prefix: what the vision tower's parameters have before their names on disk.
-        disk_name: a tensor's name in the published checkpoints, from what transformers' modules or
-            the files of some of its releases call it.
-        recomputed: endings of tensors that old files hold and every model computes anew.
+        layer: by the name within a layer; names on disk are also relative to a layer.
+        layer_prefix: the prefix of those names on disk, with `{}` for the layer's number.
+        outer: by the name outside of the layers, including `EMBEDDING` and `OUTPUT`.
+        vision_prefix: the prefix of the vision tower's parameters before their names on disk.
+        disk_name: converts a tensor's name in transformers' modules, or in the files of some
+            releases, to its name in the published checkpoints.
+        recomputed: endings of tensors in old files that every model computes itself.
     """
 
     layer: Mapping[str, Source]
@@ -46,5 +46,5 @@ class WeightTable:
 
     @property
     def output(self) -> str:
-        """The output layer's name on disk, where it is not tied to the embedding."""
+        """The output layer's name on disk, if it is not tied to the embedding."""
         return self.outer[OUTPUT].names[0]

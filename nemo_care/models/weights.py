@@ -1,8 +1,8 @@
-"""Weights between a Hugging Face directory and Megatron's shards, by the family's table.
+"""Transfer weights between a Hugging Face directory and Megatron's shards, by the family's table.
 
 Reading needs no communication: each rank opens the safetensors files and reads its own slices.
-Writing streams parameter by parameter: the tensor-parallel shards of one parameter are gathered,
-turned back into Hugging Face tensors and written by the first rank of the pipeline stage.
+Writing streams one parameter at a time: its tensor-parallel shards are gathered, converted back to
+Hugging Face tensors and written by the first rank of the pipeline stage.
 """
 
 import json
@@ -27,7 +27,7 @@ from nemo_care.models.weight_table import OUTPUT, Source
 from nemo_care.process.os_errors import naming
 
 _PART_BYTES = 5 * 10**9
-# What goes with the weights: configuration, tokenizer, processors. Nothing else that lies there.
+# Files copied with the weights: configuration, tokenizer, processors; no other files are.
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -43,7 +43,7 @@ _COMPANIONS = (
 
 
 def _source(model: VideoLanguageModel, name: str) -> Source:
-    """Which tensors on disk the parameter of this name is made of, and how it is cut."""
+    """Return the tensors on disk that make up this parameter, and how it is cut."""
     table = model.family.weights
     if name.startswith("visual."):
         return Source((table.vision_prefix + name.removeprefix("visual."),), "whole")
@@ -65,7 +65,7 @@ def _source(model: VideoLanguageModel, name: str) -> Source:
 
 
 def _part(tensor: Any, dim: int, rank: int, size: int) -> torch.Tensor:
-    """This rank's equal part of a safetensors slice along `dim`, without reading the rest."""
+    """Read this rank's equal part of a safetensors slice along `dim`, without the rest."""
     length = tensor.get_shape()[dim] // size
     span = slice(rank * length, (rank + 1) * length)
     return tensor[span] if dim == 0 else tensor[:, span]
@@ -90,7 +90,7 @@ def _read_shard(
     found = tensors[0].get_shape()[0]
     if found != model.vocab_size:
         raise InputError(
-            f"{reader.where}: {source.names[0]} has {found} rows, but config.json says "
+            f"{reader.where}: {source.names[0]} has {found} rows, but config.json has "
             f"vocab_size {model.vocab_size}"
         )
     rows = padded_vocabulary(model.vocab_size) // size
@@ -107,10 +107,10 @@ def load_hf_weights(
 ) -> None:
     """Fill this rank's parameters from a Hugging Face directory; no communication.
 
-    `key` is the recipe's key that names it.
+    `key` is the recipe key that names it.
 
     Raises:
-        InputError: a file or a tensor is missing, unreadable or of another shape.
+        InputError: a file or a tensor is missing, unreadable or has a different shape.
     """
     reader = HFTensors(Path(folder), model.family.weights, key)
     rank = parallel_state.get_tensor_model_parallel_rank()
@@ -120,8 +120,8 @@ def load_hf_weights(
         shard = _read_shard(reader, source, model, rank, size)
         if shard.shape != parameter.shape:
             raise InputError(
-                f"{reader.where}: {source.names[0]} has another shape than "
-                f"config.json says (needed {tuple(parameter.shape)}, got {tuple(shard.shape)})"
+                f"{reader.where}: {source.names[0]} has a different shape than in "
+                f"config.json (needed {tuple(parameter.shape)}, got {tuple(shard.shape)})"
             )
         parameter.copy_(shard)
 
@@ -132,7 +132,7 @@ def load_hf_weights(
 def _join(
     source: Source, shards: list[torch.Tensor], model: VideoLanguageModel
 ) -> list[torch.Tensor]:
-    """The inverse of `_read_shard` over all tensor-parallel ranks."""
+    """Invert `_read_shard` over all tensor-parallel ranks."""
     if source.cut == "whole":
         return [shards[0]]
     if source.cut == "columns":
@@ -150,7 +150,7 @@ def _join(
 
 @torch.no_grad()
 def iterate_hf_weights(model: VideoLanguageModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """This pipeline stage's weights under Hugging Face's names, one parameter at a time.
+    """Yield this pipeline stage's weights under Hugging Face's names, one parameter at a time.
 
     All tensor-parallel ranks must iterate together. Tied output weights are not repeated.
     """
@@ -169,7 +169,7 @@ def iterate_hf_weights(model: VideoLanguageModel) -> Iterator[tuple[str, torch.T
 def _write_parts(
     model: VideoLanguageModel, out: Path, stage: int, writes: bool
 ) -> list[dict[str, Any]]:
-    """Write this stage's tensors in files of limited size; returns what each file holds."""
+    """Write this stage's tensors in files of limited size; return the contents of each file."""
     parts: list[dict[str, Any]] = []
     pending: dict[str, torch.Tensor] = {}
     size = 0
@@ -196,7 +196,7 @@ def _write_parts(
 
 
 def _name_parts(out: Path, parts: list[dict[str, Any]]) -> None:
-    """Give the files Hugging Face's names and write the index."""
+    """Rename the files to Hugging Face's names and write the index."""
     if len(parts) == 1:
         (out / parts[0]["file"]).rename(out / "model.safetensors")
         return
@@ -213,7 +213,7 @@ def _name_parts(out: Path, parts: list[dict[str, Any]]) -> None:
 
 
 def _copy_companions(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Tokenizer, processor and configuration files; the configuration says the written dtype."""
+    """Copy tokenizer, processor and configuration files, with the written dtype in the latter."""
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)
@@ -231,19 +231,19 @@ def export_hf(
 ) -> None:
     """Write the model as a Hugging Face directory that `from_pretrained` and vLLM load.
 
-    All ranks call it. `source` is the checkpoint directory that the run started from: its
-    tokenizer and configuration files are copied. The directory appears under its name only when
-    it is complete; with `replace` one that has this name is removed then, and not before.
+    All ranks call it. `source` is the checkpoint directory that the run started from, whose
+    tokenizer and configuration files are copied. The directory gets its name only when it is
+    complete; with `replace`, an existing one is removed then, and not before.
 
     Raises:
-        InputError: `out` exists already, without `replace`, or `source` is not there any more.
+        InputError: `out` already exists, without `replace`, or `source` no longer exists.
     """
     target = Path(out)
     if target.exists() and not replace:
         raise InputError(f"{target} exists already: remove it or choose another directory")
     if not (Path(source) / "config.json").is_file():
         raise InputError(
-            f"{source}: no config.json there any more, to export with the weights; they are in the "
+            f"{source}: no config.json left to export with the weights; they are in the "
             "run's checkpoints: nemo-care export RUN OUT --base DIR, with the folder's new place"
         )
     partial = target.with_name(target.name + ".partial")
@@ -269,7 +269,7 @@ def export_hf(
 
 
 def _take_place(partial: Path, target: Path) -> None:
-    """Give a complete directory its name, and then remove the one that had it, if any."""
+    """Rename a complete directory to its final name, and then remove an existing one, if any."""
     if target.exists():
         target.rename(target.with_name(f"{target.name}.removed-{secrets.token_hex(4)}"))
     partial.rename(target)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, put into one phase of a trainer's step on this rank."""
+"""Make numbers that are not finite in one phase of a trainer's step on this rank."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,13 +8,13 @@ import torch
 
 
 def _norm_weight(model) -> torch.Tensor:
-    """A weight that every layout has on each of its ranks."""
+    """Return a weight that every layout has on each of its ranks."""
     return model.language_model.decoder.layers[0].input_layernorm.weight.data
 
 
 @contextmanager
 def broken(model) -> Iterator[None]:
-    """The model with a NaN among its weights."""
+    """Put a NaN into the model's weights inside."""
     weight = _norm_weight(model)
     kept = weight.clone()
     weight[0] = math.nan
@@ -43,7 +43,7 @@ def _with_gradient(policy, value: float) -> Callable:
 
 
 def inject(trainer, kind: str, value: float = math.nan) -> Callable[[], None]:
-    """Make the trainer's next steps bad in this way; call the result to make them good again."""
+    """Make the trainer's next steps bad in this way; call the result to undo it."""
     policy, reference = trainer.policy, trainer.reference
     if kind == "gradient":
         owner, name = policy.wrapped.config, "finalize_model_grads_func"
@@ -77,7 +77,7 @@ def inject_at(trainer, steps: dict[int, str]) -> None:
 
 
 def everything(trainer) -> list[torch.Tensor]:
-    """Copies of all that an optimizer step changes on this rank."""
+    """Return copies of everything that an optimizer step changes on this rank."""
     policy = trainer.policy
     tensors = [parameter.detach() for parameter in policy.model.parameters()]
     for part in policy.optimizer.chained_optimizers:

@@ -1,4 +1,4 @@
-"""What a page of documentation names: links, inline code, and the commands of its code blocks."""
+"""Parse a page of documentation: links, inline code, and the commands of its code blocks."""
 
 import re
 import shlex
@@ -14,22 +14,22 @@ _ASSIGNMENT = re.compile(r"[A-Z_]+=")
 
 
 def prose(text: str) -> str:
-    """The page without its code blocks."""
+    """Return the page without its code blocks."""
     return _INDENTED.sub("\n\n", _FENCED.sub("", text))
 
 
 def links(text: str) -> list[str]:
-    """The targets of the page's links and images."""
+    """Return the targets of the page's links and images."""
     return _LINK.findall(_INLINE.sub("", prose(text)))
 
 
 def inline_code(text: str) -> list[str]:
-    """What stands between backticks, line breaks as spaces."""
+    """Return the text between backticks, with line breaks as spaces."""
     return [" ".join(code.split()) for _, code in _INLINE.findall(prose(text))]
 
 
 def blocks(text: str) -> list[str]:
-    """The page's code blocks without their indentation."""
+    """Return the page's code blocks without their indentation."""
     found = [block.split("\n", 1)[1].rsplit("\n", 1)[0] for block in _FENCED.findall(text)]
     for block in _INDENTED.findall(_FENCED.sub("", text)):
         found.append("\n".join(line[4:] for line in block.splitlines()))
@@ -37,7 +37,7 @@ def blocks(text: str) -> list[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of each line of a code block that a shell would take, variables left out."""
+    """Yield the words of each shell command in the code blocks, without variable assignments."""
     for block in blocks(text):
         for line in block.replace("\\\n", " ").splitlines():
             try:
@@ -51,7 +51,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub makes of the page's headings."""
+    """Return the anchors that GitHub makes from the page's headings."""
     found: dict[str, int] = {}
     for heading in re.findall(r"^#+ (.+)$", prose(page.read_text()), re.MULTILINE):
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()

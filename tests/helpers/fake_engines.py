@@ -1,4 +1,4 @@
-"""Plans of recipes whose rollouts vLLM makes, from fake worlds in a process of their own."""
+"""Plans of recipes with rollouts by vLLM, from fake worlds in a separate process."""
 
 import io
 import os
@@ -18,28 +18,28 @@ from nemo_care.planning.search import search, search_report
 from nemo_care.planning.tables import plan_report
 from nemo_care.recipe.schema import RANGES, Recipe
 
-# By name: the stages of a pipeline and the keys under rollout.vllm; None: the ranks sample.
+# By name: the stages of a pipeline and the keys under rollout.vllm, None without engines.
 PLANS: dict = {
     "megatron": (2, None),
     "level 2": (2, {"sleep_level": 2, "tensor_parallel_size": 2}),
     "level 1": (1, {"sleep_level": 1}),
     "level 0": (1, {"sleep_level": 0}),
     "separate": (2, {"placement": "separate", "gpus": [2, 3], "tensor_parallel_size": 2}),
-    # Of 3 GiB less the margin training and CUDA leave less than the share.
+    # Of 3 GiB less the margin, training and CUDA leave less than the share.
     "share too large": (1, {}),
     "share too small": (1, {"gpu_memory_utilization": 0.001}),
     "little for GPUs apart": (
         1,
         {"gpu_memory_utilization": 0.001, "placement": "separate", "gpus": [0, 1]},
     ),
-    # Of these CUDA takes all but the margin.
+    # CUDA takes all of this except the margin.
     "no share": (1, {}),
 }
 SMALLER_GPUS = {"share too large": 2.4, "no share": 1.11}
 
 
 def recipe_of(folder: str, pipeline: int, keys: dict | None) -> Recipe:
-    """A recipe of one replica, with a validation."""
+    """Return a recipe of one replica, with a validation."""
     recipe = plan_recipe(folder, 1, pipeline)
     recipe.data.validation.annotations = {"L1": "nowhere.jsonl"}
     if keys is not None:
@@ -51,7 +51,7 @@ def recipe_of(folder: str, pipeline: int, keys: dict | None) -> Recipe:
 
 
 def made_plans(folder: str) -> dict[str, Plan]:
-    """By name."""
+    """Return the plans by name."""
     found = {}
     for name, (pipeline, keys) in PLANS.items():
         question = Question(read_gpu("h100-80gb", SMALLER_GPUS.get(name, 8.0)))
@@ -60,7 +60,7 @@ def made_plans(folder: str) -> dict[str, Plan]:
 
 
 def printed(plans: dict[str, Plan]) -> dict:
-    """By name: the plan's JSON and its report."""
+    """Return each plan's JSON and report, by name."""
     found = {}
     for name, plan in plans.items():
         advice = remedies(plan)
@@ -71,7 +71,7 @@ def printed(plans: dict[str, Plan]) -> dict:
 
 
 def without_reference(folder: str) -> dict:
-    """The plan of a recipe that scores nothing in a step."""
+    """Return the plan of a recipe that scores nothing in a step."""
     recipe = recipe_of(folder, 1, {})
     recipe.algorithm.consistency.bonus_coefficient = recipe.algorithm.kl_coefficient = 0.0
     plan = make_plan(recipe, Question(read_gpu("h100-80gb", 8.0)), compare=False)
@@ -79,7 +79,7 @@ def without_reference(folder: str) -> dict:
 
 
 def searched(folder: str) -> dict:
-    """What searches find, what their plans say, and what is told where nothing fits."""
+    """Return results of searches, their plans, and the message if nothing fits."""
     recipe = recipe_of(folder, 1, {"tensor_parallel_size": 2})
     recipe.trainer.devices, recipe.algorithm.prompts_per_step = 2, 1
     question = Question(read_gpu("h100-80gb", 8.0), margin=0.0)
@@ -102,7 +102,7 @@ def searched(folder: str) -> dict:
 
 
 def refusals(folder: str, plans: dict[str, Plan]) -> dict:
-    """By case the line with which a plan or a dry run is refused."""
+    """Return the line with which each plan or dry run is refused, by case."""
     question = Question(read_gpu("h100-80gb", 8.0))
     cases = {
         "layout": lambda: make_plan(recipe_of(folder, 1, {"tensor_parallel_size": 2}), question),
@@ -118,7 +118,7 @@ def refusals(folder: str, plans: dict[str, Plan]) -> dict:
 
 
 def doctors(folder: str) -> dict:
-    """What the doctor's process says of a GPU of which a quarter is in use, and of a CPU."""
+    """Return the doctor's report on a GPU of which a quarter is in use, and on a CPU."""
 
     def composed(arguments: list[str]) -> Recipe:
         return recipe_of(folder, 1, {})
@@ -128,9 +128,9 @@ def doctors(folder: str) -> dict:
 
 
 def engines_planned(folder: str) -> dict:
-    """By subject, with the folder of a small model's shape."""
+    """Return all results by subject, with the folder of a small model's shape."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # The model is so small that the smallest share holds it many times.
+    # The model is so small that the smallest share has room for many copies.
     RANGES["rollout.vllm.gpu_memory_utilization"] = (0.001, 1.0)
     plans = made_plans(folder)
     (run,) = dry_run(plans["level 1"])

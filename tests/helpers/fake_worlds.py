@@ -1,4 +1,4 @@
-"""What plans say in fake worlds, which can't be beside a real process group.
+"""Plans in fake worlds, which can't exist in a process with a real process group.
 
 A test calls `on_ranks(None, made_plans, folder)`, with the folder of a small model's shape.
 """
@@ -28,7 +28,7 @@ from nemo_care.planning.work import Clock, head_flops, layer_flops, packed_token
 
 
 def parameter_counts() -> dict:
-    """By model: Hugging Face's count, and by layout the sum over the stages."""
+    """Return, by model, Hugging Face's parameter count and, by layout, the sum over the stages."""
     counts: dict = {}
     for name in PACKAGED:
         shape = read_model_shape(f"nowhere/{name}")
@@ -46,7 +46,7 @@ def parameter_counts() -> dict:
 
 
 def builds(folder: str) -> dict:
-    """By number format: what a rank of a world of one holds."""
+    """Return the contents of a rank in a world of one, by number format."""
     found = {}
     for dtype in ("fp32", "bf16"):
         recipe = plan_recipe(folder, 1, 1)
@@ -57,7 +57,7 @@ def builds(folder: str) -> dict:
 
 
 def offloaded(folder: str) -> dict:
-    """With the optimizer's state on the GPU and in CPU memory: plans, and what the advice says."""
+    """Return plans and advice with the optimizer's state on the GPU and in CPU memory."""
     found: dict = {}
     for offload in (False, True):
         recipe = plan_recipe(folder, 1, 1)
@@ -70,7 +70,7 @@ def offloaded(folder: str) -> dict:
 
 
 def variants(folder: str) -> dict:
-    """By change that may be offered: the recipe planned from what is known of it, and anew."""
+    """Return, by proposed change, the recipe planned from what is known of it, and planned anew."""
     found = {}
     for only in ("", "rollout.vllm"):
         recipe = plan_recipe(folder, 1, 1)
@@ -114,7 +114,7 @@ EIGHT_BITS = {
 
 
 def eight_bits(folder: str) -> dict:
-    """By variant: what both stages of a pipeline hold, and the time of a step's phases."""
+    """Return the memory of both stages of a pipeline and the time of a step, by variant."""
     found = {}
     for name, (granularity, keys) in EIGHT_BITS.items():
         recipe = plan_recipe(folder, 1, 2, granularity)
@@ -138,7 +138,7 @@ def eight_bits(folder: str) -> dict:
 
 
 def uses(folder: str) -> dict:
-    """By recomputation: what the phases of a world of one need."""
+    """Return the memory of the phases in a world of one, by recomputation."""
     found = {}
     for granularity in ("none", "selective", "full"):
         recipe = plan_recipe(folder, 1, 1, granularity)
@@ -148,7 +148,7 @@ def uses(folder: str) -> dict:
 
 
 def vision_kernels(folder: str) -> dict:
-    """What the vision tower keeps with its windows in one kernel call, and in one call each."""
+    """Return the vision tower's memory with windows in one kernel call, and in one call each."""
     recipe, shape = plan_recipe(folder, 1, 1), read_model_shape(folder)
     lengths = lengths_of(recipe, shape.family, *LENGTHS)
     found = {}
@@ -161,7 +161,7 @@ def vision_kernels(folder: str) -> dict:
 
 
 def schedule(folder: str) -> list:
-    """Peaks of the real 1F1B schedule on the first of four stages, and what the plan says."""
+    """Return peaks of the real 1F1B schedule on the first of four stages, and of the plan."""
     recipe, shape = plan_recipe(folder, 1, 4), read_model_shape(folder)
     lengths = lengths_of(recipe, shape.family, *LENGTHS)
     measured, planned = Measurements(shape), []
@@ -173,7 +173,7 @@ def schedule(folder: str) -> list:
 
 
 def flops(folder: str) -> dict:
-    """Matrix products of one micro-batch's forward, counted by torch and by the plan."""
+    """Return matrix FLOPs of one micro-batch's forward, counted by torch and by the plan."""
     recipe, shape = plan_recipe(folder, 1, 1), read_model_shape(folder)
     lengths = lengths_of(recipe, shape.family, *LENGTHS)
     size = recipe.algorithm.group_size
@@ -185,7 +185,7 @@ def flops(folder: str) -> dict:
     vision = shape.family.hf.vision_config
     window = (vision.window_size // vision.patch_size) ** 2
     whole = len(vision.fullatt_block_indexes)
-    # The counter is asked for matrix products only: attention's is left out on both sides.
+    # The counter only counts matrix products, so attention is excluded on both sides.
     attention = sum(
         4 * vision.hidden_size * t * h * w * pairs * blocks
         for t, h, w in lengths.grids
@@ -203,7 +203,7 @@ def flops(folder: str) -> dict:
 
 
 def refusals(folder: str) -> dict:
-    """By case the line with which a plan is refused."""
+    """Return the line with which each plan is refused, by case."""
     small = Question(read_gpu("h100-80gb"))
     seven = "nowhere/Qwen2.5-VL-7B-Instruct"
     cases = {
@@ -222,12 +222,12 @@ def refusals(folder: str) -> dict:
 
 
 def _question(extra_gib: float) -> Question:
-    """A GPU with little more than what CUDA takes."""
+    """Return a GPU with little more memory than CUDA takes."""
     return Question(read_gpu("h100-80gb", 1.0 + extra_gib), margin=0.0)
 
 
 def searched(folder: str) -> list:
-    """Overrides that a search found, and what the plan of each says."""
+    """Return overrides found by a search, and the plan of each."""
     recipe = plan_recipe(folder, 1, 1, "full")
     recipe.trainer.devices, recipe.algorithm.prompts_per_step = 2, 1
     question = _question(1.0485)
@@ -241,7 +241,7 @@ def searched(folder: str) -> list:
 
 
 def dry_runs(folder: str) -> dict:
-    """By layout: what the stages' ranks did."""
+    """Return the results of the stages' ranks, by layout."""
     found = {}
     for tensor, pipeline in ((2, 1), (1, 2), (2, 2)):
         recipe = plan_recipe(folder, tensor, pipeline)
@@ -251,7 +251,7 @@ def dry_runs(folder: str) -> dict:
 
 
 def report(folder: str) -> str:
-    """The tables of a plan that does not fit."""
+    """Return the tables of a plan that does not fit."""
     plan = make_plan(plan_recipe(folder, 1, 2), _question(0.001), compare=False)
     console = Console(file=io.StringIO(), width=160)
     console.print(plan_report(plan, remedies(plan)))
@@ -259,7 +259,7 @@ def report(folder: str) -> str:
 
 
 def printed(*arguments: str) -> str:
-    """What the command prints."""
+    """Return the output of the command."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         command.main(["--config-name", "tiny_cpu", *arguments])
@@ -267,7 +267,7 @@ def printed(*arguments: str) -> str:
 
 
 def made_plans(folder: str) -> dict:
-    """By subject."""
+    """Return all results by subject."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return {
         "counts": parameter_counts(),

@@ -1,6 +1,6 @@
-"""Ranks that a server forks (see rank_server.py), so that no test waits for imports.
+"""Ranks forked by a server (see rank_server.py), so that no test waits for imports.
 
-They are processes of their own and meet as those of torchrun do.
+They are separate processes, which connect as those of torchrun do.
 """
 
 import json
@@ -14,17 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 300.0  # seconds; what takes longer on a busy machine hangs
+PATIENCE = 300.0  # seconds; a test that takes longer hangs, even on a busy machine
 
 
 class RankServer:
     """The process that forks the ranks."""
 
     def __init__(self, folder: Path, *first: str) -> None:
-        """`folder` holds the ranks' output; of the modules `first` it calls `install` at first."""
+        """Keep the ranks' output in `folder`; first call `install` of the modules `first`."""
         self._folder = folder
         self._started = 0
-        # What has computed with several threads can't be forked.
+        # A process that has computed with several threads can't be forked.
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         paths = [*sys.path, str(Path(__file__).parents[1] / "faults")]
         environment["PYTHONPATH"] = os.pathsep.join(str(Path(p).resolve()) for p in paths if p)
@@ -64,7 +64,7 @@ class RankServer:
         fault: dict[str, Any] | None = None,
         environment: dict[str, str] | None = None,
     ) -> "ForkedRanks":
-        """Start `python ARGUMENTS` as `count` ranks; the one that `fault` names gets it."""
+        """Start `python ARGUMENTS` as `count` ranks; `fault` is injected into the rank it names."""
         self._started += 1
         logs = [self._folder / f"{self._started}_rank_{rank}.log" for rank in range(count)]
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -85,7 +85,7 @@ class RankServer:
     def run(
         self, arguments: Sequence[object], folder: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run `python ARGUMENTS` in a folder, as a process that is no rank: see subprocess.run."""
+        """Run `python ARGUMENTS` in a folder, as a process without ranks: see subprocess.run."""
         self._started += 1
         out, errors = (self._folder / f"{self._started}.{kind}" for kind in ("out", "err"))
         folder = folder or Path.cwd()
@@ -104,7 +104,7 @@ class RankServer:
         return self._ask(job)
 
     def wait(self, pid: int, seconds: float) -> int | None:
-        """A rank's exit status; None when it still runs after that time."""
+        """Return a rank's exit status, or None if it still runs after that time."""
         return self._ask({"wait": pid, "seconds": seconds})
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class ForkedRanks:
         self._logs = logs
 
     def wait(self, patience: float = PATIENCE) -> list[int]:
-        """Exit status of each rank; that of a signal is its negative number."""
+        """Return the exit status of each rank; that of a signal is its negative number."""
         statuses = [self._server.wait(pid, patience) for pid in self.pids]
         for pid, status in zip(self.pids, statuses, strict=True):
             if status is None:
@@ -131,7 +131,7 @@ class ForkedRanks:
         return statuses  # type: ignore[return-value]
 
     def succeed(self) -> None:
-        """Wait until all have ended well; a failure, or that time is up, ends them all.
+        """Wait until all ranks have succeeded; end all after a failure or a timeout.
 
         Raises:
             AssertionError: with exit statuses and output.
@@ -143,7 +143,7 @@ class ForkedRanks:
                 if statuses[rank] is None:
                     statuses[rank] = self._server.wait(pid, 0.05)
             if any(statuses):
-                # The others get the time to say what they saw of it.
+                # The other ranks get some time to report the failure.
                 until = min(until, time.monotonic() + 5)
         for pid, status in zip(self.pids, statuses, strict=True):
             if status is None:
@@ -151,7 +151,7 @@ class ForkedRanks:
         assert set(statuses) == {0}, f"exit statuses (None: hangs) {statuses}\n{self.output()}"
 
     def output(self) -> str:
-        """What the ranks printed."""
+        """Return the ranks' output."""
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')}" for log in self._logs)
 
 

@@ -1,4 +1,4 @@
-"""One whole GRPO-CARE step in plain Hugging Face and torch: the oracle of the layout tests.
+"""One complete GRPO-CARE step in plain Hugging Face and torch: the oracle of the layout tests.
 
 One sequence per completion, formulas written out from the specification, nothing imported from
 the package but the prompts' tokens, positions and patches.
@@ -59,7 +59,7 @@ def vision_inputs(model, prompt) -> dict:
 
 
 def log_probs(model, prompt, completion) -> torch.Tensor:
-    """Log-probabilities [C] of a completion's tokens."""
+    """Return log-probabilities [C] of a completion's tokens."""
     ids = torch.cat([prompt.token_ids, completion.token_ids])
     positions = torch.cat(
         [prompt.position_ids, prompt.continued_positions(completion.length)], dim=1
@@ -72,8 +72,8 @@ def log_probs(model, prompt, completion) -> torch.Tensor:
 
 
 def golden_step(path, groups: list[Group], recipe) -> GoldenStep:
-    """The step from the weights in `path`, with reference = policy, for groups that have tokens,
-    answer spans, accuracy and format."""
+    """Compute a step from the weights in `path`, with reference = policy, for groups that have
+    tokens, answer spans, accuracy and format."""
     model, algorithm, optimizer = hf_model(path), recipe.algorithm, recipe.optimizer
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     likelihoods, bonuses, advantages = [], [], []

@@ -1,4 +1,4 @@
-"""Parallel layouts, and what functions that run on their ranks gather there."""
+"""Parallel layouts, and functions on their ranks that gather results."""
 
 import torch
 import torch.distributed as dist
@@ -7,7 +7,7 @@ from nemo_care.models.weights import iterate_hf_weights
 from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.rollouts.generator import Sampling
 
-# Each with the number of its replicas.
+# With the number of replicas of each.
 LAYOUTS = {
     "tp1": (Layout(), 1),
     "tp2": (Layout(tensor=2), 1),
@@ -19,7 +19,7 @@ LAYOUTS = {
 
 
 def gather_weights(model) -> dict[str, torch.Tensor]:
-    """Hugging Face's names and tensors from all pipeline stages."""
+    """Gather Hugging Face's names and tensors from all pipeline stages."""
     mine = {name: tensor.detach().clone() for name, tensor in iterate_hf_weights(model)}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -27,7 +27,7 @@ def gather_weights(model) -> dict[str, torch.Tensor]:
 
 
 def gather_gradients(model) -> dict[str, torch.Tensor]:
-    """The whole gradient, before clipping, under Hugging Face's names."""
+    """Gather the complete gradient, before clipping, under Hugging Face's names."""
     parameters = list(model.parameters())
     weights = [parameter.data for parameter in parameters]
     for parameter in parameters:
@@ -39,7 +39,7 @@ def gather_gradients(model) -> dict[str, torch.Tensor]:
 
 
 def reduce_whole_gradients(config) -> None:
-    """The distributed optimizer only reduces each rank's part of a gradient unless told so."""
+    """Make the distributed optimizer reduce complete gradients, not only each rank's part."""
     finalize = config.finalize_model_grads_func
     config.finalize_model_grads_func = lambda *args, **kwargs: finalize(
         *args, **{**kwargs, "force_all_reduce": True}
@@ -70,7 +70,7 @@ def held_by_leader(groups: list, ranks: Ranks) -> list:
 
 
 def share_of(items: list, ranks: Ranks) -> list:
-    """Those of this rank's replica."""
+    """Return the items of this rank's replica."""
     size = len(items) // ranks.data_size
     return items[ranks.data_rank * size : (ranks.data_rank + 1) * size]
 
@@ -88,7 +88,7 @@ def generate(
 
 
 def gather_vocabulary(logits, ranks: Ranks):
-    """Logits [B, S, V] of the last stage, its vocabulary slices joined, on rank 0."""
+    """Return logits [B, S, V] of the last stage, its vocabulary slices joined, on rank 0."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, logits)
     parts = [part for part in everyone if part is not None][: ranks.layout.tensor]

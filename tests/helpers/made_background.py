@@ -1,14 +1,14 @@
-"""A generator that samples beside training, without engines: rules and order as theirs."""
+"""A generator that samples during training, without engines, with their rules and order."""
 
 from nemo_care.errors import RunFailed
 from nemo_care.training import build
 
 
 class StandIn:
-    """Samples in the training shards as soon as it is asked, and tells the completions later.
+    """Samples in the training shards at once, and returns the completions later.
 
-    `events` are what was asked of it, in order, with the places of the prompts and the version of
-    the weights that sampled them: ("submit", [0, 1], 3), ("collect", [0, 1], 3).
+    `events` are its calls in order, with the places of the prompts and the version of the weights
+    that sampled them: ("submit", [0, 1], 3), ("collect", [0, 1], 3).
     """
 
     def __init__(self, inner, ranks, version):
@@ -18,7 +18,7 @@ class StandIn:
         self.events = []
         self.in_flight = 0
         self.weights = None
-        self.failing = set()  # places of prompts whose completions this rank's engine never tells
+        self.failing = set()  # places of prompts whose completions this rank's engine never returns
 
     def generate(self, prompts, sampling):
         return self.collect(self.submit(prompts, sampling))
@@ -52,7 +52,7 @@ class StandIn:
 
 
 def stand_in_for_vllm(monkeypatch, ranks):
-    """From now on a recipe with rollout.backend=vllm gets a `StandIn`."""
+    """Make recipes with rollout.backend=vllm use a `StandIn` from now on."""
     make = build.build_generator
 
     def made(recipe, *arguments, version, **keywords):
@@ -65,7 +65,7 @@ def stand_in_for_vllm(monkeypatch, ranks):
 
 
 def asynchronous(recipe):
-    """The recipe with rollouts that are a step ahead."""
+    """Return the recipe with rollouts one step ahead."""
     recipe.rollout.backend = "vllm"
     recipe.rollout.vllm.placement = "separate"
     recipe.rollout.vllm.gpus = [1]

@@ -1,4 +1,4 @@
-"""Command lines of small runs, and how a command refuses what a user can fix."""
+"""Command lines of small runs, and checks of refused input."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Small data sets in exactly the layouts that SEED-Bench-R1 and Video-R1 are published in.
+"""Small data sets in the exact layouts in which SEED-Bench-R1 and Video-R1 are published.
 
 The files are real: mp4 videos, png and jpg images. The questions use words of the tiny tokenizer.
 """
@@ -18,14 +18,14 @@ SOURCES = ("EpicKitchens", "Ego4D")
 
 
 def write_lines(file: Path, records: list[Any]) -> None:
-    """One JSON object a line; a text is written as it is, to make a malformed line."""
+    """Write one JSON object per line; a string is written as it is, for malformed lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     file.write_text("".join(line + "\n" for line in lines))
 
 
 def write_noise(path: Path, seed: int) -> None:
-    """A video of 8 frames or an image, 28 x 28 pixels, by the path's suffix."""
+    """Write a video of 8 frames or an image, 28 x 28 pixels, by the path's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 28, 28, 3), dtype=np.uint8)
     if path.suffix == ".mp4":
@@ -35,7 +35,7 @@ def write_noise(path: Path, seed: int) -> None:
 
 
 def seed_bench_r1_record(number: int, *, training: bool) -> Fields:
-    """A record with all fields of the published annotations; every fourth has no video."""
+    """Return a record with all fields of the published annotations; every fourth has no video."""
     name = f"P01_{number:02d}"
     progress = [{"narration_text": "open drawer", "start_frame": 36, "stop_frame": 105}]
     record = {
@@ -57,7 +57,7 @@ def seed_bench_r1_record(number: int, *, training: bool) -> Fields:
 
 
 def write_seed_bench_r1(root: Path, *, train: int = 8, validation: int = 2) -> Path:
-    """Annotations, videos and images; returns the data root."""
+    """Write annotations, videos and images; return the data root."""
     everything = []
     for name, count in (("training_6k", train), *((f"validation_L{n}", validation) for n in "123")):
         first = len(everything)
@@ -85,7 +85,7 @@ _SOLUTIONS = {
 
 
 def video_r1_record(number: int) -> Fields:
-    """A record with all fields of the published annotations; kinds and types take turns."""
+    """Return a record with all fields of the published annotations; kinds and types alternate."""
     problem_type = list(_SOLUTIONS)[number % len(_SOLUTIONS)]
     data_type = "image" if number % 2 else "video"
     return {
@@ -102,7 +102,7 @@ def video_r1_record(number: int) -> Fields:
 
 
 def write_video_r1(root: Path, *, count: int = 10, name: str = "Video-R1-260k.json") -> Path:
-    """Annotations (an array, or lines by the name's suffix) and media; returns the data root."""
+    """Write annotations (an array, or lines by the suffix) and media; return the data root."""
     records = [video_r1_record(number) for number in range(count)]
     for number, record in enumerate(records):
         write_noise(root / record["path"], number)

@@ -1,4 +1,4 @@
-"""A chat endpoint on this machine that answers as a test says, and what judges are asked there."""
+"""A chat endpoint on this machine with a test's replies, and the requests that judges send."""
 
 import json
 import socket
@@ -17,7 +17,7 @@ SAMPLE = Sample("7", "Which way does it go?", "B", options={"A": "left", "B": "r
 PATIENCE = 100.0  # seconds, for a loaded machine; nothing here takes as long
 
 Response = tuple[int, dict[str, str], str | bytes]
-"""Status, headers, body."""
+"""Status, headers, and body."""
 
 SOON = {"retry-after-ms": "1"}
 
@@ -32,7 +32,7 @@ def ask(judge: LLMJudge, *texts: str) -> list[Verdict]:
 
 
 def says(text: str | None, finish_reason: str = "stop") -> Response:
-    """A chat completion."""
+    """Return a chat completion."""
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     body = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
@@ -40,12 +40,12 @@ def says(text: str | None, finish_reason: str = "stop") -> Response:
 
 
 def refuses(status: int, message: str = "no", headers: dict[str, str] | None = None) -> Response:
-    """An error as OpenAI words it."""
+    """Return an error in OpenAI's format."""
     return status, headers or {}, json.dumps({"error": {"message": message, "code": None}})
 
 
 class Endpoint:
-    """`answer` makes the response to a request's body; `released` is set at the end of the test."""
+    """`answer` makes the reply to a request's body; `released` is set at the end of the test."""
 
     def __init__(self) -> None:
         self.answer: Callable[[dict], Response] = lambda request: says("CONSISTENT")
@@ -57,11 +57,11 @@ class Endpoint:
         self.url = ""
 
     def texts(self) -> list[str]:
-        """What was asked, in order of arrival."""
+        """Return the texts of the requests, in order of arrival."""
         return [request["messages"][0]["content"] for request in self.requests]
 
     def wait_for(self, reached: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-        """Whether `reached` became true in that time."""
+        """Return whether `reached` became true in that time."""
         end = time.monotonic() + seconds
         while not reached() and time.monotonic() < end:
             time.sleep(0.002)
@@ -104,7 +104,7 @@ def serving() -> Iterator[Endpoint]:
         block_on_close = False
 
         def handle_error(self, *arguments: object) -> None:
-            """A client that has gone: killed, or out of patience."""
+            """Ignore a client that has disconnected: killed, or timed out."""
 
     server = Server(("127.0.0.1", 0), Handler)
     endpoint.url = f"http://127.0.0.1:{server.server_port}/v1"
@@ -121,7 +121,7 @@ def serving() -> Iterator[Endpoint]:
 
 @contextmanager
 def dribbling(response: bytes, pause: float) -> Iterator[str]:
-    """An endpoint that sends a byte of its response at a time; its address."""
+    """Serve an endpoint that sends its reply one byte at a time; yield its address."""
     listener = socket.create_server(("127.0.0.1", 0))
     ended = Event()
 

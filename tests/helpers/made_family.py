@@ -1,4 +1,4 @@
-"""A model family that the package does not know: other prompts, patches, vision tower and names."""
+"""A model family outside the package: different prompts, patches, vision tower and names."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.models.weight_table import EMBEDDING, OUTPUT, Source, WeightTable
 
 IMAGE_PAD, VIDEO_PAD = 6, 7
-# Of the miniature's words: what this family writes before each vision token.
+# Words of the miniature, which this family writes before each vision token.
 TIME_WORDS = "it starts at"
 
 
@@ -44,7 +44,7 @@ class ToyPatching:
 
 
 class ToyPrompt:
-    """Words stand before each vision token, and positions count up over everything."""
+    """Puts words before each vision token, and counts positions over all tokens."""
 
     patching = ToyPatching()
     eos_token_id = 2
@@ -71,7 +71,7 @@ class ToyPrompt:
 
 
 class ToyModel(VideoLanguageModel):
-    """The vision tower is one matrix."""
+    """A model whose vision tower is one matrix."""
 
     def __init__(self, family, config, backend):
         super().__init__(family, config, backend, position_embedding_type="mrope")
@@ -85,7 +85,7 @@ class ToyModel(VideoLanguageModel):
 
 
 class ToyFamily(Family):
-    """Says in config.json how many layers it has."""
+    """A family whose config.json has the number of layers."""
 
     model_type = "toy"
     name = "Toy"
@@ -158,7 +158,7 @@ class ToyFamily(Family):
 
 
 def write_toy(folder: Path, tokenizer_from: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint of the family with random weights; these are returned."""
+    """Write a checkpoint of the family with random weights; return the weights."""
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(tokenizer_from / name, folder / name)

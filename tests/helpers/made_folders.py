@@ -1,4 +1,4 @@
-"""Checkpoint folders that differ from the miniature's in what a test says."""
+"""Checkpoint folders that differ from the miniature's in a chosen respect."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ MISSING = object()
 
 
 def copied(checkpoint: Path, folder: Path) -> Path:
-    """A copy of a checkpoint folder that a test can change."""
+    """Copy a checkpoint folder, so that a test can change it."""
     shutil.copytree(checkpoint, folder)
     return folder
 
@@ -43,7 +43,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) ->
 
 
 def flat_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The layout of the published checkpoints: text keys at the top, names of transformers 4."""
+    """Return the layout of published checkpoints: text keys at the top, names of transformers 4."""
     text, vision = dict(config["text_config"]), dict(config["vision_config"])
     rope = text.pop("rope_parameters")
     for key in ("model_type", "layer_types"):
@@ -62,7 +62,7 @@ def flat_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def doubled_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The layout of late releases of transformers 4: flat, and text_config says it again."""
+    """Return the layout of late releases of transformers 4: flat, repeated in text_config."""
     flat = flat_config(config)
     rope = {**flat["rope_scaling"], "type": "default", "rope_type": "default"}
     text = {
@@ -80,7 +80,7 @@ def doubled_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_weights(folder: Path, parts: int = 2) -> dict[str, str]:
-    """Split the one file of a folder into shards with an index; the index's weight_map."""
+    """Split the one file of a folder into shards with an index; return the index's weight_map."""
     weights = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     names = sorted(weights)

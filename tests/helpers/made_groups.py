@@ -14,7 +14,7 @@ from nemo_care.objective.rewards import accuracy_reward, format_reward
 
 
 def make_prompts(checkpoint, world, folder):
-    """Four prompts of unequal length: a video, two videos, an image behind a video, text only."""
+    """Return four prompts of unequal length: a video, two videos, video then image, text only."""
     from PIL import Image
 
     recipe = small_recipe(checkpoint, world)
@@ -48,7 +48,7 @@ TEXTS = [
 
 
 def make_groups(prompts, checkpoint):
-    """Right, wrong, inconsistent and unfinished completions of unequal length."""
+    """Return right, wrong, inconsistent and unfinished completions of unequal length."""
     tokenizer = load_tokenizer(checkpoint, read_family(checkpoint).prompt)
     groups = []
     for number, prompt in enumerate(prompts):

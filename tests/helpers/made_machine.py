@@ -1,10 +1,10 @@
-"""A machine and a plan as the doctor finds them."""
+"""A machine and a plan as seen by the doctor."""
 
 from nemo_care.checks.machine import FOUND, GIB, Finding, GpuState, Machine
 
 
 def made_machine(*, gpus: tuple[GpuState, ...] = (), memory: int = 64 * GIB, **states: str):
-    """A machine that has everything but what `states` says."""
+    """Return a machine with everything available, except as `states` gives."""
     names = ("transformer_engine", "wandb", "mlflow", "openai")
     findings = [
         Finding("packages", name, states.get(name, FOUND), "a detail", "enables it; pip install it")
@@ -14,7 +14,7 @@ def made_machine(*, gpus: tuple[GpuState, ...] = (), memory: int = 64 * GIB, **s
 
 
 def made_plan(**numbers):
-    """In place of the plan's process."""
+    """Return a plan without starting its process."""
     found = {
         "peak": 40 * GIB, "phase": "update", "allowance": GIB, "host": 10 * GIB,
         "checkpoint": GIB, "flops": 1e12, "engine": "", "remedies": [],

@@ -1,4 +1,4 @@
-"""Video and image files as they should and should not be."""
+"""Valid and damaged video and image files."""
 
 import os
 import signal
@@ -22,14 +22,14 @@ _ROTATED = {
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Uint8 [H, W, 3]: a gradient with noise."""
+    """Return a gradient with noise, uint8 [H, W, 3]."""
     gradient = np.linspace(0, 255, height * width * 3).reshape(height, width, 3)
     noise = np.random.default_rng(seed).integers(0, 80, (height, width, 3))
     return ((gradient + noise) % 256).astype(np.uint8)
 
 
 def encode_video(path: Path, frames: np.ndarray, rate: int, **options: str) -> Path:
-    """An ordinary H.264 file whose index comes first, so that its rest can be damaged."""
+    """Write an ordinary H.264 file with its index first, so that the rest can be damaged."""
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
@@ -41,20 +41,20 @@ def encode_video(path: Path, frames: np.ndarray, rate: int, **options: str) -> P
 
 
 def numbered(count: int, height: int = 64, width: int = 96) -> np.ndarray:
-    """Frames that show their number, from 0 to 49, as a grey that survives any codec."""
+    """Return frames that show their number, from 0 to 49, as a grey that survives any codec."""
     greys = 5 * np.arange(count, dtype=np.uint8) + 5
     return np.broadcast_to(greys[:, None, None, None], (count, height, width, 3)).copy()
 
 
 def numbers_of(frames: torch.Tensor) -> list[int]:
-    """The numbers of decoded frames of `numbered`."""
+    """Return the numbers of decoded frames of `numbered`."""
     return ((frames.float().mean(dim=(1, 2, 3)) - 5) / 5).round().int().tolist()
 
 
 def encode(
     path: Path, frames: np.ndarray, rate: int, codec: str, pix_fmt: str = "yuv420p", **options: str
 ) -> Path:
-    """A file of any kind: the container by the path's suffix, and the codec's options."""
+    """Write a file of any kind: the container by the path's suffix, and the codec's options."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
@@ -68,7 +68,7 @@ def encode(
 def remux(
     source: Path, path: Path, change: Callable[[int, av.Packet], bool | None] = lambda n, p: None
 ) -> Path:
-    """The same packets in another file; `change` may alter each, or return False to leave it out.
+    """Write the same packets to another file; `change` may alter each, or drop it by False.
 
     Its arguments are the packet and its place.
     """
@@ -82,12 +82,12 @@ def remux(
 
 
 def show_only(path: Path, first: float, seconds: float) -> Path:
-    """Let the edit list of an mp4 file show this part of it, as cutting without encoding does."""
+    """Make an mp4 file's edit list show only this part, like cutting without encoding."""
     content = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
         ticks = round(1 / container.streams.video[0].time_base)
     # elst: version and flags, number of entries, then duration and start of the first; movies are
-    # written with 1000 ticks a second.
+    # written with 1000 ticks per second.
     entry = content.index(b"elst") + 4 + 4 + 4
     (start,) = struct.unpack(">I", content[entry + 4 : entry + 8])
     content[entry : entry + 8] = struct.pack(
@@ -105,7 +105,7 @@ def encode_at_times(
     codec: str = "libx264",
     rate: int = 30,
 ) -> Path:
-    """A file whose frames are shown at these times, in seconds, and that claims this rate."""
+    """Write a file that shows its frames at these times, in seconds, and declares this rate."""
     base = Fraction(1, 1000)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
@@ -121,7 +121,7 @@ def encode_at_times(
 
 
 def rotate(path: Path, degrees: int) -> Path:
-    """Write into an mp4 file that it is to be shown turned clockwise, as telephones do."""
+    """Make an mp4 file be shown rotated clockwise, as telephones do."""
     content = bytearray(path.read_bytes())
     # tkhd: version and flags, 5 numbers, 8 reserved bytes, 4 short numbers, then the matrix.
     matrix = content.index(b"tkhd") + 4 + 4 + 5 * 4 + 8 + 4 * 2
@@ -131,7 +131,7 @@ def rotate(path: Path, degrees: int) -> Path:
 
 
 def encode_audio(path: Path) -> Path:
-    """A file with a second of silence and no video."""
+    """Write a file with a second of silence and no video."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         silence = np.zeros((1, 16000), np.float32)
@@ -143,14 +143,14 @@ def encode_audio(path: Path) -> Path:
 
 
 def damaged_video(path: Path, damage: str) -> Path:
-    """A file that is no usable video, in one of the ways of DAMAGES."""
+    """Write an unusable video, damaged in one of the ways of DAMAGES."""
     frames = np.stack([picture(56, 56, seed) for seed in range(1 if damage == "short" else 16)])
     if damage == "missing":
         return path
     if damage == "audio":
         return encode_audio(path)
     if damage == "timestamps":
-        # Two recordings laid end to end, whose clocks both begin at 0.
+        # Two recordings concatenated, whose clocks both begin at 0.
         parts = [encode_video(path.with_suffix(f".{n}.ts"), frames, 4) for n in range(2)]
         path.write_bytes(b"".join(part.read_bytes() for part in parts))
         return path
@@ -182,11 +182,11 @@ DAMAGES = {
     "short": "it has 1 frame",
     "timestamps": "several frames have the same timestamp",
 }
-"""Ways to damage a video, with what the error says of it."""
+"""Ways to damage a video, with the resulting error."""
 
 
 def load_or_misbehave(request: MediaRequest) -> Media:
-    """For decoding processes: what a file named "hang" or "crash" says, else what is usual."""
+    """Load media, or as a file named "hang" or "crash" demands; for decoding processes."""
     names = {path.stem for path in request.videos}
     if "hang" in names:
         time.sleep(600)

@@ -1,4 +1,4 @@
-"""A model of two parameters under the project's own optimizer, with checkpoints, for its state."""
+"""A model of two parameters with the project's optimizer and checkpoints, to test its state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from nemo_care.recipe.model import OptimizerConfig
 
 @contextmanager
 def optimizer_of_megatron(fused: type | None) -> Iterator[None]:
-    """Megatron finds this fused AdamW (None: none, and takes torch's), however it was imported."""
+    """Make Megatron find this fused AdamW (None: none, so it uses torch's), however imported."""
     with pytest.MonkeyPatch.context() as patch:
         for module, own in (
             (megatron_optimizer, torch.optim.AdamW),
@@ -68,7 +68,7 @@ class Trained:
             self.state.initialise()
 
     def step(self, number: int) -> None:
-        """A step with the gradients that belong to this number."""
+        """Take a step with the gradients of this number."""
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         drawn = torch.Generator().manual_seed(number)
@@ -99,7 +99,7 @@ class Trained:
             self.optimizer.load_state_dict(loaded["optimizer"])
 
     def masters(self) -> list[torch.Tensor]:
-        """Float32 master weights."""
+        """The float32 master weights."""
         return [
             master.detach().clone()
             for part in optimizer_parts(self.optimizer)
@@ -109,7 +109,7 @@ class Trained:
 
 
 def resumed(folder: Path, first: type | None, then: type | None, trained: int) -> list:
-    """Master weights after `trained` steps of one kind, a checkpoint, and two of another."""
+    """Return master weights after `trained` steps of one kind, a checkpoint, and two of another."""
     before = Trained(first)
     for number in range(trained):
         before.step(number)
@@ -122,7 +122,7 @@ def resumed(folder: Path, first: type | None, then: type | None, trained: int) -
 
 
 def uninterrupted(kind: type | None, steps: int, *, offload: bool = False) -> list:
-    """Master weights after steps of one kind."""
+    """Return master weights after steps of one kind."""
     made = Trained(kind, offload=offload)
     for number in range(steps):
         made.step(number)

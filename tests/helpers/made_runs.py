@@ -1,4 +1,4 @@
-"""The files of a run that nobody made, with texts that a page must not obey."""
+"""The files of an artificial run, with texts that must not be executed by a page."""
 
 import json
 import math

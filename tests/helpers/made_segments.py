@@ -1,12 +1,12 @@
-"""A made-up packed sequence, for tests of attention."""
+"""An artificial packed sequence, for tests of attention."""
 
 import torch
 
 from nemo_care.models.segments import Segment
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
-# Two groups with prompts of 7 and 5 tokens, completions of unequal length, in the second group a
-# branch behind the first three tokens of its first completion; three tokens of padding.
+# Two groups with prompts of 7 and 5 tokens and completions of unequal length; in the second group,
+# a branch after the first three tokens of its first completion; three tokens of padding.
 SEGMENTS = (
     Segment(0, 7),
     Segment(7, 11, ((0, 7),)),

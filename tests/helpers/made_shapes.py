@@ -6,7 +6,7 @@ from pathlib import Path
 from nemo_care.recipe.schema import Recipe
 
 PACKAGED = ("Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct")
-# Tokens of a prompt and of a completion.
+# The tokens of a prompt and of a completion.
 LENGTHS = (320, 32)
 SMALL = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -40,14 +40,14 @@ SMALL = {
 
 
 def write_small_shape(folder: Path) -> Path:
-    """A directory with config.json only."""
+    """Write a directory with only config.json."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SMALL))
     return folder
 
 
 def plan_recipe(hf_path: str, tensor: int, pipeline: int, granularity: str = "none") -> Recipe:
-    """A recipe of one replica."""
+    """Return a recipe of one replica."""
     recipe = Recipe()
     recipe.trainer.max_steps = 4
     recipe.trainer.devices = tensor * pipeline
@@ -56,7 +56,7 @@ def plan_recipe(hf_path: str, tensor: int, pipeline: int, granularity: str = "no
     recipe.model.pipeline_model_parallel_size = pipeline
     recipe.model.sequence_parallel = tensor > 1
     recipe.model.recompute_granularity = granularity
-    # In bf16 a CPU's kernels take memory of their own.
+    # In bf16, a CPU's kernels use additional memory.
     recipe.model.precision.dtype = "fp32"
     recipe.algorithm.group_size = 4
     recipe.algorithm.prompts_per_step = 4

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-# Where Debian puts daemons; not on every user's path.
+# Debian's directory of daemons, which is not on every user's path.
 _PATH = f"{os.environ['PATH']}:/usr/sbin"
 _CONFIGURATION = """
 ClusterName=test
@@ -43,15 +43,15 @@ NodeName=node1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={first} CPUs=2 Rea
 NodeName=node2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={second} CPUs=2 RealMemory=2000
 PartitionName=main Nodes=node1,node2 Default=YES MaxTime=60 State=UP PreemptMode=OFF
 """
-# What it prints sets a task's environment: a file named after a node changes that of its tasks. The
-# batch script, which hands its environment on to all nodes, is none.
+# Its output sets a task's environment: a file named after a node changes that of its tasks. The
+# batch script is not a task, and passes its environment on to all nodes.
 _TASK_PROLOG = """#!/bin/sh
 [ -z "$SLURM_STEP_NODELIST" ] || cat "{folder}/environment.$SLURMD_NODENAME" 2>/dev/null || true
 """
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here, or None."""
+    """Return why no cluster can be started here, or None."""
     lacking = [name for name in _PROGRAMS if shutil.which(name, path=_PATH) is None]
     if lacking:
         return f"no {', '.join(lacking)} here: apt-get install slurm-wlm munge"
@@ -69,7 +69,7 @@ class Cluster:
         }
 
     def run(self, *command: str, **variables: str) -> str:
-        """Run a client of Slurm; its output."""
+        """Run a client of Slurm; return its output."""
         done = subprocess.run(
             command,
             env=self.environment | variables,
@@ -83,11 +83,11 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(self, *arguments: str, **variables: str) -> str:
-        """Submit a job; its number."""
+        """Submit a job; return its number."""
         return self.run("sbatch", "--parsable", *arguments, **variables)
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """Return the output of `scontrol show job` as a dictionary."""
         words = self.run("scontrol", "show", "job", "-o", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -102,7 +102,7 @@ class Cluster:
         return job
 
     def start_again(self, number: str, restarts: int) -> None:
-        """Wait until a job has been requeued so many times, and let it start at once."""
+        """Wait until a job has been requeued `restarts` times, and make it start at once."""
         deadline = time.monotonic() + 150
         while (job := self.job(number))["Restarts"] != str(restarts) or (
             job["JobState"] != "PENDING"
@@ -110,12 +110,12 @@ class Cluster:
             if time.monotonic() > deadline or job["JobState"] == "FAILED":
                 raise TimeoutError(f"job {number} is {job['JobState']}, not requeued")
             time.sleep(0.1)
-        # Slurm would have it wait for two minutes. Within the second, the nodes refuse it.
+        # Slurm would delay it by two minutes. Within the first second, the nodes refuse it.
         self.run("scontrol", "update", f"JobId={number}", "StartTime=now+2")
 
     @contextlib.contextmanager
     def changed(self, node: str, lines: str) -> Iterator[None]:
-        """Lines of a task prolog (`unset NAME`, `export NAME=VALUE`) for the tasks of one node."""
+        """Set lines of a task prolog (`unset NAME`, `export NAME=VALUE`) for one node's tasks."""
         file = self.folder / f"environment.{node}"
         file.write_text(lines + "\n")
         try:
@@ -134,7 +134,7 @@ def _free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """A cluster with the nodes node1 and node2, its files in `folder`."""
+    """Start a cluster with the nodes node1 and node2, with its files in `folder`."""
     controller, first, second = _free_ports(3)
     (folder / "state").mkdir()
     (folder / "slurm.conf").write_text(

@@ -19,7 +19,7 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def byte_level(merges: bool) -> PreTrainedTokenizerFast:
-    """Bytes, or merges learnt across white space and tags (`use_regex=False` lets them cross)."""
+    """Return bytes, or merges learnt across white space and tags (by `use_regex=False`)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,14 +35,14 @@ def byte_level(merges: bool) -> PreTrainedTokenizerFast:
 
 
 def with_tokens(*pieces: str) -> PreTrainedTokenizerFast:
-    """Single bytes and the given pieces, each one token where it stands in the text."""
+    """Return single bytes and the given pieces, each of them one token wherever it occurs."""
     tokenizer = byte_level(merges=False)
     tokenizer.add_tokens(list(pieces))
     return tokenizer
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """Blanks as `▁`, unknown characters as bytes, first blank stripped: Llama's decoder."""
+    """Return Llama's decoder: blanks as `▁`, unknown characters as bytes, first blank stripped."""
     vocabulary = [EOS, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"<>/thinkanswerABCopdxy"]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))

@@ -1,11 +1,11 @@
 """A stand-in for TransformerEngine, written in torch, for machines where it can't be imported.
 
-TransformerEngine needs CUDA. What Megatron's layers take from it is written here from the
-documented behaviour of its version 2.4: the same names, arguments, parameters, marks and states, so
-that Megatron's own layer spec for TransformerEngine is built and runs on a CPU. It checks how this
-project uses these layers, not TransformerEngine: its kernels, its real rounding and its speed are
-not here. In an 8-bit context products are made of inputs and weights that are rounded to e4m3 with
-one scale per tensor, whatever the recipe; gradients are not rounded.
+TransformerEngine needs CUDA. The parts that Megatron's layers use are written here from the
+documented behaviour of its version 2.4: the same names, arguments, parameters, attributes and
+states, so that Megatron's own layer spec for TransformerEngine is built and runs on a CPU. It tests
+how this project uses these layers, not TransformerEngine: its kernels, rounding and speed are not
+reproduced. In an 8-bit context, inputs and weights of products are rounded to e4m3 with one scale
+per tensor, whatever the recipe; gradients are not rounded.
 
 `install()` must run before Megatron is imported.
 """
@@ -26,7 +26,7 @@ MULTIPLE = 16
 
 @dataclass
 class Product:
-    """One call of a linear layer, as `PRODUCTS` records it."""
+    """One call of a linear layer, as recorded in `PRODUCTS`."""
 
     layer: str
     rows: int
@@ -108,14 +108,14 @@ class fp8_autocast:
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:
-    """x in e4m3 and back; the gradient passes through."""
+    """Return x rounded to e4m3; the gradient passes through."""
     scale = 448.0 / x.detach().abs().amax().float().clamp(min=1e-12)
     small = (x.detach().float() * scale).to(torch.float8_e4m3fn)
     return x + ((small.float() / scale).to(x.dtype) - x.detach())
 
 
 class _Layer(torch.nn.Module):
-    """What all of TransformerEngine's layers have: a state that is part of checkpoints."""
+    """A layer with a state that is part of checkpoints, like all of TransformerEngine's."""
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
@@ -231,7 +231,7 @@ class RMSNorm(_Layer):
 
 
 def attend_rows(q, k, v, query_starts, key_starts, *, scale=None):
-    """Attention of rows of unequal length, one by one, causal from the bottom right."""
+    """Attend in rows of unequal length, one by one, causal from the bottom right."""
     outputs = []
     for row in range(len(query_starts) - 1):
         queries = slice(query_starts[row], query_starts[row + 1])
@@ -245,7 +245,7 @@ def attend_rows(q, k, v, query_starts, key_starts, *, scale=None):
 
 
 class DotProductAttention(_Layer):
-    """Rows of unequal length, causal from the bottom right."""
+    """Attends in rows of unequal length, causal from the bottom right."""
 
     def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None,
                  attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal",
@@ -261,7 +261,7 @@ class DotProductAttention(_Layer):
 
 def checkpoint(function, *args, distribute_saved_activations=False, get_rng_state_tracker=None,
                tp_group=None):  # fmt: skip
-    """Recomputes in the context that was there in forward."""
+    """Recompute in the context of the forward pass."""
     from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
     recipes = list(_STATE.recipes)
@@ -277,12 +277,12 @@ def checkpoint(function, *args, distribute_saved_activations=False, get_rng_stat
 
 
 def needs_cuda(*arguments, **keywords):
-    """In place of what calls a CUDA kernel."""
+    """Replace a function that calls a CUDA kernel."""
     raise AssertionError("a CUDA kernel was called without CUDA")
 
 
 class _Unused(_Layer):
-    """Bases of classes that Megatron defines on import and this project never makes."""
+    """Bases of classes that Megatron defines on import and this project never creates."""
 
 
 _MODULES = {
@@ -315,7 +315,7 @@ _MODULES = {
 
 
 def install() -> None:
-    """Let `import transformer_engine` find this instead."""
+    """Make `import transformer_engine` find this module instead."""
     assert "megatron.core" not in sys.modules, "Megatron looks for TransformerEngine on import"
     for path, contents in _MODULES.items():
         name = f"transformer_engine.{path}".rstrip(".")

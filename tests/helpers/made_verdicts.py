@@ -1,4 +1,4 @@
-"""Completions of given tokens, and what a judge says about groups."""
+"""Completions of given tokens, and a judge's verdicts on groups."""
 
 import torch
 
@@ -8,7 +8,7 @@ from nemo_care.groups.group import Completion
 
 
 class SimplePrompt:
-    """A prompt of which only the sample is looked at."""
+    """A prompt of which only the sample is used."""
 
     def __init__(self, sample):
         self.sample = sample

@@ -1,12 +1,12 @@
-"""Run a function of a test on ranks, and give its results back to the test.
+"""Run a function of a test on ranks, and return its results to the test.
 
     def double(ranks, job):
         return job * ranks.rank
 
     assert on_ranks(Layout(), double, 2, replicas=2) == [0, 2]
 
-The ranks are forked by a rank server. Function, job and results travel as torch saves them: the
-function is one at the top of a module, which each rank imports.
+The ranks are forked by a rank server. Function, job and results are transferred with torch.save:
+the function must be at the top level of a module, which each rank imports.
 """
 
 import itertools
@@ -25,7 +25,7 @@ class OnRanks:
     """Runs functions on ranks of one server."""
 
     def __init__(self, server: RankServer, folder: Path) -> None:
-        """`folder` holds jobs and results."""
+        """Keep jobs and results in `folder`."""
         self._server = server
         self._folders = (folder / f"{number}" for number in itertools.count(1))
 
@@ -37,12 +37,12 @@ class OnRanks:
         *,
         replicas: int = 1,
     ) -> list[Any]:
-        """What `function(ranks, job)` returns on every rank of the layout, in their order.
+        """Return the results of `function(ranks, job)` on every rank of the layout, in their order.
 
-        Without a layout it is one process without process groups, and `function(job)`.
+        Without a layout, it is one process without process groups, and calls `function(job)`.
 
         Raises:
-            AssertionError: a rank failed, with the output of all, or hangs.
+            AssertionError: a rank failed or hangs; with the output of all ranks.
         """
         folder = next(self._folders)
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL with the real vocabulary, which writes well-formed completions."""
+"""A tiny Qwen2.5-VL with the real vocabulary that writes well-formed completions."""
 
 from itertools import product
 from pathlib import Path
@@ -21,13 +21,13 @@ COMPLETIONS = [
     f"<think>the shape moves {direction}</think>\n<answer>{letter}</answer><|im_end|>"
     for direction, letter in product(DIRECTIONS, LETTERS)
 ]
-"""What the model is taught, each as often as any other."""
+"""The completions that the model is trained on, equally often."""
 STEPS = 60
 
 
 def write_qwen_checkpoint(folder: Path, world: Path, *, steps: int = STEPS) -> None:
-    """Write a random model of 19.6 M parameters, almost all of them the vocabulary's rows, after so
-    many steps of supervised training on `COMPLETIONS`."""
+    """Write a random model of 19.6 M parameters, mostly the vocabulary's rows, after `steps` steps
+    of supervised training on `COMPLETIONS`."""
     config = tiny_config()
     text = config.text_config
     text.vocab_size, text.max_position_embeddings = ROWS, 1024
@@ -53,7 +53,7 @@ def write_qwen_checkpoint(folder: Path, world: Path, *, steps: int = STEPS) -> N
 
 
 def qwen_recipe(folder: Path, world: Path) -> Recipe:
-    """Room for the prompts and completions of this vocabulary."""
+    """Return a recipe with room for the prompts and completions of this vocabulary."""
     recipe = small_recipe(folder, world)
     recipe.rollout.max_completion_tokens = 32
     return recipe

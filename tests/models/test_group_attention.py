@@ -95,7 +95,7 @@ def test_completions_are_not_padded_to_the_longest():
     [
         ((Segment(0, 4), Segment(5, 6)), "follow each other"),
         ((Segment(0, 4), Segment(4, 4)), "not be empty"),
-        ((Segment(0, 4), Segment(4, 6, ((0, 5),))), "before its segment"),
+        ((Segment(0, 4), Segment(4, 6, ((0, 5),))), "precede its segment"),
         ((Segment(0, 9),), "in a sequence of 8"),
     ],
 )

@@ -280,7 +280,9 @@ def test_other_tokens_in_a_prompt_end_the_run_with_the_samples_name(trainer, pro
     trainer.generator.generate(prompts[:1], SAMPLING)
     host.engine.lies = True
     count = prompts[1].length
-    message = rf"sample two: vLLM's prompt has {count - 1} tokens and ours {count}, .* token \d+"
+    message = (
+        rf"sample two: vLLM's prompt has {count - 1} tokens and training's {count}, .* token \d+"
+    )
     with pytest.raises(InputError, match=message):
         trainer.generator.generate(prompts[1:], SAMPLING)
 

@@ -229,7 +229,7 @@ def test_a_changed_recipe_counts_from_the_first_step_made_with_it(run, recipe, r
     fit(recipe, ranks, run)
     # No step was left to make.
     assert (run / "recipe.yaml").read_text() == old
-    assert "these changes of the recipe do nothing: trainer.seed: 3 -> 4" in capsys.readouterr().out
+    assert "changes of the recipe have no effect: trainer.seed: 3 -> 4" in capsys.readouterr().out
     assert read_run(run).recipe_changes == []
     recipe.trainer.max_steps = 3
     recipe.trainer.seed = 5

@@ -76,7 +76,9 @@ def test_a_prompt_that_vllm_sees_otherwise_is_named(trainer, prompts, monkeypatc
 
     monkeypatch.setattr(RequestBuilder, "build", without_two_frames)
     name = prompts[0].sample.sample_id
-    with pytest.raises(InputError, match=rf"sample {name}: vLLM's prompt has \d+ tokens and ours"):
+    with pytest.raises(
+        InputError, match=rf"sample {name}: vLLM's prompt has \d+ tokens and training"
+    ):
         trainer.generator.generate(prompts[:1], GREEDY)
 
 

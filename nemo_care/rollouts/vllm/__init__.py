@@ -1,1 +1,1 @@
-"""Rollouts with vLLM: engines in processes of their own, and the policy's weights sent to them."""
+"""Rollouts with vLLM: engines in separate processes, which receive the policy's weights."""

@@ -1,7 +1,7 @@
-"""Connections between trainers and engines, with bounds on what the other side may keep waiting.
+"""Connections between trainers and engines, with limits on how long the peer can block.
 
-Both sides show that they know the key before anything that they send is unpickled. Until then a
-client may be anything that finds the port: it may say nothing, half of a message, or garbage.
+Both sides prove that they have the key before any message is unpickled. Until then, a client can
+be any program that finds the port: it may send nothing, half of a message, or garbage.
 """
 
 import contextlib
@@ -15,22 +15,22 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from typing import Any
 
 GREETING_SECONDS = 10.0
-"""In which both sides have to show that they know the key."""
+"""The time in which both sides have to prove that they have the key."""
 
 
 def address_of(text: str) -> Any:
-    """What multiprocessing calls an address: (node, port), or the path of a socket."""
+    """Return an address in multiprocessing's form: (node, port), or the path of a socket."""
     node, _, port = text.rpartition(":")
     return (node, int(port)) if node and port.isdigit() else text
 
 
 def connect(address: str, key: bytes, seconds: float) -> Connection:
-    """Connect to a host, in that time or GREETING_SECONDS.
+    """Connect to a host within `seconds` or GREETING_SECONDS, whichever is less.
 
     Raises:
-        OSError: nobody listens (yet), or another program, or one that says nothing.
-        EOFError: it has gone away.
-        AuthenticationError: it has another key.
+        OSError: nothing listens there (yet), or it is another program, or it sends nothing.
+        EOFError: the host has disconnected.
+        AuthenticationError: it has a different key.
     """
     seconds = min(seconds, GREETING_SECONDS)
     where = address_of(address)
@@ -60,24 +60,24 @@ def connect(address: str, key: bytes, seconds: float) -> Connection:
 
 
 def greet(client: Connection, key: bytes) -> None:
-    """Let a client that has connected show that it knows the key, in GREETING_SECONDS.
+    """Authenticate a client that has connected, within GREETING_SECONDS.
 
     Raises:
-        AuthenticationError: it has another key, or speaks another language.
-        OSError, EOFError: it has gone away, or said nothing in time.
+        AuthenticationError: it has a different key, or uses a different protocol.
+        OSError, EOFError: it has disconnected, or sent nothing in time.
     """
     try:
         with _limited(client, GREETING_SECONDS):
             deliver_challenge(client, key)
             answer_challenge(client, key)
     except AssertionError:
-        raise AuthenticationError("what it sent is no challenge") from None
+        raise AuthenticationError("its message is not a challenge") from None
 
 
 def bound_sending(connection: Connection, seconds: float) -> None:
-    """Let `send` raise BlockingIOError where the other side takes nothing for that time.
+    """Make `send` raise BlockingIOError if the peer receives nothing for that time.
 
-    The connection is of no use afterwards: a part of the message may have been taken.
+    The connection is unusable afterwards, because part of the message may have been received.
     """
     whole, rest = divmod(seconds, 1)
     with _socket_of(connection) as shared:
@@ -87,14 +87,14 @@ def bound_sending(connection: Connection, seconds: float) -> None:
 
 
 def hang_up(connection: Connection) -> None:
-    """End a connection under whoever reads from it or writes to it, who finds its end."""
+    """Close a connection, so that threads that read from it or write to it find its end."""
     with contextlib.suppress(OSError), _socket_of(connection) as shared:
         shared.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
 def _limited(connection: Connection, seconds: float) -> Iterator[None]:
-    """Hang up after that time, however slowly the other side sends. Raises TimeoutError."""
+    """Close the connection after that time, however slowly data arrives. Raises TimeoutError."""
     late = threading.Event()
 
     def end() -> None:

@@ -1,4 +1,4 @@
-"""An engine as the trainer holds it: a connection to its host, and the answers to come."""
+"""The trainer's side of an engine: a connection to its host, and its pending replies."""
 
 import contextlib
 import os
@@ -33,17 +33,17 @@ class HostProcess:
     """A host that this process has started."""
 
     def __init__(self, log: Path, gpus: Sequence[str] | None) -> None:
-        """Start it; its output goes to `log`. `gpus` as in CUDA_VISIBLE_DEVICES, None on CPUs."""
-        # A socket's path may have some hundred characters at most, so not in the run directory.
+        """Start it with output to `log`; `gpus` as in CUDA_VISIBLE_DEVICES, None on CPUs."""
+        # Not in the run directory, because a socket's path is limited to some hundred characters.
         self._folder = tempfile.TemporaryDirectory(prefix="nemo-care-")
         self.address = str(Path(self._folder.name) / "engine")
         self.key = VLLM_KEY.value or secrets.token_hex(32)
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        # Other ranks' addresses and settings are nothing to vLLM, which reads the same names.
+        # vLLM reads the same names, but must not use the addresses and settings of ranks.
         env = {k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES}
         env[VLLM_KEY.name] = self.key
-        # Plugins of other packages, such as NeMo's, are loaded by every vLLM process else.
+        # Otherwise every vLLM process loads plugins of other packages, such as NeMo's.
         env.setdefault("VLLM_PLUGINS", "")
         if gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -55,17 +55,17 @@ class HostProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=env,
-                # Signals for the trainer, such as a terminal's Ctrl-C, are the trainer's to handle.
+                # Signals for the trainer, such as a terminal's Ctrl-C, must only reach the trainer.
                 start_new_session=True,
             )
 
     def end_of_log(self) -> str:
-        """The last lines of its output."""
+        """Return the last lines of its output."""
         with self.log.open(errors="replace") as lines:
             return "".join(deque(lines, maxlen=_SHOWN_LINES)).strip()
 
     def close(self, patience: float = 30.0) -> None:
-        """Wait until it has ended; it does when nobody is connected any more."""
+        """Wait until it has exited, which it does when no client is connected any more."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -75,7 +75,7 @@ class HostProcess:
         self._folder.cleanup()
 
     def end_group(self) -> None:
-        """Kill the host and vLLM's own processes, which outlive a host that was killed."""
+        """Kill the host and vLLM's own processes, which survive if only the host is killed."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -100,7 +100,7 @@ _RANK_VARIABLES = frozenset(
 
 
 class Engine:
-    """One vLLM engine. Calls return at once, with an answer to wait for; any thread may call."""
+    """One vLLM engine. Calls return at once with a future; any thread may call."""
 
     def __init__(
         self,
@@ -112,9 +112,9 @@ class Engine:
         timeout: float,
         process: HostProcess | None = None,
     ) -> None:
-        """Nothing is connected yet; `process` is the host where this process has started it.
+        """Connect to nothing yet; `process` is the host if this process has started it.
 
-        `timeout` bounds, in seconds, the waiting for each answer.
+        `timeout` limits the wait for each reply, in seconds.
         """
         self.name = name
         self.address = address
@@ -131,7 +131,7 @@ class Engine:
         self._left = False
 
     def call(self, name: str, **arguments: Any) -> Future:
-        """Ask for something; the future has the answer, or RunFailed where the engine has died."""
+        """Send a request; the future gets the reply, or RunFailed if the engine has died."""
         answer: Future = Future()
         with self._lock:
             if self._dead is not None:
@@ -149,20 +149,20 @@ class Engine:
                     reason = (
                         f"it took no request within rollout.vllm.timeout_seconds={self.timeout:g}"
                     )
-                # What follows a part of a message could not be read.
+                # The peer can't parse anything that follows a part of a message.
                 self._dead = self._death(reason)
                 answer.set_exception(RunFailed(self._dead))
         return answer
 
     def ask(self, name: str, **arguments: Any) -> Any:
-        """`call`, and wait."""
+        """Call `call`, and wait for the reply."""
         return self.wait(self.call(name, **arguments), name)
 
     def wait(self, answer: Future, what: str) -> Any:
-        """The answer.
+        """Return the reply.
 
         Raises:
-            RunFailed: the engine has failed, died, or not answered in time.
+            RunFailed: the engine has failed, died, or not replied in time.
         """
         try:
             return answer.result(self.timeout)
@@ -173,11 +173,11 @@ class Engine:
             ) from None
 
     def begin(self) -> None:
-        """Connect, and ask the host to load the model; `ready` waits for it.
+        """Connect, and make the host load the model; `ready` waits for it.
 
         Raises:
-            InputError: nobody listens at the address that the recipe names, or it has another key.
-            RunFailed: the host that was started has ended, or does not listen in time.
+            InputError: nothing listens at the recipe's address, or it has a different key.
+            RunFailed: the host that was started has exited, or does not listen in time.
         """
         deadline = time.monotonic() + self.timeout
         while True:
@@ -191,7 +191,7 @@ class Engine:
                     f"rollout.vllm.hosts: the engine at {self.address} was started with another "
                     f"secret: give it the same {VLLM_KEY} as the trainers"
                 ) from error
-            # The end of a connection: a host that goes away, or another program.
+            # The connection has ended: the host disconnects, or it is another program.
             except (OSError, EOFError) as error:
                 self._check_started(error, deadline)
             time.sleep(_PAUSE)
@@ -204,9 +204,9 @@ class Engine:
         self.wait(self._opened, "start")
 
     def _check_started(self, error: Exception, deadline: float) -> None:
-        """Whether it is worth to go on trying to connect."""
+        """Raise an error unless a further attempt to connect makes sense."""
         if self.process is None:
-            # The host may still have to start; a name that does not resolve won't.
+            # The host may still be starting, but a name that does not resolve won't.
             if time.monotonic() > deadline or isinstance(error, socket.gaierror):
                 raise InputError(
                     f"rollout.vllm.hosts: no engine at {self.address} ({error}); start python -m "
@@ -221,7 +221,7 @@ class Engine:
             ) from error
 
     def _read(self, connection: Connection) -> None:
-        """In a thread: hand out answers until the connection ends."""
+        """In a thread: set the results of calls until the connection ends."""
         reason = "its process has ended"
         while True:
             try:
@@ -230,11 +230,11 @@ class Engine:
                 break
             except (
                 Exception
-            ) as error:  # of unpickling: without this thread nobody would be answered
-                reason = f"its answer can't be read: {type(error).__name__}: {error}"
+            ) as error:  # in unpickling: calls would never return without this thread
+                reason = f"its reply can't be read: {type(error).__name__}: {error}"
                 break
             if not isinstance(reply, Reply):
-                reason = f"its answer is no answer but {type(reply).__name__}"
+                reason = f"its reply is not a reply but {type(reply).__name__}"
                 break
             if reply.number < 0:
                 reason = reply.error or reason
@@ -260,19 +260,19 @@ class Engine:
     def _death(self, reason: str) -> str:
         message = f"vLLM's engine {self.name} has died: {reason}{self._log_hint()}"
         if self.process is not None:
-            message += f"; its last words:\n{self.process.end_of_log()}"
+            message += f"; the end of its log:\n{self.process.end_of_log()}"
         return message
 
     def _log_hint(self) -> str:
         return f" (see {self.process.log})" if self.process is not None else ""
 
     def close(self) -> None:
-        """Leave; the host ends when the last one has left."""
+        """Disconnect; the host exits when the last client has disconnected."""
         self._left = True
         with self._lock:
             if self._dead is None and self._connection is not None:
-                # Closing it here would not wake the thread that reads from it. One that has died
-                # unheard is left all the same.
+                # Closing it here would not wake the thread that reads from it. The engine may have
+                # died without notice.
                 with contextlib.suppress(OSError):
                     self._connection.send(Call(-1, LEAVE, {}))
         if self.process is not None:

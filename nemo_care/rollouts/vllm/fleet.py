@@ -17,17 +17,17 @@ from nemo_care.rollouts.vllm.placement import Share, colocate, share
 
 
 class Fleet:
-    """What this rank knows of its replica's engines.
+    """The engines of this rank's replica, as far as this rank uses them.
 
-    `count` engines take the replica's prompts in turns. `own` are those that this rank asks, with
-    their places among them; `fed` those that it also sends weights to. `feeds`: whether this
-    replica's ranks take part in sending at all.
+    `count` engines take the replica's prompts in turns. `own` are those that this rank calls, with
+    their places among them; `fed` are those to which it also sends weights. `feeds`: whether this
+    replica's ranks take part in sending weights at all.
     """
 
     def __init__(
         self, vllm: VLLMConfig, settings: EngineSettings, ranks: Ranks, *, devices: int, logs: Path
     ) -> None:
-        """Start the processes of engines that are not elsewhere; `start` loads their models.
+        """Start the processes of local engines; `start` loads their models.
 
         `devices` are the ranks of one machine, `logs` the folder for the engines' output.
         Collective over all ranks.
@@ -50,20 +50,20 @@ class Fleet:
         else:
             self._separate(vllm.gpus or [])
         # An engine measures how much GPU memory is free while it starts: next to training it has to
-        # wait until the trainer has taken its own.
+        # wait until the trainer has allocated its share.
         if not (vllm.placement == "colocated" and torch.cuda.is_available()):
             self._begin()
 
     @property
     def fed(self) -> list[Engine]:
-        """The engines that this rank sends weights to, puts to sleep and wakes."""
+        """The engines to which this rank sends weights, and which it puts to sleep and wakes."""
         return [engine for _, engine in self.own] if self.feeds else []
 
     def start(self) -> None:
-        """Load the models of this rank's engines, all at once, and wait; once.
+        """Load the models of this rank's engines in parallel, once, and wait for them.
 
         Raises:
-            InputError: nobody listens at an address.
+            InputError: nothing listens at an address.
             RunFailed: an engine could not start.
         """
         if self._ready:
@@ -76,7 +76,7 @@ class Fleet:
         self._ready = True
 
     def _begin(self) -> None:
-        """Let the engines load their models, in the background."""
+        """Make the engines load their models, in the background."""
         if self._begun or not self.own:
             return
         pool = ThreadPoolExecutor(len(self.own))
@@ -84,19 +84,19 @@ class Fleet:
         pool.shutdown(wait=False)
 
     def make_room(self) -> None:
-        """Give GPU memory that training has let go of back to CUDA. Collective over all ranks.
+        """Return GPU memory that training has freed to CUDA. Collective over all ranks.
 
-        torch keeps it for itself, and an engine that starts or wakes on this GPU takes its share
-        from what CUDA has left.
+        torch caches it, but an engine that starts or wakes on this GPU takes its share from the
+        memory that is free in CUDA.
         """
         if self.vllm.placement == "colocated" and torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
-            # An engine takes memory of several ranks' GPUs.
+            # An engine uses memory of several ranks' GPUs.
             self.ranks.barrier()
 
     def close(self) -> None:
-        """Leave the engines."""
+        """Disconnect from the engines."""
         for _, engine in self.own:
             engine.close()
         self.own = []
@@ -113,7 +113,7 @@ class Fleet:
                 self._start_process(place, visible or None)
 
     def _separate(self, gpus: Sequence[int]) -> None:
-        """On this machine: its replicas share its engines."""
+        """Start engines on this machine, whose replicas share them."""
         size = self.vllm.tensor_parallel_size
         machine = self.ranks.model_leader // self.devices
         machines = self.ranks.gather_from_replicas(machine)
@@ -127,7 +127,7 @@ class Fleet:
             for place, number in enumerate(shared.engines):
                 visible = [str(gpu) for gpu in gpus[number * size : (number + 1) * size]]
                 self._start_process(place, visible if on_gpu else None)
-        # Where an engine was started is told to the replicas that share it.
+        # The replicas that share an engine need its address.
         mine = [(engine.address, engine.key) for _, engine in self.own]
         told = self.ranks.gather_from_replicas(mine)
         if self.ranks.is_model_leader and not self.feeds:
@@ -167,28 +167,28 @@ class Fleet:
 
 
 def hosts_key() -> str:
-    """The secret of engines elsewhere.
+    """Return the secret of engines on other machines.
 
     Raises:
-        InputError: the environment has none.
+        InputError: it is not set in the environment.
     """
     key = VLLM_KEY.value
     if not key:
         raise InputError(
             "rollout.vllm.hosts needs the engines' secret in the environment: set "
-            f"{VLLM_KEY} as where they were started"
+            f"{VLLM_KEY} to the value used where they were started"
         )
     return key
 
 
 def sleep_level(vllm: VLLMConfig) -> int:
-    """How deep engines sleep while training goes on; without GPUs there is nothing to give back."""
+    """Return the sleep level between rollouts; without GPUs there is no memory to free."""
     sleeps = vllm.placement == "colocated" and torch.cuda.is_available()
     return vllm.sleep_level if sleeps else 0
 
 
 def _gpu() -> str | None:
-    """This rank's GPU as CUDA_VISIBLE_DEVICES names it from any process; None without one."""
+    """Return this rank's GPU in CUDA_VISIBLE_DEVICES's form for any process; None without one."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

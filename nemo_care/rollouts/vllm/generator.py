@@ -1,4 +1,4 @@
-"""Rollouts with vLLM: prompts go to the engines, and the weights after each update."""
+"""Rollouts with vLLM: sends prompts to the engines, and the weights after each update."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -25,9 +25,9 @@ from nemo_care.rollouts.vllm.weight_sync import Sender, make_sender
 
 @dataclass(frozen=True)
 class Begun:
-    """A rollout that the engines work on; `answers` are those of this rank's own engines.
+    """A rollout in progress; `answers` are those of this rank's own engines.
 
-    Greedy completions of a prompt are all the same: one is asked for, and counted `copies` times.
+    Greedy completions of a prompt are all equal, so one is requested and used `copies` times.
     """
 
     prompts: Sequence[Prompt]
@@ -38,7 +38,7 @@ class Begun:
 class VLLMGenerator:
     """Samples from vLLM's copy of the model that is being trained.
 
-    `generate` is `submit` and `collect`; between the two the engines work and this process is free.
+    `generate` is `submit` and `collect`; between them, the engines work and this process is free.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class VLLMGenerator:
         version: Callable[[], int],
         from_checkpoint: bool,
     ) -> None:
-        """`fleet` are the engines. `version` changes whenever the weights have changed.
+        """Sample with the engines of `fleet`. `version` changes whenever the weights have changed.
 
-        With `from_checkpoint` the model's weights are those of the checkpoint's directory as long
-        as the version is 0: then vLLM's own reading of it is held against what was sent.
+        With `from_checkpoint`, the model's weights are those of the checkpoint's directory while
+        the version is 0: then the weights sent are compared with those that vLLM loaded itself.
         """
         self.tokenizer = tokenizer
         self.ranks = ranks
@@ -72,10 +72,10 @@ class VLLMGenerator:
         return self.collect(self.submit(prompts, sampling))
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling) -> Begun:
-        """Bring the weights up to date and let the engines begin. Collective over all ranks.
+        """Update the engines' weights and start sampling. Collective over all ranks.
 
         Raises:
-            RunFailed: an engine has died, or did not take the weights.
+            RunFailed: an engine has died, or did not accept the weights.
         """
         self._wake()
         parts = self._parts(prompts)
@@ -99,11 +99,11 @@ class VLLMGenerator:
     def collect(self, begun: Begun) -> list[Group]:
         """Wait for the completions of a `submit`. Collective over all ranks.
 
-        When it returns, no replica has completions in flight: engines that several replicas share
-        can take new weights.
+        When it returns, no replica has completions in flight, so engines shared by several replicas
+        can receive new weights.
 
         Raises:
-            InputError: vLLM saw other tokens in a prompt than training will.
+            InputError: vLLM's prompt has different tokens than training's.
             RunFailed: an engine has died or refused a prompt.
         """
 
@@ -117,7 +117,7 @@ class VLLMGenerator:
         return self.ranks.together(lambda: self._groups(begun, of_engines))
 
     def _groups(self, begun: Begun, of_engines: Sequence[list[SampleReply]]) -> list[Group]:
-        # Dealt one by one to the engines; those behind the last prompt were not asked.
+        # Dealt one by one to the engines; those after the last prompt received none.
         count = len(of_engines)
         groups = []
         for number, prompt in enumerate(begun.prompts):
@@ -139,7 +139,7 @@ class VLLMGenerator:
         return groups
 
     def rest(self) -> None:
-        """Colocated: the engines give their memory back to training. Collective."""
+        """If colocated, return the engines' memory to training. Collective."""
         if self.fleet.sleep_level == 0 or self._asleep or self._sent is None:
             return
         self._tell("sleep", level=self.fleet.sleep_level)
@@ -154,7 +154,7 @@ class VLLMGenerator:
     # ------------------------------------------------------------------ weights
 
     def _wake(self) -> None:
-        """Weights of this version in the engines, and all of their memory. Collective."""
+        """Load this version's weights into the engines, and all of their memory. Collective."""
         first = self._sender is None
         if first or self._asleep:
             self.fleet.make_room()
@@ -181,7 +181,7 @@ class VLLMGenerator:
                 )
             self._sender.send_weights()
 
-        # Replicas whose engines get their weights from another one wait for it here.
+        # Replicas whose engines get their weights from another replica wait for it here.
         self.ranks.together(send if self.fleet.feeds else lambda: None)
         if self._sender is None:
             self._sender = _NothingToSend()
@@ -192,12 +192,12 @@ class VLLMGenerator:
         return {engine.name: engine.ask("digests") for engine in self.fleet.fed}
 
     def _check_digests(self, before: dict[str, dict[str, str]]) -> None:
-        """The untouched weights that were sent make the parameters that vLLM itself has loaded."""
+        """Check that vLLM got the same parameters from the sent weights as from its own loading."""
         for name, digests in self._digests().items():
             wrong = [key for key, digest in before[name].items() if digests.get(key) != digest]
             if wrong:
                 raise RunFailed(
-                    f"vLLM's engine {name} holds other weights after they were sent than after "
+                    f"vLLM's engine {name} has different weights after they were sent than after "
                     f"it had loaded {self.fleet.settings.folder} itself: {len(wrong)} of "
                     f"{len(digests)} parameters differ, the first is {wrong[0]}"
                 )
@@ -250,14 +250,15 @@ class VLLMGenerator:
             min(len(ours), len(theirs)),
         )
         raise InputError(
-            f"sample {prompt.sample.sample_id}: vLLM's prompt has {len(theirs)} tokens and ours "
-            f"{len(ours)}, and they differ from token {at} on: vLLM reads the tokenizer or the "
-            "vision settings of model.hf_path otherwise; sample with rollout.backend=megatron"
+            f"sample {prompt.sample.sample_id}: vLLM's prompt has {len(theirs)} tokens and "
+            f"training's {len(ours)}, and they differ from token {at} on: vLLM reads the tokenizer "
+            "or the vision settings of model.hf_path differently; sample with "
+            "rollout.backend=megatron"
         )
 
 
 class _NothingToSend:
-    """Of a replica whose engines get their weights from another one."""
+    """The sender of a replica whose engines get their weights from another replica."""
 
     def send_weights(self) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -1,12 +1,12 @@
-"""The process around one vLLM engine: does what the trainers that connect to it ask for.
+"""The process of one vLLM engine, which executes the calls of connected trainers.
 
     python -m nemo_care.rollouts.vllm.host --listen 0.0.0.0:5600
 
-Trainers start it themselves on the machines where they run. Elsewhere it is started by hand or by a
-batch script, with the trainers' secret in its environment (docs/vllm.md); it takes the first
-trainer's settings and ends when the last trainer has left.
+Trainers start it themselves on their own machines. On other machines it is started by hand or by a
+batch script, with the trainers' secret in its environment (docs/vllm.md); it uses the first
+trainer's settings and exits when the last trainer has disconnected.
 
-A process of its own keeps vLLM's GPUs, threads, and changes to other packages out of the trainer,
+The separate process keeps vLLM's GPUs, threads, and changes to other packages out of the trainer,
 and lets the trainer compute while the engine generates.
 """
 
@@ -31,27 +31,27 @@ from nemo_care.rollouts.vllm.messages import LEAVE, Call, EngineSettings, Reply
 if TYPE_CHECKING:
     from nemo_care.rollouts.vllm.llm import Engine
 
-# Seconds that an engine has to end in, once who started its process has.
+# Shutdown timeout of the engine, in seconds, after the parent process has exited.
 _PATIENCE = 60.0
 
-# A trainer that takes no answer for this time is left, because it holds up all others.
+# A trainer that receives no reply for this time is disconnected, because it blocks all others.
 _SEND_SECONDS = 60.0
-# Clients that have connected and not yet shown that they know the key; more are turned away.
+# Limit of clients that have connected but not authenticated yet; more are refused.
 _MOST_STRANGERS = 64
 
-# From a connection's reader: who, and what; no call when it has left. No client: who started this
-# process has ended.
+# From a connection's reader: the client and its call, None if it has disconnected. Without a
+# client: the parent process has exited.
 Event = tuple[Connection | None, Call | None]
 
 
 class Host:
-    """Serves one engine. The main thread alone touches it; readers fill a queue."""
+    """Serves one engine. Only the main thread uses it; readers fill a queue."""
 
     def __init__(self, listener: Listener, key: bytes, *, watches_stdin: bool = False) -> None:
-        """`listener` is open already; not with a key, because it would greet clients one by one.
+        """Use an open `listener` without a key, which would authenticate clients one by one.
 
-        With `watches_stdin` the end of stdin is that of the process that started this one: without
-        trainers, it ends then too.
+        With `watches_stdin`, the end of stdin means that the parent process has exited: without
+        trainers, the host exits then too.
         """
         self.key = key
         self.strangers = threading.BoundedSemaphore(_MOST_STRANGERS)
@@ -63,7 +63,7 @@ class Host:
         self.settings: EngineSettings | None = None
 
     def serve(self) -> int:
-        """Serve until the last trainer has left; the exit status."""
+        """Serve until the last trainer has disconnected; return the exit status."""
         threading.Thread(target=self._accept, daemon=True).start()
         if self.watches_stdin:
             threading.Thread(target=self._watch, daemon=True).start()
@@ -84,7 +84,7 @@ class Host:
                     for finished, reply in self.engine.step():
                         self._send(finished, reply)
         except Exception as error:
-            # The engine is gone: whoever waits for it has to hear of it.
+            # The engine has failed: all clients that wait for it must be notified.
             say(traceback.format_exc(), file=sys.stderr, end="")
             text = f"{type(error).__name__}: {error}"
             for client in self.clients:
@@ -110,12 +110,12 @@ class Host:
             threading.Thread(target=self._meet, args=(client,), daemon=True).start()
 
     def _meet(self, client: Connection) -> None:
-        """Serve a client that knows the key, in a thread of its own from its first word on."""
+        """Authenticate a client, and then serve it, in a separate thread."""
         try:
             greet(client, self.key)
             bound_sending(client, _SEND_SECONDS)
         except (AuthenticationError, OSError, EOFError) as error:
-            say(f"a client was turned away: {error or 'it has gone'}", file=sys.stderr)
+            say(f"a client was turned away: {error or 'it disconnected'}", file=sys.stderr)
             client.close()
             return
         finally:
@@ -127,7 +127,7 @@ class Host:
         sys.stdin.read()
         self.events.put((None, None))
         time.sleep(_PATIENCE)
-        # An engine that hangs holds the main thread up, and would keep its GPUs' memory for ever.
+        # An engine that hangs blocks the main thread, and would keep its GPUs' memory forever.
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
@@ -138,8 +138,8 @@ class Host:
                 call = client.recv()
             except (EOFError, OSError):
                 call = None
-            except Exception as error:  # of unpickling, such as of another version
-                say(f"a trainer is left: {type(error).__name__}: {error}", file=sys.stderr)
+            except Exception as error:  # in unpickling, for example of another version
+                say(f"a trainer is disconnected: {type(error).__name__}: {error}", file=sys.stderr)
                 call = None
             if not isinstance(call, Call) or call.name == LEAVE:
                 self.events.put((client, None))
@@ -148,7 +148,7 @@ class Host:
             self.events.put((client, call))
 
     def _answer(self, client: Connection, call: Call) -> None:
-        """Do it; a generation is answered by later steps."""
+        """Execute a call; the reply to a generation is sent by later steps."""
         try:
             if call.name == "open":
                 self._open(**call.arguments)
@@ -169,34 +169,34 @@ class Host:
         self._send(client, Reply(call.number, value))
 
     def _open(self, settings: EngineSettings) -> None:
-        """Make the engine, or find that it is the one that is wanted."""
+        """Create the engine, or check that the existing one has the same settings."""
         if self.engine is None:
             from nemo_care.rollouts.vllm.llm import Engine
 
             self.settings = settings
             self.engine = Engine(settings)
         elif settings != self.settings:
-            raise ValueError(f"this engine was opened with other settings: {self.settings}")
+            raise ValueError(f"this engine was opened with different settings: {self.settings}")
 
     @staticmethod
     def _send(client: Connection, reply: Reply) -> None:
         try:
             client.send(reply)
         except OSError:
-            hang_up(client)  # its reader tells the main thread
+            hang_up(client)  # its reader notifies the main thread
 
 
 def main(arguments: list[str]) -> int:
     """Listen, serve, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m nemo_care.rollouts.vllm.host")
     parser.add_argument("--listen", required=True, help="NODE:PORT, or the path of a socket")
-    parser.add_argument("--watch-stdin", action="store_true", help="end with who holds stdin")
+    parser.add_argument("--watch-stdin", action="store_true", help="exit when stdin is closed")
     chosen = parser.parse_args(arguments)
     key = VLLM_KEY.value
     if not key:
         say(f"{VLLM_KEY} is not set: give engines and trainers the same secret", file=sys.stderr)
         return 2
-    # Whoever can connect can run code here, as with any pickle: hence the key.
+    # As with any pickle, a client that can connect can run code here: hence the key.
     address = address_of(chosen.listen)
     with Listener(address, backlog=64) as listener:
         return Host(listener, key.encode(), watches_stdin=chosen.watch_stdin).serve()
@@ -206,5 +206,5 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads that read from connections would hold the interpreter up.
+    # Threads that read from connections would delay the interpreter's exit.
     os._exit(status)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-# Our own worker extension is no secret function of a stranger's: the host unpickles only what
-# came with its key. vLLM's workers get weights' handles pickled.
+# Pickled messages are safe here: the host unpickles only messages of clients with its key. vLLM's
+# workers get weights' handles pickled.
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
 import vllm
@@ -34,7 +34,7 @@ _EXTENSION = "nemo_care.rollouts.vllm.worker.WorkerExtension"
 
 @dataclass
 class _Batch:
-    """The requests of one call, and what has come of them."""
+    """The requests of one call, and their results."""
 
     client: Connection
     number: int
@@ -44,7 +44,7 @@ class _Batch:
 
 
 class Engine:
-    """One vLLM engine, and the batches that are being generated."""
+    """One vLLM engine, and the batches that it is generating."""
 
     def __init__(self, settings: EngineSettings) -> None:
         """Load the model; takes seconds to minutes."""
@@ -54,10 +54,10 @@ class Engine:
         if settings.kv_cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
         if current_platform.is_cpu():
-            # It guards GPU memory against the largest item; here it only costs time.
+            # It reserves GPU memory for the largest item; here it would only cost time.
             options["skip_mm_profiling"] = True
-            # vLLM 0.32 can't go on with a seeded request whose prompt was cut: it turns the random
-            # numbers back in a way that CPUs do not have.
+            # vLLM 0.32 can't resume a seeded request whose prompt was cut: it restores the random
+            # numbers in a way that CPUs do not support.
             options["enable_chunked_prefill"] = False
             options["max_num_batched_tokens"] = max(settings.max_tokens, _CPU_BATCH_TOKENS)
         self.llm = vllm.LLM(
@@ -68,13 +68,12 @@ class Engine:
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enforce_eager=settings.enforce_eager,
             enable_sleep_mode=settings.sleeps,
-            # Not "dummy", although weights are sent before anything is sampled: that fills buffers
-            # with random numbers too, such as those of the pixels' normalisation, which nobody
-            # sends.
+            # Not "dummy", although weights are sent before any sampling: it also fills buffers with
+            # random numbers, such as those for the pixels' normalisation, which are never sent.
             load_format="auto",
             # The model's own log-probabilities: before temperature and top-p.
             logprobs_mode="raw_logprobs",
-            # What the checkpoint recommends for sampling is not what the recipe says.
+            # The recipe defines the sampling, not the checkpoint's recommendations.
             generation_config="vllm",
             weight_transfer_config=WeightTransferConfig(backend=settings.backend),
             worker_extension_cls=_EXTENSION,
@@ -89,14 +88,14 @@ class Engine:
 
     @property
     def is_busy(self) -> bool:
-        """Whether anything is being generated."""
+        """Whether any completion is being generated."""
         return bool(self.batches)
 
     def submit(self, client: Connection, number: int, requests: list[SampleRequest]) -> None:
-        """Begin to generate; `step` gives the reply when all requests are done.
+        """Start to generate; `step` returns the reply when all requests are complete.
 
         Raises:
-            ValueError: vLLM refuses a request; none is begun then.
+            ValueError: vLLM refuses a request; then none is started.
         """
         batch = _Batch(client, number, set())
         try:
@@ -117,7 +116,7 @@ class Engine:
             raise
 
     def step(self) -> list[tuple[Connection, Reply]]:
-        """Generate one more token of everything; the batches that are complete now."""
+        """Generate one more token of every completion; return the batches that are now complete."""
         complete = []
         for output in self.engine.step():
             if not output.finished:
@@ -133,34 +132,34 @@ class Engine:
     # ------------------------------------------------------------------ weights and memory
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """vLLM's handshake with who will send weights."""
+        """Shake hands with the sender of weights, as vLLM requires."""
         self._rpc("init_weight_transfer_engine", init_info=init_info)
 
     def start_weight_update(self) -> None:
-        """Before the first piece of new weights.
+        """Prepare for the first piece of new weights.
 
         Raises:
-            RuntimeError: something is being generated with the old ones.
+            RuntimeError: a completion is being generated with the old weights.
         """
         if self.is_busy:
             raise RuntimeError("weights can't change while completions are generated: collect them")
         self._rpc("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        """One piece of new weights."""
+        """Load one piece of new weights."""
         self._rpc("update_weights", update_info=update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """After the last piece. Forgets all that was computed with the old weights: prefixes of the
-        key-value cache and vision features, because the vision tower is trained too."""
+        """Finish after the last piece, and discard everything computed with the old weights:
+        prefixes of the key-value cache and vision features, as the vision tower is trained too."""
         self._rpc("finish_weight_update")
         if not self.engine.reset_prefix_cache():
-            raise RuntimeError("vLLM could not forget the prefixes of the old weights")
+            raise RuntimeError("vLLM could not discard the prefixes of the old weights")
         self.engine.reset_encoder_cache()
         self.engine.reset_mm_cache()
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each parameter of each worker."""
+        """Return the SHA-256 of each parameter of each worker."""
         return {
             name: digest
             for worker in self._rpc("nemo_care_digests")
@@ -168,11 +167,11 @@ class Engine:
         }
 
     def sleep(self, level: int) -> None:
-        """Give back GPU memory."""
+        """Free GPU memory."""
         self.engine.sleep(level=level)
 
     def wake_up(self, tags: list[str]) -> None:
-        """Take back the memory of weights or of the key-value cache."""
+        """Allocate the memory of weights or of the key-value cache again."""
         self.engine.wake_up(tags)
 
     def close(self) -> None:
@@ -182,7 +181,7 @@ class Engine:
 
     @staticmethod
     def is_fatal(error: Exception) -> bool:
-        """Whether the engine can do nothing more after this error."""
+        """Whether the engine is unusable after this error."""
         return isinstance(error, EngineDeadError)
 
     def _rpc(self, method: str, **arguments: Any) -> list[Any]:
@@ -190,7 +189,7 @@ class Engine:
 
 
 def engine_prompt(request: SampleRequest) -> dict[str, Any]:
-    """A request's tokens and media in vLLM's words."""
+    """Return a request's tokens and media in vLLM's format."""
     from PIL import Image
 
     media: dict[str, Any] = {}
@@ -214,13 +213,13 @@ def engine_prompt(request: SampleRequest) -> dict[str, Any]:
     prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
     if media:
         prompt["multi_modal_data"] = media
-        # The frames have been chosen and resized.
+        # The frames have already been chosen and resized.
         prompt["mm_processor_kwargs"] = {"do_sample_frames": False}
     return prompt
 
 
 def sampling_params(request: SampleRequest) -> SamplingParams:
-    """How to sample a request; temperature 0 is greedy."""
+    """Return vLLM's sampling parameters of a request; temperature 0 is greedy."""
     return SamplingParams(
         n=request.count,
         temperature=request.temperature,
@@ -228,7 +227,7 @@ def sampling_params(request: SampleRequest) -> SamplingParams:
         seed=request.seed if request.temperature > 0 else None,
         max_tokens=request.max_tokens,
         stop_token_ids=request.eos_ids,
-        # Of the sampled token alone.
+        # Only those of the sampled token.
         logprobs=0,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -236,7 +235,7 @@ def sampling_params(request: SampleRequest) -> SamplingParams:
 
 
 def sampled(output: Any) -> SampleReply:
-    """The finished output of a request."""
+    """Convert the finished output of a request."""
     completions = []
     for completion in sorted(output.outputs, key=lambda one: one.index):
         ids = list(completion.token_ids)
@@ -248,10 +247,10 @@ def sampled(output: Any) -> SampleReply:
 def make_model_folder(
     source: Path, folder: Path, processor_files: dict[str, dict[str, Any]]
 ) -> None:
-    """Make a checkpoint's directory as vLLM wants it, of links to its files.
+    """Create a checkpoint's directory for vLLM, of links to its files.
 
-    The processor's settings are written anew: frames come in the size that they shall have, so
-    none may be resized, whatever the checkpoint's own bounds are.
+    The processor's settings are written anew: frames have their final size, so none may be
+    resized, whatever limits the checkpoint sets.
     """
     for file in source.iterdir():
         if file.is_file():
@@ -259,5 +258,5 @@ def make_model_folder(
     for name, content in processor_files.items():
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2))
-    # It would override them.
+    # It would override these settings.
     (folder / "processor_config.json").unlink(missing_ok=True)

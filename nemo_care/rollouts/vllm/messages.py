@@ -1,21 +1,21 @@
-"""What a trainer and an engine tell each other over their connection; needs no vLLM."""
+"""The messages between a trainer and an engine over their connection; needs no vLLM."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-# The call of a trainer that has no more to ask.
+# The call of a trainer that disconnects.
 LEAVE = "leave"
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How an engine is made; whoever connects to it later has to want the same.
+    """The settings of an engine; all its clients must use the same.
 
-    `folder` is the checkpoint's directory as the engine's machine sees it. `processor_files`
-    replace the checkpoint's (see `Family.processor_files`). `dtype` is vLLM's name of the weights'
-    type, `backend` that of its weight transfer.
+    `folder` is the checkpoint's directory on the engine's machine. `processor_files` replace the
+    checkpoint's (see `Family.processor_files`). `dtype` is vLLM's name of the weights' type,
+    `backend` that of its weight transfer.
     """
 
     folder: str
@@ -32,7 +32,7 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Video:
-    """Frames uint8 [T, H, W, 3], already resized, and how many of them cover one second."""
+    """Frames uint8 [T, H, W, 3], already resized, and the number of them per second."""
 
     frames: np.ndarray
     fps: float
@@ -40,10 +40,10 @@ class Video:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One prompt to sample `count` completions of.
+    """One prompt of which to sample `count` completions.
 
-    `token_ids` has one token per video and image. `images` are uint8 [H, W, 3] each. `seed` is that
-    of the first completion; the next have the next numbers.
+    `token_ids` has one token per video and image. `images` are uint8 [H, W, 3] each. `seed` is the
+    first completion's; each further one's is one higher.
     """
 
     name: str
@@ -60,7 +60,7 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One completion of C tokens, up to and with EOS where it ended; `log_probs` float32 [C]."""
+    """One completion of C tokens, up to and including EOS if it ended; `log_probs` float32 [C]."""
 
     token_ids: list[int]
     log_probs: np.ndarray
@@ -68,7 +68,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class SampleReply:
-    """Completions of a prompt, and the prompt's tokens as the engine's model saw them."""
+    """The completions of a prompt, and the prompt's tokens in the engine's model."""
 
     prompt_token_ids: list[int]
     completions: list[Sampled]
@@ -76,7 +76,7 @@ class SampleReply:
 
 @dataclass(frozen=True)
 class Call:
-    """Trainer to engine: do something; `number` tells this call's reply from others'."""
+    """A trainer's request to an engine; `number` identifies the reply to it."""
 
     number: int
     name: str
@@ -85,7 +85,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Reply:
-    """Engine to trainer: the result, or the error in words. Number -1: why there is no more."""
+    """An engine's result, or its error as text. Number -1: the reason why no more will follow."""
 
     number: int
     value: Any = None

@@ -1,4 +1,4 @@
-"""Which engines there are, on which GPUs, and which model replica asks which of them."""
+"""The engines of a run, their GPUs, and which model replica uses which of them."""
 
 import os
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from nemo_care.recipe.vllm import VLLMConfig
 
 @dataclass(frozen=True)
 class Colocated:
-    """Engines of one replica: for each, the ranks whose GPUs it shares; the first one owns it."""
+    """The engines of one replica: for each, the ranks whose GPUs it shares; the first owns it."""
 
     blocks: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one replica has of engines that stand apart.
+    """One replica's share of engines on separate GPUs.
 
-    `engines` are their numbers; `sharers` the replicas that ask the same ones, in order. The first
-    of them starts the engines and sends them the weights.
+    `engines` are their numbers; `sharers` are the replicas that use the same ones, in order. The
+    first of them starts the engines and sends them the weights.
     """
 
     engines: tuple[int, ...]
@@ -29,10 +29,10 @@ class Share:
 
 
 def colocate(vllm: VLLMConfig, replica: Sequence[int], devices: int) -> Colocated:
-    """Deal a replica's ranks (ascending) to engines; `devices` are the ranks of one machine.
+    """Assign a replica's ranks (ascending) to engines; `devices` is the ranks per machine.
 
     Raises:
-        InputError: the ranks do not make whole engines, or one would span two machines.
+        InputError: the ranks do not fill whole engines, or an engine would span two machines.
     """
     size, key = vllm.tensor_parallel_size, "rollout.vllm.tensor_parallel_size"
     if len(replica) % size:
@@ -53,9 +53,9 @@ def colocate(vllm: VLLMConfig, replica: Sequence[int], devices: int) -> Colocate
 
 
 def share(engines: int, replicas: Sequence[int], mine: int, key: str) -> Share:
-    """What replica `mine` has of `engines` engines that all of `replicas` ask.
+    """Return the share of replica `mine` in `engines` engines that all of `replicas` use.
 
-    Several engines for each replica, or several replicas for each engine.
+    There are several engines per replica, or several replicas per engine.
 
     Raises:
         InputError: neither number is a multiple of the other; `key` is the recipe's key to change.
@@ -77,19 +77,19 @@ def share(engines: int, replicas: Sequence[int], mine: int, key: str) -> Share:
 def check_placement(
     vllm: VLLMConfig, *, devices: int, replicas: int, tensor: int, pipeline: int
 ) -> None:
-    """Refuse, before any rank starts, what the ranks would refuse.
+    """Refuse a placement before any rank starts that the ranks would refuse.
 
     Args:
         vllm: the recipe's keys.
-        devices: ranks of one machine.
-        replicas: of the model.
+        devices: number of ranks per machine.
+        replicas: number of model replicas.
         tensor, pipeline: sizes of the trainer's layout.
 
     Raises:
-        InputError: as `colocate` and `share`, or a rank trains on an engine's GPU.
+        InputError: as in `colocate` and `share`, or a rank trains on an engine's GPU.
     """
     if vllm.placement == "colocated":
-        # Megatron counts tensor-parallel ranks first, then replicas, then stages.
+        # Megatron numbers tensor-parallel ranks first, then replicas, then stages.
         stages = range(0, tensor * replicas * pipeline, tensor * replicas)
         for first in range(0, tensor * replicas, tensor):
             ranks = [stage + first + rank for stage in stages for rank in range(tensor)]
@@ -109,7 +109,7 @@ def check_placement(
 def _check_apart(gpus: Sequence[int], devices: int) -> None:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named == "":
-        # Without a GPU, and so in every plan, nobody knows which numbers the ranks will have.
+        # Without a GPU, and so in every plan, the ranks' GPU numbers are unknown.
         return
     visible = named.split(",") if named else [str(gpu) for gpu in range(devices)]
     training = visible[:devices]
@@ -122,10 +122,10 @@ def _check_apart(gpus: Sequence[int], devices: int) -> None:
 
 
 def check_tensor_parallel(model: Architecture, size: int) -> None:
-    """Refuse a tensor-parallel size that vLLM cannot cut the model into.
+    """Refuse a tensor-parallel size by which vLLM can't divide the model.
 
-    Unlike Megatron, vLLM cuts the vision tower too, and gives several ranks the same key-value head
-    where there are more ranks than heads.
+    Unlike Megatron, vLLM divides the vision tower too, and copies a key-value head to several ranks
+    if there are more ranks than heads.
 
     Raises:
         InputError: names the sizes that fit.

@@ -1,4 +1,4 @@
-"""A prompt as vLLM takes it: the same tokens, frames and positions as in training.
+"""A prompt as a vLLM request: the same tokens, frames and positions as in training.
 
 vLLM cuts frames into patches itself and gets them in the size that they have in training.
 """
@@ -17,7 +17,7 @@ from nemo_care.rollouts.vllm.messages import SampleRequest, Video
 
 
 class RequestBuilder:
-    """Makes requests for one model."""
+    """Builds requests for one model."""
 
     def __init__(self, family: Family, eos_ids: frozenset[int]) -> None:
         """`family` is the model's; a completion ends at any of `eos_ids`."""
@@ -43,7 +43,7 @@ class RequestBuilder:
             token_ids=token_ids,
             videos=videos,
             images=images,
-            # vLLM refuses several greedy completions, which would be the same.
+            # vLLM refuses several greedy completions, which would be equal.
             count=sampling.group_size if sampling.temperature > 0 else 1,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -70,6 +70,6 @@ def _grids(prompt: Prompt) -> list[Grid]:
 
 
 def seed_of(sampling: Sampling, index: int) -> int:
-    """A seed below 2**62 for the prompt of this index; its completions take the next numbers."""
+    """Return a seed below 2**62 for a prompt's index; its completions use the next numbers."""
     words = np.random.SeedSequence([*sampling.seed, index]).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(2))

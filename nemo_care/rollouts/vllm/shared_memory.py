@@ -1,6 +1,6 @@
-"""Weights to vLLM's workers on the same machine without a GPU: files in shared memory.
+"""Send weights to vLLM's workers on the same machine without a GPU: files in shared memory.
 
-vLLM's own ways (NCCL, CUDA IPC) need GPUs. What goes through here is taken by `worker.py`.
+vLLM's own methods (NCCL, CUDA IPC) need GPUs. `worker.py` receives what is sent here.
 """
 
 import tempfile
@@ -11,33 +11,33 @@ from typing import Protocol
 
 import torch
 
-# The name of this way among vLLM's.
+# The name of this method among vLLM's.
 BACKEND = "nemo_care_shared_memory"
 _SHARED = Path("/dev/shm")
 
 
 class Receiver(Protocol):
-    """The engines that take the weights: vLLM's four steps of an update."""
+    """Engines that receive the weights, with vLLM's four steps of an update."""
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
-        """Once, before anything is sent."""
+        """Initialise once, before anything is sent."""
         ...
 
     def start_weight_update(self) -> None:
-        """Before the first piece."""
+        """Prepare for the first piece."""
         ...
 
     def update_weights(self, update_info: dict) -> None:
-        """One piece; returns when it is loaded."""
+        """Load one piece, and return when it is loaded."""
         ...
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """After the last piece."""
+        """Finish after the last piece."""
         ...
 
 
 class SharedMemorySender:
-    """Sends what a stream of weights yields, in pieces of bounded size."""
+    """Sends the tensors of a stream of weights, in pieces of bounded size."""
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class SharedMemorySender:
         receiver: Receiver | None,
         bucket_bytes: int,
     ) -> None:
-        """`weights` yields all of them at each iteration; ranks without a `receiver` only take part
-        in what that needs of them."""
+        """`weights` yields all tensors in each iteration; ranks without a `receiver` only take part
+        in its collective operations."""
         self.weights = weights
         self.receiver = receiver
         self.bucket_bytes = bucket_bytes
@@ -54,9 +54,9 @@ class SharedMemorySender:
             receiver.init_weight_transfer_engine({})
 
     def send_weights(self) -> None:
-        """Send everything; all ranks of the replica call it.
+        """Send all weights; all ranks of the replica call it.
 
-        Where the engine fails, the iteration goes on to its end before the error is raised, because
+        If the engine fails, the iteration continues to its end before the error is raised, because
         the other ranks take part in it.
         """
         failure: Exception | None = None
@@ -94,7 +94,7 @@ class SharedMemorySender:
 
 
 def write_bucket(path: Path, bucket: list[tuple[str, torch.Tensor]]) -> dict:
-    """Write tensors one behind the other; what their receiver has to know."""
+    """Write tensors one after another, and return what their receiver needs."""
     checksum = 0
     with path.open("wb") as file:
         for _, tensor in bucket:

@@ -13,7 +13,7 @@ from nemo_care.ranks.process_groups import Ranks
 
 
 class Described(NamedTuple):
-    """One tensor without its values; vLLM reads these names of it."""
+    """One tensor's description, with the attribute names that vLLM reads."""
 
     name: str
     dtype: torch.dtype
@@ -21,25 +21,25 @@ class Described(NamedTuple):
 
 
 class WeightStream:
-    """Yields the whole model on every rank of a replica, and never holds more than a tensor of it.
+    """Yields the whole model on every rank of a replica, with one tensor in memory at a time.
 
     Tensor-parallel shards are gathered (`iterate_hf_weights`); tensors of one pipeline stage are
-    broadcast to the others. All ranks of the replica iterate together. vLLM's senders take it as
+    broadcast to the others. All ranks of the replica iterate together. vLLM's senders use it as
     their source of weights.
     """
 
     def __init__(self, model: VideoLanguageModel, ranks: Ranks) -> None:
-        """Nothing is gathered yet."""
+        """Gather nothing yet."""
         self.model = model
         self.ranks = ranks
         self._stages: list[list[Described]] | None = None
 
     def metadata(self) -> list[Described]:
-        """What an iteration yields, in its order. The first call is collective in the replica."""
+        """The tensors of an iteration, in order. The first access is collective in the replica."""
         return [described for stage in self._described() for described in stage]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor on this rank's device, one after the other."""
+        """Yield names and tensors on this rank's device."""
         stages = self._described()
         own = parallel_state.get_pipeline_model_parallel_rank()
         device = next(self.model.parameters()).device
@@ -64,7 +64,7 @@ class WeightStream:
                 Described(name, tensor.dtype, tuple(tensor.shape))
                 for name, tensor in iterate_hf_weights(self.model)
             ]
-            # Ranks of one stage say the same.
+            # Ranks of one stage have equal descriptions.
             by_stage = dict(self.ranks.gather_in_replica((stage, mine)))
             self._stages = [by_stage[stage] for stage in sorted(by_stage)]
         return self._stages

@@ -1,8 +1,8 @@
-"""Sends the policy's weights to engines, by vLLM's own interface for reinforcement learning.
+"""Send the policy's weights to engines, by vLLM's own interface for reinforcement learning.
 
-vLLM has a sender for each way: `ipc` (the same GPU, two processes: CUDA memory handles) and `nccl`
-(other GPUs: broadcast), with a part in its workers that loads what arrives layer by layer. Without
-GPUs the way is ours, through shared memory.
+vLLM has a sender for each method: `ipc` (the same GPU, two processes: CUDA memory handles) and
+`nccl` (different GPUs: broadcast), with a part in its workers that loads tensors layer by layer.
+Without GPUs, the project's own method uses shared memory.
 """
 
 import os
@@ -21,10 +21,10 @@ from nemo_care.rollouts.vllm.weight_stream import WeightStream
 
 
 class Sender(Protocol):
-    """What vLLM calls a trainer's weight transfer engine."""
+    """The interface of vLLM's trainer weight transfer engine."""
 
     def send_weights(self) -> None:
-        """Send everything; all ranks of the replica call it."""
+        """Send all weights; all ranks of the replica call it."""
         ...
 
 
@@ -32,11 +32,11 @@ class Engines:
     """vLLM's four steps of an update, for several engines at once; its `VLLMWeightSyncClient`."""
 
     def __init__(self, engines: Sequence[Engine]) -> None:
-        """Engines that get their weights from this rank."""
+        """Use engines that receive their weights from this rank."""
         self.engines = engines
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """The handshake. The workers of all engines are numbered one after another."""
+        """Shake hands. The workers of all engines are numbered consecutively."""
         infos = []
         for place, engine in enumerate(self.engines):
             info = dict(init_info)
@@ -46,15 +46,15 @@ class Engines:
         self._all("init_weight_transfer_engine", [{"init_info": info} for info in infos])
 
     def start_weight_update(self) -> None:
-        """Before the first piece."""
+        """Prepare for the first piece."""
         self._all("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        """One piece; returns when all engines have it."""
+        """Load one piece, and return when all engines have it."""
         self._all("update_weights", [{"update_info": update_info}] * len(self.engines))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """After the last piece; the engines forget what they computed with the old weights."""
+        """Finish after the last piece; engines discard what they computed with the old weights."""
         self._all("finish_weight_update")
 
     def _all(self, step: str, arguments: Sequence[dict[str, Any]] | None = None) -> None:
@@ -65,7 +65,7 @@ class Engines:
 
 
 def transfer_backend(placement: str) -> str:
-    """vLLM's name of the way that weights take on this machine."""
+    """Return vLLM's name of the transfer method on this machine."""
     if not torch.cuda.is_available():
         return shared_memory.BACKEND
     return "ipc" if placement == "colocated" else "nccl"
@@ -74,17 +74,18 @@ def transfer_backend(placement: str) -> str:
 def make_sender(
     backend: str, weights: WeightStream, engines: Sequence[Engine], bucket_bytes: int
 ) -> Sender:
-    """Shake hands with the engines; every rank of the replica makes one.
+    """Shake hands with the engines; every rank of the replica creates a sender.
 
-    `engines` are those that get their weights from this rank: with `ipc` every rank gives its part
-    of the handles, and the ranks that own an engine pass them on; else only one rank has engines.
+    `engines` are those that receive their weights from this rank: with `ipc`, every rank adds its
+    part of the handles, and the ranks that own an engine pass them on; otherwise only one rank
+    has engines.
     """
     receiver = Engines(engines)
     if backend == shared_memory.BACKEND:
         return shared_memory.SharedMemorySender(
             weights, receiver if engines else None, bucket_bytes
         )
-    # Rank 0 is, for vLLM, whoever passes weights on to engines.
+    # In vLLM, rank 0 is the one that passes weights on to engines.
     rank = 0 if engines else 1
     if backend == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import (
@@ -124,16 +125,16 @@ def make_sender(
 
 
 def ipc_buffer_bytes(weights: WeightStream, bucket_bytes: int) -> int:
-    """Size of the one buffer on the GPU that all pieces go through; collective in the replica.
+    """Return the size of the GPU buffer that all pieces use; collective in the replica.
 
-    vLLM's sender refuses a tensor that does not fit it, such as a large embedding.
+    vLLM's sender refuses a tensor that does not fit into it, such as a large embedding.
     """
     sizes = [prod(described.shape) * described.dtype.itemsize for described in weights.metadata()]
     return max(bucket_bytes, *sizes)
 
 
 class _WithoutExpandableSegments:
-    """A sender whose buffer is memory of the ordinary kind.
+    """A sender whose buffer is ordinary memory.
 
     Another process opens memory of an expandable segment with the system call pidfd_getfd, which
     containers and hardened kernels forbid.
@@ -143,20 +144,20 @@ class _WithoutExpandableSegments:
         self.sender = sender
 
     def send_weights(self) -> None:
-        """Send everything."""
+        """Send all weights."""
         with without_expandable_segments():
             self.sender.send_weights()
 
 
 @contextmanager
 def without_expandable_segments() -> Iterator[None]:
-    """What is allocated inside is not part of a segment that can grow."""
+    """Prevent allocations inside from being part of a segment that can grow."""
     settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     if "expandable_segments:True" not in settings:
         yield
         return
     configure = torch._C._accelerator_setAllocatorSettings
-    # The settings are given as a whole.
+    # The settings must be given completely.
     configure(settings.replace("expandable_segments:True", "expandable_segments:False"))
     try:
         yield
@@ -165,9 +166,9 @@ def without_expandable_segments() -> Iterator[None]:
 
 
 def _free_address(engines: Sequence[Engine]) -> tuple[str, int]:
-    """This machine's address as the engines reach it, and a port that nobody listens on now.
+    """Return this machine's address as the engines reach it, and a free port.
 
-    The name of this machine won't do: Debian resolves it to a loopback address.
+    The name of this machine can't be used: Debian resolves it to a loopback address.
     """
     with socket.socket() as probe:
         probe.bind(("", 0))

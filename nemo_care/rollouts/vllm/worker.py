@@ -1,6 +1,6 @@
-"""What runs inside vLLM's workers: weights out of shared memory, and digests of what they hold.
+"""Code inside vLLM's workers: weights from shared memory, and digests of the parameters.
 
-vLLM imports this module by the name of `WorkerExtension`, before it makes its weight transfer
+vLLM imports this module by the name of `WorkerExtension` before it creates its weight transfer
 engine, and so finds the engine that is registered here.
 """
 
@@ -29,10 +29,10 @@ class WorkerExtension:
     """Methods that vLLM adds to each worker, for `collective_rpc`."""
 
     def nemo_care_digests(self) -> dict[str, str]:
-        """SHA-256 of each parameter of this worker, by vLLM's name of it.
+        """Return the SHA-256 of each parameter of this worker, by vLLM's name of it.
 
-        Left out is what holds no bytes: on CPUs vLLM repacks the weights of linear layers into
-        objects of its own, and leaves an empty parameter behind.
+        Parameters without bytes are omitted: on CPUs, vLLM repacks the weights of linear layers
+        into other objects, and keeps an empty parameter.
         """
         empty = {
             name
@@ -47,12 +47,12 @@ class WorkerExtension:
 
 @dataclass
 class SharedMemoryInit(WeightTransferInitInfo):
-    """Nothing has to be agreed on."""
+    """No data: nothing has to be agreed on."""
 
 
 @dataclass
 class SharedMemoryUpdate(WeightTransferUpdateInfo):
-    """A file with the bytes of some tensors, one behind the other, and their CRC-32."""
+    """A file with the bytes of some tensors, one after another, and their CRC-32."""
 
     path: str
     names: list[str]
@@ -62,41 +62,41 @@ class SharedMemoryUpdate(WeightTransferUpdateInfo):
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
-    """Takes weights from files in shared memory, where there is no GPU to send them from."""
+    """Receives weights from files in shared memory, for machines without a GPU."""
 
     init_info_cls = SharedMemoryInit
     update_info_cls = SharedMemoryUpdate
     supports_draft_weight_update = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM makes it."""
+        """Take vLLM's arguments."""
         super().__init__(*args, **kwargs)
         self._loaded: set[str] = set()
         self._parameters: set[str] = set()
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
-        """Nothing to prepare."""
+        """Do nothing: no preparation is necessary."""
 
     def start_weight_update(self) -> None:
-        """Begin vLLM's own reloading, layer by layer."""
+        """Start vLLM's own reloading, layer by layer."""
         self._parameters = {name for name, _ in self.model.named_parameters()}
         self._loaded = set()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As in vLLM, without waiting for a GPU."""
+        """Do as vLLM does, without waiting for a GPU."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
         """Load one file's tensors.
 
         Raises:
-            ValueError: the bytes are not those that were sent.
+            ValueError: the bytes differ from those that were sent.
         """
         content = Path(update_info.path).read_bytes()
         if zlib.crc32(content) != update_info.checksum:
-            raise ValueError(f"{update_info.path}: other bytes arrived than were sent")
-        # vLLM keeps tensors until their layer is complete: they lie in memory of their own.
+            raise ValueError(f"{update_info.path}: the bytes that arrived differ from those sent")
+        # vLLM keeps tensors until their layer is complete, so they need their own memory.
         buffer = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
         weights, begin = [], 0
         for name, dtype, shape in zip(
@@ -109,10 +109,10 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         self._loaded |= set(self.model.load_weights(weights) or ())
 
     def finish_weight_update(self) -> None:
-        """End vLLM's reloading.
+        """Finish vLLM's reloading.
 
         Raises:
-            ValueError: some parameter got no weights; it would silently keep those it had.
+            ValueError: a parameter got no weights; it would silently keep its old ones.
         """
         missing = sorted(self._parameters - self._loaded)
         finalize_layerwise_reload(self.model, self.model_config)
@@ -120,7 +120,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
             raise ValueError(f"{len(missing)} parameters got no weights, the first is {missing[0]}")
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no resources to free."""
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
