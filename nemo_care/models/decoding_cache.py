@@ -266,13 +266,12 @@ class DecodingCache(PackedSeqParams):
         grouped = self._to_groups(q)
         # A call per prompt, of its own length, needs no mask, and long prompts are split over the
         # GPU's multiprocessors, which the kernels for rows of unequal length don't.
-        parts = [
-            flash_decoding.attention(
-                grouped[place : place + 1], *(x[place : place + 1, :, :length] for x in pair), scale
-            )
-            for pair in (self._prompt[layer],)
-            for place, length in enumerate(self._lengths)
-        ]
+        prompt_k, prompt_v = self._prompt[layer]
+        parts = []
+        for place, length in enumerate(self._lengths):
+            one = slice(place, place + 1)
+            k, v = (x[one, :, :length] for x in (prompt_k, prompt_v))
+            parts.append(flash_decoding.attention(grouped[one], k, v, scale))
         outs, sums = (_joined(part) for part in zip(*parts, strict=True))
         own, own_sums = flash_decoding.attention(q, own_k, own_v, scale, self._later)
         sums = self._from_groups(sums[..., None])[..., 0]

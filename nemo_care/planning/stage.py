@@ -21,8 +21,8 @@ from nemo_care.planning.precision import as_built, fp8_copies
 from nemo_care.planning.shapes import Lengths, ModelShape, made_group, made_prompt
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.schema import Recipe, needs_reference
-from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.decoding import Decoding
+from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.scoring.reference import Reference
 from nemo_care.scoring.scorer import Scorer

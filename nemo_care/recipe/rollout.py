@@ -65,10 +65,11 @@ class RolloutConfig:
     groups_per_batch: int = 1
     """Groups that are generated together; vllm finds out by itself."""
     cuda_graphs: bool = False
-    """Of backend=megatron: decode by steps of one shape, which CUDA captures once per
-    groups_per_batch groups and replays, instead of launching each kernel for each token. Completions
-    that have ended are computed on until all have. On a CPU the steps run without being captured,
-    and give the same tokens. Not with 8-bit rollouts. It has not been run on a GPU yet."""
+    """Of backend=megatron: decode by steps of one shape, which CUDA captures once for each batch of
+    groups_per_batch groups and then replays, instead of launching every kernel of every token.
+    Completions that have ended are computed until all of the batch have. On a CPU the same steps
+    run uncaptured. The tokens are the same either way. Not with 8-bit rollouts. It has not been run
+    on a GPU yet."""
     max_logprob_difference: float = 0.05
     """The mean difference between a token's log-probability in rollout and in training. Above it
     the first step stops the run, because weights or positions must be wrong on one side; later
