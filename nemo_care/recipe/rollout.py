@@ -66,7 +66,7 @@ class RolloutConfig:
     """Number of groups generated together; vllm chooses it by itself."""
     cuda_graphs: bool = False
     """For backend=megatron: decode in steps of a fixed shape, which CUDA captures once for each
-    number of groups and replays, instead of launching every kernel for every token. Completions
+    batch and replays, instead of launching every kernel for every token. Completions
     that have ended are computed until all have ended. On a CPU the steps run without being captured
     and give the same tokens. Not with 8-bit rollouts. Not run on a GPU yet."""
     max_logprob_difference: float = 0.05
