@@ -1,4 +1,4 @@
-"""Bytes that each rank receives for the prompts of a step, as objects and as frames, at TP 2 x PP 2.
+"""Bytes that each rank receives for the prompts of a step: objects and frames, at TP 2 x PP 2.
 
     .venv/bin/python benchmarks/media.py [--tensor 2] [--pipeline 2] [--tokens 2048] [--prompts 2]
 
@@ -24,12 +24,17 @@ import torch.distributed as dist
 def count_received(counted: Counter) -> None:
     """Count the bytes of objects and of frames that this rank gets by broadcasts from now on."""
     broadcast = dist.broadcast
-    inside = []
+    inside, counting_now = [], []
 
     def counting(tensor, src=None, *args, **kwargs):
-        if tensor.dtype == torch.uint8 and src != dist.get_rank():
+        # torch's function calls itself by its name where a function mode is active.
+        if tensor.dtype == torch.uint8 and src != dist.get_rank() and not counting_now:
             counted["objects" if inside else "frames"] += tensor.nbytes
-        return broadcast(tensor, src, *args, **kwargs)
+        counting_now.append(True)
+        try:
+            return broadcast(tensor, src, *args, **kwargs)
+        finally:
+            counting_now.pop()
 
     objects = dist.broadcast_object_list
 
