@@ -210,7 +210,7 @@ def refusals(folder: str) -> dict:
         "tensor": lambda: make_plan(plan_recipe(seven, 3, 1), small),
         "pipeline": lambda: make_plan(plan_recipe(seven, 1, 5), small),
         "model": lambda: make_plan(plan_recipe("nowhere/Other", 1, 1), small),
-        "memory": lambda: dry_run(make_plan(plan_recipe(folder, 1, 1), _question(0.1))),
+        "memory": lambda: dry_run(make_plan(plan_recipe(folder, 1, 1), _question(0.096))),
     }
     lines = {}
     for name, case in cases.items():
