@@ -89,9 +89,7 @@ def main() -> None:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         options = ["--prompt", str(args.prompt), "--repeats", str(args.repeats)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [sys.executable, *launch, __file__, *options], check=True, env=environment
-        )
+        subprocess.run([sys.executable, *launch, __file__, *options], check=True, env=environment)
 
 
 if __name__ == "__main__":

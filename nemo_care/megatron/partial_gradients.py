@@ -20,9 +20,7 @@ def mark_partial_gradient(parameter: torch.nn.Parameter) -> None:
     setattr(parameter, _MARK, True)
 
 
-def finalize_gradients(
-    models: Sequence[torch.nn.Module], *arguments: Any, **keywords: Any
-) -> None:
+def finalize_gradients(models: Sequence[torch.nn.Module], *arguments: Any, **keywords: Any) -> None:
     """Megatron's `finalize_model_grads`, and the sums of the gradients that are marked.
 
     After the sum over the replicas, each rank's part of a gradient for the distributed optimizer is
@@ -31,7 +29,7 @@ def finalize_gradients(
     finalize_model_grads(models, *arguments, **keywords)
     group = parallel_state.get_tensor_model_parallel_group()
     works = [
-        dist.all_reduce(parameter.main_grad, group=group, async_op=True)
+        dist.all_reduce(parameter.main_grad, group=group, async_op=True)  # type: ignore[attr-defined]
         for model in models
         for parameter in model.parameters()
         if parameter.requires_grad and getattr(parameter, _MARK, False)

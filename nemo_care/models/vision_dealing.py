@@ -50,9 +50,7 @@ class VisionDealing:
     def of(cls, family: Family, grids: Sequence[Grid], ranks: int) -> "VisionDealing":
         """The deal for `ranks` ranks of images and videos of these grids, balanced by patches."""
         apart = family.computes_frames_apart
-        parts = [
-            part for t, h, w in grids for part in ([(1, h, w)] * t if apart else [(t, h, w)])
-        ]
+        parts = [part for t, h, w in grids for part in ([(1, h, w)] * t if apart else [(t, h, w)])]
         patches = [t * h * w for t, h, w in parts]
         tokens = [family.prompt.patching.tokens(part) for part in parts]
         return cls(parts, patches, tokens, deal(patches, ranks), joins=apart)

@@ -55,7 +55,9 @@ def job(checkpoint, world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vision")
     prompts = make_prompts(checkpoint, world, folder)
     _, several, mixed, text = prompts
-    image = Sample("image", mixed.sample.question, mixed.sample.solution, images=mixed.sample.images)
+    image = Sample(
+        "image", mixed.sample.question, mixed.sample.solution, images=mixed.sample.images
+    )
     one = _built(checkpoint, world, image)
     assert one.grid_thw.tolist() == [[1, 4, 4]]
     cases = {"frames": [several, mixed], "one_frame": [one], "text": [text]}
@@ -85,7 +87,9 @@ def test_dealt_frames_change_neither_values_nor_gradients(rank_server, job, name
     rank_server.run(RANKS[name], [str(PROGRAM), str(job), name])
     result = torch.load(job / f"{name}.pt", weights_only=False)
     cases = {case for _, _, case in result}
-    assert cases == ({"frames", "one_frame"} if name == "tp2_dp2" else {"frames", "one_frame", "text"})
+    assert cases == (
+        {"frames", "one_frame"} if name == "tp2_dp2" else {"frames", "one_frame", "text"}
+    )
     for recompute in ("none", "full"):
         for case in cases:
             whole, dealt = (result[shard, recompute, case] for shard in (False, True))
