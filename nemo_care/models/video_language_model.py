@@ -43,11 +43,11 @@ _EXTRA_STATE = "_extra_state"
 class ModelInputs:
     """One micro-batch: B rows, right-padded to S tokens.
 
-    `token_ids` [B, S], `position_ids` [3, B, S]. `pixel_values` [patches, values of
-    a patch] and `grid_thw` [items, 3] hold the images and videos of all rows in order of
-    appearance, `vision_places` long [N] says which tokens their features replace, as s * B + b; all
-    None where there are none. A vision token that the model itself has sampled is an ordinary token
-    and not among them. `packed` says what a token sees where the one row (B = 1) holds several segments, or
+    `token_ids` [B, S], `position_ids` [3, B, S]. `pixel_values` [patches, values of a patch] and
+    `grid_thw` [items, 3] hold the images and videos of all rows in order of appearance,
+    `vision_places` long [N] says which tokens their features replace, as s * B + b; all None where
+    there are none. A vision token that the model itself has sampled is an ordinary token and not
+    among them. `packed` says what a token sees where the one row (B = 1) holds several segments, or
     the next tokens of cached sequences; None: each row is one causal sequence.
     """
 

@@ -209,7 +209,7 @@ class _VisionBytes:
         self.found: dict[str, int] = {}
 
     def bytes(self, recipe: Recipe) -> int:
-        """Bytes of one micro-batch on the rank that keeps most: of dealt frames no less than its part."""
+        """Bytes of one micro-batch on the rank that keeps most: no less than the mean."""
         granularity = recipe.model.recompute_granularity
         if granularity not in self.found:
             alone = deepcopy(self.recipe)

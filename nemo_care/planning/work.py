@@ -122,9 +122,9 @@ def group_flops(family: Family, lengths: Lengths, group: int, *, shared: bool, r
 
 
 def busiest_vision_flops(recipe: Recipe, family: Family, lengths: Lengths, prompts: int) -> float:
-    """Forward FLOPs of the vision tower on the rank of the first stage that has most to do.
+    """Forward FLOPs of the vision tower on the rank of the first stage that computes most.
 
-    For the videos of so many prompts in one micro-batch, whose frames may be dealt to the ranks.
+    `prompts` are those of one micro-batch, whose frames are dealt to the ranks or not.
     """
     grids, ranks = lengths.grids * prompts, recipe.model.tensor_model_parallel_size
     if not grids or not recipe.model.vision.shard:
@@ -207,7 +207,7 @@ class Clock:
     def _forward(
         self, tokens: int, attention: float, head_rows: int, copies: int, fp8: bool
     ) -> _Forward:
-        """Seconds for so many tokens and the vision of so many prompts."""
+        """Seconds for `tokens` tokens and the videos of `copies` prompts."""
         speed = self.gpu.flops * self.efficiency.flops
         cut = self.tensor * self.pipeline
         products = layer_flops(self.model, tokens)
