@@ -81,6 +81,7 @@ study: $(INSTALLED)
 bench: $(INSTALLED) .venv-trl/.installed
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/vision.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/plan.py

@@ -28,6 +28,19 @@ def test_benchmark_runs_and_prints_its_ratios(script, words):
 
 
 @pytest.mark.slow
+def test_benchmark_of_the_vision_tower_counts_half_of_the_work_on_two_ranks():
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "vision.py"), "--ranks", "2", "--prompt", "256", "--repeats",
+         "1"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("    2 ")]
+    assert [row[1] for row in rows] == ["replicated", "dealt"]
+    assert [float(row[-1]) for row in rows] == [1.0, 0.5]
+
+
+@pytest.mark.slow
 def test_benchmark_for_gpus_runs_on_a_cpu_with_a_tiny_shape(tmp_path):
     out = tmp_path / "out.json"
     size = ["--layers", "2", "--prompt", "512", "--completion", "32", "--group", "2"]

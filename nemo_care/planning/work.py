@@ -123,9 +123,9 @@ def group_flops(family: Family, lengths: Lengths, group: int, *, shared: bool, r
 
 
 def busiest_vision_flops(recipe: Recipe, family: Family, lengths: Lengths, prompts: int) -> float:
-    """Forward FLOPs of the vision tower on the rank of the first stage that has most to do.
+    """Forward FLOPs of the vision tower on the rank of the first stage that computes most.
 
-    For the videos of so many prompts in one micro-batch, whose frames may be dealt to the ranks.
+    `prompts` are those of one micro-batch, whose frames are dealt to the ranks or not.
     """
     grids, ranks = lengths.grids * prompts, recipe.model.tensor_model_parallel_size
     if not grids or not recipe.model.vision.shard:

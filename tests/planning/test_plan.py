@@ -18,7 +18,8 @@ from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.megatron.optimizer import initialise_adamw_state
 from nemo_care.models.video_language_model import ModelInputs
-from nemo_care.planning.shapes import lengths_of, made_group, read_model_shape
+from nemo_care.planning.shapes import Lengths, lengths_of, made_group, read_model_shape
+from nemo_care.planning.work import busiest_vision_flops
 from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.decoding import Decoding
 from nemo_care.rollouts.generator import Sampling
@@ -196,6 +197,22 @@ def test_peak_with_several_micro_batches_in_flight_is_that_of_the_real_schedule(
     for real, formula in planned["schedule"]:
         assert formula == pytest.approx(real, rel=0.01)
     assert planned["schedule"][3][0] > 2 * planned["schedule"][0][0]
+
+
+def test_dealt_frames_are_counted_on_the_rank_that_computes_most():
+    family = read_model_shape("Qwen2.5-VL-7B-Instruct").family
+    recipe = Recipe()
+    recipe.model.tensor_model_parallel_size = 4
+    for frames, busiest in ((8, 2), (6, 2), (2, 1)):
+        lengths = Lengths(2048, 128, 0, ((frames, 20, 28),))
+        frame = family.vision_flops(((1, 20, 28),))
+        recipe.model.vision.shard = True
+        counted = busiest_vision_flops(recipe, family, lengths, 1)
+        assert counted == pytest.approx(busiest * frame)
+        assert busiest_vision_flops(recipe, family, lengths, 4) == pytest.approx(frames * frame)
+        recipe.model.vision.shard = False
+        assert busiest_vision_flops(recipe, family, lengths, 1) == pytest.approx(frames * frame)
+    assert busiest_vision_flops(recipe, family, Lengths(64, 8, 0, ()), 1) == 0
 
 
 def test_flops_equal_torchs_count(planned):
