@@ -90,6 +90,12 @@ def _report(arguments: list[str]) -> int:
     return guarded(report)
 
 
+def _view(arguments: list[str]) -> int:
+    from nemo_care.commands.view import main as view
+
+    return view(arguments)
+
+
 def _compare(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nemo-care compare",
@@ -188,6 +194,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "plan": (_plan, "memory, time and a dry run of a recipe, before it is queued"),
     "export": (_export, "write a trained model as a Hugging Face directory"),
     "report": (_report, "draw a run's curves and a page that holds them"),
+    "view": (_view, "write pages that show a run's completions: RUN [--other RUN2]"),
     "compare": (_compare, "train several recipes and seeds, and print one table"),
     "study": (_study, "train the variants of a study; tables, figures and a page"),
     "miniature": (_miniature, "write the videos and questions of the tiny world"),

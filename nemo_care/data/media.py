@@ -55,13 +55,15 @@ class Media:
     `grids` and `seconds_per_grid` (0.0 for an image) have an entry per file. `pixel_values`
     float32 [patches, values of a patch] is an array, because an array travels
     between processes without shared memory; None where there is nothing or no room for it.
-    `videos_by_pyav` counts the videos that PyAV decoded because decord could not.
+    `videos_by_pyav` counts the videos that PyAV decoded because decord could not. `frame_times`
+    has the seconds at which the frames of each video appear.
     """
 
     grids: list[Grid] = field(default_factory=list)
     seconds_per_grid: list[float] = field(default_factory=list)
     pixel_values: np.ndarray | None = None
     videos_by_pyav: int = 0
+    frame_times: list[tuple[float, ...]] = field(default_factory=list)
 
 
 def load_media(request: MediaRequest) -> Media:
@@ -80,6 +82,7 @@ def load_media(request: MediaRequest) -> Media:
     ]
     media = Media(grids, [*(video.seconds_per_grid for video in videos), *(0.0 for _ in images)])
     media.videos_by_pyav = sum(video.by_pyav for video in videos)
+    media.frame_times = [video.frame_times for video in videos]
     if not grids or sum(map(settings.patching.tokens, grids)) > request.room:
         return media
 

@@ -69,6 +69,9 @@ class RolloutConfig:
     the first step stops the run, because weights or positions must be wrong on one side; later
     steps are told on the console, but not those whose rollout/staleness is above 0: older weights
     differ too."""
+    record_log_probs: bool = False
+    """Write the text and the log-probability of each token of a completion into rollouts/, by which
+    `nemo-care view` tints it. The files get about four times as large."""
     importance_sampling: ImportanceSamplingConfig = field(default_factory=ImportanceSamplingConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     asynchronous: bool = False

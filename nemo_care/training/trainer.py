@@ -80,6 +80,8 @@ class GRPOCareTrainer:
         self.rollouts = Rollouts(
             recipe, prompts, generator, self.console, version=lambda: policy.optimizer_steps
         )
+        # Records hold their completions' tokens too where there is one.
+        self.recorded_tokens = tokenizer if recipe.rollout.record_log_probs else None
         self.sampling = DynamicSampling(recipe, ranks)
         # The number of the last step that was begun.
         self.step = 0
@@ -215,7 +217,7 @@ class GRPOCareTrainer:
         since the record before: mostly the save of the step before.
         """
         mine = (
-            completion_rows(step.groups, self.recipe.evaluation.judge),
+            completion_rows(step.groups, self.recipe.evaluation.judge, self.recorded_tokens),
             self.prompts.worker_memory_gib,
             sum(group.prompt.videos_by_pyav for group in step.groups),
         )
