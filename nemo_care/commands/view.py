@@ -112,5 +112,6 @@ def serve(view: "View", port: int) -> None:
         raise InputError(f"--serve {port}: {reason}; choose another port, or 0") from error
     with server:
         port = server.server_address[1]
-        say(f"http://{_ADDRESS}:{port}/ (from another machine: ssh -L {port}:{_ADDRESS}:{port} HOST)")
+        tunnel = f"ssh -L {port}:{_ADDRESS}:{port} HOST"
+        say(f"http://{_ADDRESS}:{port}/ (from another machine: {tunnel})")
         server.serve_forever()

@@ -120,10 +120,10 @@ class Browser:
             time.sleep(0.02)
 
     def texts(self, selector: str) -> list[str]:
-        """What the elements say, as far as it is visible."""
+        """What the elements that are not hidden hold, in sight or not."""
         return self.js(
             f"[...document.querySelectorAll({json.dumps(selector)})]"
-            ".filter((e) => e.checkVisibility()).map((e) => e.innerText)"
+            ".filter((e) => e.checkVisibility()).map((e) => e.textContent)"
         )
 
     def click(self, selector: str) -> None:
@@ -131,12 +131,18 @@ class Browser:
         one = f"document.querySelector({json.dumps(selector)})"
         self.wait(one)
         self.js(f"{one}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
-        box = self.js(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])"
-                      f"({one}.getBoundingClientRect())")
+        box = self.js(
+            f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])"
+            f"({one}.getBoundingClientRect())"
+        )
         for kind in ("mousePressed", "mouseReleased"):
             self.call(
                 "Input.dispatchMouseEvent",
-                type=kind, x=box[0], y=box[1], button="left", clickCount=1,
+                type=kind,
+                x=box[0],
+                y=box[1],
+                button="left",
+                clickCount=1,
             )
 
     def type(self, text: str) -> None:

@@ -9,16 +9,20 @@ ATTACK = (
     "<script>document.title = 'owned'</script> <img src=x onerror=alert(1)> [bold]not bold[/bold] "
     f"{ESCAPE} \u202egpj.exe\u202c שלום עולם مرحبا"
 )
-WORDS = "the disc starts at the left edge and moves up past the red square before it stops".split()
+WORDS = "the disc starts at the left edge and moves up past the red square before it stops there"
 
 
 def row(prompt: int, place: int, rng: random.Random, *, tokens: bool = False, **changes) -> dict:
     """A completion as a run records it."""
     letter = rng.choice("ABCD")
     right = letter == "B"
-    reasoning = " ".join(rng.choices(WORDS, k=rng.randint(20, 160)))
+    reasoning = " ".join(rng.choices(WORDS.split(), k=rng.randint(20, 160)))
     ended = rng.random() > 0.1
-    text = f"<think> {reasoning} </think> <answer>{letter}</answer>" if ended else f"<think> {reasoning}"
+    text = (
+        f"<think> {reasoning} </think> <answer>{letter}</answer>"
+        if ended
+        else f"<think> {reasoning}"
+    )
     made = {
         "prompt_id": f"clip-{prompt}",
         "prompt_index": prompt,

@@ -102,7 +102,7 @@ def _group(rows: Sequence[Record], threshold: float) -> Record:
         "meanOfRight": of_right,
         "pairs": pairs if len(pairs) == len(ordered) else None,
         "completions": sorted(
-            completions, key=lambda one: -math.inf if one["reward"] is None else -one["reward"]
+            completions, key=lambda one: math.inf if one["reward"] is None else -one["reward"]
         ),
     }
 
@@ -189,7 +189,7 @@ def _sections(text: str, end: int) -> list[tuple[str, int, int]]:
     if reasoning is not None and (answer is None or reasoning[1] <= answer[0]):
         named.append((reasoning, "reasoning"))
     cuts = sorted({0, end, *(place for span, _ in named for place in span)})
-    kinds = {span: kind for span, kind in named}
+    kinds = dict(named)
     return [(kinds.get(span, ""), *span) for span in pairwise(cuts)]
 
 

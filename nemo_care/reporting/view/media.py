@@ -97,7 +97,9 @@ class Sheet:
             image.thumbnail(room)
             # The miniature's frames have 28 pixels.
             larger = min(room[0] // image.width, room[1] // image.height, 3)
-            yield image.resize((larger * image.width, larger * image.height), Image.Resampling.NEAREST)
+            yield image.resize(
+                (larger * image.width, larger * image.height), Image.Resampling.NEAREST
+            )
 
 
 def _side_by_side(frames: "Sequence[Image]") -> "Image":

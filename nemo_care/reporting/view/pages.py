@@ -84,7 +84,9 @@ def _claim(out: Path) -> None:
         InputError: it holds what no call of ours has written.
     """
     if out.exists() and not (out / _MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: is not empty and holds no pages of nemo-care: choose another --out")
+        raise InputError(
+            f"{out}: is not empty and holds no pages of nemo-care: choose another --out"
+        )
     (out / "media").mkdir(parents=True, exist_ok=True)
     replace_file(out / _MARKER, json.dumps({"format": 1}) + "\n")
     shutil.rmtree(out / "data", ignore_errors=True)
@@ -171,4 +173,3 @@ def _write_script(target: Path, call: str, *values: Any) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
-
