@@ -100,7 +100,7 @@ def test_a_group_shows_what_was_asked_said_and_earned(page, folder):
     for part in ("right", "consistent", "reward", "bonus", "advantage", "+0.5"):
         assert part in first
     # 0.75 against 0.5, the mean of the right answers of this group.
-    assert "likelihood 0.75 (+0.25 against the right answers)" in first
+    assert "likelihood 0.75 (+0.25 to the mean)" in first
     assert page.js("document.querySelector('.bar b').style.left") == "calc(50% - 1px)"
     assert page.texts(".part.reasoning")[0].strip() == "needle here"
     assert page.texts(".part.answer")[0] == "B"

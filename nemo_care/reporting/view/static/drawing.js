@@ -75,7 +75,7 @@ function drawLikelihood(group, completion) {
     const of = group.meanOfRight ? "the right answers" : "all answers";
     bar.title = `the mean of ${of} is ${digits(group.meanLikelihood)}`;
     const difference = signed(value - group.meanLikelihood);
-    line.append(make("span", { class: "soft" }, ` (${difference} against ${of})`));
+    line.append(make("span", { class: "soft" }, ` (${difference} to the mean)`));
   }
   line.append(bar);
   return line;
