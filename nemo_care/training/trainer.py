@@ -26,7 +26,7 @@ from nemo_care.scoring.credit import Credit, selection_rate
 from nemo_care.scoring.reference import Reference
 from nemo_care.scoring.rewards import BaseRewards
 from nemo_care.training.checkpointing import Checkpointing
-from nemo_care.training.console import Console
+from nemo_care.training.console import Console, completion_to_show
 from nemo_care.training.dynamic_sampling import DynamicSampling
 from nemo_care.training.finite import BadSteps, finite_or_none
 from nemo_care.training.loggers import Loggers, MetricLogger
@@ -246,6 +246,10 @@ class GRPOCareTrainer:
         self.files.append_step(step.number, record, rows, [asdict(item) for item in step.skipped])
         known = {name: float(value) for name, value in record.items() if value is not None}
         self.loggers.log(known, step.number)
+        shown = completion_to_show(self.recipe, step.number, rows)
+        if shown is not None:
+            group = [row for row in rows if row["prompt_index"] == shown["prompt_index"]]
+            self.loggers.log_completions(group, step.number)
         self.console.step(step.number, record, rows, step.skipped)
         self.watch.check_signal(step.number, rows)
 
