@@ -69,13 +69,24 @@ def _report(arguments: list[str]) -> int:
         type=Path,
         help="where the page of --scaling goes (default: the folder that holds the first run)",
     )
+    parser.add_argument(
+        "--follow",
+        type=int,
+        nargs="?",
+        const=30,
+        metavar="SECONDS",
+        help="write the page again every SECONDS until the run is finished, and let the browser "
+        "load it again (default: 30)",
+    )
     options = parser.parse_args(arguments)
+    if options.follow is not None and (options.scaling or options.follow < 1):
+        parser.error("--follow takes at least 1 second, and one run")
     if not options.scaling and (len(options.runs) > 1 or options.out):
         parser.error("one run at a time, or --scaling")
     from nemo_care.ranks.launch import guarded
 
     def report() -> None:
-        from nemo_care.reporting.report import write_report
+        from nemo_care.reporting.report import follow_report, write_report
         from nemo_care.reporting.scaling import write_scaling_report
 
         if options.scaling:
@@ -84,6 +95,10 @@ def _report(arguments: list[str]) -> int:
             for line in lines:
                 say(" | ".join(line))
             say(page)
+            return
+        if options.follow is not None:
+            say(options.runs[0] / "report.html")
+            follow_report(options.runs[0], options.follow)
             return
         say(write_report(options.runs[0]))
 

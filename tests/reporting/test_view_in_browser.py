@@ -1,13 +1,16 @@
 """The pages of `nemo-care view` in a real browser: clicks, keys, filters, search, two runs."""
 
 import random
+import re
 
 import numpy as np
 import pytest
 from browser import CHROMIUM, browser
 from made_media import encode_video, picture
 from made_rollouts import ATTACK, groups, make_rollouts, row
+from test_reporting import make_run
 
+from nemo_care.reporting.report import write_report
 from nemo_care.reporting.view.pages import write_view
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt install chromium)")
@@ -271,3 +274,23 @@ def test_10_000_completions_are_there_in_3_seconds_and_searched_at_once(page, tm
         before = page.js("document.querySelectorAll('section.group').length")
         page.js("scrollTo(0, document.body.scrollHeight)")
         page.wait(f"document.querySelectorAll('section.group').length > {before}")
+
+
+def test_the_report_opens_without_an_error_and_shows_values_on_hover(page, tmp_path):
+    target = write_report(make_run(tmp_path / "run"))
+    page.call("Page.navigate", url=target.as_uri())
+    page.wait("document.readyState === 'complete' && document.querySelector('.chart')")
+    titles = page.texts(".chart figcaption strong")
+    assert titles[:3] == ["Accuracy", "Consistency", "Answer likelihood"]
+    hovered = page.js(
+        "(() => { const box = document.querySelector('.chart svg').getBoundingClientRect();"
+        " return document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2)"
+        ".textContent; })()"
+    )
+    assert re.fullmatch(r"step \d+: [\d.]+", hovered)
+    # All other curves are folded.
+    assert not page.js("[...document.querySelectorAll('details')].some((e) => e.open)")
+    page.click("details:nth-of-type(2) summary")
+    page.wait("document.querySelector('details:nth-of-type(2)').open")
+    page.resize(390, 844)
+    assert page.js("document.documentElement.scrollWidth <= 390")

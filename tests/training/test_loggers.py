@@ -97,7 +97,10 @@ def test_tensorboard_on_a_full_disk_is_one_warning_without_a_traceback(tmp_path,
     assert "Traceback" not in capfd.readouterr().err
 
 
-HOSTILE = "<script>alert(1)</script> [bold]x[/bold] **y** | \x1b[2J \u202egpj.exe שלום\n\n# two <answer>B</answer>"
+HOSTILE = (
+    "<script>alert(1)</script> [bold]x[/bold] **y** | \x1b[2J \u202egpj.exe שלום\n\n# two "
+    "<answer>B</answer>"
+)
 
 
 def hostile_row():
