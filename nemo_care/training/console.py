@@ -90,9 +90,9 @@ class Console:
         if self._bar is not None:
             self._bar.set_postfix(values, refresh=False)
             self._bar.update()
-        shown = completion_to_show(self.recipe, step, rows)
-        if shown is not None:
-            self._completion(step, shown)
+        completion = completion_to_show(self.recipe, step, rows)
+        if completion is not None:
+            self._completion(step, completion)
 
     def _completion(self, step: int, row: Mapping[str, Any]) -> None:
         shown = {"accuracy": ("accuracy", ".2f"), "format": ("format", ".0f")}

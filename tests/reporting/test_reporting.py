@@ -19,8 +19,8 @@ from nemo_care.experiments.compare import compare
 from nemo_care.experiments.processes import available_cores, last_lines
 from nemo_care.experiments.training_runs import quoted
 from nemo_care.files.json_lines import complete_lines
-from nemo_care.reporting.page import choose_samples
 from nemo_care.reporting.charts import draw_charts
+from nemo_care.reporting.page import choose_samples
 from nemo_care.reporting.report import duration, follow_report, write_report
 from nemo_care.reporting.tables import validation_table
 from nemo_care.runs.reader import last_step, read_run
