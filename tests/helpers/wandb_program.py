@@ -17,6 +17,7 @@ from pathlib import Path
 from nemo_care.errors import InputError
 from nemo_care.recipe.trainer import ExpManagerConfig
 from nemo_care.training.experiment import start_experiment
+from nemo_care.training.loggers import Loggers
 
 
 def started(folder: Path) -> str:
@@ -32,7 +33,10 @@ def started(folder: Path) -> str:
     except InputError as error:
         return str(error)
     logger.log_metrics({"a": 1.0}, step=1)
-    return "recorded"
+    warnings: list[str] = []
+    row = {"prompt_id": "p", "completion": "<b>", "accuracy": 1.0, "answer_likelihood": None}
+    Loggers([logger], warnings.append).log_completions([row, row], 1)
+    return warnings[0] if warnings else "recorded"
 
 
 def main() -> None:

@@ -183,4 +183,8 @@ def test_wandb_starts_before_the_first_step_or_is_refused_with_the_remedy(rank_s
     assert met["seconds without a key"] < 30
     assert met["offline"] == "recorded"
     assert list(tmp_path.glob("offline/logs/wandb/offline-run-*/run-*.wandb"))
+    (table,) = tmp_path.glob(
+        "offline/logs/wandb/offline-run-*/files/media/table/completions_*.json"
+    )
+    assert [row[3] for row in json.loads(table.read_text())["data"]] == ["<b>", "<b>"]
     assert "Traceback" not in met["terminal"]
