@@ -99,13 +99,13 @@ def test_pages_refer_to_nothing_outside_and_hold_no_markup_of_the_data(tmp_path)
     assert "&lt;b&gt;run" in page
     assert "<b>" not in page
     assert set(re.findall(r'(?:src|href)="([^"]*)"', page)) == {
-        "view.css", "data:,", "data/index.js", "data/media.js", *PROGRAM
+        "view.css", "data:,", "steps/index.js", "steps/media.js", *PROGRAM
     }  # fmt: skip
     for file in view.folder.rglob("*.js"):
         text = file.read_text("utf-8")
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
-    _, _, (group,) = written(view.folder / "data/run0/step_1.js")
+    _, _, (group,) = written(view.folder / "steps/run0/step_1.js")
     shown = group["completions"][0]["parts"][0][1]
     assert "<script>" in shown
     assert "[bold]" in shown
@@ -120,7 +120,7 @@ def test_rollouts_of_older_versions_are_shown(tmp_path):
     run = make_run(tmp_path / "run")
     view = write_view(run, None, tmp_path / "out", 10)
     assert view.completions == 8
-    _, _, found = written(view.folder / "data/run0/step_12.js")
+    _, _, found = written(view.folder / "steps/run0/step_12.js")
     assert found[0]["question"] is None
     assert found[0]["options"] == found[0]["media"] == []
     assert [one["reward"] for one in found[0]["completions"]] == [2.5, 0.0]
@@ -131,14 +131,14 @@ def test_the_index_names_the_steps_of_each_prompt_and_run(tmp_path):
     grpo = make_rollouts(tmp_path / "grpo", {1: groups(9, [0])})
     out = tmp_path / "out"
     write_view(care, grpo, out, 0)
-    (index,) = written(out / "data/index.js")
+    (index,) = written(out / "steps/index.js")
     assert [one["name"] for one in index["runs"]] == ["care", "grpo"]
     assert index["runs"][0]["prompts"] == [["clip-0", [1, 2, 3]]]
     assert [one["step"] for one in index["runs"][0]["steps"]] == [1, 2, 3]
-    assert (out / "data/run1/step_1.js").exists()
+    assert (out / "steps/run1/step_1.js").exists()
     # Written again of one run: nothing is left of the other.
     write_view(care, None, out, 0)
-    assert not (out / "data/run1").exists()
+    assert not (out / "steps/run1").exists()
 
 
 def test_frames_are_drawn_once_newest_first_and_missing_ones_named(tmp_path):
@@ -160,8 +160,8 @@ def test_frames_are_drawn_once_newest_first_and_missing_ones_named(tmp_path):
     out = tmp_path / "out"
     view = write_view(run, None, out, 3)
     assert (view.drawn, view.missing, len(view.left)) == (2, 2, 2)
-    (reasons,) = written(out / "data/media.js")
-    sheets = {step: written(out / f"data/run0/step_{step}.js")[2] for step in steps}
+    (reasons,) = written(out / "steps/media.js")
+    sheets = {step: written(out / f"steps/run0/step_{step}.js")[2] for step in steps}
     assert reasons[sheets[4][0]["media"][0]["sheet"]].startswith("missing: there is no such file")
     assert "broken.mp4" in reasons[sheets[4][1]["media"][0]["sheet"]]
     assert reasons[sheets[1][0]["media"][0]["sheet"]] == "not drawn yet"
@@ -212,7 +212,7 @@ def test_the_server_listens_on_this_machine_alone_and_draws_on_demand(tmp_path):
             assert [one for one in listening if one.endswith(f":{port:04X}")] == [
                 f"0100007F:{port:04X}"
             ]
-            sheet = next(iter(written(run / "view/data/media.js")[0]))
+            sheet = next(iter(written(run / "view/steps/media.js")[0]))
 
             def get(path: str, host: str = f"localhost:{port}") -> tuple[int, bytes]:
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)

@@ -1,11 +1,11 @@
 """The folder of pages that `nemo-care view` writes.
 
-index.html            the page; opens from a file, in any browser
-view.css, *.js        its style and its program
-data/index.js         the runs, their steps, and in which steps each prompt was sampled
-data/run0/step_N.js   the groups of a step, loaded when the page shows it (run1: the other run)
-data/media.js         why the frames of a video are not there, by the name of their sheet
-media/*.jpg           the frames that the model saw, drawn once (see media.py)
+index.html             the page; opens from a file, in any browser
+view.css, *.js         its style and its program
+steps/index.js        the runs, their steps, and in which steps each prompt was sampled
+steps/run0/step_N.js  the groups of a step, loaded when the page shows it (run1: the other run)
+steps/media.js        why the frames of a video are not there, by the name of their sheet
+media/*.jpg            the frames that the model saw, drawn once (see media.py)
 """
 
 import json
@@ -68,8 +68,8 @@ def write_view(run: Path, other: Path | None, out: Path, most_media: int) -> Vie
     view = View(out)
     sheets: dict[str, Sheet] = {}
     index = {"runs": [_write_run(view, place, one, sheets) for place, one in enumerate(records)]}
-    _write_script(out / "data/index.js", "index", index)
-    _write_script(out / "data/media.js", "media", _draw(view, sheets, most_media))
+    _write_script(out / "steps/index.js", "index", index)
+    _write_script(out / "steps/media.js", "media", _draw(view, sheets, most_media))
     for name in ("view.css", *PROGRAM):
         shutil.copyfile(_STATIC / name, out / name)
     names = " and ".join(one["name"] for one in index["runs"])
@@ -89,7 +89,7 @@ def _claim(out: Path) -> None:
         )
     (out / "media").mkdir(parents=True, exist_ok=True)
     replace_file(out / _MARKER, json.dumps({"format": 1}) + "\n")
-    shutil.rmtree(out / "data", ignore_errors=True)
+    shutil.rmtree(out / "steps", ignore_errors=True)
 
 
 def _write_run(view: View, place: int, run: RunRecord, sheets: dict[str, Sheet]) -> Record:
@@ -112,7 +112,7 @@ def _write_run(view: View, place: int, run: RunRecord, sheets: dict[str, Sheet])
         count = sum(len(group["completions"]) for group in groups)
         view.completions += count
         steps.append({"step": step, "completions": count, **_means(groups)})
-        target = view.folder / f"data/run{place}/step_{step}.js"
+        target = view.folder / f"steps/run{place}/step_{step}.js"
         _write_script(target, "step", place, step, groups)
     return {
         "name": one_line(run.folder.resolve().name),

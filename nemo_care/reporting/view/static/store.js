@@ -9,7 +9,7 @@ const view = {
   _groups: new Map(),
   _awaited: new Map(),
 
-  // Called by data/index.js, data/media.js and data/run0/step_N.js.
+  // Called by steps/index.js, steps/media.js and steps/run0/step_N.js.
   index(index) {
     view.runs = index.runs;
     for (const run of view.runs) run.prompts = new Map(run.prompts);
@@ -27,7 +27,7 @@ const view = {
     if (!view._awaited.has(key)) {
       view._awaited.set(key, new Promise((resolve, reject) => {
         const script = document.createElement("script");
-        script.src = `data/run${run}/step_${step}.js`;
+        script.src = `steps/run${run}/step_${step}.js`;
         script.onload = () => { script.remove(); resolve(view._groups.get(key)); };
         script.onerror = () => {
           view._awaited.delete(key);
