@@ -1,11 +1,11 @@
 """The folder of pages that `nemo-care view` writes.
 
-index.html             the page; opens from a file, in any browser
-view.css, *.js         its style and its program
+index.html            the page; opens from a file, in any browser
+view.css, *.js        its style and its program
 steps/index.js        the runs, their steps, and in which steps each prompt was sampled
 steps/run0/step_N.js  the groups of a step, loaded when the page shows it (run1: the other run)
 steps/media.js        why the frames of a video are not there, by the name of their sheet
-media/*.jpg            the frames that the model saw, drawn once (see media.py)
+media/*.jpg           the frames that the model saw, drawn once (see media.py)
 """
 
 import json
