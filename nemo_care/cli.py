@@ -69,13 +69,24 @@ def _report(arguments: list[str]) -> int:
         type=Path,
         help="where to write the page of --scaling (default: the folder of the first run)",
     )
+    parser.add_argument(
+        "--follow",
+        type=int,
+        nargs="?",
+        const=30,
+        metavar="SECONDS",
+        help="write the page again every SECONDS until the run is finished, and let the browser "
+        "load it again (default: 30)",
+    )
     options = parser.parse_args(arguments)
+    if options.follow is not None and (options.scaling or options.follow < 1):
+        parser.error("--follow takes at least 1 second, and one run")
     if not options.scaling and (len(options.runs) > 1 or options.out):
         parser.error("give one run, or --scaling")
     from nemo_care.ranks.launch import guarded
 
     def report() -> None:
-        from nemo_care.reporting.report import write_report
+        from nemo_care.reporting.report import follow_report, write_report
         from nemo_care.reporting.scaling import write_scaling_report
 
         if options.scaling:
@@ -85,9 +96,19 @@ def _report(arguments: list[str]) -> int:
                 say(" | ".join(line))
             say(page)
             return
+        if options.follow is not None:
+            say(options.runs[0] / "report.html")
+            follow_report(options.runs[0], options.follow)
+            return
         say(write_report(options.runs[0]))
 
     return guarded(report)
+
+
+def _view(arguments: list[str]) -> int:
+    from nemo_care.commands.view import main as view
+
+    return view(arguments)
 
 
 def _compare(arguments: list[str]) -> int:
@@ -188,6 +209,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "plan": (_plan, "memory, time and a dry run of a recipe, before queueing it"),
     "export": (_export, "write a trained model as a Hugging Face directory"),
     "report": (_report, "draw a run's curves and a page with them"),
+    "view": (_view, "write pages that show a run's completions: RUN [--other RUN2]"),
     "compare": (_compare, "train several recipes and seeds, and print one table"),
     "study": (_study, "train the variants of a study; tables, figures and a page"),
     "miniature": (_miniature, "write the videos and questions of the tiny world"),

@@ -40,13 +40,15 @@ class DecodedFile:
     """The resized frames of one video or image, uint8 [count, H, W, 3], and what goes with them.
 
     `grid` is that of their patches, `seconds_per_grid` the time that one step of it covers (0.0 for
-    an image). `by_pyav`: decord could not read the video, and PyAV did.
+    an image), `frame_times` the seconds at which the frames of a video appear. `by_pyav`: decord
+    could not read the video, and PyAV did.
     """
 
     grid: Grid
     seconds_per_grid: float
     frames: np.ndarray
     by_pyav: bool = False
+    frame_times: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def _header(name: str, entry: DecodedFile) -> bytes:
         "grid": entry.grid,
         "seconds_per_grid": entry.seconds_per_grid,
         "by_pyav": entry.by_pyav,
+        "frame_times": entry.frame_times,
         "shape": entry.frames.shape,
         "crc32": zlib.crc32(np.ascontiguousarray(entry.frames).data),
     }
@@ -234,4 +237,10 @@ def _read(path: Path, name: str) -> DecodedFile:
     if about["name"] != name or zlib.crc32(frames.data) != about["crc32"]:
         raise ValueError("its checksum differs")
     t, h, w = about["grid"]
-    return DecodedFile((t, h, w), float(about["seconds_per_grid"]), frames, bool(about["by_pyav"]))
+    return DecodedFile(
+        (t, h, w),
+        float(about["seconds_per_grid"]),
+        frames,
+        bool(about["by_pyav"]),
+        tuple(map(float, about["frame_times"])),
+    )

@@ -57,13 +57,15 @@ class Media:
     `grids` and `seconds_per_grid` (0.0 for an image) have an entry per file. So do `frames`, uint8
     [count, H, W, 3] in the size that their patches fill: arrays, because these travel between
     processes without shared memory. They are missing where there is no room for them.
-    `videos_by_pyav` counts the videos that PyAV decoded because decord could not.
+    `videos_by_pyav` counts the videos that PyAV decoded because decord could not. `frame_times`
+    has the seconds at which the frames of each video appear.
     """
 
     grids: list[Grid] = field(default_factory=list)
     seconds_per_grid: list[float] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
     videos_by_pyav: int = 0
+    frame_times: list[tuple[float, ...]] = field(default_factory=list)
 
 
 def load_media(request: MediaRequest) -> Media:
@@ -82,6 +84,7 @@ def load_media(request: MediaRequest) -> Media:
     if sum(map(settings.patching.tokens, media.grids)) <= request.room:
         media.frames = [file.frames() for file in files]
     media.videos_by_pyav = sum(file.by_pyav for file in files)
+    media.frame_times = [file.frame_times for file in files if file.is_video]
     return media
 
 
@@ -90,6 +93,8 @@ class _MediaFile:
 
     def __init__(self, path: Path, settings: MediaSettings, *, is_video: bool) -> None:
         """Raises as `load_media`."""
+        self.is_video = is_video
+        self.frame_times: tuple[float, ...] = ()
         self._settings = settings
         self._bounds = settings.video_pixels if is_video else settings.image_pixels
         self._entry: DecodedFile | None = None
@@ -101,6 +106,7 @@ class _MediaFile:
             self._entry = self._cache.get(self._name) if self._name else None
         if self._entry is not None:
             self.grid, self.seconds_per_grid = self._entry.grid, self._entry.seconds_per_grid
+            self.frame_times = self._entry.frame_times
             return
         self._file = VideoFile(path, settings.frames) if is_video else ImageFile(path)
         self._count = self._file.count if isinstance(self._file, VideoFile) else 1
@@ -108,6 +114,7 @@ class _MediaFile:
         self.seconds_per_grid = 0.0
         if isinstance(self._file, VideoFile):
             self.seconds_per_grid = self._file.seconds_per_grid
+            self.frame_times = self._file.frame_times
 
     @property
     def by_pyav(self) -> bool:
@@ -123,7 +130,9 @@ class _MediaFile:
         file = self._file
         frames = self._resized(file.frames() if isinstance(file, VideoFile) else [file.frame()])
         if self._cache is not None and self._name is not None:
-            entry = DecodedFile(self.grid, self.seconds_per_grid, frames, self.by_pyav)
+            entry = DecodedFile(
+                self.grid, self.seconds_per_grid, frames, self.by_pyav, self.frame_times
+            )
             self._cache.put(self._name, entry)
         return frames
 

@@ -16,6 +16,7 @@ from nemo_care.data.media_errors import check_file, library_reason, unreadable
 
 if TYPE_CHECKING:
     from nemo_care.data.video_readers import DecordReader, PyavReader
+    from nemo_care.data.video_times import Timeline
 
 # Two frames share a temporal patch, so frame counts are even.
 FRAME_FACTOR = 2
@@ -28,6 +29,25 @@ class FrameChoice:
     fps: float = 2.0
     min_frames: int = 4
     max_frames: int = 16
+
+    def indices(self, timeline: "Timeline") -> list[int]:
+        """Indices of the frames to read of a video of at least 2 frames."""
+        indices = choose_frames(len(timeline.starts), timeline.rate, self)
+        if timeline.constant:
+            return indices
+        return frames_shown_at(timeline.starts, len(indices))
+
+
+@dataclass(frozen=True)
+class FrameTimes:
+    """The frames that were shown at these seconds, such as those that a run has recorded."""
+
+    seconds: tuple[float, ...]
+
+    def indices(self, timeline: "Timeline") -> list[int]:
+        """Indices of the frames whose times are nearest."""
+        distances = np.abs(np.subtract.outer(np.array(self.seconds), timeline.starts))
+        return distances.argmin(axis=1).tolist()
 
 
 def choose_frames(total: int, average_fps: float, choice: FrameChoice) -> list[int]:
@@ -63,8 +83,8 @@ class VideoFile:
     the frames, because decord can't or would return the wrong ones.
     """
 
-    def __init__(self, path: str | Path, choice: FrameChoice) -> None:
-        """Open the file.
+    def __init__(self, path: str | Path, choice: FrameChoice | FrameTimes) -> None:
+        """Open the file; `choice` says which frames will be read.
 
         Raises:
             MissingMedia: there is no such file.
@@ -91,15 +111,18 @@ class VideoFile:
         if total < FRAME_FACTOR:
             cause = f"it has {total} frame(s), at least {FRAME_FACTOR} are needed"
             raise unreadable(self.path, "video", cause)
-        self._indices = choose_frames(total, rate, choice)
+        self._indices = choice.indices(self._timeline)
         self.count = len(self._indices)
-        if not self._timeline.constant:
-            self._indices = frames_shown_at(starts, self.count)
         self.seconds_per_grid = FRAME_FACTOR / (self.count / total * rate)
         self.by_pyav = not self._timeline.plain
         self._reader: DecordReader | PyavReader | None = None
         self._first = self._read(self._indices[0])
         self.height, self.width = self._first.shape[:2]
+
+    @property
+    def frame_times(self) -> tuple[float, ...]:
+        """Seconds at which the frames appear, to the millisecond."""
+        return tuple(round(float(self._timeline.starts[index]), 3) for index in self._indices)
 
     def frames(self) -> Iterator[Tensor]:
         """The frames, uint8 [H, W, 3] each, decoded one by one.

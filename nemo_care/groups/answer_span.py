@@ -100,6 +100,27 @@ def find_answer_tokens(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> Ans
     )
 
 
+def token_texts(tokenizer: Any, token_ids: Sequence[int] | Tensor) -> list[str]:
+    """What each of `token_ids` [C] adds to the decoded text; joined, they are that text.
+
+    A character that several tokens share is the first one's.
+    """
+    ids = _as_list(token_ids)
+    offsets = _TokenOffsets(tokenizer, ids)
+    single = tokenizer.batch_decode(
+        [[token] for token in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    # One by one is much faster, and right unless a character is cut or a decoder adds spaces.
+    if "".join(single) == offsets.text:
+        return single
+    texts, done = [], 0
+    for index in range(len(ids)):
+        end = max(done, offsets[index][1])
+        texts.append(offsets.text[done:end])
+        done = end
+    return texts
+
+
 def _cuts(offsets: _TokenOffsets, tag_end: int, begin: int) -> dict[int, int]:
     """Return where tokens begin in the tag; it ends at `tag_end`, the answer is at `begin`."""
     tag_start = tag_end - len(ANSWER_OPEN)

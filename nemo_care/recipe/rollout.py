@@ -74,6 +74,9 @@ class RolloutConfig:
     training. Above it the first step stops the run, because weights or positions must be wrong on
     one side. Later steps are reported in the console, except those with rollout/staleness above 0,
     since older weights also differ."""
+    record_log_probs: bool = False
+    """Write the text and log-probability of each token of a completion to rollouts/, for the tints
+    of `nemo-care view`. The files get about four times as large."""
     importance_sampling: ImportanceSamplingConfig = field(default_factory=ImportanceSamplingConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     asynchronous: bool = False

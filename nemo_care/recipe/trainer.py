@@ -31,7 +31,8 @@ class TrainerConfig:
     """Number of consecutive steps that can be left out because a log-probability, the loss or the
     gradient is NaN or infinite; one more stops the run. 0: the first stops it."""
     show_completion_every: int = 20
-    """Steps between printed sampled completions; 0: none are printed."""
+    """Steps between sampled completions on the console; W&B and TensorBoard get the whole group of
+    each as a table. 0: none are shown."""
 
 
 @dataclass

@@ -2,15 +2,17 @@
 
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from nemo_care.reporting import page
+from nemo_care.reporting.charts import HEIGHT, WIDTH, draw_charts
 from nemo_care.reporting.curves import SMOOTHED_STEPS, draw_curves
 from nemo_care.reporting.tables import result_notes, validation_sheet
 from nemo_care.runs.files import step_of_file
 from nemo_care.runs.metrics import CLIPPED_RATE, STEP_TIME
-from nemo_care.runs.reader import RunRecord, read_run
+from nemo_care.runs.reader import RunRecord, read_run, read_summary
 
 _SETTINGS = {
     "model": "model.hf_path",
@@ -74,6 +76,24 @@ def _facts(run: RunRecord) -> dict[str, Any]:
     return values | {name: _setting(run, key) for name, key in _SETTINGS.items()}
 
 
+def _headline(run: RunRecord) -> str:
+    """What the run is, in one line."""
+    model = run.setting("model.hf_path")
+    kind = run.setting("algorithm.consistency.kind")
+    coefficient = run.setting("algorithm.consistency.bonus_coefficient")
+    parts = [
+        Path(str(model)).name if model else None,
+        "GRPO, no bonus"
+        if coefficient == 0
+        else kind and f"{kind} bonus, coefficient {coefficient}",
+        f"groups of {size}" if (size := run.setting("algorithm.group_size")) else None,
+        f"{count} prompts per step"
+        if (count := run.setting("algorithm.prompts_per_step"))
+        else None,
+    ]
+    return " · ".join(part for part in parts if part)
+
+
 def _setting(run: RunRecord, key: str) -> Any:
     """Return a key of the recipe, with the steps from which it had a different value."""
     changes = [change for change in run.recipe_changes if change.key == key]
@@ -116,11 +136,11 @@ def _recipe_changes(run: RunRecord) -> list[list[str]]:
     return [["from step", "key", "before", "after"], *rows]
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, refresh: int | None = None) -> Path:
     """Draw a run's curves to `RUN_DIR/report/` and write `RUN_DIR/report.html`.
 
     The page includes its images and refers to nothing outside. For an unfinished run it shows the
-    results so far. Returns the page's path.
+    results so far, and a browser reloads it every `refresh` seconds. Returns the page's path.
 
     Raises:
         InputError: not a run directory, or a file in it is damaged.
@@ -139,6 +159,10 @@ def write_report(run_dir: str | Path) -> Path:
         kind="nemo-care training run",
         finished=run.finished,
         state=_state(run),
+        refresh=None if run.finished else refresh,
+        headline=_headline(run),
+        charts=draw_charts(run),
+        chart_size=(WIDTH, HEIGHT),
         warnings=_warnings(run),
         validated=_validated(run),
         validation=validation_sheet(run.start, run.end, prompts=True).lines(),
@@ -153,3 +177,13 @@ def write_report(run_dir: str | Path) -> Path:
         recipe_changes=_recipe_changes(run) if run.recipe else [],
     )
     return target
+
+
+def follow_report(run_dir: Path, seconds: int) -> Path:
+    """Write the report again and again until the run is finished; as `write_report`."""
+    while True:
+        write_report(run_dir, refresh=seconds)
+        if read_summary(run_dir) is not None:
+            # It may have finished since the page was written.
+            return write_report(run_dir)
+        time.sleep(seconds)

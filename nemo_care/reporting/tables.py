@@ -153,9 +153,10 @@ def evaluation_table(levels: Levels) -> Table:
 
 def measures_table(levels: Levels) -> Table:
     """Show every measure of a model by level: mean, 95% interval, count, agreement with judge."""
-    rows = []
+    groups: list[list[Row]] = []
     for level, result in levels.items():
         intervals = result.get("intervals", {})
+        group = []
         for key in filter(intervals.__contains__, MEASURES):
             part = intervals[key]
             if not part["count"]:
@@ -166,10 +167,11 @@ def measures_table(levels: Levels) -> Table:
                 str(part["count"]),
                 rate(part.get("agreement")),
             )
-            rows.append(Row([level, MEASURES[key]], [Cell(text) for text in cells]))
+            group.append(Row([level, MEASURES[key]], [Cell(text) for text in cells]))
+        groups.append(group)
     headings = ("mean", "95% interval", "count", "as the judge")
     columns = [(text, text) for text in headings]
-    return Sheet("Measures", ["level", "measure"], columns, [rows]).rich()
+    return Sheet("Measures", ["level", "measure"], columns, groups).rich()
 
 
 def reading_notes(results: Sequence[Levels | None], data: Any) -> list[str]:

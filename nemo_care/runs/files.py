@@ -7,7 +7,7 @@ starts.jsonl                one JSON object per start: commit, versions, machine
                             which it resumed, the keys that differ from the recipe of that
                             checkpoint (old and new value), and the first step that it made, if any
 metrics.jsonl               one JSON object per optimizer step
-rollouts/step_000001.jsonl  one line per completion
+rollouts/step_000001.jsonl  one line per completion (see training/records.py)
 bad_steps/step_000012.json  a step that was left out: what was not finite, and its rollouts
                             (tensors in the .safetensors beside it; see groups/files.py);
                             kept when the run resumes from an earlier checkpoint

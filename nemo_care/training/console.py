@@ -90,9 +90,9 @@ class Console:
         if self._bar is not None:
             self._bar.set_postfix(values, refresh=False)
             self._bar.update()
-        every = self.recipe.trainer.show_completion_every
-        if every and rows and (step == 1 or step % every == 0):
-            self._completion(step, rows[(step * 31) % len(rows)])
+        completion = completion_to_show(self.recipe, step, rows)
+        if completion is not None:
+            self._completion(step, completion)
 
     def _completion(self, step: int, row: Mapping[str, Any]) -> None:
         shown = {"accuracy": ("accuracy", ".2f"), "format": ("format", ".0f")}
@@ -200,6 +200,16 @@ class Console:
                 text += f" consistency {_rate(result['consistency_rate'])}"
             parts.append(text)
         self._print(one_line(f"validation after step {step}: {'; '.join(parts)}"))
+
+
+def completion_to_show(
+    recipe: Recipe, step: int, rows: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """One of the step's completions where it is time to show one, by chance; otherwise None."""
+    every = recipe.trainer.show_completion_every
+    if not (every and rows and (step == 1 or step % every == 0)):
+        return None
+    return rows[(step * 31) % len(rows)]
 
 
 def _ranges(numbers: Sequence[int]) -> str:

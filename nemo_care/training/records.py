@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.judges import rule_verdict
-from nemo_care.groups.group import Group, known
+from nemo_care.groups.answer_span import token_texts
+from nemo_care.groups.group import Completion, Group, known
 from nemo_care.runs import metrics as m
 from nemo_care.runs.metric import Metric
 from nemo_care.scoring.reward_functions import OURS
@@ -23,12 +25,44 @@ def _number(values: torch.Tensor | None, place: int) -> float | None:
     return None if math.isnan(value) else value
 
 
-def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
+def _numbers(values: torch.Tensor) -> list[float | None]:
+    """JSON numbers of a vector, to four decimals; None for what is not finite."""
+    return [round(value, 4) + 0.0 if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _question(group: Group) -> Row:
+    """What the model was asked, and what it saw; the files themselves are not copied."""
+    prompt, sample = group.prompt, group.prompt.sample
+    return {
+        "question": sample.question,
+        "options": dict(sample.options),
+        "solution": sample.solution,
+        "problem_type": sample.problem_type,
+        "videos": [str(path) for path in sample.videos],
+        "images": [str(path) for path in sample.images],
+        "frame_times": [list(times) for times in prompt.frame_times],
+    }
+
+
+def _tokens(completion: Completion, tokenizer: ChatTokenizer) -> Row:
+    """Text and log-probability (when it was sampled) of each token, that of its end too."""
+    return {
+        "token_texts": token_texts(tokenizer.base, completion.token_ids),
+        "log_probs": _numbers(completion.log_probs),
+    }
+
+
+def completion_rows(
+    groups: Sequence[Group], judge: str, tokenizer: ChatTokenizer | None = None
+) -> list[Row]:
     """Return one row per completion, as in `rollouts/`; `judge` is the recipe's.
 
     `accuracy` and `format` are None if they are not among the recipe's rewards. `used` exists only
-    with dynamic sampling: whether the step trained on the group.
+    with dynamic sampling: whether the step trained on the group. `pair_likelihood`, the likelihood
+    of this answer after each reasoning of the group, exists if the bonus needs it; `token_texts`
+    and `log_probs` with a `tokenizer` (rollout.record_log_probs).
     """
+    questions = [_question(group) for group in groups]
     return [
         {
             "prompt_id": group.prompt.sample.sample_id,
@@ -56,8 +90,15 @@ def completion_rows(groups: Sequence[Group], judge: str) -> list[Row]:
             "reward": _number(group.reward, place),
             "advantage": _number(group.advantage, place),
             **({} if group.used is None else {"used": group.used}),
+            **(
+                {}
+                if group.pair_likelihood is None
+                else {"pair_likelihood": _numbers(group.pair_likelihood[place])}
+            ),
+            **({} if tokenizer is None else _tokens(completion, tokenizer)),
+            **question,
         }
-        for group in groups
+        for group, question in zip(groups, questions, strict=True)
         for place, completion in enumerate(group.completions)
     ]
 

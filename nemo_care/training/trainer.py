@@ -29,7 +29,7 @@ from nemo_care.scoring.credit import Credit, selection_rate
 from nemo_care.scoring.reference import Reference
 from nemo_care.scoring.rewards import BaseRewards
 from nemo_care.training.checkpointing import Checkpointing
-from nemo_care.training.console import Console
+from nemo_care.training.console import Console, completion_to_show
 from nemo_care.training.dynamic_sampling import DynamicSampling
 from nemo_care.training.finite import BadSteps, finite_or_none
 from nemo_care.training.loggers import Loggers, MetricLogger
@@ -86,6 +86,8 @@ class GRPOCareTrainer:
         self.rollouts = Rollouts(
             recipe, prompts, generator, self.console, version=lambda: policy.optimizer_steps
         )
+        # Records hold their completions' tokens too where there is one.
+        self.recorded_tokens = tokenizer if recipe.rollout.record_log_probs else None
         self.sampling = DynamicSampling(recipe, ranks)
         # The number of the last step that has begun.
         self.step = 0
@@ -221,7 +223,7 @@ class GRPOCareTrainer:
         since the previous record: mostly the save of the previous step.
         """
         mine = (
-            completion_rows(step.groups, self.recipe.evaluation.judge),
+            completion_rows(step.groups, self.recipe.evaluation.judge, self.recorded_tokens),
             self.prompts.worker_memory_gib,
             sum(group.prompt.videos_by_pyav for group in step.groups),
             self.frames_gib(step),
@@ -261,6 +263,10 @@ class GRPOCareTrainer:
         self.files.append_step(step.number, record, rows, [asdict(item) for item in step.skipped])
         known = {name: float(value) for name, value in record.items() if value is not None}
         self.loggers.log(known, step.number)
+        shown = completion_to_show(self.recipe, step.number, rows)
+        if shown is not None:
+            group = [row for row in rows if row["prompt_index"] == shown["prompt_index"]]
+            self.loggers.log_completions(group, step.number)
         self.console.step(step.number, record, rows, step.skipped)
         self.watch.check_signal(step.number, rows)
 

@@ -7,7 +7,7 @@ import torch
 from made_media import DAMAGES, damaged_video, encode_at_times, encode_video, picture, rotate
 
 from nemo_care.data.media_errors import UnreadableMedia
-from nemo_care.data.video import FrameChoice, VideoFile, choose_frames
+from nemo_care.data.video import FrameChoice, FrameTimes, VideoFile, choose_frames
 from nemo_care.miniature.files import write_video
 from nemo_care.miniature.world import draw_scenes
 
@@ -57,6 +57,19 @@ def test_seconds_per_grid_is_the_time_of_two_read_frames(
     video, decoded = read(encode_video(tmp_path / "a.mp4", frames, rate))
     assert video.count == len(decoded) == expected_frames
     assert video.seconds_per_grid == pytest.approx(expected_seconds)
+
+
+def test_recorded_times_give_the_same_frames_again(tmp_path):
+    frames = np.stack([picture(28, 28, seed) for seed in range(50)])
+    file = encode_video(tmp_path / "a.mp4", frames, 10)
+    video, decoded = read(file)
+    assert video.frame_times == tuple(index / 10 for index in choose_frames(50, 10, FrameChoice()))
+    again, decoded_again = read(file, FrameTimes(video.frame_times))
+    assert torch.equal(decoded_again, decoded)
+    # A file that has been cut since: its last frames stand in.
+    few, _ = read(file, FrameTimes((0.0, 1.04, 99.0)))
+    assert few.frame_times == (0.0, 1.0, 4.9)
+    assert again.count == video.count
 
 
 def decoded_by_pyav(path):

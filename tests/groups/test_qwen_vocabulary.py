@@ -16,7 +16,7 @@ from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import InputError
 from nemo_care.evaluation.likelihood_judge import LikelihoodJudge
-from nemo_care.groups.answer_span import answer_token_span, find_answer_tokens
+from nemo_care.groups.answer_span import answer_token_span, find_answer_tokens, token_texts
 from nemo_care.groups.group import Group
 from nemo_care.rollouts.completions import completion_of as sampled_completion
 
@@ -211,6 +211,16 @@ def test_any_sampled_split_into_tokens_has_the_same_characters(tokenizer):
             i for i, (a, b) in enumerate(zip(starts, stops, strict=True)) if a < last and b > first
         ]
         assert list(range(*answer_token_span(tokenizer.base, ids))) == expected
+
+
+def test_the_texts_of_tokens_join_to_the_completion(tokenizer):
+    plain = tokenizer.encode("<think>so</think>\n<answer>B</answer><|im_end|>")
+    assert token_texts(tokenizer.base, plain) == pieces(plain)
+    # One token for each byte: a character is the first one's.
+    cut = [*tokenizer.encode("a"), *(ranks()[bytes([byte])] for byte in "🙂你".encode())]
+    assert token_texts(tokenizer.base, torch.tensor(cut)) == ["a", "🙂", "", "", "", "你", "", ""]
+    # Half of a character at the end, as of a completion that was cut off.
+    assert "".join(token_texts(tokenizer.base, cut[:3])) == "a\ufffd"
 
 
 def test_sampled_completions_know_answer_and_cuts(tokenizer):

@@ -5,8 +5,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from made_runs import ATTACK, as_lines, completion, levels, make_run, metric
@@ -17,8 +19,9 @@ from nemo_care.experiments.compare import compare
 from nemo_care.experiments.processes import available_cores, last_lines
 from nemo_care.experiments.training_runs import quoted
 from nemo_care.files.json_lines import complete_lines
+from nemo_care.reporting.charts import draw_charts
 from nemo_care.reporting.page import choose_samples
-from nemo_care.reporting.report import duration, write_report
+from nemo_care.reporting.report import duration, follow_report, write_report
 from nemo_care.reporting.tables import validation_table
 from nemo_care.runs.reader import last_step, read_run
 
@@ -161,6 +164,59 @@ def test_report_of_a_run_before_its_first_step(tmp_path):
     text = write_report(tmp_path).read_text()
     assert "Unfinished: 0 of 3 steps so far" in text
     assert "No step is done yet." in text
+
+
+def test_the_curves_that_matter_are_drawn_in_the_page_with_a_value_for_each_step(tmp_path):
+    folder = make_run(tmp_path / "run", steps=3)
+    records = [
+        {"step": 1, "reward/accuracy": 0.25, "timing/rollout": 1.0, "timing/step": 4.0},
+        {"step": 2, "reward/accuracy": None, "timing/rollout": 1.5, "timing/step": 4.0},
+        {"step": 3, "reward/accuracy": 0.75, "timing/rollout": 2.0, "timing/step": 4.0},
+    ]
+    (folder / "metrics.jsonl").write_text(as_lines(records))
+    accuracy, seconds = draw_charts(read_run(folder))
+    assert [text for _, _, text in accuracy.columns] == [
+        "step 1: 0.25", "step 2: –", "step 3: 0.75"
+    ]  # fmt: skip
+    assert accuracy.last == "0.75"
+    # Two dots: the step without a value is not bridged.
+    assert accuracy.lines[0].path.count("M") == 2
+    assert "L" not in accuracy.lines[0].path
+    assert [line.label for line in seconds.lines] == ["rollout", "other"]
+    assert seconds.columns[0][2] == "step 1: rollout 1, other 3"
+    text = write_report(folder).read_text()
+    assert "<title>step 3: 0.75</title>" in text
+    assert text.index("<svg") < text.index("<h2>")
+
+
+def test_thousands_of_steps_are_averaged(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2)
+    (folder / "metrics.jsonl").write_text(
+        as_lines({"step": step, "reward/accuracy": (step % 4) / 4} for step in range(1, 2001))
+    )
+    (accuracy,) = draw_charts(read_run(folder))
+    assert len(accuracy.columns) == 400
+    assert accuracy.columns[0][2] == "steps 1 to 5, mean: 0.35"
+    edges = [(x, width) for x, width, _ in accuracy.columns]
+    assert all(x + width == pytest.approx(after, abs=0.2)
+               for (x, width), (after, _) in pairwise(edges))  # fmt: skip
+
+
+def test_follow_writes_the_page_until_the_run_is_finished(tmp_path):
+    folder = make_run(tmp_path / "run", finished=False)
+    page = folder / "report.html"
+    following = threading.Thread(target=follow_report, args=(folder, 1), daemon=True)
+    following.start()
+    end = time.monotonic() + 60
+    while not page.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert '<meta http-equiv="refresh" content="1">' in page.read_text()
+    summary = {"steps": 12, "wall_seconds": 75.2, "export": None, "skipped": 1}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    following.join(60)
+    assert not following.is_alive()
+    assert "refresh" not in page.read_text()
+    assert "Finished" in page.read_text()
 
 
 def test_report_warns_when_the_bonus_no_longer_selects(tmp_path):

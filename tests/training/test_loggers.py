@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from small_runs import small_recipe, small_trainer
 
+from nemo_care.data.samples import Skipped
 from nemo_care.errors import InputError
 from nemo_care.recipe.trainer import ExpManagerConfig
+from nemo_care.runs.metrics import STEP_TIME
+from nemo_care.training.console import Console
 from nemo_care.training.experiment import check_loggers, start_experiment
 from nemo_care.training.loggers import Loggers
 
@@ -100,6 +103,69 @@ def test_tensorboard_on_a_full_disk_is_one_warning_without_a_traceback(tmp_path,
     assert "Traceback" not in capfd.readouterr().err
 
 
+HOSTILE = (
+    "<script>alert(1)</script> [bold]x[/bold] **y** | \x1b[2J \u202egpj.exe שלום\n\n# two "
+    "<answer>B</answer>"
+)
+
+
+def hostile_row():
+    return {"prompt_id": HOSTILE, "question": HOSTILE, "solution": "B", "completion": HOSTILE,
+            "accuracy": 1.0, "answer_likelihood": None, "bonus": 0.5, "reward": 2.5,
+            "advantage": 1.25}  # fmt: skip
+
+
+def test_tensorboard_gets_a_table_of_completions_in_which_text_stays_text(tmp_path):
+    """As TensorBoard itself draws what it reads back."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    _, (logger,) = start_experiment(ExpManagerConfig(explicit_log_dir=str(tmp_path / "run")))
+    warnings: list[str] = []
+    Loggers([logger], warnings.append).log_completions([hostile_row()] * 2, 7)
+    logger.experiment.flush()
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    (event,) = events.Tensors("completions/text_summary")
+    assert event.step == 7
+    page = markdown_to_safe_html(event.tensor_proto.string_val[0])
+    assert warnings == []
+    assert page.count("<tr>") == 3
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt; [bold]x[/bold] **y** | \\x1b[2J") == 6
+    assert "&lt;answer&gt;B&lt;/answer&gt;" in page
+    assert not {"\x1b", "\u202e"} & set(page)
+    assert "<h1" not in page
+    assert "1.25" in page
+
+
+def test_wandb_gets_the_same_table():
+    class Tables(Recorder):
+        def log_table(self, key, columns, data, step):
+            self.table = (key, columns, data, step)
+
+    logger = Tables()
+    Loggers([logger], lambda text: None).log_completions([hostile_row()], 7)
+    key, columns, (cells,), step = logger.table
+    assert (key, step) == ("completions", 7)
+    row = dict(zip(columns, cells, strict=True))
+    assert row["completion"].startswith("<script>alert(1)</script> [bold]x[/bold] **y** | \\x1b[2J")
+    assert row["likelihood"] is None
+    assert row["advantage"] == 1.25
+
+
+def test_hostile_completions_are_text_on_the_console(checkpoint, world, capsys):
+    console = Console(small_recipe(checkpoint, world), active=True)
+    row = {**hostile_row(), "format": 1.0}
+    skipped = [Skipped(1, HOSTILE, HOSTILE)]
+    console.step(1, {STEP_TIME: 1.0}, [row], skipped)
+    shown = capsys.readouterr().out
+    assert shown.count("[bold]x[/bold]") == 4
+    assert shown.count("\\x1b[2J") == 4
+    assert not {"\x1b", "\u202e"} & set(shown)
+    assert "<script>alert(1)</script>" in shown
+
+
 def test_loggers_without_their_package_or_project_are_refused_at_once(monkeypatch):
     with pytest.raises(InputError, match=r"wandb_logger_kwargs\.project=PROJECT"):
         check_loggers(ExpManagerConfig(create_wandb_logger=True))
@@ -122,7 +188,10 @@ def started_with_wandb(folder: Path) -> str:
     except InputError as error:
         return str(error)
     logger.log_metrics({"a": 1.0}, step=1)
-    return "recorded"
+    warnings: list[str] = []
+    row = {"prompt_id": "p", "completion": "<b>", "accuracy": 1.0, "answer_likelihood": None}
+    Loggers([logger], warnings.append).log_completions([row, row], 1)
+    return warnings[0] if warnings else "recorded"
 
 
 def start_wandb(folder: Path) -> dict:
@@ -181,4 +250,8 @@ def test_wandb_starts_before_the_first_step_or_is_refused_with_the_remedy(on_ran
     assert met["seconds without a key"] < 30
     assert met["offline"] == "recorded"
     assert list(tmp_path.glob("offline/logs/wandb/offline-run-*/run-*.wandb"))
+    (table,) = tmp_path.glob(
+        "offline/logs/wandb/offline-run-*/files/media/table/completions_*.json"
+    )
+    assert [row[3] for row in json.loads(table.read_text())["data"]] == ["<b>", "<b>"]
     assert "Traceback" not in met["terminal"]
