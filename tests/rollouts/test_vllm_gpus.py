@@ -35,16 +35,16 @@ def test_the_buffer_holds_the_largest_tensor():
 
 
 def test_a_plan_counts_the_buffer_where_engines_share_the_gpus():
-    hf = read_model_shape("Qwen2.5-VL-7B-Instruct").hf
+    sizes = read_model_shape("Qwen2.5-VL-7B-Instruct").architecture
     recipe = Recipe()
     recipe.rollout.backend = "vllm"
     gpu = SimpleNamespace(memory=80 * GIB)
-    plan = engine_plan(recipe, hf, 8 * 10**9, gpu)
+    plan = engine_plan(recipe, sizes, 8 * 10**9, gpu)
     assert plan.buffer == EMBEDDING_7B
     assert beside(plan, "rollout") == plan.share + EMBEDDING_7B
     assert beside(plan, "update") == plan.asleep
     recipe.rollout.vllm = VLLMConfig(placement="separate", gpus=[0])
-    assert engine_plan(recipe, hf, 8 * 10**9, gpu).buffer == 0
+    assert engine_plan(recipe, sizes, 8 * 10**9, gpu).buffer == 0
 
 
 def test_memory_goes_back_to_cuda_before_engines_start_and_wake(monkeypatch):
