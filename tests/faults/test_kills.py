@@ -67,7 +67,7 @@ def test_signal_to_any_rank_lets_the_step_end_and_saves(
     assert not start.left_over()
     (last,) = run.steps()[-1:]
     assert run.checkpoints()[-1] == last < STEPS
-    assert f"stopped after step {last}, because {number.name} was received" in run.output()
+    assert f"stopped after step {last} because {number.name} was received" in run.output()
     seconds = run.finish("DP 2")
     assert_equal_runs(run, undisturbed("DP 2"))
     report(

@@ -226,7 +226,10 @@ def start_wandb(folder: Path) -> dict:
     sys.stdin, sys.stderr = stdin, stderr
 
     import wandb
+    from wandb.sdk.data_types._private import MEDIA_TMP
 
+    # Another process that was forked with it may have removed it at its end.
+    os.makedirs(MEDIA_TMP.name, exist_ok=True)
     os.environ["WANDB_API_KEY"] = "0" * 40
     wandb.teardown()
     met["no server"] = started_with_wandb(folder / "no_server")

@@ -46,7 +46,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_been(recipe, ranks, tmp_path):
     small_trainer(recipe, ranks, tmp_path / "whole").fit()
     trainer = small_trainer(recipe, ranks, tmp_path / "parts")
     trainer.stop = AskedAfter(2)
-    with pytest.raises(RunStopped, match="stopped after step 2, because SIGUSR1 was received"):
+    with pytest.raises(RunStopped, match="stopped after step 2 because SIGUSR1 was received"):
         trainer.fit()
     assert not (tmp_path / "parts/summary.json").exists()
     small_trainer(recipe, ranks, tmp_path / "parts").fit()
@@ -92,7 +92,7 @@ def test_a_validation_is_left_between_two_batches_and_comes_again(recipe, ranks,
 def test_time_that_is_over_stops_the_run(recipe, ranks, tmp_path):
     trainer = small_trainer(recipe, ranks, tmp_path)
     trainer.stop = StopRequest(seconds=0.0)
-    with pytest.raises(RunStopped, match=r"step 1, because trainer\.max_time_per_run is over"):
+    with pytest.raises(RunStopped, match=r"step 1 because trainer\.max_time_per_run is over"):
         trainer.fit()
     assert StopRequest(seconds=1000).agreed() is None
     assert StopRequest().agreed() is None
@@ -135,7 +135,7 @@ def test_a_signal_to_starter_or_rank_stops_all_ranks_with_a_checkpoint(
     _, errors = starter.communicate(timeout=120)
     assert starter.returncode == 75, errors.decode()
     steps = len(lines(run / "metrics.jsonl"))
-    assert f"stopped after step {steps}, because {number.name} was received" in errors.decode()
+    assert f"stopped after step {steps} because {number.name} was received" in errors.decode()
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
     psutil.wait_procs(ranks, timeout=20)
     assert not any(rank.is_running() for rank in ranks)
