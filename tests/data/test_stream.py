@@ -28,7 +28,7 @@ class Loader:
         return [
             Skipped(index, sample.sample_id, "broken.mp4: video not readable")
             if sample.sample_id in self.broken
-            else Prompt(index, sample, *[None] * 5)
+            else Prompt(index, sample, None, None, None, (), None)
             for index, sample in samples
         ]
 
@@ -102,7 +102,7 @@ class TwoReplicas:
     def __init__(self, failed_elsewhere):
         self.failed_elsewhere = iter(failed_elsewhere)
 
-    def from_leader(self, make):
+    def from_leader(self, make, **keywords):
         return make()
 
     def gather_from_replicas(self, failed):

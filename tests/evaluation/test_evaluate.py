@@ -157,7 +157,7 @@ def test_every_measure_is_in_the_results_and_in_one_table(evaluate, tmp_path):
     assert result["peer_probe"] == mean(peers)
     _, table = out.split("Measures")
     for heading in ("judge", "likelihood", "implied answer", "option shuffle", "peer probe"):
-        assert re.search(rf"L1 +{heading} ", table)
+        assert re.search(rf" {heading} ", table)
     assert f"{result['peer_probe']:.2f}" in table
     assert_refused(
         evaluate(tmp_path / "run", "evaluation.further_judges=[likelihood]"),

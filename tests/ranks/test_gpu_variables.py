@@ -13,7 +13,7 @@ from nemo_care.ranks.gpu_variables import ALLOCATOR, DEFAULTS, FIXED, set_gpu_va
 from nemo_care.ranks.process_groups import TIMEOUT, Layout, RankEnvironment, Ranks
 from nemo_care.recipe.vllm import VLLMConfig
 
-SCRIPT = Path(__file__).parents[1] / "slurm" / "environment.sh"
+SCRIPT = Path(__file__).parents[2] / "slurm" / "environment.sh"
 NAMES = (*DEFAULTS, *FIXED, *ALLOCATOR)
 
 

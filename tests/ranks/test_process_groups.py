@@ -1,12 +1,11 @@
 """What ranks tell each other."""
 
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
-DEALT = Path(__file__).parents[1] / "helpers/dealt_program.py"
+from nemo_care.ranks.process_groups import Layout, Ranks
 
 
 class OfAUser(Exception):
@@ -33,10 +32,20 @@ def test_a_rank_that_is_alone_gets_what_was_made_and_no_copy(ranks):
     assert ranks.on_leaders(made) is made
 
 
-def test_a_leader_deals_tensors_and_tells_others_less(rank_server, tmp_path):
-    rank_server.run(2, [str(DEALT), str(tmp_path)])
-    leader, other = (torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2))
-    assert (leader["told"], other["told"]) == ("everything", "every")
-    assert [[t.tolist() for t in part] for part in leader["dealt"]] == [[[[0, 1, 2]]], []]
-    assert [[t.shape for t in part] for part in other["dealt"]] == [[(1, 5), (1, 7)], [], [(1, 2)]]
-    assert all(t.tolist() == [list(range(t.numel()))] for part in other["dealt"] for t in part)
+def dealt(ranks: Ranks, job: None) -> tuple:
+    """What the leader of a replica gives its other ranks."""
+    tensors = [torch.arange(n, dtype=torch.uint8).view(1, n) for n in (3, 5, 7, 2)]
+    if not ranks.is_model_leader:
+        tensors = [tensor.to("meta") for tensor in tensors]
+    a, b, c, d = tensors
+    parts = ranks.dealt_by_leader([(0, [a]), (1, [b, c]), (1, []), (0, []), (1, [d])])
+    told = ranks.from_leader(lambda: "everything", for_others=lambda text: text[:5])
+    return [[tensor.clone() for tensor in part] for part in parts], told
+
+
+def test_a_leader_deals_tensors_and_tells_others_less(on_ranks):
+    (leader, told), (other, told_other) = on_ranks(Layout(tensor=2), dealt, None)
+    assert (told, told_other) == ("everything", "every")
+    assert [[t.tolist() for t in part] for part in leader] == [[[[0, 1, 2]]], []]
+    assert [[t.shape for t in part] for part in other] == [[(1, 5), (1, 7)], [], [(1, 2)]]
+    assert all(t.tolist() == [list(range(t.numel()))] for part in other for t in part)
