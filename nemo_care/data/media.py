@@ -52,7 +52,8 @@ class MediaRequest:
 class Media:
     """What the files of one prompt hold, videos first.
 
-    `grids` and `seconds_per_grid` (0.0 for an image) have an entry per file. `pixel_values`
+    `grids`, `seconds_per_grid` (0.0 for an image) and `frame_times` (the seconds at which a video's
+    frames are shown, none for an image) have an entry per file. `pixel_values`
     float32 [patches, values of a patch] is an array, because an array travels
     between processes without shared memory; None where there is nothing or no room for it.
     `videos_by_pyav` counts the videos that PyAV decoded because decord could not.
@@ -62,6 +63,7 @@ class Media:
     seconds_per_grid: list[float] = field(default_factory=list)
     pixel_values: np.ndarray | None = None
     videos_by_pyav: int = 0
+    frame_times: list[tuple[float, ...]] = field(default_factory=list)
 
 
 def load_media(request: MediaRequest) -> Media:
@@ -79,6 +81,7 @@ def load_media(request: MediaRequest) -> Media:
         *(_grid(image, 1, settings.image_pixels, settings.patching) for image in images),
     ]
     media = Media(grids, [*(video.seconds_per_grid for video in videos), *(0.0 for _ in images)])
+    media.frame_times = [*(video.times for video in videos), *(() for _ in images)]
     media.videos_by_pyav = sum(video.by_pyav for video in videos)
     if not grids or sum(map(settings.patching.tokens, grids)) > request.room:
         return media

@@ -47,7 +47,8 @@ class Prompt:
     bool [P] (True at the tokens that stand for a vision feature), `pixel_values`
     [patches, values of a patch] and `grid_thw` [items, 3], in order of
     appearance; both None for a text-only prompt. `seconds_per_grid` has the seconds that one grid
-    step of each item covers, 0.0 for an image. `videos_by_pyav` is as in `Media`.
+    step of each item covers, 0.0 for an image. `videos_by_pyav` and `frame_times` are as in
+    `Media`.
     """
 
     index: int
@@ -59,6 +60,7 @@ class Prompt:
     grid_thw: torch.Tensor | None
     seconds_per_grid: tuple[float, ...] = ()
     videos_by_pyav: int = 0
+    frame_times: tuple[tuple[float, ...], ...] = ()
 
     @property
     def length(self) -> int:
@@ -146,6 +148,7 @@ class PromptBuilder:
             grid_thw=torch.tensor(media.grids) if media.grids else None,
             seconds_per_grid=tuple(media.seconds_per_grid),
             videos_by_pyav=media.videos_by_pyav,
+            frame_times=tuple(media.frame_times),
         )
 
     def with_text_of(self, prompt: Prompt, sample: Sample) -> Prompt:
@@ -158,6 +161,7 @@ class PromptBuilder:
             list(prompt.seconds_per_grid),
             None if prompt.pixel_values is None else prompt.pixel_values.numpy(),
             prompt.videos_by_pyav,
+            list(prompt.frame_times),
         )
         return self.finish(self.draft(prompt.index, sample), media)
 

@@ -25,6 +25,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_care.models.decoding_cache import DecodingCache
+from nemo_care.models.deep_features import DeepFeatures, take_deep_features
 from nemo_care.models.family import Family
 from nemo_care.models.layer_specs import layer_spec
 from nemo_care.models.log_probs import token_log_probs
@@ -103,9 +104,12 @@ class VideoLanguageModel(MegatronModule, ABC):
         self.share_embeddings_and_output_weights = family.architecture.tied
         self.family = family
         self.vocab_size = family.architecture.vocab_size
+        layers = layer_spec(config, backend)
+        if self.pre_process:
+            take_deep_features(layers, family.architecture.deep_levels)
         self.language_model = _LanguageModel(
             config,
-            layer_spec(config, backend),
+            layers,
             vocab_size=padded_vocabulary(self.vocab_size),
             max_sequence_length=family.architecture.max_positions,
             pre_process=self.pre_process,
@@ -130,7 +134,11 @@ class VideoLanguageModel(MegatronModule, ABC):
 
     @abstractmethod
     def vision_features(self, inputs: ModelInputs) -> torch.Tensor:
-        """The vision tower's features [N, H] for all vision tokens of the micro-batch, in order."""
+        """The vision tower's features [N, (1 + D) * H] for all vision tokens, in order.
+
+        Each token's own features and behind them its D levels of deep features, of which most
+        families have none.
+        """
 
     def _mark_tensor_parallel(self) -> None:
         """Mark the parameters that tensor parallelism cuts, as their initialisation would have.
@@ -169,12 +177,15 @@ class VideoLanguageModel(MegatronModule, ABC):
         """The tied embedding, whose gradient Megatron sums over first and last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def _embed(self, inputs: ModelInputs) -> torch.Tensor:
-        """Token embeddings, vision tokens replaced by the vision tower's features: [S, B, H]."""
+    def _embed(self, inputs: ModelInputs) -> tuple[torch.Tensor, DeepFeatures | None]:
+        """Token embeddings [S, B, H], and deep features if the family and the inputs have some.
+
+        Vision tokens are replaced by the vision tower's features.
+        """
         embeddings = self.language_model.embedding(input_ids=inputs.token_ids, position_ids=None)
         if inputs.pixel_values is None:
-            return embeddings
-        features = self.vision_features(inputs)
+            return embeddings, None
+        features, *levels = self.vision_features(inputs).split(self.config.hidden_size, dim=1)
         assert inputs.is_vision is not None
         marked = int(inputs.is_vision.sum())
         if marked != features.shape[0]:
@@ -182,7 +193,8 @@ class VideoLanguageModel(MegatronModule, ABC):
         rows = embeddings.transpose(0, 1)
         where = inputs.is_vision.unsqueeze(-1).expand_as(rows)
         rows = rows.masked_scatter(where, features.to(rows.dtype))
-        return rows.transpose(0, 1).contiguous()
+        deep = DeepFeatures.of(torch.stack(levels), inputs.is_vision) if levels else None
+        return rows.transpose(0, 1).contiguous(), deep
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Run this stage.
@@ -191,17 +203,19 @@ class VideoLanguageModel(MegatronModule, ABC):
             Hidden states [S, B, H] ([S / TP, B, H] with sequence parallelism): for the next stage,
             or on the last one normed, for `token_log_probs`, `logits` and `next_token_logits`.
         """
-        hidden = None
+        hidden, deep = None, None
         if self.pre_process:
-            hidden = self._embed(inputs)
+            hidden, deep = self._embed(inputs)
             if self.config.sequence_parallel:
                 hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
+                deep = deep and deep.of_this_rank(hidden.shape[0] * hidden.shape[1])
         return self.language_model(
             input_ids=None,
             position_ids=inputs.position_ids,
             attention_mask=None,
             decoder_input=hidden,
             packed_seq_params=inputs.packed,
+            extra_block_kwargs=deep and deep.arguments(),
         )
 
     def _output_weight(self) -> torch.Tensor:

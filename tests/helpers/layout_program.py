@@ -129,6 +129,9 @@ def run(folder: Path, name: str, ranks: Ranks) -> dict:
         "average": gather_weights(trainer.reference.average.model),
     }
 
+    if job["parity_only"]:
+        return result
+
     # Another step with a KL term, now that reference and policy differ.
     recipe.algorithm.kl_coefficient = 0.04
     trainer.reference.all_tokens = True

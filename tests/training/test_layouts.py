@@ -26,7 +26,12 @@ PROGRAM = Path(__file__).parents[1] / "helpers/layout_program.py"
 
 @pytest.fixture(scope="module")
 def job(rank_server, checkpoint, world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("layouts")
+    return run_alone(rank_server, checkpoint, world, tmp_path_factory.mktemp("layouts"))
+
+
+def run_alone(rank_server, checkpoint, world, folder, *, parity_only=False):
+    """The folder and contents of the job, and its results of one process: the other layouts are
+    compared with it, and resume the run it begins."""
     prompts = make_prompts(checkpoint, world, folder)
     # Two rows of equal length for the comparison of logits.
     video = prompts[0]
@@ -45,9 +50,9 @@ def job(rank_server, checkpoint, world, tmp_path_factory):
         "prompts": prompts,
         "groups": make_groups(prompts, checkpoint),
         "inputs": inputs,
+        "parity_only": parity_only,
     }
     torch.save(contents, folder / "job.pt")
-    # One process first: the other layouts are compared with it, and resume the run it begins.
     rank_server.run(1, [str(PROGRAM), str(folder), "tp1"])
     return folder, contents
 
@@ -60,13 +65,16 @@ def golden(job, checkpoint, world):
 
 @pytest.fixture(scope="module", params=list(LAYOUTS))
 def layout(rank_server, request, job):
+    return run_layout(rank_server, request.param, job[0])
+
+
+def run_layout(rank_server, name, folder):
     """Name and results of one layout."""
-    folder, _ = job
-    if request.param != "tp1":
-        size = LAYOUTS[request.param]
+    if name != "tp1":
+        size = LAYOUTS[name]
         count = max(2, size.tensor * size.pipeline)
-        rank_server.run(count, [str(PROGRAM), str(folder), request.param])
-    return request.param, torch.load(folder / f"{request.param}.pt", weights_only=False), folder
+        rank_server.run(count, [str(PROGRAM), str(folder), name])
+    return name, torch.load(folder / f"{name}.pt", weights_only=False), folder
 
 
 def assert_close(ours: dict, wanted: dict, *, absolute: float, what: str) -> None:

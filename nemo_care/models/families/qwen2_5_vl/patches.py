@@ -6,6 +6,7 @@ own video processor needs it.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,11 @@ class PatchSize:
     """How the model's vision config cuts frames: the family's `Patching`.
 
     Pixels per patch side, patches per side of what becomes one vision token, frames per patch.
+    Colours from 0 to 1 are normalised with `mean` and `std`.
     """
+
+    mean: ClassVar[Tensor] = CLIP_MEAN
+    std: ClassVar[Tensor] = CLIP_STD
 
     side: int = 14
     merge: int = 2
@@ -82,7 +87,7 @@ class PatchSize:
             InputError: one side of the frames is more than 200 times the other.
         """
         images = torch.stack([self._resize(frame, bounds) for frame in frames])
-        images = (images.float() / 255 - CLIP_MEAN) / CLIP_STD
+        images = (images.float() / 255 - self.mean) / self.std
         missing = -len(images) % self.frames
         if missing:
             images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
@@ -146,5 +151,5 @@ class PatchSize:
         )
         # Normalising moves a pixel by a few parts in 1e7, far less than the half that rounding
         # takes.
-        pixels = ((images * CLIP_STD + CLIP_MEAN) * 255).round().clamp(0, 255)
+        pixels = ((images * self.std + self.mean) * 255).round().clamp(0, 255)
         return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
