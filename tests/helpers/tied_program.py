@@ -1,4 +1,4 @@
-"""A model whose output layer is its embedding (as in Qwen2.5-VL 3B), cut into stages.
+"""A model whose output layer is its embedding (as in small ones of both families), cut into stages.
 
     python tests/helpers/tied_program.py CHECKPOINT WORLD OUT
 

@@ -60,7 +60,7 @@ def write_tiny_qwen3(folder: Path, **top) -> Path:
         model = Qwen3VLForConditionalGeneration(tiny_qwen3_config(**top)).float()
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                deviation = (2 if name == "lm_head.weight" else 1) * parameter[0].numel() ** -0.5
+                deviation = parameter[0].numel() ** -0.5
                 torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else deviation)
             else:
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)

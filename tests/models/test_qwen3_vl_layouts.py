@@ -4,7 +4,6 @@ The checks are those of the other family, in `test_layouts.py` and `test_packed_
 """
 
 import pytest
-import torch
 from test_layouts import (  # noqa: F401
     golden,
     run_alone,
@@ -38,8 +37,8 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def job(rank_server, checkpoint, world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("layouts")
-    return run_alone(rank_server, checkpoint, world, folder, parity_only=True)
+    work = tmp_path_factory.mktemp("layouts")
+    return run_alone(rank_server, checkpoint, world, work, parity_only=True)
 
 
 @pytest.fixture(scope="module", params=["tp1", "tp2", "tp2_sequence_parallel", "pp2", "dp2"])

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL 3B ties its output layer to its embedding; with stages, two ranks hold the weight."""
+"""Small models tie their output layer to their embedding; with stages, two ranks hold it."""
 
 import json
 from pathlib import Path
@@ -7,20 +7,23 @@ import pytest
 import torch
 from golden import hf_model
 from safetensors.torch import load_file
+from tiny_qwen3_vl import write_tiny_qwen3
 
 pytestmark = pytest.mark.numeric
 
 PROGRAM = Path(__file__).parents[1] / "helpers/tied_program.py"
 
 
-@pytest.fixture(scope="module")
-def tied_checkpoint(checkpoint, tmp_path_factory):
-    """The tiny checkpoint with lm_head dropped, as a tied model lies on disk."""
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def tied_checkpoint(request, checkpoint, tmp_path_factory):
+    """A tiny checkpoint without lm_head, as a tied model is stored."""
     import shutil
 
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("tied") / "checkpoint"
+    if request.param == "qwen3_vl":
+        return write_tiny_qwen3(folder, tie_word_embeddings=True)
     shutil.copytree(checkpoint, folder)
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.weight"]
