@@ -65,7 +65,7 @@ class DeepFeatureLayer(TransformerLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `TransformerLayer.forward`; `context` are levels [D, N, H], `context_mask` places."""
         hidden_states, _ = super().forward(hidden_states, *arguments, **more)
-        if context is None:
+        if context is None or context_mask is None:
             return hidden_states, None
         flat = hidden_states.flatten(0, 1)
         flat = flat.index_add(0, context_mask, context[0].to(flat.dtype))

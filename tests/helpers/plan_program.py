@@ -17,7 +17,7 @@ import torch
 from made_shapes import LENGTHS, PACKAGED, plan_recipe
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from nemo_care.commands import plan as command
 from nemo_care.errors import InputError
