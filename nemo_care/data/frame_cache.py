@@ -26,7 +26,7 @@ from nemo_care.process.screen import say
 from nemo_care.recipe.data import DataConfig
 
 # Of this layout of an entry, and of how frames are chosen and resized.
-_VERSION = 1
+_VERSION = 2
 _ENTRY, _PARTIAL = ".frames", ".partial"
 # When an entry that is still partial has no writer any more: it was killed.
 _ABANDONED_SECONDS = 3600.0
@@ -40,8 +40,8 @@ class DecodedFile:
     """The resized frames of one video or image, uint8 [count, H, W, 3], and what goes with them.
 
     `grid` is that of their patches, `seconds_per_grid` the time that one step of it covers (0.0 for
-    an image), `frame_times` the seconds at which the frames of a video appear. `by_pyav`: decord
-    could not read the video, and PyAV did.
+    an image), `frame_times` the seconds at which the frames of a video appear, `prompt_times` those
+    since its first frame. `by_pyav`: decord could not read the video, and PyAV did.
     """
 
     grid: Grid
@@ -49,6 +49,7 @@ class DecodedFile:
     frames: np.ndarray
     by_pyav: bool = False
     frame_times: tuple[float, ...] = ()
+    prompt_times: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ def _header(name: str, entry: DecodedFile) -> bytes:
         "seconds_per_grid": entry.seconds_per_grid,
         "by_pyav": entry.by_pyav,
         "frame_times": entry.frame_times,
+        "prompt_times": entry.prompt_times,
         "shape": entry.frames.shape,
         "crc32": zlib.crc32(np.ascontiguousarray(entry.frames).data),
     }
@@ -243,4 +245,5 @@ def _read(path: Path, name: str) -> DecodedFile:
         frames,
         bool(about["by_pyav"]),
         tuple(map(float, about["frame_times"])),
+        tuple(map(float, about["prompt_times"])),
     )

@@ -54,7 +54,8 @@ class MediaRequest:
 class Media:
     """What the files of one prompt hold, videos first.
 
-    `grids` and `seconds_per_grid` (0.0 for an image) have an entry per file. So do `frames`, uint8
+    `grids`, `seconds_per_grid` (0.0 for an image) and `prompt_times` (the seconds of a video's
+    frames since its first, none for an image) have an entry per file. So do `frames`, uint8
     [count, H, W, 3] in the size that their patches fill: arrays, because these travel between
     processes without shared memory. They are missing where there is no room for them.
     `videos_by_pyav` counts the videos that PyAV decoded because decord could not. `frame_times`
@@ -66,6 +67,7 @@ class Media:
     frames: list[np.ndarray] = field(default_factory=list)
     videos_by_pyav: int = 0
     frame_times: list[tuple[float, ...]] = field(default_factory=list)
+    prompt_times: list[tuple[float, ...]] = field(default_factory=list)
 
 
 def load_media(request: MediaRequest) -> Media:
@@ -85,6 +87,7 @@ def load_media(request: MediaRequest) -> Media:
         media.frames = [file.frames() for file in files]
     media.videos_by_pyav = sum(file.by_pyav for file in files)
     media.frame_times = [file.frame_times for file in files if file.is_video]
+    media.prompt_times = [file.prompt_times for file in files]
     return media
 
 
@@ -95,6 +98,7 @@ class _MediaFile:
         """Raises as `load_media`."""
         self.is_video = is_video
         self.frame_times: tuple[float, ...] = ()
+        self.prompt_times: tuple[float, ...] = ()
         self._settings = settings
         self._bounds = settings.video_pixels if is_video else settings.image_pixels
         self._entry: DecodedFile | None = None
@@ -107,6 +111,7 @@ class _MediaFile:
         if self._entry is not None:
             self.grid, self.seconds_per_grid = self._entry.grid, self._entry.seconds_per_grid
             self.frame_times = self._entry.frame_times
+            self.prompt_times = self._entry.prompt_times
             return
         self._file = VideoFile(path, settings.frames) if is_video else ImageFile(path)
         self._count = self._file.count if isinstance(self._file, VideoFile) else 1
@@ -115,6 +120,7 @@ class _MediaFile:
         if isinstance(self._file, VideoFile):
             self.seconds_per_grid = self._file.seconds_per_grid
             self.frame_times = self._file.frame_times
+            self.prompt_times = self._file.times
 
     @property
     def by_pyav(self) -> bool:
@@ -131,7 +137,12 @@ class _MediaFile:
         frames = self._resized(file.frames() if isinstance(file, VideoFile) else [file.frame()])
         if self._cache is not None and self._name is not None:
             entry = DecodedFile(
-                self.grid, self.seconds_per_grid, frames, self.by_pyav, self.frame_times
+                self.grid,
+                self.seconds_per_grid,
+                frames,
+                self.by_pyav,
+                self.frame_times,
+                self.prompt_times,
             )
             self._cache.put(self._name, entry)
         return frames

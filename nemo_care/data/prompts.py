@@ -49,8 +49,8 @@ class Prompt:
     [count, H, W, 3] each and `grid_thw` [items, 3] (None for a text-only prompt) are those of its
     videos and images, in order of appearance. Frames are on the leader of a model replica only;
     other ranks know their shapes (see `without_frames`). `seconds_per_grid` has the seconds that
-    one grid step of each item covers, 0.0 for an image. `videos_by_pyav` and
-    `frame_times` are as in `Media`.
+    one grid step of each item covers, 0.0 for an image. `videos_by_pyav`, `frame_times` and
+    `prompt_times` are as in `Media`.
     """
 
     index: int
@@ -63,6 +63,7 @@ class Prompt:
     seconds_per_grid: tuple[float, ...] = ()
     videos_by_pyav: int = 0
     frame_times: tuple[tuple[float, ...], ...] = ()
+    prompt_times: tuple[tuple[float, ...], ...] = ()
 
     @property
     def length(self) -> int:
@@ -164,6 +165,7 @@ class PromptBuilder:
             seconds_per_grid=tuple(media.seconds_per_grid),
             videos_by_pyav=media.videos_by_pyav,
             frame_times=tuple(media.frame_times),
+            prompt_times=tuple(media.prompt_times),
         )
 
     def with_text_of(self, prompt: Prompt, sample: Sample) -> Prompt:
@@ -176,6 +178,7 @@ class PromptBuilder:
             list(prompt.seconds_per_grid),
             videos_by_pyav=prompt.videos_by_pyav,
             frame_times=list(prompt.frame_times),
+            prompt_times=list(prompt.prompt_times),
         )
         made = self.finish(self.draft(prompt.index, sample), media)
         return replace(made, frames=prompt.frames)

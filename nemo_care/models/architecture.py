@@ -17,6 +17,8 @@ class Architecture:
 
     `heads` query heads share `kv_heads` key-value heads, each `head_dim` wide. `tied`: the output
     layer is the embedding. `max_positions` is the longest sequence the model supports.
+    `deep_levels` of the vision tower's features are added after as many first layers (see
+    `deep_features.py`).
     """
 
     layers: int
@@ -29,6 +31,7 @@ class Architecture:
     max_positions: int
     tied: bool
     vision: VisionArchitecture
+    deep_levels: int = 0
 
     @property
     def query_size(self) -> int:

@@ -38,6 +38,13 @@ def check_layout(model: Architecture, layout: Layout) -> None:
             f"model.pipeline_model_parallel_size={layout.pipeline} does not divide the model's "
             f"{layers} layers: use {', '.join(good)}"
         )
+    if layers // layout.pipeline < model.deep_levels:
+        raise InputError(
+            f"model.pipeline_model_parallel_size={layout.pipeline} leaves {layers} / "
+            f"{layout.pipeline} layers to the first stage, but the vision tower's features are "
+            f"added after each of the first {model.deep_levels} layers: use "
+            f"{layers // model.deep_levels} or less"
+        )
 
 
 def _gradients_can_be_fused() -> bool:

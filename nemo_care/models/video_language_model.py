@@ -28,6 +28,7 @@ from megatron.core.transformer.module import MegatronModule
 from nemo_care.data.patches import Patching
 from nemo_care.megatron.partial_gradients import mark_partial_gradient
 from nemo_care.models.decoding_cache import DecodingCache, PromptPass, Rotation
+from nemo_care.models.deep_features import DeepFeatures, take_deep_features
 from nemo_care.models.family import Family
 from nemo_care.models.layer_specs import layer_spec
 from nemo_care.models.log_probs import token_log_probs
@@ -132,9 +133,12 @@ class VideoLanguageModel(MegatronModule, ABC):
         self.family = family
         self.vocab_size = family.architecture.vocab_size
         self.deals_vision = False
+        layers = layer_spec(config, backend)
+        if self.pre_process:
+            take_deep_features(layers, family.architecture.deep_levels)
         self.language_model = _LanguageModel(
             config,
-            layer_spec(config, backend),
+            layers,
             vocab_size=padded_vocabulary(self.vocab_size),
             max_sequence_length=family.architecture.max_positions,
             pre_process=self.pre_process,
@@ -171,9 +175,11 @@ class VideoLanguageModel(MegatronModule, ABC):
 
     @abstractmethod
     def vision_features(self, inputs: ModelInputs) -> torch.Tensor:
-        """The vision tower's features [N, H] for all vision tokens of the inputs, in order.
+        """The vision tower's features [N, (1 + D) * H] for all vision tokens, in order.
 
-        Only `pixel_values` and `grid_thw` are read: they may be those of some of the frames.
+        Each token's own features are followed by its D levels of deep features, of which most
+        families have none. Only `pixel_values` and `grid_thw` are read: they may be those of some
+        of the frames.
         """
 
     def all_vision_features(self, inputs: ModelInputs) -> torch.Tensor:
@@ -237,19 +243,23 @@ class VideoLanguageModel(MegatronModule, ABC):
         """The tied embedding, whose gradient Megatron sums over first and last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def _embed(self, inputs: ModelInputs) -> torch.Tensor:
-        """Token embeddings, vision tokens replaced by the vision tower's features: [S, B, H]."""
+    def _embed(self, inputs: ModelInputs) -> tuple[torch.Tensor, DeepFeatures | None]:
+        """Token embeddings [S, B, H], and deep features if the family and the inputs have some.
+
+        Vision tokens are replaced by the vision tower's features.
+        """
         embeddings = self.language_model.embedding(input_ids=inputs.token_ids, position_ids=None)
         if inputs.pixel_values is None:
-            return embeddings
-        features = self.all_vision_features(inputs)
+            return embeddings, None
+        features, *levels = self.all_vision_features(inputs).split(self.config.hidden_size, dim=1)
         assert inputs.vision_places is not None
         marked = len(inputs.vision_places)
         if marked != features.shape[0]:
             raise ValueError(f"{marked} vision tokens but {features.shape[0]} vision features")
         tokens = embeddings.flatten(0, 1)
         tokens = tokens.index_copy(0, inputs.vision_places, features.to(tokens.dtype))
-        return tokens.view_as(embeddings)
+        deep = DeepFeatures(torch.stack(levels), inputs.vision_places) if levels else None
+        return tokens.view_as(embeddings), deep
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Run this stage.
@@ -258,17 +268,19 @@ class VideoLanguageModel(MegatronModule, ABC):
             Hidden states [S, B, H] ([S / TP, B, H] with sequence parallelism): for the next stage,
             or on the last one normed, for `token_log_probs`, `logits` and `next_token_logits`.
         """
-        hidden = None
+        hidden, deep = None, None
         if self.pre_process:
-            hidden = self._embed(inputs)
+            hidden, deep = self._embed(inputs)
             if self.config.sequence_parallel:
                 hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
+                deep = deep and deep.of_this_rank(hidden.shape[0] * hidden.shape[1])
         return self.language_model(
             input_ids=None,
             position_ids=inputs.position_ids,
             attention_mask=None,
             decoder_input=hidden,
             packed_seq_params=inputs.packed,
+            extra_block_kwargs=deep and deep.arguments(),
         )
 
     def _output_weight(self) -> torch.Tensor:

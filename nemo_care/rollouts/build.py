@@ -82,7 +82,10 @@ def check_rollouts(recipe: Recipe) -> None:
     """
     if recipe.rollout.backend == "megatron":
         return
-    check_engines(recipe, read_family(recipe.model.hf_path).architecture)
+    family = read_family(recipe.model.hf_path)
+    check_engines(recipe, family.architecture)
+    # A family that vLLM can't sample refuses here.
+    family.processor_files(recipe.data.video.max_pixels)
     if recipe.rollout.vllm.hosts is not None:
         hosts_key()
     found = find_spec("vllm")

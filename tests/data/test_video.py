@@ -72,6 +72,20 @@ def test_recorded_times_give_the_same_frames_again(tmp_path):
     assert again.count == video.count
 
 
+def test_times_are_those_at_which_the_read_frames_are_shown(tmp_path):
+    frames = np.stack([picture(28, 28, seed) for seed in range(50)])
+    video, _ = read(encode_video(tmp_path / "a.mp4", frames, 12))
+    indices = choose_frames(50, 12, FrameChoice())
+    assert video.times == tuple(index / 12 for index in indices)
+    # A slide show: the times are not those of evenly spaced frames.
+    shown = [0.0, 0.5, 1.0, 4.0, 4.5, 5.0]
+    path = encode_at_times(tmp_path / "b.mp4", frames[: len(shown)], shown)
+    video, _ = read(path)
+    assert set(video.times) <= set(shown)
+    assert list(video.times) == sorted(set(video.times))
+    assert (video.times[0], video.times[-1]) == (0.0, 5.0)
+
+
 def decoded_by_pyav(path):
     with av.open(str(path)) as container:
         return [

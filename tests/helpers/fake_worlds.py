@@ -11,7 +11,7 @@ import torch
 from made_shapes import LENGTHS, PACKAGED, plan_recipe
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from nemo_care.commands import plan as command
 from nemo_care.errors import InputError
@@ -33,7 +33,7 @@ def parameter_counts() -> dict:
     for name in PACKAGED:
         shape = read_model_shape(f"nowhere/{name}")
         with torch.device("meta"):
-            model = Qwen2_5_VLForConditionalGeneration(shape.family.hf)
+            model = AutoModelForImageTextToText.from_config(shape.family.hf)
         counts[name] = {"hugging_face": sum(p.numel() for p in model.parameters())}
         for tensor, pipeline in ((2, 2), (1, 4)):
             recipe = plan_recipe(f"nowhere/{name}", tensor, pipeline)

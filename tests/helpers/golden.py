@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from nemo_care.groups.group import Group
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
+from nemo_care.models.families import FAMILIES
 
 
 @dataclass
@@ -28,13 +28,15 @@ class GoldenStep:
     average: dict[str, torch.Tensor]
 
 
-def hf_model(path) -> Qwen2_5_VLForConditionalGeneration:
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+def hf_model(path) -> PreTrainedModel:
+    return AutoModelForImageTextToText.from_pretrained(
         path, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
 
 
-def _disk_name(name: str) -> str:
+def _disk_name(name: str, model: PreTrainedModel) -> str:
+    if model.config.model_type != "qwen2_5_vl":
+        return name
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
@@ -45,7 +47,8 @@ def vision_inputs(model, prompt) -> dict:
         bool(seconds)
         for seconds in [False] * len(prompt.sample.videos) + [True] * len(prompt.sample.images)
     ]
-    parts = [PatchSize().patches(frames) for frames in prompt.frames]
+    patching = FAMILIES[model.config.model_type](model.config).prompt.patching
+    parts = [patching.patches(frames) for frames in prompt.frames]
     inputs = {}
     for images, pixels, grid in (
         (False, "pixel_values_videos", "video_grid_thw"),
@@ -116,7 +119,7 @@ def golden_step(path, groups: list[Group], recipe) -> GoldenStep:
             loss = (-a * torch.exp(logp - logp.detach())).mean() / total
             loss.backward()
             loss_value += loss.item()
-    gradients = {_disk_name(n): p.grad.clone() for n, p in model.named_parameters()}
+    gradients = {_disk_name(n, model): p.grad.clone() for n, p in model.named_parameters()}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad).item()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -130,9 +133,10 @@ def golden_step(path, groups: list[Group], recipe) -> GoldenStep:
         eps=optimizer.eps,
     ).step()
     decay = algorithm.reference.ema_decay
-    weights = {_disk_name(n): p.detach().clone() for n, p in model.named_parameters()}
+    weights = {_disk_name(n, model): p.detach().clone() for n, p in model.named_parameters()}
     average = {
-        _disk_name(n): decay * p + (1 - decay) * weights[_disk_name(n)] for n, p in start.items()
+        name: decay * p + (1 - decay) * weights[name]
+        for name, p in ((_disk_name(n, model), p) for n, p in start.items())
     }
     return GoldenStep(
         likelihoods, bonuses, advantages, loss_value, norm, gradients, weights, average

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nemo_care.recipe.schema import Recipe
 
-PACKAGED = ("Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct")
+PACKAGED = ("Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct", "Qwen3-VL-2B-Instruct")
 # The tokens of a prompt and of a completion.
 LENGTHS = (320, 32)
 SMALL = {

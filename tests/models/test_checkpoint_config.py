@@ -88,7 +88,7 @@ def refused(folder: Path, *parts: str) -> None:
         ({"text_config__num_experts": 8}, ["text_config.num_experts is 8"]),
         ({"vision_config__deepstack_visual_indexes": [1]}, ["deepstack_visual_indexes"]),
         # Other kinds of model.
-        ({"model_type": "qwen3_vl"}, ["qwen3_vl", "supported: qwen2_5_vl"]),
+        ({"model_type": "qwen2_vl"}, ["qwen2_vl", "supported: qwen2_5_vl"]),
         ({"model_type": "no_such_model"}, ["no_such_model", "supported: qwen2_5_vl"]),
         ({"model_type": MISSING}, ["supported: qwen2_5_vl"]),
         ({"text_config__model_type": "qwen3_moe"}, ['model_type is "qwen3_moe"']),

@@ -30,7 +30,7 @@ def toy(tmp_path, checkpoint, monkeypatch):
 def test_an_unknown_family_is_refused_with_those_that_there_are(tmp_path):
     for said in ('"toy"', "null", "[1]", "7"):
         (tmp_path / "config.json").write_text(f'{{"model_type": {said}}}')
-        with pytest.raises(InputError, match=r"model_type .* supported: qwen2_5_vl$"):
+        with pytest.raises(InputError, match=r"model_type .* supported: qwen2_5_vl, qwen3_vl$"):
             read_family(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"layers": 2}))
     with pytest.raises(InputError, match=r"^evaluation\.reference=.*: model_type .*supported: "):
@@ -81,7 +81,9 @@ def test_vision_features_take_the_places_of_the_vision_tokens(toy, world, ranks,
     prompts, _ = trainer.prompts.next_step()
     prompt, model = prompts[0], trainer.policy.model
     row = prompt.token_ids[None], prompt.position_ids[:, None], prompt.is_vision[None]
-    embedded = model._embed(Rows([prompt], *row).inputs(model))[:, 0]
+    embeddings, deep = model._embed(Rows([prompt], *row).inputs(model))
+    assert deep is None
+    embedded = embeddings[:, 0]
     seen = model.patching.patches(*prompt.frames) @ weights["eye.weight"].T
     torch.testing.assert_close(embedded[prompt.is_vision], seen)
     words = weights["words"][prompt.token_ids]

@@ -172,7 +172,9 @@ def test_a_plain_causal_mask_gives_something_else(results):
     """The negative control: without its segments the packed sequence must fail every comparison."""
     separate = results["none"]["separate"]
     for what in VALUES:
-        assert largest_difference(results["control"][what], separate[what]) > 1e-2, what
+        # Likelihoods of a model that has learned nothing are small.
+        size = min(1.0, max(t.nan_to_num(0).abs().max().item() for t in separate[what]))
+        assert largest_difference(results["control"][what], separate[what]) > 1e-2 * size, what
     largest = max(tensor.abs().max().item() for tensor in separate["gradients"].values())
     difference = largest_difference(results["control"]["gradients"], separate["gradients"])
     assert difference > 1e-2 * largest

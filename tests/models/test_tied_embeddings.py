@@ -1,4 +1,4 @@
-"""Qwen2.5-VL 3B ties its output layer to its embedding; with stages, two ranks hold the weight."""
+"""Small models tie their output layer to their embedding; with stages, two ranks hold it."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from golden import hf_model
 from layouts import gather_vocabulary
 from safetensors.torch import load_file, save_file
 from small_runs import small_recipe, small_trainer, updated
+from tiny_qwen3_vl import write_tiny_qwen3
 
 from nemo_care.groups.group import Completion, Group
 from nemo_care.models.pipeline import forward_only
@@ -23,10 +24,12 @@ IDS = torch.arange(8, 40).reshape(2, 16)
 POSITIONS = torch.arange(16).expand(3, 2, -1).contiguous()
 
 
-@pytest.fixture(scope="module")
-def tied_checkpoint(checkpoint, tmp_path_factory):
-    """The tiny checkpoint with lm_head dropped, as a tied model lies on disk."""
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def tied_checkpoint(request, checkpoint, tmp_path_factory):
+    """A tiny checkpoint without lm_head, as a tied model is stored."""
     folder = tmp_path_factory.mktemp("tied") / "checkpoint"
+    if request.param == "qwen3_vl":
+        return write_tiny_qwen3(folder, tie_word_embeddings=True)
     shutil.copytree(checkpoint, folder)
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.weight"]

@@ -10,6 +10,7 @@ from transformers import Qwen2_5_VLConfig
 from nemo_care.errors import InputError
 from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
 from nemo_care.models.transformer_config import check_layout
+from nemo_care.planning.shapes import read_model_shape
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.compose import compose_recipe, recipe_changes, recipe_names
 from nemo_care.recipe.schema import Recipe, check_world
@@ -80,6 +81,16 @@ def test_layout_divides_the_model_and_fills_nodes_of_eight_gpus(size, nodes):
     assert recipe.model.hf_path == f"models/Qwen2.5-VL-{size.upper()}-Instruct"
 
 
+@pytest.mark.parametrize(("size", "nodes"), [("4b", 1), ("8b", 1), ("32b", 4)])
+def test_layout_of_the_second_family_divides_its_published_models(size, nodes):
+    recipe = composed(f"grpo_care_qwen3_vl_{size}")
+    name = f"Qwen3-VL-{size.upper()}-Instruct"
+    check_layout(read_model_shape(f"nowhere/{name}").architecture, Layout.of(recipe))
+    assert (recipe.trainer.num_nodes, recipe.trainer.devices) == (nodes, GPUS_OF_A_NODE)
+    assert recipe.model.sequence_parallel
+    assert recipe.model.hf_path == f"models/{name}"
+
+
 def test_sizes_differ_in_model_layout_and_number_of_prompts_only():
     layout = {
         "trainer.devices",
@@ -91,8 +102,10 @@ def test_sizes_differ_in_model_layout_and_number_of_prompts_only():
         "rollout.groups_per_batch",
         "evaluation.samples_per_batch",
     }
-    for size, prompts in zip(SIZES, (4, 4, 8, 16), strict=True):
-        recipe = composed(f"grpo_care_qwen2_5_vl_{size}")
+    names = [f"qwen2_5_vl_{size}" for size in SIZES]
+    names += [f"qwen3_vl_{size}" for size in ("4b", "8b", "32b")]
+    for name, prompts in zip(names, (4, 4, 8, 16, 4, 4, 8), strict=True):
+        recipe = composed(f"grpo_care_{name}")
         keys = {change.split(":")[0] for change in changes(composed(PAPER), recipe)}
         allowed = {*layout, "model.hf_path", "algorithm.prompts_per_step", "trainer.max_steps"}
         assert keys <= allowed

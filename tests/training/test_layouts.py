@@ -26,7 +26,6 @@ from small_runs import one_step, small_recipe, small_trainer, updated
 
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.models.families import read_family
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 from nemo_care.models.pipeline import forward_only
 from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.models.weights import export_hf
@@ -82,6 +81,9 @@ def computed(ranks: Ranks, job: dict) -> dict:
         "average": gather_weights(trainer.reference.average.model),
     }
 
+    if job["parity_only"]:
+        return result
+
     # Another step with a KL term, now that reference and policy differ.
     recipe.algorithm.kl_coefficient = 0.04
     trainer.reference.all_tokens = True
@@ -124,11 +126,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def job(checkpoint, world, folder):
+    return made_job(checkpoint, world, folder)
+
+
+def made_job(checkpoint, world, folder, *, parity_only=False):
+    """What `computed` works on; with `parity_only` it ends after the step of the golden model."""
     prompts = make_prompts(checkpoint, world, folder)
     # Two rows of equal length for the comparison of logits.
     video = prompts[0]
     rows = torch.stack([video.token_ids, video.token_ids.clone()])
-    patches = PatchSize().patches(*video.frames)
+    patches = read_family(checkpoint).prompt.patching.patches(*video.frames)
     rows[1, -6:-3] = rows[1, -5:-2].clone()
     row, columns = torch.stack([video.is_vision] * 2).nonzero(as_tuple=True)
     inputs = ModelInputs(
@@ -145,6 +152,7 @@ def job(checkpoint, world, folder):
         "prompts": prompts,
         "groups": make_groups(prompts, checkpoint),
         "inputs": inputs,
+        "parity_only": parity_only,
     }
 
 
@@ -162,12 +170,15 @@ def golden(job, checkpoint, world):
 
 @pytest.fixture(scope="module", params=list(LAYOUTS))
 def layout(on_ranks, request, job, base):
+    return in_layout(on_ranks, request.param, job, base)
+
+
+def in_layout(on_ranks, name, job, base):
     """Name and results of one layout."""
-    if request.param == "tp1":
-        return request.param, base
-    layout, replicas = LAYOUTS[request.param]
-    job = job | {"name": request.param}
-    return request.param, on_ranks(layout, computed, job, replicas=replicas)[0]
+    if name == "tp1":
+        return name, base
+    layout, replicas = LAYOUTS[name]
+    return name, on_ranks(layout, computed, job | {"name": name}, replicas=replicas)[0]
 
 
 def assert_close(ours: dict, wanted: dict, *, absolute: float, what: str) -> None:

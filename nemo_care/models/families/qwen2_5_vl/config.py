@@ -7,14 +7,15 @@ from typing import Any, NoReturn
 
 from transformers import Qwen2_5_VLConfig
 
-from nemo_care.data.checkpoint_files import first_line
 from nemo_care.errors import InputError
+from nemo_care.models.families.config_keys import transformers_reason
+from nemo_care.models.families.processor_files import check_processor_files
 from nemo_care.models.families.qwen2_5_vl.config_checks import (
     MODEL_TYPE,
     check_stated,
     check_values,
 )
-from nemo_care.models.families.qwen2_5_vl.processor_files import check_processor_files
+from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 
 # What changes a result, and so has to be equal for the weights of one model to fit another.
 _TEXT = (
@@ -48,17 +49,13 @@ def read_config(folder: Path, raw: Mapping[str, Any], *, key: str) -> Qwen2_5_VL
     # transformers checks types with exceptions of several libraries and stumbles over others.
     except Exception as error:
         raise InputError(
-            f"{folder / 'config.json'}: transformers can't use it ({_reason(error)})"
+            f"{folder / 'config.json'}: transformers can't use it ({transformers_reason(error)})"
         ) from error
     check_values(raw, config, refuse)
-    check_processor_files(folder, config, key=key)
+    vision = config.vision_config
+    patching = PatchSize(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    check_processor_files(folder, patching, "Qwen2.5-VL", key=key)
     return config
-
-
-def _reason(error: Exception) -> str:
-    """One line; huggingface_hub's validation names the field in one and the fault in the next."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    return " ".join(lines[:2]) if len(lines) > 1 else first_line(error)
 
 
 def signature(hf: Qwen2_5_VLConfig) -> dict[str, Any]:

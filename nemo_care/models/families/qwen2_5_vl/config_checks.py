@@ -1,29 +1,24 @@
-"""What a checkpoint's config.json may say.
+"""What a Qwen2.5-VL's config.json may say (see `config_keys.py`)."""
 
-Every key is one of four kinds: it is honoured; it changes nothing that is computed here; it has the
-one value that is computed here; or it is refused by name. The last includes keys that nobody knows,
-unless they are switched off: a switch that is silently ignored trains another model.
-"""
-
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any
 
-from transformers import GenerationConfig, Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig
 from transformers.activations import ACT2FN
+
+from nemo_care.models.families.config_keys import (
+    QUANTISED,
+    Refuse,
+    check_keys,
+    divides,
+    positive,
+    shown,
+)
 
 MODEL_TYPE = "qwen2_5_vl"
 _ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 
-# Labels, outputs, sampling defaults (the recipe decides those) and left-overs of other versions.
-_NO_EFFECT_ANYWHERE = {
-    *vars(GenerationConfig()),
-    *("architectures", "attn_implementation", "chunk_size_feed_forward", "dtype", "id2label"),
-    *("initializer_range", "label2id", "model_type", "name_or_path", "num_labels", "prefix"),
-    *("problem_type", "return_dict", "tokenizer_class", "torch_dtype", "use_return_dict"),
-    *("sep_token_id", "unsloth_fixed"),
-}
 # What text_config holds, or the top of the older flat layout. transformers' attention knows no
 # limit of positions without rope scaling; windows are refused as a whole.
 _TEXT = {
@@ -89,13 +84,11 @@ _VISION_SIZES = (
     *("spatial_merge_size", "temporal_patch_size", "tokens_per_second", "out_hidden_size"),
 )
 _REMEDIES = {
-    "quantization_config": "quantised weights can't be trained: use the checkpoint that they were "
-    "made from",
+    "quantization_config": QUANTISED,
     "attention_bias": "a Qwen2.5-VL has biases at queries, keys and values alone: remove the key "
     "if the weights have just those",
 }
 
-Refuse = Callable[[str], NoReturn]
 # The places that hold text keys, by the prefix of their names.
 _Texts = Mapping[str, Mapping[str, Any]]
 
@@ -111,55 +104,35 @@ def check_stated(raw: Mapping[str, Any], refuse: Refuse) -> None:
     if not isinstance(vision, dict):
         refuse("vision_config is missing; use the config.json of a Qwen2.5-VL checkpoint")
     if nested is not None and not isinstance(nested, dict):
-        refuse(f"text_config is {_shown(nested)} where an object is needed")
+        refuse(f"text_config is {shown(nested)} where an object is needed")
     architectures = raw.get("architectures")
     if architectures and architectures != [_ARCHITECTURE]:
-        refuse(f"architectures is {_shown(architectures)}; only {_ARCHITECTURE} is supported")
+        refuse(f"architectures is {shown(architectures)}; only {_ARCHITECTURE} is supported")
     for block, kind in (("text_config", "text"), ("vision_config", "vision")):
         said = (raw.get(block) or {}).get("model_type")
         if said not in (None, MODEL_TYPE, f"{MODEL_TYPE}_{kind}"):
-            refuse(f"{block}.model_type is {_shown(said)}; only {MODEL_TYPE}_{kind} is supported")
-    _check_keys("", raw, _TOP, _COMPUTED, refuse)
-    _check_keys("text_config.", nested or {}, _TEXT | _TOKENS, _COMPUTED, refuse)
-    _check_keys("vision_config.", vision, _VISION, _VISION_COMPUTED, refuse)
+            refuse(f"{block}.model_type is {shown(said)}; only {MODEL_TYPE}_{kind} is supported")
+    for prefix, part, known, computed in (
+        ("", raw, _TOP, _COMPUTED),
+        ("text_config.", nested or {}, _TEXT | _TOKENS, _COMPUTED),
+        ("vision_config.", vision, _VISION, _VISION_COMPUTED),
+    ):
+        check_keys(prefix, part, known, computed, _REMEDIES, "Qwen2.5-VL", refuse)
     _check_rope({"": raw, "text_config.": nested or {}}, refuse)
     activation = vision.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACT2FN:
         refuse(
-            f"vision_config.hidden_act is {_shown(activation)}, no activation that transformers has"
+            f"vision_config.hidden_act is {shown(activation)}, no activation that transformers has"
         )
     rope = vision.get("rope_parameters")
     if rope not in (None, {}, {"rope_type": "axial", "rope_theta": 10000}):
         refuse(
-            f"vision_config.rope_parameters is {_shown(rope)}; only rope_type axial with "
+            f"vision_config.rope_parameters is {shown(rope)}; only rope_type axial with "
             "rope_theta 10000 is supported"
         )
     side, stated_side = vision.get("patch_size", 14), vision.get("spatial_patch_size")
     if stated_side not in (None, side):
-        refuse(f"vision_config.spatial_patch_size is {_shown(stated_side)}, patch_size {side}")
-
-
-def _check_keys(
-    prefix: str,
-    block: Mapping[str, Any],
-    known: set[str],
-    computed: Mapping[str, tuple[object, ...]],
-    refuse: Refuse,
-) -> None:
-    for key, value in block.items():
-        name = f"{prefix}{key}"
-        if key in computed:
-            if value not in computed[key]:
-                good = _shown(next((one for one in computed[key] if one is not None), None))
-                remedy = _REMEDIES.get(key, f"only {good} is supported")
-                refuse(f"{name} is {_shown(value)}; {remedy}")
-        elif key in known | _NO_EFFECT_ANYWHERE or key.startswith("_") or key.endswith("_version"):
-            continue
-        elif value not in (None, False, "", [], {}):
-            refuse(
-                f"{name} is {_shown(value)}, a key that a Qwen2.5-VL does not have; remove it if "
-                "the weights do not depend on it"
-            )
+        refuse(f"vision_config.spatial_patch_size is {shown(stated_side)}, patch_size {side}")
 
 
 def _check_rope(texts: _Texts, refuse: Refuse) -> None:
@@ -170,20 +143,18 @@ def _check_rope(texts: _Texts, refuse: Refuse) -> None:
             if rope is None:
                 continue
             if not isinstance(rope, dict):
-                refuse(f"{name} is {_shown(rope)} where an object is needed")
+                refuse(f"{name} is {shown(rope)} where an object is needed")
             for part, value in rope.items():
                 if part not in _ROPE or (_ROPE[part] and value not in _ROPE[part]):
                     refuse(
-                        f"{name}.{part} is {_shown(value)}; rope scaling is not supported, only "
+                        f"{name}.{part} is {shown(value)}; rope scaling is not supported, only "
                         "mrope without it"
                     )
     for part in ("rope_theta", "mrope_section"):
         (first, wanted), *others = _stated_rope(texts, part) or [("", None)]
         for name, value in others:
             if value != wanted:
-                refuse(
-                    f"{first} is {_shown(wanted)}, but {name} is {_shown(value)}; make them equal"
-                )
+                refuse(f"{first} is {shown(wanted)}, but {name} is {shown(value)}; make them equal")
 
 
 def _stated_rope(texts: _Texts, part: str) -> list[tuple[str, Any]]:
@@ -219,20 +190,20 @@ def check_values(raw: Mapping[str, Any], hf: Qwen2_5_VLConfig, refuse: Refuse) -
 
 
 def _check_text(raw: Mapping[str, Any], text: Any, refuse: Refuse) -> None:
-    _positive("text_config", text, _TEXT_SIZES, refuse)
+    positive("text_config", text, _TEXT_SIZES, refuse)
     for name, value in (
         ("rms_norm_eps", text.rms_norm_eps),
         ("rope_theta", text.rope_parameters["rope_theta"]),
     ):
         if not isinstance(value, int | float) or not 0 < value < math.inf:
-            refuse(f"{name} is {_shown(value)}; a positive number is needed")
-    _divides("hidden_size", "num_attention_heads", text, refuse)
-    _divides("num_attention_heads", "num_key_value_heads", text, refuse)
+            refuse(f"{name} is {shown(value)}; a positive number is needed")
+    divides("hidden_size", "num_attention_heads", text, refuse)
+    divides("num_attention_heads", "num_key_value_heads", text, refuse)
     head_dim = text.hidden_size // text.num_attention_heads
     for block in (raw, raw.get("text_config") or {}):
         if block.get("head_dim") not in (None, head_dim):
             refuse(
-                f"head_dim is {_shown(block['head_dim'])}; only hidden_size / num_attention_heads "
+                f"head_dim is {shown(block['head_dim'])}; only hidden_size / num_attention_heads "
                 f"= {head_dim} is supported"
             )
     section = text.rope_parameters.get("mrope_section")
@@ -243,16 +214,16 @@ def _check_text(raw: Mapping[str, Any], text: Any, refuse: Refuse) -> None:
         or 2 * sum(section) != head_dim
     ):
         refuse(
-            f"mrope_section is {'missing' if section is None else _shown(section)}; three numbers "
+            f"mrope_section is {'missing' if section is None else shown(section)}; three numbers "
             "are needed, how many of a head's frequencies turn with time, height and width, whose "
             f"sum is head_dim / 2 = {head_dim / 2:g}"
         )
     if set(text.layer_types) != {"full_attention"}:
-        refuse(f"layer_types is {_shown(text.layer_types)}; only full_attention is supported")
+        refuse(f"layer_types is {shown(text.layer_types)}; only full_attention is supported")
 
 
 def _check_vision(vision: Any, text: Any, refuse: Refuse) -> None:
-    _positive("vision_config", vision, _VISION_SIZES, refuse)
+    positive("vision_config", vision, _VISION_SIZES, refuse)
     if vision.hidden_size % (4 * vision.num_heads):
         refuse(
             f"vision_config.hidden_size is {vision.hidden_size}, no multiple of 4 * num_heads = "
@@ -277,8 +248,8 @@ def _check_agreement(raw: Mapping[str, Any], hf: Qwen2_5_VLConfig, refuse: Refus
     for name, value in _stated_rope({"": raw}, "rope_theta"):
         if value != text.rope_parameters["rope_theta"]:
             refuse(
-                f"{name} is {_shown(value)}, which transformers does not read there: it computes "
-                f"with {_shown(text.rope_parameters['rope_theta'])}; state it in text_config"
+                f"{name} is {shown(value)}, which transformers does not read there: it computes "
+                f"with {shown(text.rope_parameters['rope_theta'])}; state it in text_config"
             )
     nested = raw.get("text_config")
     if nested is None:
@@ -286,34 +257,16 @@ def _check_agreement(raw: Mapping[str, Any], hf: Qwen2_5_VLConfig, refuse: Refus
     tie = "tie_word_embeddings"
     if tie in raw and tie in nested and bool(raw[tie]) != bool(nested[tie]):
         refuse(
-            f"{tie} is {_shown(raw[tie])}, but text_config.{tie} is {_shown(nested[tie])}; make "
+            f"{tie} is {shown(raw[tie])}, but text_config.{tie} is {shown(nested[tie])}; make "
             "them equal"
         )
     for key in _VISION_TOKENS:
         if nested.get(key) not in (None, getattr(hf, key)):
-            refuse(f"text_config.{key} is {_shown(nested[key])}, but {key} is {getattr(hf, key)}")
+            refuse(f"text_config.{key} is {shown(nested[key])}, but {key} is {getattr(hf, key)}")
     for key in sorted((_TEXT & raw.keys()) - _COMPARED_APART):
         effective = getattr(text, key, None)
         if raw[key] is not None and raw[key] != effective:
             refuse(
-                f"{key} is {_shown(raw[key])}, but text_config.{key} is {_shown(effective)}; make "
+                f"{key} is {shown(raw[key])}, but text_config.{key} is {shown(effective)}; make "
                 "them equal"
             )
-
-
-def _positive(block: str, config: Any, names: Iterable[str], refuse: Refuse) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            refuse(f"{block}.{name} is {_shown(value)}; a positive whole number is needed")
-
-
-def _divides(name: str, by: str, config: Any, refuse: Refuse) -> None:
-    whole, part = getattr(config, name), getattr(config, by)
-    if whole % part:
-        refuse(f"{name} is {whole}, no multiple of {by} = {part}")
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -5,6 +5,7 @@ own video processor needs it.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,11 @@ class PatchSize:
     """How the model's vision config cuts frames: the family's `Patching`.
 
     Pixels per patch side, patches per side of what becomes one vision token, frames per patch.
+    Colours from 0 to 1 are normalised with `mean` and `std`.
     """
+
+    mean: ClassVar[Tensor] = CLIP_MEAN
+    std: ClassVar[Tensor] = CLIP_STD
 
     side: int = 14
     merge: int = 2
@@ -95,7 +100,7 @@ class PatchSize:
         # Divided by tensors of the device: CUDA multiplies by the reciprocal of a plain number,
         # which rounds differently. In place, because a long video's patches are large.
         images.div_(torch.full((), 255.0, device=device))
-        images.sub_(CLIP_MEAN.to(device)).div_(CLIP_STD.to(device))
+        images.sub_(self.mean.to(device)).div_(self.std.to(device))
         missing = -len(images) % self.frames
         if missing:
             images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])

@@ -1,7 +1,7 @@
 """What a checkpoint's processor files may say.
 
-Frames are resized, normalised and cut here (`patches.py`), so what these files say has to be
-that. How many pixels and frames are used is the recipe's choice (`data.video`, `data.image`).
+Frames are resized, normalised and cut by the family's `PatchSize`, so what these files say has to
+be that. How many pixels and frames are used is the recipe's choice (`data.video`, `data.image`).
 """
 
 import json
@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig
 
 from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
-from nemo_care.models.families.qwen2_5_vl.patches import CLIP_MEAN, CLIP_STD
+from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 
 _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 # Blocks of processor_config.json that say what the other files say.
@@ -22,15 +21,15 @@ _BLOCKS = ("image_processor", "video_processor", "feature_extractor")
 _BICUBIC = 3
 
 
-def check_processor_files(folder: Path, hf: Qwen2_5_VLConfig, *, key: str) -> None:
-    """Refuse processor files that make other pixels of a frame than is done here.
+def check_processor_files(folder: Path, patching: PatchSize, family: str, *, key: str) -> None:
+    """Refuse processor files that make other pixels of a frame than `patching` does.
 
-    `key` is the recipe's key that names the folder. Missing files say nothing.
+    `family` is its name in messages, `key` the recipe's key that names the folder. Missing files
+    say nothing.
 
     Raises:
         InputError: names file, key and value.
     """
-    vision = hf.vision_config
     wanted: dict[str, Any] = {
         "do_resize": True,
         "do_rescale": True,
@@ -40,11 +39,11 @@ def check_processor_files(folder: Path, hf: Qwen2_5_VLConfig, *, key: str) -> No
         "do_pad": False,
         "rescale_factor": 1 / 255,
         "resample": _BICUBIC,
-        "image_mean": _rounded(CLIP_MEAN),
-        "image_std": _rounded(CLIP_STD),
-        "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "merge_size": vision.spatial_merge_size,
+        "image_mean": _rounded(patching.mean),
+        "image_std": _rounded(patching.std),
+        "patch_size": patching.side,
+        "temporal_patch_size": patching.frames,
+        "merge_size": patching.merge,
     }
     for name in _FILES:
         file = folder / name
@@ -59,7 +58,7 @@ def check_processor_files(folder: Path, hf: Qwen2_5_VLConfig, *, key: str) -> No
                 if said is not None and not _equal(said, value):
                     raise InputError(
                         f"{key}={folder}: {name} says {setting}={json.dumps(said)}; only "
-                        f"{json.dumps(value)} is supported, with which Qwen2.5-VL was trained"
+                        f"{json.dumps(value)} is supported, with which {family} was trained"
                     )
 
 

@@ -1,0 +1,206 @@
+"""What a Qwen3-VL's config.json may say (see `config_keys.py`)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Qwen3VLConfig
+from transformers.activations import ACT2FN
+
+from nemo_care.models.families.config_keys import (
+    QUANTISED,
+    Refuse,
+    check_keys,
+    divides,
+    positive,
+    shown,
+)
+
+MODEL_TYPE = "qwen3_vl"
+NAME = "Qwen3-VL"
+_ARCHITECTURE = "Qwen3VLForConditionalGeneration"
+
+_TEXT_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+_VISION_SIZES = (
+    *("depth", "hidden_size", "intermediate_size", "num_heads", "patch_size", "spatial_merge_size"),
+    *("temporal_patch_size", "out_hidden_size", "num_position_embeddings"),
+)
+_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_TOP = {"text_config", "vision_config", "tie_word_embeddings", *_TOKENS}
+_TEXT = {
+    *_TEXT_SIZES,
+    *("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings"),
+    "tie_word_embeddings",
+}
+_VISION = {*_VISION_SIZES, "hidden_act", "deepstack_visual_indexes", "rope_parameters"}
+# Keys that may be there with the value that is computed here; None stands for a missing one.
+_COMPUTED: dict[str, tuple[object, ...]] = {
+    "attention_bias": (None, False),
+    "attention_dropout": (None, 0),
+    "hidden_act": (None, "silu", "swish"),
+    "mlp_bias": (None, False),
+    "partial_rotary_factor": (None, 1),
+    "use_sliding_window": (None, False),
+    "is_causal": (None, True),
+    "is_encoder_decoder": (None, False),
+    "use_bidirectional_attention": (None, False),
+    "quantization_config": (None, {}),
+}
+# Frames have three colours.
+_VISION_COMPUTED: dict[str, tuple[object, ...]] = {
+    "in_channels": (None, 3),
+    "quantization_config": (None, {}),
+}
+_REMEDIES = {"quantization_config": QUANTISED}
+# What the blocks rope_scaling and rope_parameters of text_config may say; (): any.
+_ROPE: dict[str, tuple[object, ...]] = {
+    "type": (None, "default", "mrope"),
+    "rope_type": (None, "default", "mrope"),
+    "rope_theta": (),
+    "mrope_section": (),
+    "mrope_interleaved": (None, True),
+    "partial_rotary_factor": (None, 1),
+}
+
+
+def check_stated(raw: Mapping[str, Any], refuse: Refuse) -> None:
+    """Refuse what config.json says and the model would not do, before transformers reads it.
+
+    Args:
+        raw: config.json.
+        refuse: Called with what is wrong; raises.
+    """
+    for block in ("text_config", "vision_config"):
+        if not isinstance(raw.get(block), dict):
+            refuse(f"{block} is missing; use the config.json of a {NAME} checkpoint")
+    text, vision = raw["text_config"], raw["vision_config"]
+    architectures = raw.get("architectures")
+    if architectures and architectures != [_ARCHITECTURE]:
+        refuse(f"architectures is {shown(architectures)}; only {_ARCHITECTURE} is supported")
+    for block, kind in (("text_config", "text"), ("vision_config", "vision")):
+        said = raw[block].get("model_type")
+        if said not in (None, MODEL_TYPE, f"{MODEL_TYPE}_{kind}"):
+            refuse(f"{block}.model_type is {shown(said)}; only {MODEL_TYPE}_{kind} is supported")
+    for prefix, part, known, computed in (
+        ("", raw, _TOP, _COMPUTED),
+        ("text_config.", text, _TEXT, _COMPUTED),
+        ("vision_config.", vision, _VISION, _VISION_COMPUTED),
+    ):
+        check_keys(prefix, part, known, computed, _REMEDIES, NAME, refuse)
+    _check_rope(text, refuse)
+    rope = vision.get("rope_parameters")
+    if rope not in (None, {}, {"rope_type": "axial", "rope_theta": 10000}):
+        refuse(
+            f"vision_config.rope_parameters is {shown(rope)}; only rope_type axial with "
+            "rope_theta 10000 is supported"
+        )
+    activation = vision.get("hidden_act", "gelu_pytorch_tanh")
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        refuse(
+            f"vision_config.hidden_act is {shown(activation)}, no activation that transformers has"
+        )
+
+
+def _check_rope(text: Mapping[str, Any], refuse: Refuse) -> None:
+    """Interleaved mRoPE alone, without scaling, stated once or alike everywhere."""
+    stated: dict[str, list[tuple[str, Any]]] = {
+        "rope_theta": [("text_config.rope_theta", text.get("rope_theta"))],
+        "mrope_section": [],
+    }
+    for key in ("rope_scaling", "rope_parameters"):
+        name, rope = f"text_config.{key}", text.get(key)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            refuse(f"{name} is {shown(rope)} where an object is needed")
+        for part, value in rope.items():
+            if part not in _ROPE or (_ROPE[part] and value not in _ROPE[part]):
+                refuse(
+                    f"{name}.{part} is {shown(value)}; only interleaved mrope without scaling is "
+                    "supported"
+                )
+        for part, places in stated.items():
+            places.append((f"{name}.{part}", rope.get(part)))
+    for places in stated.values():
+        (first, wanted), *others = [place for place in places if place[1] is not None] or [("", 0)]
+        for name, value in others:
+            if value != wanted:
+                refuse(f"{first} is {shown(wanted)}, but {name} is {shown(value)}; make them equal")
+
+
+def check_values(raw: Mapping[str, Any], hf: Qwen3VLConfig, refuse: Refuse) -> None:
+    """Refuse values that no model can have, and those that transformers has dropped.
+
+    Args:
+        raw: config.json.
+        hf: What transformers makes of it, its defaults filled in.
+        refuse: Called with what is wrong; raises.
+    """
+    tied = raw["text_config"].get("tie_word_embeddings")
+    if tied is not None and bool(tied) != bool(hf.tie_word_embeddings):
+        refuse(
+            f"text_config.tie_word_embeddings is {shown(tied)}, but what counts is "
+            f"tie_word_embeddings at the top, {shown(hf.tie_word_embeddings)}; make them equal"
+        )
+    _check_text(hf.text_config, refuse)
+    _check_vision(hf.vision_config, hf.text_config, refuse)
+    ids = [getattr(hf, name) for name in _TOKENS]
+    for name, token in zip(_TOKENS, ids, strict=True):
+        if not 0 <= token < hf.text_config.vocab_size:
+            refuse(f"{name} is {token}, no token of a vocabulary of {hf.text_config.vocab_size}")
+        if ids.count(token) > 1:
+            refuse(f"{name} is {token}, which another of {', '.join(_TOKENS)} is too")
+
+
+def _check_text(text: Any, refuse: Refuse) -> None:
+    positive("text_config", text, _TEXT_SIZES, refuse)
+    theta = text.rope_parameters["rope_theta"]
+    for name, value in (("rms_norm_eps", text.rms_norm_eps), ("rope_theta", theta)):
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            refuse(f"{name} is {shown(value)}; a positive number is needed")
+    divides("num_attention_heads", "num_key_value_heads", text, refuse)
+    section, half = text.rope_parameters.get("mrope_section"), text.head_dim / 2
+    if (
+        not isinstance(section, list)
+        or len(section) != 3
+        or not all(type(part) is int and part >= 0 for part in section)
+        or sum(section) != half
+        # Each third frequency turns with height, and each third with width.
+        or any(axis + 3 * (section[axis] - 1) >= half for axis in (1, 2))
+    ):
+        refuse(
+            f"mrope_section is {'missing' if section is None else shown(section)}; three numbers "
+            "are needed, how many of a head's frequencies turn with time, height and width, whose "
+            f"sum is head_dim / 2 = {half:g}, the last two at most a third of it"
+        )
+
+
+def _check_vision(vision: Any, text: Any, refuse: Refuse) -> None:
+    positive("vision_config", vision, _VISION_SIZES, refuse)
+    if vision.hidden_size % (4 * vision.num_heads):
+        refuse(
+            f"vision_config.hidden_size is {vision.hidden_size}, no multiple of 4 * num_heads = "
+            f"{4 * vision.num_heads}"
+        )
+    if vision.out_hidden_size != text.hidden_size:
+        refuse(
+            f"vision_config.out_hidden_size is {vision.out_hidden_size}, the language model's "
+            f"hidden_size {text.hidden_size}; they have to be equal"
+        )
+    places = vision.num_position_embeddings
+    if math.isqrt(places) ** 2 != places:
+        refuse(
+            f"vision_config.num_position_embeddings is {places}; a square number is needed, the "
+            "places of a square grid"
+        )
+    deep = list(vision.deepstack_visual_indexes)
+    inside = all(type(block) is int and 0 <= block < vision.depth for block in deep)
+    if not inside or deep != sorted(set(deep)) or len(deep) > text.num_hidden_layers:
+        refuse(
+            f"vision_config.deepstack_visual_indexes is {shown(deep)}; increasing numbers of "
+            f"blocks below depth = {vision.depth} are needed, at most as many as the language "
+            f"model's {text.num_hidden_layers} layers"
+        )

@@ -1,0 +1,47 @@
+"""Qwen3-VL on Megatron: Hugging Face's vision tower in front of Megatron's GPTModel."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from nemo_care.models.families.qwen2_5_vl.vision_attention import WINDOW_ATTENTION
+from nemo_care.models.families.qwen3_vl.rotary import InterleavedRotary
+from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
+
+if TYPE_CHECKING:
+    from nemo_care.models.families.qwen3_vl.family import Qwen3VLFamily
+
+
+class Qwen3VL(VideoLanguageModel):
+    """This rank's part of a Qwen3-VL."""
+
+    def __init__(
+        self, family: "Qwen3VLFamily", config: TransformerConfig, backend: str = "auto"
+    ) -> None:
+        """As `VideoLanguageModel`."""
+        hf = family.hf
+        super().__init__(family, config, backend, position_embedding_type="mrope")
+        rope = hf.text_config.rope_parameters
+        self.language_model.rotary_pos_emb = InterleavedRotary(
+            family.architecture.head_dim, rope["rope_theta"], rope["mrope_section"]
+        )
+        if not self.pre_process:
+            return
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+        tower = Qwen3VLVisionModel._from_config(
+            hf.vision_config, attn_implementation="sdpa", dtype=config.params_dtype
+        ).to(torch.cuda.current_device())
+        # Its windows are frames.
+        tower.config._attn_implementation = WINDOW_ATTENTION
+        if config.recompute_granularity == "full":
+            tower.gradient_checkpointing_enable({"use_reentrant": False})
+        self._attach_vision_tower(tower)
+
+    def vision_features(self, inputs: ModelInputs) -> torch.Tensor:
+        """As `VideoLanguageModel.vision_features`."""
+        assert inputs.pixel_values is not None
+        pixels = inputs.pixel_values.to(self.visual.dtype)
+        output = self.visual(pixels, grid_thw=inputs.grid_thw)
+        return torch.cat([output.pooler_output, *output.deepstack_features], dim=1)

@@ -1,0 +1,72 @@
+"""A tiny random Qwen3-VL with the miniature's words."""
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from nemo_care.miniature.tokenizer import build_tokenizer
+from nemo_care.miniature.vocabulary import END, IMAGE_PAD, PAD, TOKEN_ID, VIDEO_PAD, WORDS
+
+DEEP_LEVELS = 3
+
+
+def tiny_qwen3_config(**top) -> Qwen3VLConfig:
+    """Queries wider than the hidden states, and layers enough for the deep features on the first of
+    two stages. A frame of 28 x 28 pixels becomes 2 x 2 vision tokens."""
+    return Qwen3VLConfig(
+        architectures=["Qwen3VLForConditionalGeneration"],
+        text_config={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2 * DEEP_LEVELS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "vocab_size": len(WORDS),
+            "max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+            "bos_token_id": PAD,
+            "eos_token_id": END,
+            "pad_token_id": PAD,
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 7,
+            "num_position_embeddings": 9,
+            "deepstack_visual_indexes": [0, 1, 3],
+        },
+        image_token_id=IMAGE_PAD,
+        video_token_id=VIDEO_PAD,
+        vision_start_token_id=TOKEN_ID["<|vision_start|>"],
+        vision_end_token_id=TOKEN_ID["<|vision_end|>"],
+        **top,
+    )
+
+
+def write_tiny_qwen3(folder: Path, **top) -> Path:
+    """A checkpoint in which every parameter, norms and biases too, is random and matters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3VLForConditionalGeneration(tiny_qwen3_config(**top)).float()
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                deviation = parameter[0].numel() ** -0.5
+                torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else deviation)
+            else:
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+                if "norm" in name and name.endswith("bias"):
+                    parameter.data -= 1
+    model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=PAD)
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
