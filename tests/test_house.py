@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from sources import parsed
 
 import nemo_care
 
@@ -35,7 +36,7 @@ def test_imports_never_go_back_up(file):
     module = ".".join(["nemo_care", *file.relative_to(PACKAGE).with_suffix("").parts])
     if module == "nemo_care.__init__":
         return
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(parsed(file)):
         names = []
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nemo_care."):
             names = [node.module]
@@ -91,7 +92,7 @@ def _raw_output(tree: ast.AST) -> list[str]:
 def test_output_goes_through_the_module_that_makes_it_harmless(file):
     if file.name == "screen.py":
         return
-    tree = ast.parse(file.read_text())
+    tree = parsed(file)
     for node in ast.walk(tree):
         # Imports for annotations alone.
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from small_runs import one_step, small_recipe, small_trainer
+from sources import parsed
 
 import nemo_care
 from nemo_care.recipe.docs import blocks
@@ -24,7 +25,7 @@ BEGINS = re.compile(rf"({'|'.join(m.SECTIONS)})/")
 
 def literals(file: Path) -> list[str]:
     """All string literals of a source, also parts of f-strings; docstrings are none."""
-    tree = ast.parse(file.read_text())
+    tree = parsed(file)
     texts = {
         id(node.value)
         for node in ast.walk(tree)
