@@ -128,7 +128,7 @@ class Replayed:
             self._function()
         else:
             graph = torch.cuda.CUDAGraph()
-            # NCCL's watchdog asks for events in a thread of its own meanwhile.
+            # NCCL's watchdog thread queries events during the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._function()
             graph.replay()

@@ -37,7 +37,7 @@ def made_recipe(job, backend: str):
 
 
 def marks(model) -> dict[str, tuple]:
-    """How Megatron is told that a parameter is cut."""
+    """The marks by which Megatron knows that a parameter is cut."""
     names = ("tensor_model_parallel", "partition_dim", "sequence_parallel", "allreduce")
     defaults = (False, -1, False, True)
     return {

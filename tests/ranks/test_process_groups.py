@@ -39,13 +39,13 @@ def dealt(ranks: Ranks, job: None) -> tuple:
         tensors = [tensor.to("meta") for tensor in tensors]
     a, b, c, d = tensors
     parts = ranks.dealt_by_leader([(0, [a]), (1, [b, c]), (1, []), (0, []), (1, [d])])
-    told = ranks.from_leader(lambda: "everything", for_others=lambda text: text[:5])
-    return [[tensor.clone() for tensor in part] for part in parts], told
+    received = ranks.from_leader(lambda: "everything", for_others=lambda text: text[:5])
+    return [[tensor.clone() for tensor in part] for part in parts], received
 
 
 def test_a_leader_deals_tensors_and_tells_others_less(on_ranks):
-    (leader, told), (other, told_other) = on_ranks(Layout(tensor=2), dealt, None)
-    assert (told, told_other) == ("everything", "every")
+    (leader, received), (other, received_other) = on_ranks(Layout(tensor=2), dealt, None)
+    assert (received, received_other) == ("everything", "every")
     assert [[t.tolist() for t in part] for part in leader] == [[[[0, 1, 2]]], []]
     assert [[t.shape for t in part] for part in other] == [[(1, 5), (1, 7)], [], [(1, 2)]]
     assert all(t.tolist() == [list(range(t.numel()))] for part in other for t in part)

@@ -5,13 +5,17 @@ one value that is computed here; or it is refused by name. The last includes key
 unless they are switched off: a switch that is silently ignored trains another model.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.activations import ACT2FN
 
 from nemo_care.data.checkpoint_files import first_line
+from nemo_care.errors import InputError
 
 # Labels, outputs, sampling defaults (the recipe decides those) and left-overs of other versions.
 _NO_EFFECT = {
@@ -24,6 +28,7 @@ _NO_EFFECT = {
 QUANTISED = "quantised weights can't be trained: use the checkpoint that they were made from"
 
 Refuse = Callable[[str], NoReturn]
+C = TypeVar("C", bound=PretrainedConfig)
 
 
 def check_keys(
@@ -62,6 +67,49 @@ def check_keys(
             )
 
 
+def check_names(raw: Mapping[str, Any], architecture: str, model_type: str, refuse: Refuse) -> None:
+    """Refuse another architecture, or a block of another model type."""
+    architectures = raw.get("architectures")
+    if architectures and architectures != [architecture]:
+        refuse(f"architectures is {shown(architectures)}; only {architecture} is supported")
+    for block, kind in (("text_config", "text"), ("vision_config", "vision")):
+        said = (raw.get(block) or {}).get("model_type")
+        if said not in (None, model_type, f"{model_type}_{kind}"):
+            refuse(f"{block}.model_type is {shown(said)}; only {model_type}_{kind} is supported")
+
+
+def check_tower(vision: Mapping[str, Any], refuse: Refuse) -> None:
+    """Refuse an activation or rotation that a vision tower of transformers does not compute."""
+    if "hidden_act" in vision:
+        activation = vision["hidden_act"]
+        if not isinstance(activation, str) or activation not in ACT2FN:
+            refuse(
+                f"vision_config.hidden_act is {shown(activation)}, no activation that transformers "
+                "has"
+            )
+    rope = vision.get("rope_parameters")
+    if rope not in (None, {}, {"rope_type": "axial", "rope_theta": 10000}):
+        refuse(
+            f"vision_config.rope_parameters is {shown(rope)}; only rope_type axial with "
+            "rope_theta 10000 is supported"
+        )
+
+
+def check_tower_sizes(vision: Any, text: Any, names: Iterable[str], refuse: Refuse) -> None:
+    """Refuse sizes of a vision tower that do not fit each other or the language model."""
+    positive("vision_config", vision, names, refuse)
+    if vision.hidden_size % (4 * vision.num_heads):
+        refuse(
+            f"vision_config.hidden_size is {vision.hidden_size}, no multiple of 4 * num_heads = "
+            f"{4 * vision.num_heads}"
+        )
+    if vision.out_hidden_size != text.hidden_size:
+        refuse(
+            f"vision_config.out_hidden_size is {vision.out_hidden_size}, the language model's "
+            f"hidden_size {text.hidden_size}; they have to be equal"
+        )
+
+
 def positive(block: str, config: Any, names: Iterable[str], refuse: Refuse) -> None:
     """Refuse values of these names that are no positive whole numbers."""
     for name in names:
@@ -83,10 +131,25 @@ def shown(value: object) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def transformers_reason(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Why transformers does not take a configuration, in one line.
 
     huggingface_hub's validation names the field in one line and the fault in the next.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()]
     return " ".join(lines[:2]) if len(lines) > 1 else first_line(error)
+
+
+def transformers_config(kind: type[C], folder: Path, raw: Mapping[str, Any]) -> C:
+    """Return transformers' configuration of a directory whose config.json is `raw`.
+
+    Raises:
+        InputError: transformers does not take it.
+    """
+    try:
+        return kind.from_dict(copy.deepcopy(dict(raw)))
+    # transformers checks types with exceptions of several libraries and stumbles over others.
+    except Exception as error:
+        raise InputError(
+            f"{folder / 'config.json'}: transformers can't use it ({_reason(error)})"
+        ) from error

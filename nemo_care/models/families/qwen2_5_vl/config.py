@@ -1,6 +1,5 @@
 """The configuration of a checkpoint, read without Megatron: some commands need nothing else."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,7 +7,7 @@ from typing import Any, NoReturn
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
-from nemo_care.models.families.config_keys import transformers_reason
+from nemo_care.models.families.config_keys import transformers_config
 from nemo_care.models.families.processor_files import check_processor_files
 from nemo_care.models.families.qwen2_5_vl.config_checks import (
     MODEL_TYPE,
@@ -44,13 +43,7 @@ def read_config(folder: Path, raw: Mapping[str, Any], *, key: str) -> Qwen2_5_VL
         raise InputError(f"{key}={folder}: in config.json {what}")
 
     check_stated(raw, refuse)
-    try:
-        config = Qwen2_5_VLConfig.from_dict(copy.deepcopy(dict(raw)))
-    # transformers checks types with exceptions of several libraries and stumbles over others.
-    except Exception as error:
-        raise InputError(
-            f"{folder / 'config.json'}: transformers can't use it ({transformers_reason(error)})"
-        ) from error
+    config = transformers_config(Qwen2_5_VLConfig, folder, raw)
     check_values(raw, config, refuse)
     vision = config.vision_config
     patching = PatchSize(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)

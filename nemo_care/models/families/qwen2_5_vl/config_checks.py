@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import Qwen2_5_VLConfig
-from transformers.activations import ACT2FN
 
 from nemo_care.models.families.config_keys import (
     QUANTISED,
     Refuse,
     check_keys,
+    check_names,
+    check_tower,
+    check_tower_sizes,
     divides,
     positive,
     shown,
@@ -105,13 +107,7 @@ def check_stated(raw: Mapping[str, Any], refuse: Refuse) -> None:
         refuse("vision_config is missing; use the config.json of a Qwen2.5-VL checkpoint")
     if nested is not None and not isinstance(nested, dict):
         refuse(f"text_config is {shown(nested)} where an object is needed")
-    architectures = raw.get("architectures")
-    if architectures and architectures != [_ARCHITECTURE]:
-        refuse(f"architectures is {shown(architectures)}; only {_ARCHITECTURE} is supported")
-    for block, kind in (("text_config", "text"), ("vision_config", "vision")):
-        said = (raw.get(block) or {}).get("model_type")
-        if said not in (None, MODEL_TYPE, f"{MODEL_TYPE}_{kind}"):
-            refuse(f"{block}.model_type is {shown(said)}; only {MODEL_TYPE}_{kind} is supported")
+    check_names(raw, _ARCHITECTURE, MODEL_TYPE, refuse)
     for prefix, part, known, computed in (
         ("", raw, _TOP, _COMPUTED),
         ("text_config.", nested or {}, _TEXT | _TOKENS, _COMPUTED),
@@ -119,17 +115,7 @@ def check_stated(raw: Mapping[str, Any], refuse: Refuse) -> None:
     ):
         check_keys(prefix, part, known, computed, _REMEDIES, "Qwen2.5-VL", refuse)
     _check_rope({"": raw, "text_config.": nested or {}}, refuse)
-    activation = vision.get("hidden_act", "silu")
-    if not isinstance(activation, str) or activation not in ACT2FN:
-        refuse(
-            f"vision_config.hidden_act is {shown(activation)}, no activation that transformers has"
-        )
-    rope = vision.get("rope_parameters")
-    if rope not in (None, {}, {"rope_type": "axial", "rope_theta": 10000}):
-        refuse(
-            f"vision_config.rope_parameters is {shown(rope)}; only rope_type axial with "
-            "rope_theta 10000 is supported"
-        )
+    check_tower(vision, refuse)
     side, stated_side = vision.get("patch_size", 14), vision.get("spatial_patch_size")
     if stated_side not in (None, side):
         refuse(f"vision_config.spatial_patch_size is {shown(stated_side)}, patch_size {side}")
@@ -223,17 +209,7 @@ def _check_text(raw: Mapping[str, Any], text: Any, refuse: Refuse) -> None:
 
 
 def _check_vision(vision: Any, text: Any, refuse: Refuse) -> None:
-    positive("vision_config", vision, _VISION_SIZES, refuse)
-    if vision.hidden_size % (4 * vision.num_heads):
-        refuse(
-            f"vision_config.hidden_size is {vision.hidden_size}, no multiple of 4 * num_heads = "
-            f"{4 * vision.num_heads}"
-        )
-    if vision.out_hidden_size != text.hidden_size:
-        refuse(
-            f"vision_config.out_hidden_size is {vision.out_hidden_size}, the language model's "
-            f"hidden_size {text.hidden_size}; they have to be equal"
-        )
+    check_tower_sizes(vision, text, _VISION_SIZES, refuse)
     least = vision.patch_size * vision.spatial_merge_size
     if vision.window_size < least:
         refuse(

@@ -11,7 +11,7 @@ from nemo_care.models.families.qwen2_5_vl.patches import CLIP_MEAN, CLIP_STD, Pa
 from nemo_care.models.families.qwen2_5_vl.prompt import Qwen25VLPrompt
 
 _LEAST_PIXELS = 28 * 28
-# Rounding of two computations can be told apart by a few units in the last place.
+# Two computations differ by rounding, a few units in the last place.
 _STEPS = 16
 
 

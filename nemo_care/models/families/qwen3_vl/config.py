@@ -1,6 +1,5 @@
 """The configuration of a checkpoint, read without Megatron: some commands need nothing else."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,7 +7,7 @@ from typing import Any, NoReturn
 from transformers import Qwen3VLConfig
 
 from nemo_care.errors import InputError
-from nemo_care.models.families.config_keys import transformers_reason
+from nemo_care.models.families.config_keys import transformers_config
 from nemo_care.models.families.processor_files import check_processor_files
 from nemo_care.models.families.qwen3_vl.config_checks import (
     MODEL_TYPE,
@@ -50,13 +49,7 @@ def read_config(folder: Path, raw: Mapping[str, Any], *, key: str) -> Qwen3VLCon
         raise InputError(f"{key}={folder}: in config.json {what}")
 
     check_stated(raw, refuse)
-    try:
-        config = Qwen3VLConfig.from_dict(copy.deepcopy(dict(raw)))
-    # transformers checks types with exceptions of several libraries and stumbles over others.
-    except Exception as error:
-        raise InputError(
-            f"{folder / 'config.json'}: transformers can't use it ({transformers_reason(error)})"
-        ) from error
+    config = transformers_config(Qwen3VLConfig, folder, raw)
     check_values(raw, config, refuse)
     check_processor_files(folder, patching(config), NAME, key=key)
     return config

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import Qwen3VLConfig
-from transformers.activations import ACT2FN
 
 from nemo_care.models.families.config_keys import (
     QUANTISED,
     Refuse,
     check_keys,
+    check_names,
+    check_tower,
+    check_tower_sizes,
     divides,
     positive,
     shown,
@@ -77,13 +79,7 @@ def check_stated(raw: Mapping[str, Any], refuse: Refuse) -> None:
         if not isinstance(raw.get(block), dict):
             refuse(f"{block} is missing; use the config.json of a {NAME} checkpoint")
     text, vision = raw["text_config"], raw["vision_config"]
-    architectures = raw.get("architectures")
-    if architectures and architectures != [_ARCHITECTURE]:
-        refuse(f"architectures is {shown(architectures)}; only {_ARCHITECTURE} is supported")
-    for block, kind in (("text_config", "text"), ("vision_config", "vision")):
-        said = raw[block].get("model_type")
-        if said not in (None, MODEL_TYPE, f"{MODEL_TYPE}_{kind}"):
-            refuse(f"{block}.model_type is {shown(said)}; only {MODEL_TYPE}_{kind} is supported")
+    check_names(raw, _ARCHITECTURE, MODEL_TYPE, refuse)
     for prefix, part, known, computed in (
         ("", raw, _TOP, _COMPUTED),
         ("text_config.", text, _TEXT, _COMPUTED),
@@ -91,17 +87,7 @@ def check_stated(raw: Mapping[str, Any], refuse: Refuse) -> None:
     ):
         check_keys(prefix, part, known, computed, _REMEDIES, NAME, refuse)
     _check_rope(text, refuse)
-    rope = vision.get("rope_parameters")
-    if rope not in (None, {}, {"rope_type": "axial", "rope_theta": 10000}):
-        refuse(
-            f"vision_config.rope_parameters is {shown(rope)}; only rope_type axial with "
-            "rope_theta 10000 is supported"
-        )
-    activation = vision.get("hidden_act", "gelu_pytorch_tanh")
-    if not isinstance(activation, str) or activation not in ACT2FN:
-        refuse(
-            f"vision_config.hidden_act is {shown(activation)}, no activation that transformers has"
-        )
+    check_tower(vision, refuse)
 
 
 def _check_rope(text: Mapping[str, Any], refuse: Refuse) -> None:
@@ -179,17 +165,7 @@ def _check_text(text: Any, refuse: Refuse) -> None:
 
 
 def _check_vision(vision: Any, text: Any, refuse: Refuse) -> None:
-    positive("vision_config", vision, _VISION_SIZES, refuse)
-    if vision.hidden_size % (4 * vision.num_heads):
-        refuse(
-            f"vision_config.hidden_size is {vision.hidden_size}, no multiple of 4 * num_heads = "
-            f"{4 * vision.num_heads}"
-        )
-    if vision.out_hidden_size != text.hidden_size:
-        refuse(
-            f"vision_config.out_hidden_size is {vision.out_hidden_size}, the language model's "
-            f"hidden_size {text.hidden_size}; they have to be equal"
-        )
+    check_tower_sizes(vision, text, _VISION_SIZES, refuse)
     places = vision.num_position_embeddings
     if math.isqrt(places) ** 2 != places:
         refuse(
