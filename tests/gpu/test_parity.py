@@ -13,7 +13,7 @@ import copy
 import pytest
 import torch
 from bad_numbers import everything, inject, unchanged
-from golden import _disk_name, golden_step, hf_model
+from golden import golden_step, hf_model, parameters_on_disk
 from gpu_passes import Job, assert_same, needs_transformer_engine, passes_of
 from layouts import gather_weights, record_gradients
 from records import lines
@@ -277,5 +277,4 @@ def test_chunks_of_the_output_layer_equal_a_log_softmax(ranks):
 
 
 def test_names_of_hugging_face_and_the_golden_step_are_the_same(job: Job, golden):
-    names = {_disk_name(name) for name, _ in hf_model(job.checkpoint).named_parameters()}
-    assert names == set(golden.gradients)
+    assert set(parameters_on_disk(hf_model(job.checkpoint))) == set(golden.gradients)

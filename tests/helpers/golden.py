@@ -34,10 +34,14 @@ def hf_model(path) -> PreTrainedModel:
     ).eval()
 
 
-def _disk_name(name: str, model: PreTrainedModel) -> str:
+def parameters_on_disk(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """The parameters under the names that they have in a checkpoint of the hub."""
     if model.config.model_type != "qwen2_5_vl":
-        return name
-    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        return dict(model.named_parameters())
+    return {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): p
+        for name, p in model.named_parameters()
+    }
 
 
 def vision_inputs(model, prompt) -> dict:
@@ -78,7 +82,7 @@ def golden_step(path, groups: list[Group], recipe) -> GoldenStep:
     """Compute a step from the weights in `path`, with reference = policy, for groups that have
     tokens, answer spans, accuracy and format."""
     model, algorithm, optimizer = hf_model(path), recipe.algorithm, recipe.optimizer
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    start = {name: p.detach().clone() for name, p in parameters_on_disk(model).items()}
     likelihoods, bonuses, advantages = [], [], []
     for group in groups:
         accuracy, p = group.accuracy.tolist(), []
@@ -119,7 +123,7 @@ def golden_step(path, groups: list[Group], recipe) -> GoldenStep:
             loss = (-a * torch.exp(logp - logp.detach())).mean() / total
             loss.backward()
             loss_value += loss.item()
-    gradients = {_disk_name(n, model): p.grad.clone() for n, p in model.named_parameters()}
+    gradients = {n: p.grad.clone() for n, p in parameters_on_disk(model).items()}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad).item()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -133,11 +137,8 @@ def golden_step(path, groups: list[Group], recipe) -> GoldenStep:
         eps=optimizer.eps,
     ).step()
     decay = algorithm.reference.ema_decay
-    weights = {_disk_name(n, model): p.detach().clone() for n, p in model.named_parameters()}
-    average = {
-        name: decay * p + (1 - decay) * weights[name]
-        for name, p in ((_disk_name(n, model), p) for n, p in start.items())
-    }
+    weights = {n: p.detach().clone() for n, p in parameters_on_disk(model).items()}
+    average = {n: decay * p + (1 - decay) * weights[n] for n, p in start.items()}
     return GoldenStep(
         likelihoods, bonuses, advantages, loss_value, norm, gradients, weights, average
     )

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from golden import _disk_name, hf_model, log_probs
+from golden import hf_model, log_probs, parameters_on_disk
 from layouts import LAYOUTS, gather_gradients, reduce_whole_gradients, share_of
 from made_groups import make_groups, make_prompts
 from small_runs import one_step, small_recipe, small_trainer
@@ -117,13 +117,13 @@ def job(checkpoint, world, tmp_path_factory):
     ]
     wanted = {}
     longest = small_recipe(checkpoint, world).rollout.max_completion_tokens
-    parameters = dict(model.named_parameters())
+    parameters = parameters_on_disk(model)
     for case in cases:
         loss = objective(case, groups, policy, old, longest)
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
         wanted[case["name"]] = {
             "loss": loss.item(),
-            "gradients": dict(zip(map(_disk_name, parameters), gradients, strict=True)),
+            "gradients": dict(zip(parameters, gradients, strict=True)),
         }
     contents = {"folder": folder, "checkpoint": checkpoint, "world": world, "groups": groups}
     return contents | {"old_log_probs": old, "cases": cases}, wanted
