@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_care.data.patches import PixelBounds
 from nemo_care.miniature.vocabulary import DIRECTIONS, LETTERS, OPPOSITE, SHAPES
 
 FRAMES = 8
@@ -18,8 +17,7 @@ SHAPE_SIDE = 10
 SPEEDS = (1, 2)
 NOISE = 0.05
 FRAMES_PER_SECOND = 2
-# Every frame keeps its size: one merged patch per pair of frames.
-PIXELS = PixelBounds(SIDE * SIDE, SIDE * SIDE)
+# One merged patch per pair of frames.
 GRID = (FRAMES // 2, SIDE // 14, SIDE // 14)
 SECONDS_PER_GRID = 2 / FRAMES_PER_SECOND
 VIDEO_TOKENS = FRAMES // 2
