@@ -348,6 +348,5 @@ def test_a_printed_view_says_what_is_not_drawn_yet(page, printing, tmp_path):
     page.open((tmp_path / "out" / "index.html").as_uri())
     printing()
     drawn = page.js("document.querySelectorAll('section.group').length")
-    assert page.texts("#rest") == [
-        f"Not printed: {40 - drawn} more prompts, which the page draws when it is scrolled to its end"
-    ]
+    (note,) = page.texts("#rest")
+    assert note.startswith(f"Not printed: {40 - drawn} more prompts")
