@@ -126,6 +126,14 @@ def test_documented_command_runs(command, home, world, rank_server):
     assert done.stdout
 
 
+def test_the_tutorial_shows_what_a_missing_checkpoint_is_answered_with(tmp_path, rank_server):
+    words = ["-m", "nemo_care", "train", "--config-name", "grpo_care_qwen2_5_vl_7b"]
+    done = rank_server.run(words, tmp_path)
+    assert done.returncode == 2
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text()
+    assert " ".join(done.stderr.split()) in " ".join(tutorial.split())
+
+
 @pytest.mark.parametrize("rule", NOT_RUN)
 def test_each_rule_leaves_out_a_command(rule):
     assert any(re.search(rule, command) for command in DOCUMENTED)
