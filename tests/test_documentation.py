@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from documentation import anchors, blocks, commands, inline_code, links
+from documentation import PAGES, anchors, blocks, commands, inline_code, links, own_commands
 from omegaconf import OmegaConf
 from test_house import ORDER
 
@@ -21,11 +21,6 @@ from nemo_care.recipe.explain import all_keys, free_form_keys
 from nemo_care.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *sorted(ROOT.glob("docs/*.md")),
-    *sorted(ROOT.glob("examples/*/README.md")),
-]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 FOLDERS = ("benchmarks", "docs", "examples", "nemo_care", "recipes", "slurm", "tests")
 # Sources that the documentation names although they are not in this repository.
@@ -233,22 +228,8 @@ def _understand(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         _compose(["--config-name", "tiny_cpu", *options.overrides])
 
 
-def _own_commands(text: str) -> list[list[str]]:
-    """The words after `nemo-care` of all such commands of a page."""
-    lines = [*commands(text), *(code.split() for code in inline_code(text))]
-    found = []
-    for words in lines:
-        for place, word in enumerate(words):
-            if word.rpartition("/")[2] == "nemo-care":
-                found.append(words[place + 1 :])
-            if words[place : place + 2] == ["-m", "nemo_care.train"]:
-                found.append(["train", *words[place + 2 :]])
-    found = [[word for word in words if word != "..."] for words in found]
-    return [words for words in found if words and words[0].islower()]
-
-
 def test_commands_are_found_in_blocks_and_lines():
-    found = [words for page in PAGES for words in _own_commands(page.read_text())]
+    found = [words for page in PAGES for words in own_commands(page.read_text())]
     assert ["replay", "RUN", "--step", "12"] in found
     assert ["train", "--config-name", "mine", "+precision=fp8"] in found
     assert {"train", "evaluate", "plan", "doctor", "data", "study", "export"} <= {
@@ -258,7 +239,7 @@ def test_commands_are_found_in_blocks_and_lines():
 
 @each_page
 def test_commands_are_understood(page, recipes, monkeypatch):
-    for words in _own_commands(page.read_text()):
+    for words in own_commands(page.read_text()):
         assert words[0] in cli._COMMANDS
         # A command that is only named has no arguments.
         if not all(re.fullmatch("[a-z]+", word) for word in words):

@@ -13,7 +13,8 @@ from nemo_care.reporting.figures import COLOURS, OTHER
 from nemo_care.runs import metrics as m
 from nemo_care.runs.reader import RunRecord
 
-WIDTH, HEIGHT = 620, 230
+# Pixels of a telephone's screen, on which the text must be readable.
+WIDTH, HEIGHT = 400, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 24
 _MOST_POINTS = 400  # more steps are averaged
 _SHOWN = (

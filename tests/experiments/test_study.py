@@ -355,7 +355,7 @@ def test_differences_below_zero_have_a_sign_and_unpaired_seeds_are_left_out(made
     assert cells[4] == "−0.48 (0/1)"
 
 
-def test_every_seed_and_the_time_are_told(published):
+def test_every_seed_and_the_time_are_listed(published):
     text = (published() / "study.md").read_text()
     seeds, time = text.split("## Every seed")[1].split("## Time")
     assert len([line for line in seeds.splitlines() if line.startswith("| GRPO |")]) == 2
@@ -474,7 +474,7 @@ def test_results_of_another_study_are_refused(made, trained, change, named):
         made.run(results_file=results)
 
 
-def test_command_line_tells_status_and_reason(made, trained, capsys):
+def test_command_line_prints_status_and_reason(made, trained, capsys):
     where = ["--config-path", str(made.folder), "--out", str(made.out)]
     results = str(trained.out / "results.jsonl")
     assert main(["--config-name", "mine", *where, "--results", results]) == 0

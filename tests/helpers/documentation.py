@@ -5,6 +5,12 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+]
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 # A block of code indented by four spaces; deeper lines of a list are text.
 _INDENTED = re.compile(r"(?:\A|\n)\n((?: {4}.*\n|\n(?= {4}))+)")
@@ -48,6 +54,31 @@ def commands(text: str) -> Iterator[list[str]]:
                 words.pop(0)
             if words:
                 yield words
+
+
+def own_commands(text: str) -> list[list[str]]:
+    """Return the words after `nemo-care` of all such commands of a page."""
+    lines = [*commands(text), *(code.split() for code in inline_code(text))]
+    found = []
+    for words in lines:
+        for place, word in enumerate(words):
+            if word.rpartition("/")[2] == "nemo-care":
+                found.append(words[place + 1 :])
+            if words[place : place + 2] == ["-m", "nemo_care.train"]:
+                found.append(["train", *words[place + 2 :]])
+    found = [[word for word in words if word != "..."] for words in found]
+    return [words for words in found if words and words[0].islower()]
+
+
+def modules(text: str) -> list[list[str]]:
+    """Return the words after `python -m` of all such commands of a page."""
+    lines = [*commands(text), *(code.split() for code in inline_code(text))]
+    return [
+        words[place + 1 :]
+        for words in lines
+        for place, word in enumerate(words)
+        if word == "-m" and re.fullmatch(r"python[\d.]*", words[place - 1].rpartition("/")[2])
+    ]
 
 
 def anchors(page: Path) -> set[str]:

@@ -294,3 +294,59 @@ def test_the_report_opens_without_an_error_and_shows_values_on_hover(page, tmp_p
     page.wait("document.querySelector('details:nth-of-type(2)').open")
     page.resize(390, 844)
     assert page.js("document.documentElement.scrollWidth <= 390")
+    # Texts of charts are scaled with them.
+    assert page.js("12 * document.querySelector('.chart text').getScreenCTM().a") >= 10
+
+
+def background(page):
+    return page.js("getComputedStyle(document.body).backgroundColor")
+
+
+@pytest.fixture
+def printing(page):
+    """Let the page of a reader who prefers dark pages be as it is printed, after a call."""
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    yield lambda: page.call("Emulation.setEmulatedMedia", media="print", features=dark)
+    page.call("Emulation.setEmulatedMedia", media="", features=[])
+
+
+def test_a_printed_report_is_light_and_without_what_is_folded(page, printing, tmp_path):
+    page.call("Page.navigate", url=write_report(make_run(tmp_path / "run")).as_uri())
+    page.wait("document.readyState === 'complete' && document.querySelector('.chart')")
+    assert {"All curves", "Recipe"} <= set(page.texts("h2"))
+    printing()
+    assert background(page) == "rgb(255, 255, 255)"
+    # A section of which nothing is left has no heading either.
+    headings = page.texts("h2")
+    assert {"Validation", "Run", "Sampled completions"} <= set(headings)
+    assert not {"All curves", "Recipe"} & set(headings)
+    page.js("document.querySelectorAll('details')[1].open = true")
+    assert "All curves" in page.texts("h2")
+    assert len(page.texts("details")) == 1
+
+
+def test_a_printed_view_has_its_frames_bars_and_what_was_chosen(page, folder, printing):
+    opened(page, folder, "one", "#step=2&filters=wrong,truncated")
+    assert page.texts("#shown") == []
+    printing()
+    assert page.texts("#shown") == ["step 2 · wrong · truncated"]
+    assert page.texts("#filters, #steps, #curve") == []
+    page.js("go({filters: []})")
+    page.wait("document.querySelectorAll('.frame').length === 2")
+    assert background(page) == "rgb(255, 255, 255)"
+    adjusted = page.js(
+        "[...document.querySelectorAll('.frame, .bar i, .part span, .heat td')]"
+        ".map((e) => getComputedStyle(e).printColorAdjust)"
+    )
+    assert len(adjusted) > 10
+    assert set(adjusted) == {"exact"}
+
+
+def test_a_printed_view_says_what_is_not_drawn_yet(page, printing, tmp_path):
+    run = make_rollouts(tmp_path / "run", {1: groups(0, range(40), 2)})
+    write_view(run, None, tmp_path / "out", 0)
+    page.open((tmp_path / "out" / "index.html").as_uri())
+    printing()
+    drawn = page.js("document.querySelectorAll('section.group').length")
+    (note,) = page.texts("#rest")
+    assert note.startswith(f"Not printed: {40 - drawn} more prompts")

@@ -94,6 +94,11 @@ async function show() {
   byId("count").textContent = `${left.toLocaleString("en")} of ${completions.toLocaleString("en")} `
     + `completions in ${groups.toLocaleString("en")} of ${columns.flat().length.toLocaleString("en")} groups`
     + (now.prompt === null ? "" : ` of prompt ${now.prompt}`);
+  // On paper there are no buttons that show this.
+  byId("shown").textContent = [
+    now.step === ALL ? "all steps" : `step ${now.step}`, ...now.filters.map((name) => view.FILTERS[name]),
+    query && `search: ${query}`,
+  ].filter(Boolean).join(" · ");
   byId("groups").replaceChildren();
   drawn = 0;
   drawMore();
@@ -115,7 +120,10 @@ function drawMore() {
     )));
   }
   drawn = Math.min(rows.length, drawn + BATCH);
-  byId("show-more").hidden = drawn === rows.length;
+  const rest = rows.length - drawn;
+  byId("show-more").hidden = !rest;
+  byId("rest").textContent = rest ? `Not printed: ${rest.toLocaleString("en")} more prompts, `
+    + "which the page draws when it is scrolled to its end" : "";
   // Asks again whether the end is in sight.
   atEnd.unobserve(byId("more"));
   atEnd.observe(byId("more"));
