@@ -1,4 +1,4 @@
-"""Variables that CUDA's libraries read when they are loaded; set before torch is imported.
+"""Variables that libraries read when they are loaded; set before torch is imported.
 
 `slurm/environment.sh` sets the same in a batch job. Values set by the user or the image are kept,
 except for TF32: NVIDIA's containers enable it, which makes a rotary angle, a float32 product, wrong
@@ -18,6 +18,9 @@ DEFAULTS = {
     "NCCL_NVLS_ENABLE": "0",
     # TransformerEngine: attention with a bitwise reproducible backward is slower.
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1",
+    # Checkpoints are directories. Hundreds of ranks querying the hub would be throttled.
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
 }
 FIXED = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0", "NVIDIA_TF32_OVERRIDE": "0"}
 # Groups differ in length from step to step. Expandable segments prevent fragmentation, which would

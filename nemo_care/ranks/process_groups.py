@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from nemo_care.errors import InputError, RunFailed
 from nemo_care.megatron.cpu import enable_cpu_megatron
+from nemo_care.process.cores import bind_near
 from nemo_care.process.handover import without_collecting
 from nemo_care.ranks.environment import RankEnvironment
 from nemo_care.ranks.open_files import allow_open_files
@@ -37,6 +38,10 @@ def choose_kernels() -> None:
     torch.set_float32_matmul_precision("highest")
     # cuDNN's attention keeps a plan for every shape, and the number of shapes is unbounded here.
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _pci_address(gpu: Any) -> str:
+    return f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
 
 
 def _from_source(make: Callable[[], T], source: int, group: dist.ProcessGroup | None) -> T:
@@ -184,6 +189,8 @@ class Ranks:
                     f"{visible} GPUs: set trainer.devices to the GPUs of one machine"
                 )
             torch.cuda.set_device(env.local_rank % visible)
+            # Copies from and to memory of another CPU's node cross the link between CPUs.
+            bind_near(_pci_address(torch.cuda.get_device_properties(env.local_rank % visible)))
         else:
             torch.set_num_threads(cpu_threads)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"

@@ -31,7 +31,9 @@ def decided(ranks: Ranks, job: dict) -> dict:
             trainer.policy.model, trainer.generator.tokenizer, ranks,
             groups_per_batch=1, cuda_graphs=cuda_graphs,
         )  # fmt: skip
-        groups = generator.generate([g.prompt for g in job["groups"]], Sampling(2, 1.0, 1.0, 4, (7,)))
+        groups = generator.generate(
+            [g.prompt for g in job["groups"]], Sampling(2, 1.0, 1.0, 4, (7,))
+        )
         result[cuda_graphs] = [c.token_ids.tolist() for group in groups for c in group.completions]
     return result
 
