@@ -7,6 +7,8 @@ by 1 rad at position 3000. All passes would agree on it, so no check of ours wou
 
 import os
 
+from nemo_care.process.environment import INTERFACE
+
 DEFAULTS = {
     # Megatron: kernels run in launch order, so that a collective of tensor or sequence
     # parallelism starts before the product that hides it.
@@ -27,6 +29,7 @@ FIXED = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0", "NVIDIA_TF32_OVERRIDE": "0"}
 # lead to out-of-memory errors. torch accepts either name.
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 ALLOCATOR_DEFAULT = "expandable_segments:True"
+SOCKETS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def set_gpu_variables() -> None:
@@ -36,3 +39,5 @@ def set_gpu_variables() -> None:
     os.environ.update(FIXED)
     if not any(os.environ.get(name) for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = ALLOCATOR_DEFAULT
+    if INTERFACE.value:
+        os.environ.update(dict.fromkeys(SOCKETS, INTERFACE.value))
