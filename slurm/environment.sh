@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # The environment of every rank, sourced by node.sh, inside the container if there is one. For other
-# ways to start, nemo_care/ranks/gpu_variables.py sets the variables of CUDA's libraries. Variables
-# set by the submitting shell or the image are kept.
+# ways to start, nemo_care/ranks/gpu_variables.py sets the same. Variables set by the submitting
+# shell or the image are kept.
 
 # Megatron: kernels run in launch order, so that a collective of tensor and sequence parallelism
 # starts before the GEMM that hides it.

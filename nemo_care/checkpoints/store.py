@@ -168,7 +168,7 @@ def _why_not_writable(canary: Path) -> str | None:
 
 def _refuse_first(folder: Path, reason: str | None) -> None:
     """Raise the first rank's reason against the folder, on all ranks alike."""
-    first = Ranks.first_told(reason)
+    first = Ranks.first_problem(reason)
     if first is not None:
         rank, its = first
         raise InputError(
@@ -223,7 +223,7 @@ def verify_checkpoint(path: Path, parts: Collection[str] | None = None) -> None:
         if parts is None or record.part is None or record.part in parts
     }
     mine = _dealt(wanted, dist.get_world_size())[dist.get_rank()]
-    first = Ranks.first_told(find_changed(path, mine))
+    first = Ranks.first_problem(find_changed(path, mine))
     if first is not None:
         raise DamagedCheckpoint(first[1])
 
@@ -257,7 +257,7 @@ def load_checkpoint(
     Ranks.from_rank_zero(lambda: check_pickles(path))
     state = make_state()
     # Each rank has its part of the model: all must stop if one of them finds a difference.
-    misfit = Ranks.first_told(_misfit(path, state))
+    misfit = Ranks.first_problem(_misfit(path, state))
     if misfit is not None:
         raise InputError(misfit[1])
     return load(state, path)

@@ -74,9 +74,6 @@ class _StateWriter(FileSystemWriterAsync):
             if isinstance(data, torch.Tensor):
                 data = _copied(data.detach(), is_own=name.startswith(_GATHERED))
             parts[name.partition(".")[0]].append((item, data))
-        if torch.cuda.is_available():
-            # Copies to pinned memory are asynchronous.
-            torch.cuda.synchronize()
         self.parts = dict(sorted(parts.items()))
         self.prefix = plan.storage_data.prefix
 
@@ -103,7 +100,9 @@ class _StateWriter(FileSystemWriterAsync):
 
 def _copied(tensor: torch.Tensor, *, is_own: bool) -> torch.Tensor:
     if tensor.device.type != "cpu":
-        return tensor.to("cpu", non_blocking=True)
+        # Not asynchronously, which needs pinned memory: torch's allocator rounds each tensor up to
+        # a power of two and never returns it, and the copy of the state has every size.
+        return tensor.cpu()
     return tensor if is_own else tensor.clone()
 
 

@@ -10,10 +10,11 @@ from nemo_care.experiments.config import Study, check_name, find_study, read_stu
 from nemo_care.experiments.docs import read_page, update_docs
 from nemo_care.experiments.findings import Findings
 from nemo_care.experiments.page import BLOCKS, publish, show
-from nemo_care.experiments.processes import Failure, available_cores
+from nemo_care.experiments.processes import Failure
 from nemo_care.experiments.results import Result, check_results, read_results
 from nemo_care.experiments.runs import check_unchanged, claim, study_runs, train_variants
 from nemo_care.experiments.training_runs import training_command
+from nemo_care.process.cores import available_cores
 from nemo_care.process.screen import say
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from nemo_care.process.cores import available_cores
 from nemo_care.process.environment import STARTER
 
 # Seconds that a child has to exit by itself (it can be saving a checkpoint) before it is killed.
@@ -37,13 +38,6 @@ class Failure:
     """Exit status; negative: the signal that ended it."""
     log: Path
     last_lines: list[str]
-
-
-def available_cores() -> int:
-    """Return the number of cores available to this process."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def last_lines(log: Path, count: int = 15) -> list[str]:

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+# Elements that are checked at a time: CUDA's kernel of aminmax counts them in 32 bits.
+_PIECE = 2**30
+
 
 class GradientWatch:
     """Checks the gradients of this rank's own backward before they are summed.
@@ -28,9 +31,8 @@ class GradientWatch:
 
     def look(self) -> None:
         """Set `finite` (bool, on the gradients' device; nothing is read back from a GPU)."""
-        ends = [end for buffer in self._buffers() for end in torch.aminmax(buffer)]
-        # aminmax propagates a NaN, and needs no tensor of the buffer's size, unlike isfinite.
-        self.finite = torch.stack(ends).isfinite().all() if ends else torch.tensor(True)
+        parts = [_is_finite(buffer) for buffer in self._buffers()]
+        self.finite = torch.stack(parts).all() if parts else torch.tensor(True)
 
     def _buffers(self) -> Iterator[torch.Tensor]:
         for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
@@ -42,6 +44,12 @@ class GradientWatch:
         names = []
         for name, parameter in self.model.module.named_parameters():
             gradient = getattr(parameter, "main_grad", None)
-            if gradient is not None and not torch.stack(torch.aminmax(gradient)).isfinite().all():
+            if gradient is not None and not _is_finite(gradient):
                 names.append(name)
         return names
+
+
+def _is_finite(values: torch.Tensor) -> torch.Tensor:
+    # aminmax propagates a NaN, and needs no tensor of the values' size, unlike isfinite.
+    ends = [end for piece in values.flatten().split(_PIECE) for end in torch.aminmax(piece)]
+    return torch.stack(ends).isfinite().all()

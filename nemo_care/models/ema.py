@@ -63,15 +63,22 @@ class WeightAverage:
             parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)
 
     @torch.no_grad()
-    def update(self, policy: torch.nn.Module) -> None:
-        """Move towards `policy`, whose parameters must have the same names and shapes."""
+    def update(self, policy: torch.nn.Module) -> torch.Tensor:
+        """Move towards `policy`, whose parameters must have the same names and shapes.
+
+        Returns:
+            The `squared_distance` that is left: each parameter is on the compute device anyway.
+        """
         theta = dict(policy.named_parameters())
+        squares = self._no_squares()
         for name, parameter in self.model.named_parameters():
             average, target = self.state[name], theta[name].float()
             # Offloaded: one parameter at a time moves to the compute device for the arithmetic.
             moved = average.to(target.device, non_blocking=True)
             average.copy_(moved.mul_(self.decay).add_(target, alpha=1.0 - self.decay))
+            squares += _squares(theta[name], target, moved)
             self._show(name, parameter)
+        return squares
 
     def _show(self, name: str, parameter: torch.Tensor) -> None:
         """Set a parameter of the model to its average, unless `in_place` does that."""
@@ -85,14 +92,14 @@ class WeightAverage:
         A parameter that several ranks of a model replica have is counted on one of them, so that
         the sum over the replica does not depend on the layout.
         """
-        device = next(self.model.parameters()).device
-        squares = torch.zeros(2, dtype=torch.float64, device=device)
+        squares = self._no_squares()
         for name, theta in policy.named_parameters():
-            if param_is_not_shared(theta) and param_is_not_tensor_parallel_duplicate(theta):
-                difference = theta.float() - self.state[name].to(device)
-                squares[0] += difference.square().sum(dtype=torch.float64)
-                squares[1] += theta.float().square().sum(dtype=torch.float64)
+            squares += _squares(theta, theta.float(), self.state[name].to(theta.device))
         return squares
+
+    def _no_squares(self) -> torch.Tensor:
+        device = next(self.model.parameters()).device
+        return torch.zeros(2, dtype=torch.float64, device=device)
 
     def sharded_state_dict(self, prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
         """Return the float32 average as Megatron sharded tensors, laid out like the model's own."""
@@ -111,6 +118,17 @@ class WeightAverage:
         for name, parameter in self.model.named_parameters():
             self.state[name].copy_(state[prefix + name])
             self._show(name, parameter)
+
+
+def _squares(parameter: torch.Tensor, theta: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+    """Return the sums of (theta - phi)^2 and theta^2, float64 [2]; 0 if not counted on this rank.
+
+    `theta` and `phi` are float32; `theta` has the values of the policy's `parameter`.
+    """
+    if not (param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)):
+        return torch.zeros(2, dtype=torch.float64, device=theta.device)
+    difference = (theta - phi).square_().sum(dtype=torch.float64)
+    return torch.stack([difference, theta.square().sum(dtype=torch.float64)])
 
 
 def _cpu_copy(weight: torch.Tensor) -> torch.Tensor:

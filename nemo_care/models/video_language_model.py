@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -31,7 +32,7 @@ from nemo_care.models.decoding_cache import DecodingCache, PromptPass, Rotation
 from nemo_care.models.deep_features import DeepFeatures, take_deep_features
 from nemo_care.models.family import Family
 from nemo_care.models.layer_specs import layer_spec
-from nemo_care.models.log_probs import token_log_probs
+from nemo_care.models.log_probs import float32_product, token_log_probs
 from nemo_care.models.segments import PackedSegments
 from nemo_care.models.vision_dealing import VisionDealing
 
@@ -316,13 +317,11 @@ class VideoLanguageModel(MegatronModule, ABC):
     def next_token_logits(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Logits float32 [N, V] at `places` [N], gathered over the ranks (last stage).
 
-        `hidden` must be whole: use it with `without_sequence_parallel`.
+        `hidden` must be whole: use it with `without_sequence_parallel`. Not differentiable.
         """
         chosen = hidden.flatten(0, 1).index_select(0, places)
-        logits, _ = self.language_model.output_layer(
-            chosen[:, None], weight=self._output_weight(), runtime_gather_output=True
-        )
-        return logits[:, 0, : self.vocab_size].float()
+        logits = float32_product(chosen, self._output_weight().t())
+        return gather_from_tensor_model_parallel_region(logits)[:, : self.vocab_size]
 
     @contextmanager
     def without_sequence_parallel(self) -> Iterator[None]:

@@ -48,6 +48,11 @@ VLLM_KEY = Variable(
 RANK_LOGS = Variable(
     "NEMO_CARE_RANK_LOGS", "folder for a file with the output of each rank", "the screen"
 )
+INTERFACE = Variable(
+    "NEMO_CARE_INTERFACE",
+    "network interface for gloo and NCCL's sockets",
+    "gloo and NCCL choose; wrongly on some machines with several networks",
+)
 COMMIT = Variable(
     "NEMO_CARE_COMMIT", "the commit that a run records, if git is not available", "git's answer"
 )
@@ -61,7 +66,9 @@ RESOLVED_RECIPE = Variable(
     "set by the command for its ranks: the file of the resolved recipe",
     "the recipe is composed from the command line",
 )
-VARIABLES = (MODELS, DATA, VERBOSE, CPU, VLLM_KEY, RANK_LOGS, COMMIT, STARTER, RESOLVED_RECIPE)
+VARIABLES = (
+    MODELS, DATA, VERBOSE, CPU, VLLM_KEY, RANK_LOGS, INTERFACE, COMMIT, STARTER, RESOLVED_RECIPE
+)  # fmt: skip
 
 
 def page() -> str:

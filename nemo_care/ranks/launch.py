@@ -23,6 +23,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 
 from nemo_care.errors import AlreadyDone, InputError, RunFailed, RunStopped
 from nemo_care.process import ending
+from nemo_care.process.cores import available_cores
 from nemo_care.process.ending import FAILURE, USAGE_ERROR
 from nemo_care.process.environment import RANK_LOGS
 from nemo_care.process.os_errors import is_unusable_place, os_error_line
@@ -61,6 +62,8 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(number if number != ending.STARTER_GONE else signal.SIGTERM)
 
+    # Each rank would otherwise start as many threads as the machine has cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // count)))
     # Elastic's report of a failed rank repeats what the rank has printed.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     machines = node.count if node is not None else 1
@@ -72,6 +75,9 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
         run_id=node.run_id if node is not None else uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint=f"{node.address}:{node.port}" if node is not None else "localhost:0",
+        # Where the ranks meet if this is the first machine. By default it is the host's full name,
+        # which resolves to a loopback address or not at all on some machines.
+        local_addr=_address(node),
         rdzv_configs=(
             {
                 "is_host": node.place == 0,
@@ -123,6 +129,12 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
         )
         return FAILURE
     return 0
+
+
+def _address(node: Node | None) -> str:
+    if node is None:
+        return "localhost"
+    return node.address if node.place == 0 else node.name
 
 
 def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:

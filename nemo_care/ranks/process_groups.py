@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from nemo_care.errors import InputError, RunFailed
 from nemo_care.megatron.cpu import enable_cpu_megatron
+from nemo_care.process.cores import bind_near
 from nemo_care.process.handover import without_collecting
 from nemo_care.ranks.environment import RankEnvironment
 from nemo_care.ranks.open_files import allow_open_files
@@ -27,7 +28,7 @@ from nemo_care.recipe.schema import Recipe
 T = TypeVar("T")
 
 # Limit of a collective, in all groups. A rank can wait for another's slow file system, or for an
-# engine, whose own limit is reached first: rollout.vllm.timeout_seconds, half an hour like gloo's.
+# engine, whose own limit is reached first: rollout.vllm.timeout_seconds is shorter.
 TIMEOUT = timedelta(hours=2)
 
 
@@ -37,6 +38,10 @@ def choose_kernels() -> None:
     torch.set_float32_matmul_precision("highest")
     # cuDNN's attention keeps a plan for every shape, and the number of shapes is unbounded here.
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _pci_address(gpu: Any) -> str:
+    return f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
 
 
 def _from_source(make: Callable[[], T], source: int, group: dist.ProcessGroup | None) -> T:
@@ -137,10 +142,12 @@ class Ranks:
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.is_first_stage = parallel_state.is_pipeline_first_stage()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        model_group = parallel_state.get_model_parallel_group()
+        # In the order of stages, and of tensor-parallel ranks within a stage.
+        self.model_ranks = tuple(sorted(dist.get_process_group_ranks(model_group)))
         # One rank of each replica, among those that compute the loss.
-        self.is_loss_leader = (
-            self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
-        )
+        self.loss_leader = self.model_ranks[-layout.tensor]
+        self.is_loss_leader = self.rank == self.loss_leader
         self._make_object_groups()
 
     def _start(self, env: RankEnvironment, cpu_threads: int) -> None:
@@ -158,12 +165,10 @@ class Ranks:
 
     def _make_object_groups(self) -> None:
         """Create the gloo groups for Python objects."""
-        replicas: list[list[int]] = [[] for _ in range(self.world_size)]
-        model_ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
-        dist.all_gather_object(replicas, sorted(model_ranks))
+        replicas: list[tuple[int, ...]] = [()] * self.world_size
+        dist.all_gather_object(replicas, self.model_ranks)
         unique = sorted({tuple(members) for members in replicas})
-        self.model_ranks = tuple(sorted(model_ranks))
-        self.model_leader = min(model_ranks)
+        self.model_leader = self.model_ranks[0]
         self.is_model_leader = self.rank == self.model_leader
         self._model_group, _ = dist.new_subgroups_by_enumeration(
             [list(members) for members in unique], backend="gloo", timeout=TIMEOUT
@@ -184,6 +189,8 @@ class Ranks:
                     f"{visible} GPUs: set trainer.devices to the GPUs of one machine"
                 )
             torch.cuda.set_device(env.local_rank % visible)
+            # Copies from and to memory of another CPU's node cross the link between CPUs.
+            bind_near(_pci_address(torch.cuda.get_device_properties(env.local_rank % visible)))
         else:
             torch.set_num_threads(cpu_threads)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -295,13 +302,13 @@ class Ranks:
             result = do()
         except (InputError, RunFailed) as failure:
             error = failure
-        first = Ranks.first_told(None if error is None else _sendable(error))
+        first = Ranks.first_problem(None if error is None else _sendable(error))
         if first is not None:
             raise first[1]
         return result  # type: ignore[return-value]
 
     @staticmethod
-    def first_told(problem: T | None) -> tuple[int, T] | None:
+    def first_problem(problem: T | None) -> tuple[int, T] | None:
         """Return, on all ranks, the lowest rank with a problem and the problem, or None."""
         problems: list[T | None] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
@@ -335,13 +342,16 @@ class Ranks:
                 )
         return values[0]
 
-    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Broadcast the last stage's `tensor` to all stages (in place; same shape on all)."""
-        if self.layout.pipeline > 1:
+    def broadcast_from_loss_leader(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Broadcast `tensor` of one rank of the last stage to the replica (in place, same shape).
+
+        Also to the other tensor-parallel ranks of that stage, which have computed the same: on a
+        GPU, sums in another order can make their results differ in the last bit, and a decision
+        that depends on it would be made differently on each.
+        """
+        if len(self.model_ranks) > 1:
             dist.broadcast(
-                tensor,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
+                tensor, src=self.loss_leader, group=parallel_state.get_model_parallel_group()
             )
         return tensor
 

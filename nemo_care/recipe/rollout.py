@@ -90,6 +90,11 @@ class RolloutConfig:
     completions, and for the engines to receive the weights and the next prompts."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
+    @property
+    def masks_truncated(self) -> bool:
+        """Whether completions that were cut off get no advantage and no part in the loss."""
+        return self.truncated == "mask"
+
 
 TRUNCATED = ("keep", "mask", "penalise")
 
@@ -108,7 +113,8 @@ ROLLOUT_RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.vllm.kv_cache_gib": (1e-3, None),
     "rollout.vllm.sleep_level": (0, 2),
     "rollout.vllm.bucket_mib": (1, None),
-    "rollout.vllm.timeout_seconds": (1, None),
+    # Below the limit of collectives: ranks wait in one for the engine (ranks/process_groups.py).
+    "rollout.vllm.timeout_seconds": (1, 6000),
 }
 
 

@@ -154,17 +154,18 @@ class Decoding:
     def choose(
         self, logits: torch.Tensor, uniforms: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next token [R] and its log-probability [R], equal on all stages.
+        """The next token [R] and its log-probability [R], equal on all ranks of the replica.
 
-        Where the logits are not finite the token is EOS and its log-probability NaN.
+        One rank samples. Where the logits are not finite the token is EOS and its log-probability
+        NaN.
         """
-        if self.ranks.is_last_stage:
+        if self.ranks.is_loss_leader:
             token, log_prob = self._chosen(logits, uniforms)
         else:
             token = torch.zeros(len(logits), dtype=torch.long, device=self.device)
             log_prob = torch.zeros(len(logits), device=self.device)
-        self.ranks.broadcast_from_last_stage(token)
-        self.ranks.broadcast_from_last_stage(log_prob)
+        self.ranks.broadcast_from_loss_leader(token)
+        self.ranks.broadcast_from_loss_leader(log_prob)
         return token, log_prob
 
     def _chosen(

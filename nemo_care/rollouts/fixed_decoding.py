@@ -51,8 +51,7 @@ class FixedDecoding(Decoding):
         self.tokens, self.log_probs = self._results()
         self.positions = self._first_positions()
         logits = self.prefill().repeat_interleave(self.group_size, dim=0)
-        if self.ranks.is_last_stage:
-            self._take(logits)
+        self._take(logits)
         self._share()
         step = Replayed(self.step)
         for number in range(1, self.sampling.max_tokens):
@@ -68,7 +67,7 @@ class FixedDecoding(Decoding):
         return self.tokens.cpu(), self.log_probs.cpu()
 
     def step(self) -> None:
-        """Write this token down, put it through this stage and, on the last one, choose the next.
+        """Write this token down, put it through this stage and, after the last, choose the next.
 
         What a graph captures: no value on the CPU may depend on one on the GPU or change.
         """
@@ -94,7 +93,9 @@ class FixedDecoding(Decoding):
         return number
 
     def _take(self, logits: torch.Tensor) -> None:
-        """Choose the next token of each row."""
+        """Choose the next token of each row, on the rank that samples."""
+        if not self.ranks.is_loss_leader:
+            return
         assert self.cache.step is not None
         uniforms = self.uniforms.index_select(1, self.cache.step)[:, 0]
         token, log_prob = self._chosen(logits, uniforms)
@@ -102,9 +103,9 @@ class FixedDecoding(Decoding):
         self.log_prob.copy_(log_prob)
 
     def _share(self) -> None:
-        """Give the last stage's tokens to all stages."""
-        self.ranks.broadcast_from_last_stage(self.token)
-        self.ranks.broadcast_from_last_stage(self.log_prob)
+        """Give the tokens to all ranks of the replica."""
+        self.ranks.broadcast_from_loss_leader(self.token)
+        self.ranks.broadcast_from_loss_leader(self.log_prob)
 
 
 class Replayed:

@@ -20,9 +20,9 @@ from nemo_care.recipe.algorithm import AlgorithmConfig, ConsistencyConfig
 class Credit:
     """Sets `consistency_bonus`, `reward` and `advantage` of groups (algorithm steps 4 to 6)."""
 
-    def __init__(self, algorithm: AlgorithmConfig, *, truncated: str = "keep") -> None:
-        """Use the recipe's bonus and advantage; `truncated` is its rollout.truncated."""
-        self.masks_truncated = truncated == "mask"
+    def __init__(self, algorithm: AlgorithmConfig, *, masks_truncated: bool = False) -> None:
+        """Use the recipe's bonus and advantage, and `masks_truncated` of its rollouts."""
+        self.masks_truncated = masks_truncated
         self.consistency = algorithm.consistency
         self.bonus = BONUSES[algorithm.consistency.kind]
         self.advantage = ADVANTAGES[algorithm.advantage]

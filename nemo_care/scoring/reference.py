@@ -41,6 +41,8 @@ class Reference:
         self.ranks = ranks
         # Depends on how the model was built: only fp8.scoring builds it for 8 bits.
         self.scorer = Scorer(model, ranks, layout, fp8=True)
+        # Of the weights since the last `track`, if it has moved; see `WeightAverage.update`.
+        self._squares: torch.Tensor | None = None
 
     def score_answers(self, groups: Sequence[Group]) -> None:
         """Set `answer_likelihood`, clipped (algorithm step 3), on every rank, in one fused pass.
@@ -83,14 +85,21 @@ class Reference:
         Not before `ema_start_step`, nor while the share of groups in which the bonus separates
         accurate completions is above `ema_max_selection_rate`.
         """
+        self._squares = None
         waits = selection_rate is not None and selection_rate > self.max_selection_rate
         is_due = self.update_every and step % self.update_every == 0
         if is_due and step > self.start_step and not waits:
-            self.average.update(policy)
+            self._squares = self.average.update(policy)
 
     def distance(self, policy: torch.nn.Module) -> float:
-        """Return |theta - phi| / |theta| over the whole model."""
-        squares = self.ranks.sum_over_model(self.average.squared_distance(policy))
+        """Return |theta - phi| / |theta| over the whole model.
+
+        `policy` has the weights of the last `track`, which every update of theirs calls.
+        """
+        squares, self._squares = self._squares, None
+        if squares is None:
+            squares = self.average.squared_distance(policy)
+        squares = self.ranks.sum_over_model(squares)
         return float((squares[0] / squares[1]).sqrt())
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -99,4 +108,5 @@ class Reference:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the average from a loaded `sharded_state_dict`."""
+        self._squares = None
         self.average.load_state_dict(state, PREFIX)

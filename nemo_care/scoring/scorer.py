@@ -2,7 +2,7 @@
 
 A group's vision tower and prompt run once, the output layer only for the requested tokens. The
 caller's function reduces the log-probabilities on the last pipeline stage, micro-batch by
-micro-batch. One small broadcast then sends the results to the other stages.
+micro-batch. One small broadcast then sends the results of one rank to the others of its replica.
 """
 
 from collections.abc import Callable, Sequence
@@ -122,5 +122,5 @@ class Scorer:
             if self.ranks.is_last_stage
             else torch.zeros(sum(counts), device=compute_device())
         )
-        parts = self.ranks.broadcast_from_last_stage(flat).cpu().split(counts)
+        parts = self.ranks.broadcast_from_loss_leader(flat).cpu().split(counts)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -89,7 +89,7 @@ class DynamicSampling:
         """Return this round's groups of all replicas."""
         # Only the last stage has the reference's log-probabilities.
         worth = torch.tensor([self._worth(group) for group in groups], device=compute_device())
-        self.ranks.broadcast_from_last_stage(worth)
+        self.ranks.broadcast_from_loss_leader(worth)
         indices = [group.prompt.index for group in groups]
         everyone = self.ranks.gather_from_replicas(list(zip(worth.tolist(), indices, strict=True)))
         return [

@@ -104,7 +104,7 @@ class ModelSource:
             self._compare(other.signature(), family)
             check_weights(self.folder, key=self.key)
             return
-        with self._told_damaged():
+        with self._named_if_damaged():
             check_files(self.folder)
             names = stored_shapes(self.folder)
             stored = read_common(self.folder).get("trainer", {})
@@ -141,7 +141,7 @@ class ModelSource:
             model.load_state_dict({name.removeprefix(POLICY): t for name, t in state.items()})
 
     def _read(self, sharded: dict[str, Any]) -> dict[str, Any]:
-        with self._told_damaged():
+        with self._named_if_damaged():
             return self._read_verified(sharded)
 
     def _read_verified(self, sharded: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class ModelSource:
         )["weights"]
 
     @contextmanager
-    def _told_damaged(self) -> Iterator[None]:
+    def _named_if_damaged(self) -> Iterator[None]:
         """Raise InputError with the key that names a damaged checkpoint, and the remedy."""
         try:
             yield

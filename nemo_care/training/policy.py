@@ -41,7 +41,7 @@ class Policy:
         self.algorithm = recipe.algorithm
         self.loss = LOSSES[recipe.algorithm.loss]
         self.importance = recipe.rollout.importance_sampling
-        self.masks_truncated = recipe.rollout.truncated == "mask"
+        self.masks_truncated = recipe.rollout.masks_truncated
         self.longest = recipe.rollout.max_completion_tokens
         self.ranks = ranks
         self.layout = layout

@@ -74,7 +74,7 @@ class Rollouts:
             seed=(recipe.trainer.seed, _SEED_DOMAIN),
         )
         self._ahead: _Round | None = None
-        self._told = False
+        self._has_warned = False
 
     def __call__(self, step: Step) -> list[Group]:
         """Return the next groups, and note the step's skipped samples, times and staleness.
@@ -100,7 +100,7 @@ class Rollouts:
         step.skipped += current.skipped
         step.of_round(m.STALENESS, self.version() - current.version)
         if not step.is_last:
-            self._tell_once()
+            self._warn_once()
             self._ahead = self._begin(step)
         return groups
 
@@ -156,7 +156,7 @@ class Rollouts:
         assert isinstance(self.generator, BackgroundGenerator), "check_asynchronous"
         return self.generator
 
-    def _tell_once(self) -> None:
-        if not self._told and not self.corrected:
+    def _warn_once(self) -> None:
+        if not self._has_warned and not self.corrected:
             self.console.uncorrected_rollouts()
-        self._told = True
+        self._has_warned = True

@@ -28,7 +28,7 @@ from nemo_care.training.records import Row
 from nemo_care.training.step import Step
 
 # Interval of steps between repeated warnings of a large difference or an idle bonus.
-_TELL_AGAIN = 50
+_REPEAT_AFTER = 50
 # The bonus is idle if, over this number of steps, it distinguished completions in at most this
 # share of the groups that gave it a choice.
 _IDLE_STEPS = 20
@@ -182,8 +182,8 @@ class StepWatch:
         bound = self.recipe.rollout.max_logprob_difference
         difference = step.metrics[m.ROLLOUT_DIFFERENCE]
         if difference is not None and difference > bound:
-            if self._differences % _TELL_AGAIN == 0:
-                self.console.difference(step.number, difference, bound, again=_TELL_AGAIN)
+            if self._differences % _REPEAT_AFTER == 0:
+                self.console.difference(step.number, difference, bound, again=_REPEAT_AFTER)
             self._differences += 1
 
     def check_selection(self, step: int, rate: float | None) -> None:
@@ -198,8 +198,8 @@ class StepWatch:
         if len(self._selection_rates) < _IDLE_STEPS or mean > _IDLE_RATE:
             self._idle_steps = 0
             return
-        if self._idle_steps % _TELL_AGAIN == 0:
-            self.console.idle_bonus(step, mean, _IDLE_STEPS, again=_TELL_AGAIN)
+        if self._idle_steps % _REPEAT_AFTER == 0:
+            self.console.idle_bonus(step, mean, _IDLE_STEPS, again=_REPEAT_AFTER)
         self._idle_steps += 1
 
     def check_answers(self, groups: Sequence[Group]) -> None:
@@ -246,8 +246,8 @@ class StepWatch:
             self._silent_steps = 0
             return
         self._silent_steps += 1
-        if self._silent_steps % _TELL_AGAIN == _SILENT_STEPS:
-            self.console.no_signal(step, rows, self._silent_steps, again=_TELL_AGAIN)
+        if self._silent_steps % _REPEAT_AFTER == _SILENT_STEPS:
+            self.console.no_signal(step, rows, self._silent_steps, again=_REPEAT_AFTER)
 
     def _check_first_step(self, metrics: Mapping[Metric, float | None]) -> None:
         bounds = [

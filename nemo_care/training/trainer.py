@@ -71,7 +71,7 @@ class GRPOCareTrainer:
         self.ranks = ranks
         self.rewards = rewards
         self.reference = reference
-        self.credit = Credit(recipe.algorithm, truncated=recipe.rollout.truncated)
+        self.credit = Credit(recipe.algorithm, masks_truncated=recipe.rollout.masks_truncated)
         self.policy = policy
         self.validator = validator
         self.files = files

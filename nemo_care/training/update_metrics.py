@@ -98,8 +98,8 @@ class UpdateMetrics:
             sums = torch.stack(rows).sum(0)
             rows = [torch.stack([of.values[name] for name in maxima]) for of in results]
             largest = torch.stack(rows).amax(0)
-        self.ranks.broadcast_from_last_stage(sums)
-        self.ranks.broadcast_from_last_stage(largest)
+        self.ranks.broadcast_from_loss_leader(sums)
+        self.ranks.broadcast_from_loss_leader(largest)
         total = dict(zip(summed, self.ranks.sum_over_data(sums).tolist(), strict=True))
         total[Over.LOSS_TERMS] = float(loss_terms)
         found: dict[Metric, float | None] = {m.KL: None}

@@ -1,7 +1,11 @@
 """CPU memory that a GPU copies to and from: what CUDA is told of, with CUDA's part made up."""
 
 import torch
+from made_cuda import without_values
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemo_care.checkpoints.writer import _copied
 from nemo_care.megatron import host_memory
 
 
@@ -28,3 +32,26 @@ def test_memory_that_was_let_go_is_not_registered_again(monkeypatch):
         host_memory.host_empty((64,), torch.float32)
         host_memory.host_empty((2**18,), torch.float32)
     assert len(cuda.ranges) == 40
+
+
+class _Keywords(TorchDispatchMode):
+    """The keywords of every operator that is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.all = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.all.append(dict(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def test_copies_for_a_checkpoint_take_no_memory_of_the_pinned_allocator():
+    """Asynchronous copies to the CPU do. Tensors without values, since there is no GPU."""
+    with FakeTensorMode():
+        tensor = without_values(5)
+        with _Keywords() as keywords:
+            copy = _copied(tensor, is_own=False)
+    assert copy.device.type == "cpu"
+    assert any("device" in each for each in keywords.all)
+    assert not any(each.get("non_blocking") or each.get("pin_memory") for each in keywords.all)

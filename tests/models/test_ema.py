@@ -60,3 +60,19 @@ def test_float32_parameters_are_their_own_state():
     before = average.model.weight.detach().clone()
     average.update(model)
     torch.testing.assert_close(average.model.weight.detach(), 0.9 * before + 0.1)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_measures_the_distance_that_is_left(offload, dtype):
+    policy = torch.nn.Linear(64, 64).to(dtype)
+    average = WeightAverage(copy.deepcopy(policy), 0.9, offload=offload)
+    with torch.no_grad():
+        policy.weight.add_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    squares = average.update(policy)
+    assert torch.equal(squares, average.squared_distance(policy))
+    moved = [
+        p.detach().double() - average.state[name].double() for name, p in policy.named_parameters()
+    ]
+    wanted = sum(float(part.square().sum()) for part in moved)
+    assert squares[0].item() == pytest.approx(wanted, rel=1e-5)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from made_cuda import CUDA_PRODUCT, with_cuda_products, without_values
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemo_care.models.log_probs import token_log_probs
+from nemo_care.models.log_probs import float32_product, token_log_probs
 
 pytestmark = pytest.mark.numeric
 
@@ -105,3 +107,50 @@ def test_no_tensor_of_all_tokens_times_the_vocabulary_exists(ranks):
     with _LargestTensor() as largest:
         torch.log_softmax(hidden @ weight.t(), dim=-1)[torch.arange(rows), tokens].sum().backward()
     assert largest.elements == rows * vocabulary
+
+
+def rounding_errors():
+    """Largest errors of log-probabilities and of the weight's gradient, bf16 with large logits."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 32, generator=generator).bfloat16()
+    weight = (4 * torch.randn(40, 32, generator=generator)).bfloat16().requires_grad_()
+    tokens = torch.randint(0, 40, (64,), generator=generator)
+    exact = weight.detach().double().requires_grad_()
+    wanted = torch.log_softmax(hidden.double() @ exact.t(), dim=-1)[torch.arange(64), tokens]
+    ours = token_log_probs(hidden, weight, torch.arange(64), tokens, 40, chunk_elements=8 * 40)
+    wanted.sum().backward()
+    ours.sum().backward()
+    return (ours - wanted).abs().max().item(), (weight.grad - exact.grad).abs().max().item()
+
+
+def test_logits_of_bf16_weights_are_not_rounded_where_cuda_sums_them(ranks):
+    rounded, rounded_gradient = rounding_errors()
+    with with_cuda_products():
+        whole, whole_gradient = rounding_errors()
+    assert whole < 1e-4 < 1e-2 < rounded
+    assert whole_gradient < rounded_gradient / 2
+
+
+class _Products(TorchDispatchMode):
+    """The kernels that are called, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func.namespace == "aten":
+            self.kernels.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_of_cuda_tensors_is_one_kernel_with_a_float32_result(dtype):
+    """Tensors without values, since there is no GPU: only the call is checked."""
+    with FakeTensorMode():
+        left, right = without_values(4, 8, dtype=dtype), without_values(6, 8, dtype=dtype)
+        with _Products() as calls:
+            product = float32_product(left, right.t())
+    assert (product.dtype, product.device.type) == (torch.float32, "cuda")
+    wanted = CUDA_PRODUCT if dtype == torch.bfloat16 else torch.ops.aten.mm.default
+    assert calls.kernels == [wanted]

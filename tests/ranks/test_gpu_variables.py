@@ -6,15 +6,23 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from nemo_care.ranks import process_groups
-from nemo_care.ranks.gpu_variables import ALLOCATOR, DEFAULTS, FIXED, set_gpu_variables
+from nemo_care.ranks.gpu_variables import (
+    ALLOCATOR,
+    DEFAULTS,
+    FIXED,
+    SOCKETS,
+    set_gpu_variables,
+)
 from nemo_care.ranks.process_groups import TIMEOUT, Layout, RankEnvironment, Ranks
+from nemo_care.recipe.rollout import ROLLOUT_RANGES
 from nemo_care.recipe.vllm import VLLMConfig
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "environment.sh"
-NAMES = (*DEFAULTS, *FIXED, *ALLOCATOR)
+NAMES = (*DEFAULTS, *FIXED, *ALLOCATOR, *SOCKETS)
 
 
 def test_what_the_user_has_set_stays_but_for_tf32(monkeypatch):
@@ -31,15 +39,15 @@ def test_what_the_user_has_set_stays_but_for_tf32(monkeypatch):
     assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
 
 
-def test_a_batch_job_and_the_command_set_the_same(monkeypatch):
-    plain = {"PATH": os.environ["PATH"], "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+@pytest.mark.parametrize("interface", [{}, {"NEMO_CARE_INTERFACE": "ib0"}])
+def test_a_batch_job_and_the_command_set_the_same(monkeypatch, interface):
+    plain = {"PATH": os.environ["PATH"], "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"} | interface
     shown = subprocess.run(
         ["bash", "-c", f"set -eu; . {SCRIPT}; env"],
         env=plain, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     by_script = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", plain)
     set_gpu_variables()
     for name in NAMES:
         assert by_script.get(name) == os.environ.get(name), name
@@ -67,4 +75,5 @@ def test_a_rank_starts_with_whole_float32_products_and_bounded_attention_kernels
 
 
 def test_an_engine_that_is_late_is_reported_before_a_collective_that_waits_for_it():
-    assert VLLMConfig().timeout_seconds < TIMEOUT.total_seconds()
+    _, longest = ROLLOUT_RANGES["rollout.vllm.timeout_seconds"]
+    assert VLLMConfig().timeout_seconds <= longest < TIMEOUT.total_seconds()

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nemo_care.process.cores import available_cores
+
 STARTER = """
 import sys
 from nemo_care.ranks.launch import start_ranks
@@ -48,6 +50,24 @@ def test_one_dying_rank_ends_all(tmp_path: Path, how: str, status: int, message:
     assert message in done.stderr
     if "ValueError" in how:
         assert "ValueError: broken on purpose" in done.stderr
+
+
+def test_ranks_share_the_cores_and_meet_on_this_machine(tmp_path, monkeypatch):
+    """The host's name need not resolve to any address."""
+    program, starter = tmp_path / "program.py", tmp_path / "starter.py"
+    program.write_text(
+        "import os\nprint(os.environ['OMP_NUM_THREADS'], os.environ['MASTER_ADDR'], flush=True)\n"
+    )
+    starter.write_text(STARTER)
+    for given, threads in ((None, max(1, available_cores() // 2)), ("7", 7)):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        done = subprocess.run(
+            [sys.executable, str(starter), str(program)],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        assert done.stdout.splitlines() == [f"{threads} localhost"] * 2
 
 
 # Notes what it hears and ends with that, as a run that has saved; with an argument it never ends.

@@ -36,7 +36,8 @@ import torch.distributed as dist
 dist.init_process_group("gloo")
 total = torch.ones(1)
 dist.all_reduce(total)
-print(f"rank {os.environ['RANK']} of {int(total)}", flush=True)
+place = os.environ["MASTER_ADDR"]
+print(f"rank {os.environ['RANK']} of {int(total)} at {place}", flush=True)
 """
 DONE = "dist.destroy_process_group()"
 FAILING = "if os.environ['RANK'] == '3': raise ValueError('broken on purpose')\ntime.sleep(600)"
@@ -128,9 +129,9 @@ def test_two_starters_make_one_world_with_a_log_for_each_rank(tmp_path):
     outputs = [starter.communicate(timeout=120) for starter in starters]
     assert [starter.returncode for starter in starters] == [0, 0], outputs
     logs = [(tmp_path / f"ranks/rank_{rank:04d}.out").read_text() for rank in range(4)]
-    assert logs == [f"rank {rank} of 4\n" for rank in range(4)]
+    assert logs == [f"rank {rank} of 4 at 127.0.0.1\n" for rank in range(4)]
     # The screen shows one of them.
-    assert "".join(out for out, _ in outputs) == "rank 0: rank 0 of 4\n"
+    assert "".join(out for out, _ in outputs) == "rank 0: rank 0 of 4 at 127.0.0.1\n"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from nemo_care.errors import InputError
 from nemo_care.recipe.compose import compose_recipe
 
 BASE = "grpo_care_qwen2_5_vl_7b"
+ROLLOUT_FP8 = "model.precision.fp8.rollout=true"
 
 
 def refusal(*arguments: object) -> str:
@@ -123,3 +124,20 @@ def test_config_path_that_is_no_folder(arguments):
 def test_yaml_that_does_not_parse_is_named_by_its_line(own, tmp_path):
     message = own(mine="defaults: [tiny_cpu, _self_]\n trainer: {seed: 1}\n")
     assert message.startswith(f"{tmp_path}/mine.yaml:2: ")
+
+
+def test_cuda_graphs_are_refused_where_they_can_not_be_captured():
+    graphs = "rollout.cuda_graphs=true"
+    with_vllm = refusal("--config-name", BASE, graphs, "rollout.backend=vllm")
+    assert with_vllm.startswith(f"{graphs} is for rollout.backend=megatron")
+    assert with_vllm.endswith("set it to false")
+    eight_bits = refusal("--config-name", f"{BASE.replace('7b', '72b')}_fp8", graphs, ROLLOUT_FP8)
+    assert eight_bits.startswith(f"{graphs} with {ROLLOUT_FP8}: ")
+    assert eight_bits.endswith("set one of them to false")
+    compose_recipe(["--config-name", BASE, graphs])
+
+
+def test_an_engine_can_not_be_waited_for_longer_than_a_collective_waits():
+    message = refusal("--config-name", BASE, "rollout.vllm.timeout_seconds=7200")
+    assert message.startswith("rollout.vllm.timeout_seconds=7200")
+    assert "6000" in message

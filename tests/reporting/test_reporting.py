@@ -16,9 +16,10 @@ from rich.console import Console
 
 from nemo_care.errors import InputError
 from nemo_care.experiments.compare import compare
-from nemo_care.experiments.processes import available_cores, last_lines
+from nemo_care.experiments.processes import last_lines
 from nemo_care.experiments.training_runs import quoted
 from nemo_care.files.json_lines import complete_lines
+from nemo_care.process.cores import available_cores
 from nemo_care.reporting.charts import draw_charts
 from nemo_care.reporting.page import choose_samples
 from nemo_care.reporting.report import duration, follow_report, write_report

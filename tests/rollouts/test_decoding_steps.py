@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from made_cuda import with_cuda_products
 from made_groups import make_prompts
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from small_runs import small_recipe, small_trainer
@@ -174,6 +175,25 @@ def test_steps_of_a_fixed_shape_sample_the_same_tokens(trainer, prompts, tempera
     longest = max(c.length for c in wanted)
     assert longest < 64 - fixed_decoding.LOOK_EVERY, "the completions end too late for this test"
     assert longest <= len(steps) + 1 <= longest + fixed_decoding.LOOK_EVERY + 1
+
+
+def test_logits_of_the_next_token_are_those_of_the_output_layer(trainer):
+    """On a CPU to the last bit; on CUDA without rounding them to bf16 first."""
+    model = trainer.policy.model
+    weight = model._output_weight().detach()
+    hidden = torch.randn(5, 1, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([4, 0, 2])
+    with torch.no_grad():
+        wanted, _ = model.language_model.output_layer(hidden[places], weight=weight)
+        assert torch.equal(
+            model.next_token_logits(hidden, places), wanted[:, 0, : model.vocab_size]
+        )
+        with pytest.MonkeyPatch.context() as patch, with_cuda_products():
+            patch.setattr(model, "_output_weight", weight.bfloat16)
+            hidden = hidden.bfloat16()
+            ours = model.next_token_logits(hidden, places)
+    exact = hidden[places, 0].double() @ weight.bfloat16().double().t()
+    torch.testing.assert_close(ours.double(), exact[:, : model.vocab_size], atol=1e-5, rtol=1e-5)
 
 
 def test_prompts_one_after_another_are_cached_as_together(trainer, prompts):

@@ -38,6 +38,39 @@ def test_top_p_keeps_the_fewest_most_likely_tokens_that_reach_it(top_p, kept):
     np.testing.assert_allclose(frequencies[kept], wanted.numpy(), atol=1e-3)
 
 
+def sampled_by_sorting(
+    logits: np.ndarray, uniforms: np.ndarray, temperature: float, top_p: float
+) -> list[int]:
+    """A token for each uniform number, with the likeliest tokens found by a sort in float64."""
+    scaled = logits.astype(np.float64) / temperature
+    probabilities = np.exp(scaled - scaled.max())
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities, kind="stable")
+    ordered = probabilities[order]
+    kept = np.zeros(len(logits), dtype=bool)
+    kept[order] = np.cumsum(ordered) - ordered < top_p
+    cumulative = np.cumsum(np.where(kept, probabilities, 0.0))
+    return np.searchsorted(cumulative, uniforms * cumulative[-1], side="right").tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("top_p", [0.2, 0.9, 0.95, 0.999, 1.0])
+def test_the_order_of_float32_logits_gives_the_tokens_that_a_sort_in_float64_gives(
+    temperature, top_p
+):
+    """In a vocabulary of equally likely tokens, too."""
+    generator = torch.Generator().manual_seed(0)
+    # Of 8 bits, as those of a bf16 model are, so that many logits are equal.
+    logits = (4 * torch.randn(3, 400, generator=generator)).bfloat16().float()
+    assert all(len(row.unique()) < len(row) for row in logits)
+    uniforms = torch.rand(2000, dtype=torch.float64, generator=generator)
+    for row in logits:
+        ours = sample_tokens(row.expand(len(uniforms), -1), uniforms, temperature, top_p)
+        assert ours.tolist() == sampled_by_sorting(
+            row.numpy(), uniforms.numpy(), temperature, top_p
+        )
+
+
 def test_temperature_zero_is_greedy():
     logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(0))
     tokens = sample_tokens(logits, torch.rand(16), 0.0, 0.5)

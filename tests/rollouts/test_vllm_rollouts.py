@@ -398,7 +398,7 @@ def test_an_engine_with_another_secret_is_named(trainer, host, monkeypatch):
 
 
 class Receiver:
-    """Keeps the names of what it is sent; fails at the second piece where it is told to."""
+    """Keeps the names of what it is sent; fails at the second piece if it is meant to."""
 
     def __init__(self, fails: bool = False) -> None:
         self.fails = fails
@@ -444,8 +444,8 @@ def streamed(ranks: Ranks, job: tuple) -> dict:
         error = ""
     except RunFailed as failure:
         error = str(failure)
-    told = ranks.gather_in_replica(error)
-    result = {"wrong": wrong, "names": names, "held": held, "told": told}
+    errors = ranks.gather_in_replica(error)
+    result = {"wrong": wrong, "names": names, "held": held, "errors": errors}
     result["missing"] = sorted(on_disk.keys() - set(names))
     result["pieces"] = len(receiver.pieces) if receiver is not None else None
     return result
@@ -462,7 +462,7 @@ def test_every_rank_sees_the_whole_model_tensor_by_tensor(
     for result in results:
         assert (result["wrong"], result["missing"]) == ([], [])
         assert result["names"] == results[0]["names"]
-        assert result["told"] == ["the engine has failed"] + [""] * (tensor * pipeline - 1)
+        assert result["errors"] == ["the engine has failed"] + [""] * (tensor * pipeline - 1)
     assert results[0]["held"] == results[0]["names"]
     assert results[0]["pieces"] > 5
 

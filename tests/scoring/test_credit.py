@@ -67,7 +67,7 @@ def test_masked_completions_count_in_the_baseline_and_get_no_advantage():
     made.completions = [SimpleNamespace(ended=value) for value in ended]
     kept = group()
     Credit(AlgorithmConfig())([kept])
-    Credit(AlgorithmConfig(), truncated="mask")([made])
+    Credit(AlgorithmConfig(), masks_truncated=True)([made])
     assert made.advantage[1] == 0 != kept.advantage[1]
     rest = torch.tensor(ended)
     assert torch.equal(made.advantage[rest], kept.advantage[rest])

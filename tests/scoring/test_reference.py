@@ -38,6 +38,35 @@ def test_reference_follows_every_so_many_steps_after_its_start(recipe, ranks, tm
     assert moved_in(trainer, [1.0] * 4) == [False, False, False, True]
 
 
+def test_the_distance_is_measured_while_the_reference_moves_and_again_where_it_did_not(
+    recipe, ranks, tmp_path
+):
+    recipe.algorithm.reference.ema_update_every = 2
+    recipe.algorithm.reference.offload = True
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    reference, policy = trainer.reference, trainer.policy.model
+    measure, measured = reference.average.squared_distance, []
+    reference.average.squared_distance = lambda policy: measured.append(policy) or measure(policy)
+    distances = []
+    # It moves in the second step only.
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(0.01)
+        reference.track(policy, step)
+        squares = measure(policy)
+        distances.append((reference.distance(policy), float((squares[0] / squares[1]).sqrt())))
+    assert len(measured) == 2
+    assert all(ours == wanted > 0 for ours, wanted in distances)
+    # Asked again, and after loading other weights, nothing old is taken.
+    reference.track(policy, 4)
+    with torch.no_grad():
+        for value in reference.average.state.values():
+            value.zero_()
+    reference.load_state_dict({f"reference.{k}": v for k, v in reference.average.state.items()})
+    assert reference.distance(policy) == 1.0
+
+
 def test_reference_waits_while_the_bonus_selects(recipe, ranks, tmp_path):
     recipe.algorithm.reference.ema_max_selection_rate = 0.25
     trainer = small_trainer(recipe, ranks, tmp_path)
@@ -63,16 +92,18 @@ def test_selection_rate_of_a_step_is_recorded_and_decides_whether_the_reference_
     assert asked == [step.metrics["care/selection_rate"]]
 
 
-def test_a_bonus_that_no_longer_selects_is_told_now_and_then(recipe, ranks, tmp_path, capsys):
+def test_a_bonus_that_no_longer_selects_is_reported_now_and_then(recipe, ranks, tmp_path, capsys):
     trainer = small_trainer(recipe, ranks, tmp_path)
-    rates = [0.8] * 10 + [0.0] * (step_watch._IDLE_STEPS + step_watch._TELL_AGAIN)
+    rates = [0.8] * 10 + [0.0] * (step_watch._IDLE_STEPS + step_watch._REPEAT_AFTER)
     for step, rate in enumerate(rates, start=1):
         trainer.watch.check_selection(step, rate)
         trainer.watch.check_selection(step, None)
-    told = [line for line in capsys.readouterr().out.splitlines() if "care/selection_rate" in line]
+    warnings = [
+        line for line in capsys.readouterr().out.splitlines() if "care/selection_rate" in line
+    ]
     # The first time the mean over the last 20 steps, one of them at 0.8, is at most 5%.
-    assert [line.split(":")[0] for line in told] == ["step 29", "step 79"]
-    assert "in the last 20 steps the bonus distinguished accurate completions in 4%" in told[0]
+    assert [line.split(":")[0] for line in warnings] == ["step 29", "step 79"]
+    assert "in the last 20 steps the bonus distinguished accurate completions in 4%" in warnings[0]
 
 
 def test_a_bonus_for_all_of_the_accurate_is_not_said_to_be_idle(recipe, ranks, tmp_path, capsys):

@@ -89,7 +89,7 @@ def computed(ranks: Ranks, job: dict) -> dict:
         policy.masks_truncated = case["truncated"] == "mask"
         Credit(
             dataclasses.replace(recipe.algorithm, advantage=case["advantage"]),
-            truncated=case["truncated"],
+            masks_truncated=policy.masks_truncated,
         )(groups)
         batches = policy.layout.batches(groups)
         vectors = [batch.padded([old[groups.index(g)] for g in batch.groups]) for batch in batches]

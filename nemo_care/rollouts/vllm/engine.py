@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.errors import InputError, RunFailed
+from nemo_care.process.cores import unbound
 from nemo_care.process.environment import RESOLVED_RECIPE, VLLM_KEY
 from nemo_care.rollouts.vllm.connections import bound_sending, connect
 from nemo_care.rollouts.vllm.messages import LEAVE, Call, EngineSettings, Reply
@@ -48,7 +49,8 @@ class HostProcess:
         if gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         program = [sys.executable, "-m", "nemo_care.rollouts.vllm.host", "--watch-stdin"]
-        with log.open("w") as output:
+        # An engine can have GPUs of several NUMA nodes.
+        with log.open("w") as output, unbound():
             self.process = subprocess.Popen(
                 [*program, "--listen", self.address],
                 stdin=subprocess.PIPE,

@@ -129,9 +129,9 @@ class Fleet:
                 self._start_process(place, visible if on_gpu else None)
         # The replicas that share an engine need its address.
         mine = [(engine.address, engine.key) for _, engine in self.own]
-        told = self.ranks.gather_from_replicas(mine)
+        addresses = self.ranks.gather_from_replicas(mine)
         if self.ranks.is_model_leader and not self.feeds:
-            for place, (address, key) in enumerate(told[shared.sharers[0]]):
+            for place, (address, key) in enumerate(addresses[shared.sharers[0]]):
                 self._connect(place, address, key)
 
     def _join(self, hosts: Sequence[str]) -> None:
