@@ -51,7 +51,8 @@ def computed(ranks, job: dict) -> dict:
     result: dict = {}
     cases = EVERYWHERE + (TENSOR_PARALLEL if ranks.layout.tensor > 1 else [])
     for number, case in enumerate(cases):
-        trainer = small_trainer(frozen_recipe(job, *case), ranks, job["folder"] / "run")
+        run = job["folder"] / f"{job['name']}_{number}"
+        trainer = small_trainer(frozen_recipe(job, *case), ranks, run)
         model, average = trainer.policy.model, trainer.reference.average
         groups = held_by_leader(share_of(copy.deepcopy(job["groups"]), ranks), ranks)
         seen = patches_seen(trainer)
@@ -71,6 +72,9 @@ def computed(ranks, job: dict) -> dict:
             "average": gather_weights(average.model),
             "memory": ranks.gather_in_replica(memory(trainer)),
         }
+        if case == EVERYWHERE[-1]:
+            # A later stage then trains nothing at all.
+            result[case]["resumed"] = ranks.gather_in_replica(resumes_as_saved(trainer, ranks, run))
         if number < 3:
             seen.clear()
             step = one_step(trainer)
@@ -79,6 +83,27 @@ def computed(ranks, job: dict) -> dict:
                 "step_wanted": sum(int(g.prompt.is_vision.sum()) * 4 for g in step.groups),
             }
     return result
+
+
+def resumes_as_saved(trainer, ranks, run) -> bool:
+    """Whether a new trainer finds what this one has saved."""
+    trainer.step = 1
+    trainer.save()
+    trainer.checkpoints.wait()
+    resumed = small_trainer(trainer.recipe, ranks, run)
+    resumed.resume()
+    first, second = (
+        [p.data for p in found.policy.model.parameters()]
+        + list(found.reference.average.state.values())
+        + [
+            state[name]
+            for part in found.policy.optimizer.chained_optimizers
+            for state in part.optimizer.state.values()
+            for name in ("step", "exp_avg", "exp_avg_sq")
+        ]
+        for found in (trainer, resumed)
+    )
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def memory(trainer) -> dict:
@@ -129,7 +154,8 @@ def golden(job):
 @pytest.mark.parametrize("name", ["tp1", "tp2_sequence_parallel", "pp2", "dp2"])
 def test_a_step_with_frozen_parts_equals_plain_torch(on_ranks, job, golden, name):
     layout, replicas = LAYOUTS[name]
-    result = on_ranks(layout, computed, job, replicas=replicas)[0]
+    result = on_ranks(layout, computed, job | {"name": name}, replicas=replicas)[0]
+    assert all(result[EVERYWHERE[-1]]["resumed"])
     for case, ours in result.items():
         _assert_step(ours, golden[case[0]], case)
         _assert_memory(ours)
