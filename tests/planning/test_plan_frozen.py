@@ -1,5 +1,6 @@
 """What a plan says about frozen parts."""
 
+import math
 import os
 
 import pytest
@@ -44,14 +45,7 @@ def test_frozen_parts_take_no_memory_but_their_weights(small, on_ranks):
     shapes = family.tensor_shapes()
 
     def numbers(part: str) -> int:
-        names = [name for name in shapes if _part(name) == part]
-        total = 0
-        for name in names:
-            size = 1
-            for length in shapes[name]:
-                size *= length
-            total += size
-        return total
+        return sum(math.prod(shape) for name, shape in shapes.items() if _part(name) == part)
 
     whole = sum(map(numbers, ("vision", "merger", "language")))
     for parts, of in found.items():
@@ -61,7 +55,8 @@ def test_frozen_parts_take_no_memory_but_their_weights(small, on_ranks):
         assert build["parameters"] == whole
         assert build["gradients"] == pytest.approx(4 * trained, rel=2e-3)
         assert build["optimizer"] == pytest.approx(8 * trained, rel=2e-3)
-        assert build["reference_weights"] == 4 * trained
+        # The twin's buffers are its own.
+        assert build["reference_weights"] == pytest.approx(4 * trained, rel=1e-3)
         assert of["checkpoint"] == pytest.approx(4 * (2 * whole + 3 * trained), rel=2e-3)
     lengths = longest_lengths(plan_recipe(str(small), 1, 1), family)
     assert lengths.vision > 0

@@ -87,8 +87,9 @@ def test_the_frozen_tower_s_output_is_that_of_this_step(recipe, ranks, tmp_path)
         groups = [step.groups for step in steps]
         assert all(group.prompt.vision_states is not None for group in groups[0])
         assert all(group.prompt.vision_states is None for group in groups[1])
-        for metric, value in steps[0].metrics.items():
-            assert value == pytest.approx(steps[1].metrics[metric], abs=1e-6, rel=1e-4), metric
+        known = ({k: v for k, v in step.metrics.items() if v is not None} for step in steps)
+        ours, wanted = known
+        assert ours == pytest.approx(wanted, abs=1e-6, rel=1e-4)
 
 
 def test_prompts_without_the_prefix_shared_see_the_tower_once_too(recipe, ranks, tmp_path):
