@@ -1,6 +1,7 @@
 """Bytes that each rank receives for the prompts of a step: objects and frames, at TP 2 x PP 2.
 
-    .venv/bin/python benchmarks/media.py [--tensor 2] [--pipeline 2] [--tokens 2048] [--prompts 2]
+    .venv/bin/python benchmarks/media.py [--tensor 2] [--pipeline 2] [--tokens 2048] [--prompts 2] \
+        [--freeze vision merger]
 
 Real ranks on this machine run one step of the trainer: rollout, scoring, update. Their receiving
 side of every broadcast of bytes is counted. "as patches" is what a rank would receive if prompts
@@ -26,13 +27,15 @@ def count_received(counted: Counter) -> None:
     broadcast = dist.broadcast
     inside, counting_now = [], []
 
-    def counting(tensor, src=None, *args, **kwargs):
+    def counting(tensor, src=None, group=None, async_op=False, group_src=None):
+        source = src if src is not None else dist.get_global_rank(group, group_src)
         # torch's function calls itself by its name where a function mode is active.
-        if tensor.dtype == torch.uint8 and src != dist.get_rank() and not counting_now:
+        if tensor.dtype == torch.uint8 and source != dist.get_rank() and not counting_now:
             counted["objects" if inside else "frames"] += tensor.nbytes
+            counted["broadcasts of frames"] += not inside
         counting_now.append(True)
         try:
-            return broadcast(tensor, src, *args, **kwargs)
+            return broadcast(tensor, src, group, async_op, group_src)
         finally:
             counting_now.pop()
 
@@ -61,7 +64,7 @@ def be_rank(folder: Path, args: argparse.Namespace) -> None:
 
     ranks = Ranks(Layout(args.tensor, args.pipeline), RankEnvironment.read())
     size = (args.tokens, 8, 2)
-    trainer = made_trainer(folder, ranks, size, args.prompts, shared=True)
+    trainer = made_trainer(folder, ranks, size, args.prompts, shared=True, freeze=args.freeze)
     config = hf_config(Size())
     made = [video_prompt(config, args.tokens, index) for index in range(args.prompts)]
     counted: Counter = Counter()
@@ -83,13 +86,14 @@ def be_rank(folder: Path, args: argparse.Namespace) -> None:
         )
     )
     held = sum(group.prompt.frame_bytes for group in step.groups)
-    rows = ranks.gather_on_rank_zero((counted["objects"], counted["frames"], held))
+    received = counted["objects"], counted["frames"], counted["broadcasts of frames"]
+    rows = ranks.gather_on_rank_zero((*received, held))
     if ranks.rank == 0:
-        print("| rank | as patches | objects | frames, rank to rank | frames held |")
-        print("| ---: | ---: | ---: | ---: | ---: |")
-        for rank, (objects, frames, held) in enumerate(rows):
+        print("| rank | as patches | objects | frames, rank to rank | times | frames held |")
+        print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+        for rank, (objects, frames, times, held) in enumerate(rows):
             before = 0 if rank == 0 else whole
-            print(f"| {rank} | {before:,} | {objects:,} | {frames:,} | {held:,} |")
+            print(f"| {rank} | {before:,} | {objects:,} | {frames:,} | {times} | {held:,} |")
     ranks.close()
 
 
@@ -99,6 +103,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=2048, help="of a prompt, half of them video")
     parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--freeze", nargs="*", default=[], help="as model.freeze")
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.checkpoint:

@@ -10,6 +10,7 @@ the update is computed from FLOPs.
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -53,14 +54,21 @@ def made_up_rewards(groups: list[Group]) -> None:
 
 
 def made_trainer(
-    checkpoint: Path, ranks: Ranks, size: tuple[int, int, int], prompts: int, *, shared: bool
+    checkpoint: Path,
+    ranks: Ranks,
+    size: tuple[int, int, int],
+    prompts: int,
+    *,
+    shared: bool,
+    freeze: Sequence[str] = (),
 ) -> GRPOCareTrainer:
-    """Build a trainer of the checkpoint on prompts of that size."""
+    """Build a trainer of the checkpoint on prompts of that size; see `model.freeze`."""
     prompt_tokens, completion_tokens, group_size = size
     recipe = Recipe()
     recipe.trainer.max_steps = 1000
     recipe.model.hf_path = str(checkpoint)
     recipe.model.precision.dtype = "fp32"
+    recipe.model.freeze = list(freeze)
     recipe.algorithm.group_size = group_size
     recipe.algorithm.prompts_per_step = prompts
     recipe.algorithm.shared_prompt = shared

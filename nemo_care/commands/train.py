@@ -66,11 +66,13 @@ def _check_folder(recipe: Recipe, folder: Path) -> None:
 
 def _refuse_fixed(changes: Changes, checkpoint: Path) -> None:
     """Reject a change that needs state which the checkpoint does not have."""
-    if changes.get("model.freeze_vision") == [True, False]:
+    before, now = changes.get("model.freeze", [[], []])
+    if set(before) != set(now):
+        shown, trained = (f"[{', '.join(parts)}]" for parts in (now, before))
         raise InputError(
-            f"model.freeze_vision=false, but {checkpoint} was trained with true and holds no "
-            "optimizer state of the vision tower: keep it, or begin a new run (model.hf_path) "
-            "from what `nemo-care export` makes of that one"
+            f"model.freeze={shown}, but {checkpoint} was trained with {trained} and has optimizer "
+            "state and moving averages of what was trained only: keep it, or begin a new run "
+            "(model.hf_path) from what `nemo-care export` makes of that one"
         )
 
 

@@ -1,7 +1,7 @@
 """A sample becomes a prompt: chat template, decoded frames, positions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -49,7 +49,9 @@ class Prompt:
     [count, H, W, 3] each and `grid_thw` [items, 3] (None for a text-only prompt) are those of its
     videos and images, in order of appearance. Frames are on the leader of a model replica only;
     other ranks know their shapes (see `without_frames`). `seconds_per_grid` has the seconds that
-    one grid step of each item covers, 0.0 for an image. `videos_by_pyav`, `frame_times` and
+    one grid step of each item covers, 0.0 for an image. `vision_states` are what a frozen vision
+    tower has made of the frames, kept where they were computed (see
+    `VideoLanguageModel.frozen_vision`). `videos_by_pyav`, `frame_times` and
     `prompt_times` are as in `Media`.
     """
 
@@ -64,6 +66,7 @@ class Prompt:
     videos_by_pyav: int = 0
     frame_times: tuple[tuple[float, ...], ...] = ()
     prompt_times: tuple[tuple[float, ...], ...] = ()
+    vision_states: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -77,7 +80,8 @@ class Prompt:
 
     def without_frames(self) -> "Prompt":
         """The same prompt for ranks that need no pixels: its frames are on `meta`."""
-        return replace(self, frames=tuple(frames.to("meta") for frames in self.frames))
+        frames = tuple(frames.to("meta") for frames in self.frames)
+        return replace(self, frames=frames, vision_states=None)
 
     def continued_positions(self, count: int) -> torch.Tensor:
         """Positions [3, count] of the completion's tokens: text goes on after the prompt."""
@@ -181,7 +185,7 @@ class PromptBuilder:
             prompt_times=list(prompt.prompt_times),
         )
         made = self.finish(self.draft(prompt.index, sample), media)
-        return replace(made, frames=prompt.frames)
+        return replace(made, frames=prompt.frames, vision_states=prompt.vision_states)
 
     def _token_ids(self, sample: Sample) -> list[int]:
         """The chat with one token per video and image; videos come before images and text."""

@@ -1,7 +1,7 @@
 """One micro-batch of groups, as scoring and update see it, whatever its layout."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,32 +41,60 @@ class Rows:
             ValueError: a prompt's frames were not decoded.
         """
         device = compute_device()
-        sees = model.pre_process and any(p.grid_thw is not None for p in self.prompts)
-        return ModelInputs(
+        seen = [p for p in self.prompts if p.grid_thw is not None] if model.pre_process else []
+        inputs = ModelInputs(
             token_ids=self.token_ids.to(device),
             position_ids=self.position_ids.to(device),
-            pixel_values=self._patches(model.patching) if sees else None,
-            grid_thw=self._grids().to(device) if sees else None,
-            vision_places=self._vision_places().to(device) if sees else None,
+            vision_places=self._vision_places().to(device) if seen else None,
             packed=self.packed,
         )
+        if not seen:
+            return inputs
+        if "vision" in model.frozen:
+            return replace(inputs, vision_states=_vision_states(seen, model, inputs))
+        return _with_patches(inputs, seen, model.patching)
 
     def _vision_places(self) -> torch.Tensor:
         rows, columns = self.is_vision.nonzero(as_tuple=True)
         return columns * len(self.is_vision) + rows
 
-    def _grids(self) -> torch.Tensor:
-        return torch.cat([p.grid_thw for p in self.prompts if p.grid_thw is not None])
 
-    def _patches(self, patching: Patching) -> torch.Tensor:
-        seen = {id(p): p for p in self.prompts if p.grid_thw is not None}
-        for prompt in seen.values():
-            if len(prompt.frames) != len(known(prompt.grid_thw)):
-                raise ValueError(f"the frames of prompt {prompt.index} were not decoded")
-        cut = patches_on_device([prompt.frames for prompt in seen.values()], patching)
-        of_prompt = dict(zip(seen, cut, strict=True))
-        parts = [of_prompt[id(p)] for p in self.prompts if id(p) in of_prompt]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _with_patches(
+    inputs: ModelInputs, prompts: Sequence[Prompt], patching: Patching
+) -> ModelInputs:
+    """The inputs with the patches of these prompts, each of which is cut once."""
+    seen = {id(p): p for p in prompts}
+    for prompt in seen.values():
+        if len(prompt.frames) != len(known(prompt.grid_thw)):
+            raise ValueError(f"the frames of prompt {prompt.index} were not decoded")
+    cut = patches_on_device([prompt.frames for prompt in seen.values()], patching)
+    of_prompt = dict(zip(seen, cut, strict=True))
+    parts = [of_prompt[id(p)] for p in prompts]
+    return replace(
+        inputs,
+        pixel_values=parts[0] if len(parts) == 1 else torch.cat(parts),
+        grid_thw=torch.cat([known(p.grid_thw) for p in prompts]).to(inputs.token_ids.device),
+    )
+
+
+def _vision_states(
+    prompts: Sequence[Prompt], model: VideoLanguageModel, inputs: ModelInputs
+) -> torch.Tensor:
+    """What the frozen vision tower makes of these prompts: computed once for each of them.
+
+    It stays with a prompt if the model says so: rollout, scoring and update then share it.
+    """
+    states = {id(p): p.vision_states for p in prompts}
+    new = list({id(p): p for p in prompts if p.vision_states is None}.values())
+    if new:
+        computed = model.frozen_vision(_with_patches(inputs, new, model.patching))
+        counts = [int(prompt.is_vision.sum()) for prompt in new]
+        for prompt, part in zip(new, computed.split(counts), strict=True):
+            # Of its own memory, which is freed with the prompt.
+            states[id(prompt)] = part.clone() if len(new) > 1 else part
+            if model.keeps_vision:
+                prompt.vision_states = states[id(prompt)]
+    return torch.cat([known(states[id(p)]) for p in prompts])
 
 
 @dataclass(frozen=True)

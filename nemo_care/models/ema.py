@@ -5,11 +5,13 @@ The released GRPO-CARE code averages bf16 weights in place: at a learning rate o
 float32, sharded over the ranks exactly like the weights, and cast to the compute type after each
 update. Every rank updates its own shard; nothing is gathered.
 
+Parameters that are not trained have no average: the model can share their memory with the policy.
+
 With `offload`, the average is in (pinned) CPU memory, and the model's parameters occupy memory of
 the compute device only while they are in use.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,10 +29,18 @@ class WeightAverage:
     After an update phi = decay * phi + (1 - decay) * theta (algorithm step 8, arXiv 2506.16141).
     """
 
-    def __init__(self, model: torch.nn.Module, decay: float, *, offload: bool = False) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        decay: float,
+        *,
+        offload: bool = False,
+        frozen: Collection[str] = (),
+    ) -> None:
         """Start with `model` as the average; its parameters no longer require gradients.
 
-        `offload` keeps the average in CPU memory; then use the model inside `in_place`.
+        `offload` keeps the average in CPU memory; then use the model inside `in_place`. `frozen`
+        names parameters that the policy does not train: they are left as they are.
         """
         self.model = model.requires_grad_(False).eval()
         self.decay = decay
@@ -38,7 +48,9 @@ class WeightAverage:
         # In place, a float32 parameter is its own state; those of other types get a float32 copy.
         state_of = _cpu_copy if offload else torch.Tensor.float
         self.state: dict[str, torch.Tensor] = {
-            name: state_of(parameter.data) for name, parameter in model.named_parameters()
+            name: state_of(parameter.data)
+            for name, parameter in model.named_parameters()
+            if name not in frozen
         }
         if offload:
             self._release()
@@ -50,16 +62,22 @@ class WeightAverage:
             yield
             return
         try:
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self._averaged():
                 state = self.state[name].to(parameter.device, non_blocking=True)
                 parameter.data = state.to(parameter.dtype)
             yield
         finally:
             self._release()
 
+    def _averaged(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Yield the model's parameters that have an average, with their names."""
+        for name, parameter in self.model.named_parameters():
+            if name in self.state:
+                yield name, parameter
+
     def _release(self) -> None:
         """Free the parameters' memory; shape, type and device remain (one element each)."""
-        for parameter in self.model.parameters():
+        for _, parameter in self._averaged():
             parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)
 
     @torch.no_grad()
@@ -72,7 +90,11 @@ class WeightAverage:
         theta = dict(policy.named_parameters())
         squares = self._no_squares()
         for name, parameter in self.model.named_parameters():
-            average, target = self.state[name], theta[name].float()
+            target = theta[name].float()
+            if name not in self.state:
+                squares += _squares(theta[name], target, target)
+                continue
+            average = self.state[name]
             # Offloaded: one parameter at a time moves to the compute device for the arithmetic.
             moved = average.to(target.device, non_blocking=True)
             average.copy_(moved.mul_(self.decay).add_(target, alpha=1.0 - self.decay))
@@ -94,7 +116,9 @@ class WeightAverage:
         """
         squares = self._no_squares()
         for name, theta in policy.named_parameters():
-            squares += _squares(theta, theta.float(), self.state[name].to(theta.device))
+            value = theta.float()
+            average = self.state[name].to(theta.device) if name in self.state else value
+            squares += _squares(theta, value, average)
         return squares
 
     def _no_squares(self) -> torch.Tensor:
@@ -102,7 +126,10 @@ class WeightAverage:
         return torch.zeros(2, dtype=torch.float64, device=device)
 
     def sharded_state_dict(self, prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Return the float32 average as Megatron sharded tensors, laid out like the model's own."""
+        """Return the float32 average as Megatron sharded tensors, laid out like the model's own.
+
+        Frozen parameters are among them, in their own type: a whole model.
+        """
         sharded = self.model.sharded_state_dict(prefix=prefix, metadata=metadata)  # type: ignore[operator]
         for key, entry in sharded.items():
             name = key.removeprefix(prefix)
@@ -114,8 +141,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], prefix: str) -> None:
-        """Load a float32 average that `sharded_state_dict` described."""
-        for name, parameter in self.model.named_parameters():
+        """Load a float32 average that `sharded_state_dict` described.
+
+        Frozen parameters are not set: whoever shares them loads them.
+        """
+        for name, parameter in self._averaged():
             self.state[name].copy_(state[prefix + name])
             self._show(name, parameter)
 

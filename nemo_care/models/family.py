@@ -70,6 +70,10 @@ class Family(ABC):
     def vision_flops(self, grids: Sequence[Grid]) -> float:
         """Return FLOPs of the vision tower's forward pass on videos and images of these grids."""
 
+    def merger_flops(self, grids: Sequence[Grid]) -> float:
+        """Return the mergers' part of `vision_flops`; 0 for a tower without mergers."""
+        return 0.0
+
     @abstractmethod
     def transformer_config(
         self,

@@ -2,11 +2,11 @@
 
 The vision tower lives whole on every tensor-parallel rank of the first pipeline stage, and each of
 them computes some of the frames (see `vision_dealing.py`). The language model is cut by Megatron.
-Both are trained.
+Both are trained, except for the parts that `model.freeze` names.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,8 +50,10 @@ class ModelInputs:
     a patch] and `grid_thw` [items, 3] hold the images and videos of all rows in order of
     appearance, `vision_places` long [N] says which tokens their features replace, as s * B + b; all
     None where there are none. A vision token that the model itself has sampled is an ordinary token
-    and not among them. `packed` says what a token sees where the one row (B = 1) holds several
-    segments, or the next tokens of cached sequences; None: each row is one causal sequence.
+    and not among them. `vision_states`, what a frozen vision tower has made of the patches (see
+    `VideoLanguageModel.frozen_vision`), replace the patches. `packed` says what a token sees where
+    the one row (B = 1) holds several segments, or the next tokens of cached sequences; None: each
+    row is one causal sequence.
     """
 
     token_ids: torch.Tensor
@@ -59,6 +61,7 @@ class ModelInputs:
     pixel_values: torch.Tensor | None = None
     grid_thw: torch.Tensor | None = None
     vision_places: torch.Tensor | None = None
+    vision_states: torch.Tensor | None = None
     packed: PackedSegments | DecodingCache | None = None
 
 
@@ -109,9 +112,14 @@ class VideoLanguageModel(MegatronModule, ABC):
     """This rank's part of the model: its pipeline stage, cut by tensor parallelism.
 
     A family's class adds the vision tower (`_attach_vision_tower`) on the first stage.
+
+    `frozen` are the parts that are not trained. With `keeps_vision`, what the frozen vision tower
+    makes of a prompt is kept with the prompt, and used by all models with the same tower.
     """
 
     visual: Any
+    frozen: frozenset[str] = frozenset()
+    keeps_vision: bool = False
 
     def __init__(
         self,
@@ -166,13 +174,42 @@ class VideoLanguageModel(MegatronModule, ABC):
         """From now on each tensor-parallel rank computes the features of some of the frames.
 
         Its gradients of the tower's parameters are then a part of theirs, and marked to be summed.
+        After a frozen tower every rank runs the mergers on all frames.
         """
         if parallel_state.get_tensor_model_parallel_world_size() == 1 or not self.pre_process:
             return
         self.deals_vision = True
+        if "vision" in self.frozen:
+            return
         for parameter in self.visual.parameters():
             parameter.average_gradients_across_tp_domain = False
             mark_partial_gradient(parameter)
+
+    def part_of(self, name: str) -> str:
+        """Return the part that a parameter belongs to, by its name: one of `PARTS`."""
+        if not name.startswith("visual."):
+            return "language"
+        is_merger = name.removeprefix("visual.").startswith(self.family.weights.mergers)
+        return "merger" if is_merger else "vision"
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether the parameter with this name is not trained."""
+        return self.part_of(name) in self.frozen
+
+    def freeze(self, parts: Collection[str]) -> None:
+        """Do not train these parts; call it before `deal_vision`."""
+        self.frozen = frozenset(parts)
+        for name, parameter in self.named_parameters():
+            if self.is_frozen(name):
+                parameter.requires_grad_(False)
+
+    def share_frozen(self, other: "VideoLanguageModel") -> None:
+        """Use the memory of another model of this kind, which never changes, for frozen parts."""
+        theirs = dict(other.named_parameters())
+        for name, parameter in self.named_parameters():
+            if self.is_frozen(name):
+                parameter.data = theirs[name].data
+        self.keeps_vision = other.keeps_vision
 
     @abstractmethod
     def vision_features(self, inputs: ModelInputs) -> torch.Tensor:
@@ -183,10 +220,38 @@ class VideoLanguageModel(MegatronModule, ABC):
         of the frames.
         """
 
+    def merger_inputs(self, inputs: ModelInputs) -> torch.Tensor:
+        """What `merged` makes `vision_features` of, [N, ...]; of a tower without mergers those."""
+        return self.vision_features(inputs)
+
+    def merged(self, states: torch.Tensor) -> torch.Tensor:
+        """The features of `merger_inputs`, row by row."""
+        return states
+
     def all_vision_features(self, inputs: ModelInputs) -> torch.Tensor:
         """The features of all vision tokens, the frames dealt to the ranks if they are to be."""
+        if "vision" in self.frozen:
+            return self._features_of(self.frozen_vision(inputs))
+        return self._of_all_frames(inputs, self.vision_features)
+
+    @torch.no_grad()
+    def frozen_vision(self, inputs: ModelInputs) -> torch.Tensor:
+        """What does not depend on trained weights, [N, ...] for all vision tokens.
+
+        The features if the mergers are frozen too, otherwise the inputs of the mergers.
+        """
+        of_some = self.vision_features if "merger" in self.frozen else self.merger_inputs
+        return self._of_all_frames(inputs, of_some)
+
+    def _features_of(self, states: torch.Tensor) -> torch.Tensor:
+        return states if "merger" in self.frozen else self.merged(states)
+
+    def _of_all_frames(
+        self, inputs: ModelInputs, of_some: Callable[[ModelInputs], torch.Tensor]
+    ) -> torch.Tensor:
+        """`of_some` of all frames, which are dealt to the ranks if they are to be."""
         if not self.deals_vision:
-            return self.vision_features(inputs)
+            return of_some(inputs)
         assert inputs.pixel_values is not None
         assert inputs.grid_thw is not None
         rank = parallel_state.get_tensor_model_parallel_rank()
@@ -200,7 +265,7 @@ class VideoLanguageModel(MegatronModule, ABC):
             pixel_values=dealing.pixels(rank, inputs.pixel_values),
             grid_thw=inputs.grid_thw.new_tensor(dealing.grids(rank)),
         )
-        return dealing.gather(self.vision_features(share))
+        return dealing.gather(of_some(share))
 
     @property
     def patching(self) -> Patching:
@@ -250,10 +315,14 @@ class VideoLanguageModel(MegatronModule, ABC):
         Vision tokens are replaced by the vision tower's features.
         """
         embeddings = self.language_model.embedding(input_ids=inputs.token_ids, position_ids=None)
-        if inputs.pixel_values is None:
+        if inputs.vision_places is None:
             return embeddings, None
-        features, *levels = self.all_vision_features(inputs).split(self.config.hidden_size, dim=1)
-        assert inputs.vision_places is not None
+        found = (
+            self.all_vision_features(inputs)
+            if inputs.vision_states is None
+            else self._features_of(inputs.vision_states)
+        )
+        features, *levels = found.split(self.config.hidden_size, dim=1)
         marked = len(inputs.vision_places)
         if marked != features.shape[0]:
             raise ValueError(f"{marked} vision tokens but {features.shape[0]} vision features")
@@ -272,6 +341,10 @@ class VideoLanguageModel(MegatronModule, ABC):
         hidden, deep = None, None
         if self.pre_process:
             hidden, deep = self._embed(inputs)
+            if torch.is_grad_enabled() and not hidden.requires_grad:
+                # Nothing before the layers is trained. They, or the loss, may be: recomputation and
+                # the pipeline's backward need a graph that begins here.
+                hidden.requires_grad_()
             if self.config.sequence_parallel:
                 hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
                 deep = deep and deep.of_this_rank(hidden.shape[0] * hidden.shape[1])

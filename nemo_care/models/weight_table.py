@@ -29,6 +29,8 @@ class WeightTable:
         vision_prefix: the prefix of the vision tower's parameters before their names on disk.
         disk_name: converts a tensor's name in transformers' modules, or in the files of some
             releases, to its name in the published checkpoints.
+        mergers: beginnings, within the vision tower, of the names of the modules that turn its
+            states into features.
         recomputed: endings of tensors in old files that every model computes itself.
     """
 
@@ -37,6 +39,7 @@ class WeightTable:
     outer: Mapping[str, Source]
     vision_prefix: str
     disk_name: Callable[[str], str]
+    mergers: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
 
     @property

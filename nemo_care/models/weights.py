@@ -149,13 +149,18 @@ def _join(
 
 
 @torch.no_grad()
-def iterate_hf_weights(model: VideoLanguageModel) -> Iterator[tuple[str, torch.Tensor]]:
+def iterate_hf_weights(
+    model: VideoLanguageModel, *, trained_only: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield this pipeline stage's weights under Hugging Face's names, one parameter at a time.
 
     All tensor-parallel ranks must iterate together. Tied output weights are not repeated.
+    `trained_only` leaves out the frozen parts.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     for name, parameter in model.named_parameters():
+        if trained_only and model.is_frozen(name):
+            continue
         if name.endswith("output_layer.weight") and model.share_embeddings_and_output_weights:
             continue
         source = _source(model, name)

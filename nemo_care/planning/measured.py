@@ -30,6 +30,7 @@ _DEPENDS = {
     "passes": (*_MICRO_BATCH, "model.recompute_granularity"),
     "step": (*_WORLD, "algorithm.reference.offload", "optimizer.offload"),
     "output_layer": _MICRO_BATCH,
+    "kept_vision": _LENGTHS,
 }
 _PARTS_OF = {
     "rollout": ("rollout",),
@@ -90,7 +91,15 @@ class Measurements:
             vision=vision,
             key_value_cache=cache,
             output_layer=found["output_layer"],
+            kept_vision=found["kept_vision"],
         )
+
+    def kept_vision(self, recipe: Recipe, number: int) -> int:
+        """Return the bytes of a frozen vision tower's output that a step's prompts keep."""
+        if "vision" not in recipe.model.freeze or number:
+            return 0
+        of_prompt = self._parts(recipe, number, "kept_vision")["kept_vision"]
+        return of_prompt * prompts_of(recipe)
 
     def _validation(self, recipe: Recipe, found: dict[str, Any]) -> int:
         if recipe.rollout.backend == "megatron" or not _engines_see_validation(recipe):
@@ -148,6 +157,8 @@ class Measurements:
                 return stage.step()
             case "output_layer":
                 return stage.output_layer(lengths)
+            case "kept_vision":
+                return stage.kept_vision(lengths)
         raise KeyError(name)
 
 

@@ -136,6 +136,7 @@ def phase_peaks(
     A phase is measured when its peak is requested; the update, often the largest, comes first.
     """
     fixed = measured.build(recipe, stage).held(recipe) + allowance_of(recipe)
+    fixed += measured.kept_vision(recipe, stage)
     awake = beside(engine, "rollout")
     for phase in reversed(PHASES):
         needs = measured.needs(recipe, stage, phase)

@@ -1,6 +1,6 @@
 """One pipeline stage, built on `meta`, on which the real code of a step runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
@@ -73,7 +73,8 @@ class StageUse:
     `inputs` are the patches of one micro-batch, part of all of these on the first stage.
     `output_layer` is the peak of the output layer alone. With vLLM rollouts, `rollout`
     and `key_value_cache` are 0, and `validation` is the scoring of completions while engines are
-    awake (0 if these have separate GPUs).
+    awake (0 if these have separate GPUs). `kept_vision` is what a frozen vision tower leaves of one
+    prompt until the end of the step, in addition to the phases.
     """
 
     rollout: int
@@ -86,6 +87,7 @@ class StageUse:
     vision: int
     key_value_cache: int
     output_layer: int
+    kept_vision: int
 
 
 @dataclass
@@ -119,6 +121,19 @@ class Stage:
         with exchanged_shape(self._hidden(batch).shape):
             yield
 
+    def kept_vision(self, lengths: Lengths) -> int:
+        """Return the bytes that stay with a prompt of what a frozen vision tower makes of it."""
+        groups = self.groups(lengths, 1)
+        self.see(groups)
+        states = groups[0].prompt.vision_states
+        return 0 if states is None else states.nbytes
+
+    def see(self, groups: Sequence[Group]) -> None:
+        """Run a frozen vision tower on the groups' prompts, as an earlier phase has done."""
+        if self.model.keeps_vision and self.ranks.is_first_stage:
+            for batch in self.layout.batches(groups):
+                batch.rows.inputs(self.model)
+
     @contextmanager
     def peak(self) -> Iterator[list[int]]:
         """Measure the peak of the block, above what is held before it."""
@@ -136,6 +151,7 @@ class Stage:
     def passes(self, lengths: Lengths, micro_batches: int) -> tuple[int, int]:
         """Return the peak bytes of forward and backward over micro-batches, and what they leave."""
         groups = self.groups(lengths, micro_batches)
+        self.see(groups)
         before = self.memory.current
         left: list[int] = []
 
@@ -165,6 +181,8 @@ class Stage:
         if self.reference is None:
             return 0
         groups = self.groups(lengths, 1)
+        if self.recipe.rollout.backend == "megatron":
+            self.see(groups)
         pairs = self.reference.answer_pairs
         with self.exchanging(lengths, answer_pairs=pairs), self.peak() as found:
             self.reference.score_answers(groups)
@@ -223,7 +241,9 @@ class Stage:
 
     def activations(self, lengths: Lengths) -> tuple[int, int]:
         """Return the bytes that a micro-batch keeps for backward, and the vision tower's part."""
-        batch = self.layout.batches(self.groups(lengths, 1))[0]
+        groups = self.groups(lengths, 1)
+        self.see(groups)
+        batch = self.layout.batches(groups)[0]
         self.policy.wrapped.train()
         with self._vision_bytes() as vision:
             before = self.memory.current
@@ -321,10 +341,12 @@ def built_stage(
     with fake_world(parallel, stage_rank(parallel, number, world), world) as ranks, memory:
         layout = BatchLayout.of_recipe(recipe, parallel, pad_id=0)
         model = _build_part(recipe, ranks, shape)
+        model.keeps_vision = "vision" in model.frozen
         weights = memory.current
         scorer, average, copy = None, 0, 0
         if reference and needs_reference(recipe.algorithm):
             twin = _build_part(recipe, ranks, shape)
+            twin.share_frozen(model)
             copy = memory.current - weights
             scorer = Reference(twin, recipe.algorithm, ranks, layout)
             offload = recipe.algorithm.reference.offload

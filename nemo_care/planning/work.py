@@ -3,8 +3,10 @@
 A multiplication and an addition count as two. A causal triangle counts as half of its square.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemo_care.data.patches import Grid
 from nemo_care.models.architecture import Architecture
 from nemo_care.models.family import Family
 from nemo_care.models.vision_dealing import VisionDealing
@@ -111,27 +113,63 @@ def packed_tokens(lengths: Lengths, group: int, *, shared: bool) -> int:
     return (lengths.prompt if shared else group * lengths.prompt) + group * lengths.completion
 
 
-def group_flops(family: Family, lengths: Lengths, group: int, *, shared: bool, rows: int) -> float:
-    """Count the forward FLOPs of one group, with the output layer on `rows` positions."""
-    copies, model = 1 if shared else group, family.architecture
+def language_flops(
+    model: Architecture, lengths: Lengths, group: int, *, shared: bool, rows: int
+) -> float:
+    """Count the language model's forward FLOPs of one group, with the output layer on `rows`."""
     return (
         layer_flops(model, packed_tokens(lengths, group, shared=shared))
         + attention_flops(model, lengths, group, shared=shared)
-        + copies * family.vision_flops(lengths.grids)
         + head_flops(model, rows)
     )
 
 
-def busiest_vision_flops(recipe: Recipe, family: Family, lengths: Lengths, prompts: int) -> float:
+def group_flops(family: Family, lengths: Lengths, group: int, *, shared: bool, rows: int) -> float:
+    """Count the forward FLOPs of one group, with the output layer on `rows` positions."""
+    vision = (1 if shared else group) * family.vision_flops(lengths.grids)
+    return vision + language_flops(family.architecture, lengths, group, shared=shared, rows=rows)
+
+
+def frozen_tower_phase(recipe: Recipe) -> str:
+    """Return the phase in which the ranks run a frozen vision tower: the first that needs it."""
+    if recipe.rollout.backend == "megatron":
+        return "rollout"
+    return "scoring" if needs_reference(recipe.algorithm) else "update"
+
+
+def vision_flops(
+    recipe: Recipe, family: Family, grids: Sequence[Grid], phase: str, *, copies: int = 1
+) -> tuple[float, float]:
+    """Return forward FLOPs of the tower and of its mergers on a prompt in a phase, on all ranks.
+
+    A frozen tower runs once, a trained one for each of the prompt's `copies`.
+    """
+    frozen, merger = recipe.model.freeze, family.merger_flops(grids)
+    tower = family.vision_flops(grids) - merger
+    if "vision" not in frozen:
+        return copies * tower, copies * merger
+    runs = phase == frozen_tower_phase(recipe)
+    return runs * tower, merger * (runs if "merger" in frozen else copies)
+
+
+def busiest_vision_flops(
+    recipe: Recipe, family: Family, lengths: Lengths, prompts: int, phase: str = ""
+) -> float:
     """Forward FLOPs of the vision tower on the rank of the first stage that computes most.
 
-    `prompts` are those of one micro-batch, whose frames are dealt to the ranks or not.
+    `prompts` are those of one micro-batch, whose frames are dealt to the ranks or not. `phase`: of
+    the step, by default one in which the tower runs.
     """
     grids, ranks = lengths.grids * prompts, recipe.model.tensor_model_parallel_size
+    phase = phase or frozen_tower_phase(recipe)
     if not grids or not recipe.model.vision.shard:
-        return family.vision_flops(grids)
+        return sum(vision_flops(recipe, family, grids, phase))
     dealing = VisionDealing.of(family, grids, ranks)
-    return max(family.vision_flops(dealing.grids(rank)) for rank in range(ranks))
+    shares = [vision_flops(recipe, family, dealing.grids(rank), phase) for rank in range(ranks)]
+    if "vision" in recipe.model.freeze and "merger" not in recipe.model.freeze:
+        # Every rank runs the mergers on all frames.
+        return max(tower for tower, _ in shares) + vision_flops(recipe, family, grids, phase)[1]
+    return max(map(sum, shares))
 
 
 def step_flops(recipe: Recipe, family: Family, lengths: Lengths) -> dict[str, float]:
@@ -141,26 +179,56 @@ def step_flops(recipe: Recipe, family: Family, lengths: Lengths) -> dict[str, fl
     tokens = size * lengths.completion
     prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
     # vLLM caches prefixes: a prompt is computed once, with any training layout.
-    once = shared or recipe.rollout.backend == "vllm"
-    prefill = group_flops(family, prompt_only, size, shared=once, rows=size)
+    engines = recipe.rollout.backend == "vllm"
+    prefill = language_flops(model, prompt_only, size, shared=shared or engines, rows=size)
+    prefill += (
+        family.vision_flops(lengths.grids)
+        if engines
+        else sum(_vision_of_group(recipe, family, lengths, "rollout"))
+    )
+    whole = language_flops(model, lengths, size, shared=shared, rows=tokens)
     # Decoding adds the completions' share of a forward.
-    whole = group_flops(family, lengths, size, shared=shared, rows=tokens)
+    decoding = whole - language_flops(model, prompt_only, size, shared=shared, rows=0)
     scored = tokens if algorithm.kl_coefficient > 0 else size * _ANSWER_ROWS
-    answers = group_flops(family, lengths, size, shared=shared, rows=scored)
-    again = {
-        "none": 0.0,
-        "selective": attention_flops(model, lengths, size, shared=shared),
-        "full": whole - head_flops(model, tokens),
-    }[recipe.model.recompute_granularity]
-    # Backward computes the logits again (models/log_probs.py).
-    update = 3 * whole + again + head_flops(model, tokens)
+    answers = language_flops(model, lengths, size, shared=shared, rows=scored)
+    answers += sum(_vision_of_group(recipe, family, lengths, "scoring"))
     prompts = algorithm.prompts_per_step
     return {
-        "rollout": prompts
-        * (prefill + whole - group_flops(family, prompt_only, size, shared=shared, rows=0)),
+        "rollout": prompts * (prefill + decoding),
         "scoring": prompts * answers if needs_reference(algorithm) else 0.0,
-        "update": prompts * algorithm.updates_per_rollout * update,
+        "update": prompts * algorithm.updates_per_rollout * _update_flops(recipe, family, lengths),
     }
+
+
+def _vision_of_group(
+    recipe: Recipe, family: Family, lengths: Lengths, phase: str
+) -> tuple[float, float]:
+    copies = 1 if recipe.algorithm.shared_prompt else recipe.algorithm.group_size
+    return vision_flops(recipe, family, lengths.grids, phase, copies=copies)
+
+
+def _update_flops(recipe: Recipe, family: Family, lengths: Lengths) -> float:
+    """Count forward and backward of one group, recomputation included.
+
+    Backward takes two products for each of the forward pass, for the inputs' gradient and for the
+    weights', which frozen ones don't need.
+    """
+    model, frozen = family.architecture, recipe.model.freeze
+    size, shared = recipe.algorithm.group_size, recipe.algorithm.shared_prompt
+    tokens, granularity = size * lengths.completion, recipe.model.recompute_granularity
+    attention = attention_flops(model, lengths, size, shared=shared)
+    layers = layer_flops(model, packed_tokens(lengths, size, shared=shared)) + attention
+    head = head_flops(model, tokens)
+    again = {"none": 0.0, "selective": attention, "full": layers}[granularity]
+    # Backward computes the logits again (models/log_probs.py).
+    language = 3 * (layers + head) + again + head
+    if "language" in frozen:
+        language -= layers - attention + head
+    tower, merger = _vision_of_group(recipe, family, lengths, "update")
+    if "vision" not in frozen:
+        vision = (4 if granularity == "full" else 3) * (tower + merger)
+        return language + vision - (merger if "merger" in frozen else 0.0)
+    return language + tower + (1 if "merger" in frozen else 3) * merger
 
 
 @dataclass(frozen=True)
@@ -206,9 +274,9 @@ class Clock:
         )
 
     def _forward(
-        self, tokens: int, attention: float, head_rows: int, copies: int, fp8: bool
+        self, tokens: int, attention: float, head_rows: int, copies: int, fp8: bool, phase: str
     ) -> _Forward:
-        """Return the seconds for `tokens` tokens and the vision of `copies` prompts."""
+        """Return the seconds for `tokens` tokens and the vision of `copies` prompts in a phase."""
         speed = self.gpu.flops * self.efficiency.flops
         cut = self.tensor * self.pipeline
         products = layer_flops(self.model, tokens)
@@ -216,21 +284,21 @@ class Clock:
         layers = (products - quantised + attention) / cut / speed
         if quantised:
             layers += quantised / cut / (self.gpu.fp8_flops * self.efficiency.fp8_flops)
-        vision = busiest_vision_flops(self.recipe, self.family, self.lengths, copies) / speed
+        vision = busiest_vision_flops(self.recipe, self.family, self.lengths, copies, phase) / speed
         if self.tensor > 1:
             # Two all-gathers and two reduce-scatters of the hidden states per layer.
             moved = 4 * tokens * self.model.hidden_size * 2 * (self.tensor - 1) / self.tensor
             fast = self.tensor <= self.recipe.trainer.devices
             link = self.efficiency.nvlink_gb_s if fast else self.efficiency.network_gb_s
             layers += moved * self.model.layers / self.pipeline / (link * 1e9)
-            if self.recipe.model.vision.shard:
+            if self.recipe.model.vision.shard and vision:
                 # One all-gather of the features.
                 vision += moved / 4 * copies * self.lengths.vision / tokens / (link * 1e9)
         head = head_flops(self.model, head_rows) / self.tensor / speed
         ends = vision + head if self.pipeline == 1 else max(vision, head)
         return _Forward(layers + ends, layers * self.pipeline + vision + head)
 
-    def _micro_batch(self, head_rows: int, fp8: bool) -> _Forward:
+    def _micro_batch(self, head_rows: int, fp8: bool, phase: str) -> _Forward:
         algorithm = self.recipe.algorithm
         groups, size = algorithm.groups_per_micro_batch, algorithm.group_size
         shared = algorithm.shared_prompt
@@ -240,6 +308,7 @@ class Clock:
             groups * head_rows,
             groups * (1 if shared else size),
             fp8,
+            phase,
         )
 
     def _rollout(self, builds: list[StageBuild]) -> float:
@@ -250,7 +319,7 @@ class Clock:
         copies = groups if algorithm.shared_prompt else groups * algorithm.group_size
         prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
         attention = attention_flops(self.model, prompt_only, 1, shared=True)
-        one = self._forward(lengths.prompt, attention, 1, 1, self.fp8.rollout)
+        one = self._forward(lengths.prompt, attention, 1, 1, self.fp8.rollout, "rollout")
         # The prompts follow each other through the stages.
         prefill = one.all + (copies - 1) * one.slowest
         # Every token reads the weights, the prompts' keys and values and half of its own.
@@ -312,7 +381,7 @@ class Clock:
             return 0.0
         all_tokens = algorithm.kl_coefficient > 0
         rows = self.lengths.completion if all_tokens else _ANSWER_ROWS
-        scored = self._micro_batch(algorithm.group_size * rows, self.fp8.scoring)
+        scored = self._micro_batch(algorithm.group_size * rows, self.fp8.scoring, "scoring")
         seconds = self._pipelined(scored, 1)
         if algorithm.reference.offload:
             largest = max(build.reference_average for build in builds)
@@ -322,10 +391,13 @@ class Clock:
     def _update(self, builds: list[StageBuild]) -> float:
         algorithm = self.recipe.algorithm
         tokens = algorithm.group_size * self.lengths.completion
-        forward = self._micro_batch(tokens, self.fp8.update)
+        forward = self._micro_batch(tokens, self.fp8.update, "update")
         times = {"none": 3.0, "selective": 3.2, "full": 4.0}[
             self.recipe.model.recompute_granularity
         ]
+        if "language" in self.recipe.model.freeze:
+            # No products for gradients of weights.
+            times -= 1
         largest = max(build.gradients for build in builds)
         seconds = self._pipelined(forward, times)
         if self.replicas > 1:

@@ -21,6 +21,7 @@ from nemo_care.megatron.cpu import enable_cpu_megatron
 from nemo_care.process.cores import bind_near
 from nemo_care.process.handover import without_collecting
 from nemo_care.ranks.environment import RankEnvironment
+from nemo_care.ranks.flat_tensors import flat_of, unflattened
 from nemo_care.ranks.open_files import allow_open_files
 from nemo_care.ranks.slurm import rendezvous_address
 from nemo_care.recipe.schema import Recipe
@@ -237,11 +238,9 @@ class Ranks:
             elif target == self.rank:
                 flat = torch.empty(total, dtype=tensors[0].dtype)
                 dist.recv(flat, src=self.model_leader, group=self._model_group)
-                pieces = flat.split([tensor.numel() for tensor in tensors])
-                mine.append([p.view(t.shape) for p, t in zip(pieces, tensors, strict=True)])
+                mine.append(unflattened(flat, tensors))
             elif self.is_model_leader and total:
-                flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-                dist.send(flat, dst=target, group=self._model_group)
+                dist.send(flat_of(tensors), dst=target, group=self._model_group)
         return mine
 
     def gather_in_replica(self, value: T) -> list[T]:
@@ -279,6 +278,32 @@ class Ranks:
                 box: list[Any] = [None]
                 dist.recv_object_list(box, group_src=source, group=group)
                 received.append(box[0])
+        return received
+
+    def move_tensors_between_replicas(
+        self,
+        moves: Sequence[tuple[int, int]],
+        given: Sequence[Sequence[torch.Tensor]],
+        expected: Sequence[Sequence[torch.Tensor]],
+    ) -> list[Sequence[torch.Tensor]]:
+        """Move tensors in CPU memory as `move_between_replicas` moves objects, without pickling.
+
+        `given` are the tensors, of one type, of each of this replica's moves. `expected` are of the
+        shapes and types of what it receives, and can be on `meta`.
+        """
+        group = parallel_state.get_data_parallel_group_gloo()
+        leaving, arriving = iter(given), iter(expected)
+        received: list[Sequence[torch.Tensor]] = []
+        for source, target in moves:
+            if self.data_rank == source:
+                if tensors := next(leaving):
+                    dist.send(flat_of(tensors), group_dst=target, group=group)
+            elif self.data_rank == target:
+                if tensors := next(arriving):
+                    flat = torch.empty_like(flat_of(tensors), device="cpu")
+                    dist.recv(flat, group_src=source, group=group)
+                    tensors = unflattened(flat, tensors)
+                received.append(tensors)
         return received
 
     @staticmethod

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from nemo_care.errors import InputError
 from nemo_care.recipe.data import MISSING
 
+# What `model.freeze` chooses from.
+PARTS = ("vision", "merger", "language")
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 
@@ -78,8 +80,11 @@ class ModelConfig:
     recompute_granularity: str = "none"
     """Activations that backward recomputes instead of keeping them: none, selective (those inside
     attention), full (each layer's and the vision tower's)."""
-    freeze_vision: bool = False
-    """Do not train the vision tower's weights."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that are not trained, of vision (the vision tower without its mergers), merger (what
+    turns the tower's states into features, deep features included) and language. They have no
+    gradient, no optimizer state and no moving average. With vision among them the tower computes
+    each prompt once per step."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
@@ -110,8 +115,8 @@ class OptimizerConfig:
     """Largest norm of the whole gradient."""
     overlap_grad_reduce: bool = False
     """Sum the replicas' gradients while backward still runs. Every parameter must get a gradient
-    from a step's last micro-batch: with text-only prompts the run stops, unless model.freeze_vision
-    is set."""
+    from a step's last micro-batch: with text-only prompts the run stops, unless model.freeze has
+    vision and merger."""
     offload: bool = False
     """Keep the optimizer's state (float32 master weights and AdamW's two averages) in CPU memory,
     and on the GPU only during the optimizer's step."""
@@ -123,6 +128,13 @@ def check_model(model: ModelConfig) -> None:
     Raises:
         InputError: names the key, its value and the allowed values.
     """
+    for part in model.freeze:
+        if part not in PARTS:
+            raise InputError(f"model.freeze has {part}: choose among {', '.join(PARTS)}")
+    if set(model.freeze) == set(PARTS):
+        raise InputError(
+            f"model.freeze=[{', '.join(model.freeze)}] leaves nothing to train: omit one of them"
+        )
     if model.backend == "transformer_engine" and model.precision.dtype != "bf16":
         raise InputError(
             f"model.precision.dtype={model.precision.dtype}: the attention of "

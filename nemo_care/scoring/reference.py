@@ -29,9 +29,14 @@ class Reference:
         ranks: Ranks,
         layout: BatchLayout,
     ) -> None:
-        """Create it from `model`, which has the policy's weights."""
+        """Create it from `model`, which has the policy's weights, and its memory where frozen."""
         config = algorithm.reference
-        self.average = WeightAverage(model, config.ema_decay, offload=config.offload)
+        self.average = WeightAverage(
+            model,
+            config.ema_decay,
+            offload=config.offload,
+            frozen={name for name, _ in model.named_parameters() if model.is_frozen(name)},
+        )
         self.update_every = config.ema_update_every
         self.start_step = config.ema_start_step
         self.max_selection_rate = config.ema_max_selection_rate

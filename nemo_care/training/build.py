@@ -55,6 +55,7 @@ def build_model(
         fp8=recipe.model.precision.fp8 if fp8 else None,
     )
     model = family.build(config, recipe.model.backend)
+    model.freeze(recipe.model.freeze)
     if recipe.model.vision.shard:
         model.deal_vision()
     return model
@@ -71,11 +72,16 @@ def load_model(recipe: Recipe, ranks: Ranks) -> VideoLanguageModel:
 def build_twin(
     recipe: Recipe, ranks: Ranks, model: VideoLanguageModel, *, fp8: bool
 ) -> VideoLanguageModel:
-    """Build a model with the weights of `model`, without reading its files (see `build_model`)."""
+    """Build a model with the weights of `model`, without reading its files (see `build_model`).
+
+    Both share the memory of frozen parts.
+    """
     twin = build_model(recipe, ranks, model.family, fp8=fp8)
+    twin.share_frozen(model)
     weights = dict(model.named_parameters())
     for name, parameter in twin.named_parameters():
-        parameter.copy_(weights[name])
+        if not twin.is_frozen(name):
+            parameter.copy_(weights[name])
     return twin
 
 
@@ -97,6 +103,8 @@ def build_trainer(
     """
     algorithm, fp8 = recipe.algorithm, recipe.model.precision.fp8
     model = load_model(recipe, ranks)
+    # All models of the run share a frozen vision tower.
+    model.keeps_vision = "vision" in model.frozen
     prompt = model.family.prompt
     tokenizer = load_tokenizer(recipe.model.hf_path, prompt)
     prompts = PromptBuilder(recipe.data, prompt, tokenizer)

@@ -10,6 +10,7 @@ order of the training stream alone, so every parallel layout trains on the same 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -120,9 +121,23 @@ class DynamicSampling:
         lacking = [to for to, indices in enumerate(kept) for _ in range(share - len(indices))]
         moves = [(source, to) for (_, source), to in zip(spare, lacking, strict=True)]
         given = [mine[index] for index, source in spare if source == self.ranks.data_rank]
-        received = self.ranks.move_between_replicas(moves, given)
+        received = self._moved(moves, given)
         own = [mine[index] for index in kept[self.ranks.data_rank]]
         return sorted([*own, *received], key=lambda group: group.prompt.index)
+
+    def _moved(self, moves: Sequence[tuple[int, int]], given: Sequence[Group]) -> list[Group]:
+        """Return the groups that this replica receives; frames travel as tensors of bytes."""
+        bare = [replace(group, prompt=group.prompt.without_frames()) for group in given]
+        received = self.ranks.move_between_replicas(moves, bare)
+        if self.ranks.is_model_leader:
+            frames = self.ranks.move_tensors_between_replicas(
+                moves,
+                [group.prompt.frames for group in given],
+                [group.prompt.frames for group in received],
+            )
+            for group, arrived in zip(received, frames, strict=True):
+                group.prompt = replace(group.prompt, frames=tuple(arrived))
+        return received
 
 
 def _mark(groups: Iterable[Group], chosen: Sequence[_Candidate]) -> None:

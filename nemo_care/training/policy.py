@@ -45,8 +45,6 @@ class Policy:
         self.longest = recipe.rollout.max_completion_tokens
         self.ranks = ranks
         self.layout = layout
-        if recipe.model.freeze_vision and ranks.is_first_stage:
-            model.visual.requires_grad_(False)
         self.wrapped = wrap_data_parallel(
             model, overlap_grad_reduce=recipe.optimizer.overlap_grad_reduce
         )

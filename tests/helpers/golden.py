@@ -78,10 +78,21 @@ def log_probs(model, prompt, completion) -> torch.Tensor:
     return predicted.gather(1, completion.token_ids[:, None])[:, 0]
 
 
+def part_of(name: str) -> str:
+    """Return the part that a parameter belongs to, by its name on disk."""
+    if "visual." not in name:
+        return "language"
+    return "merger" if "merger" in name else "vision"
+
+
 def golden_step(path, groups: list[Group], recipe) -> GoldenStep:
     """Compute a step from the weights in `path`, with reference = policy, for groups that have
-    tokens, answer spans, accuracy and format."""
+    tokens, answer spans, accuracy and format.
+
+    Frozen parts have no gradients."""
     model, algorithm, optimizer = hf_model(path), recipe.algorithm, recipe.optimizer
+    for name, parameter in parameters_on_disk(model).items():
+        parameter.requires_grad_(part_of(name) not in recipe.model.freeze)
     start = {name: p.detach().clone() for name, p in parameters_on_disk(model).items()}
     likelihoods, bonuses, advantages = [], [], []
     for group in groups:
@@ -121,9 +132,10 @@ def golden_step(path, groups: list[Group], recipe) -> GoldenStep:
         for completion, a in zip(group.completions, advantage, strict=True):
             logp = log_probs(model, group.prompt, completion)
             loss = (-a * torch.exp(logp - logp.detach())).mean() / total
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
             loss_value += loss.item()
-    gradients = {n: p.grad.clone() for n, p in parameters_on_disk(model).items()}
+    gradients = {n: p.grad.clone() for n, p in parameters_on_disk(model).items() if p.requires_grad}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad).item()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]

@@ -18,9 +18,10 @@ LAYOUTS = {
 }
 
 
-def gather_weights(model) -> dict[str, torch.Tensor]:
+def gather_weights(model, *, trained_only: bool = False) -> dict[str, torch.Tensor]:
     """Gather Hugging Face's names and tensors from all pipeline stages."""
-    mine = {name: tensor.detach().clone() for name, tensor in iterate_hf_weights(model)}
+    weights = iterate_hf_weights(model, trained_only=trained_only)
+    mine = {name: tensor.detach().clone() for name, tensor in weights}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return {name: tensor for part in everyone for name, tensor in part.items()}
@@ -28,11 +29,11 @@ def gather_weights(model) -> dict[str, torch.Tensor]:
 
 def gather_gradients(model) -> dict[str, torch.Tensor]:
     """Gather the complete gradient, before clipping, under Hugging Face's names."""
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = [parameter.data for parameter in parameters]
     for parameter in parameters:
         parameter.data = parameter.main_grad.clone()
-    gradients = gather_weights(model)
+    gradients = gather_weights(model, trained_only=True)
     for parameter, weight in zip(parameters, weights, strict=True):
         parameter.data = weight
     return gradients

@@ -139,3 +139,8 @@ def test_flops_of_the_vision_tower_are_torch_s_count(folder):
         tower(torch.zeros(patches, family.prompt.patching.values), grid_thw=torch.tensor(grids))
     assert family.architecture.deep_levels == DEEP_LEVELS
     assert family.vision_flops(grids) == counter.get_total_flops()
+    mergers = [tower.merger, *tower.deepstack_merger_list]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for merger in mergers:
+            merger(torch.zeros(patches, family.hf.vision_config.hidden_size))
+    assert family.merger_flops(grids) == counter.get_total_flops()

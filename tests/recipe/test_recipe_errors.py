@@ -38,6 +38,12 @@ def test_key_of_the_command_line(key):
     assert message.startswith("unknown recipe key trainer.max_stpes; did you mean trainer.max_step")
 
 
+def test_key_of_an_earlier_version():
+    message = refusal("--config-name", BASE, "model.freeze_vision=true")
+    assert message.startswith("unknown recipe key model.freeze_vision; did you mean ")
+    assert "model.freeze," in message
+
+
 def test_key_of_a_recipe_file(own):
     message = own(mine=f"defaults: [{BASE}, _self_]\nalgorithm: {{group_sise: 4}}\n")
     assert message.startswith("mine.yaml: unknown recipe key algorithm.group_sise")

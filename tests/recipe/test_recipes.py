@@ -137,7 +137,7 @@ def test_7b_recipe_has_the_settings_of_the_paper():
         "optimizer.weight_decay": 0.01,
         "optimizer.clip_grad": 5.0,
         "model.precision.dtype": "bf16",
-        "model.freeze_vision": False,
+        "model.freeze": [],
         "data.max_prompt_tokens": 16384,
         "data.video.fps": 2.0,
         "data.video.min_frames": 4,

@@ -276,6 +276,23 @@ def test_weights_go_before_the_first_rollout_and_after_updates_only(
     assert bool((engine.weights["model.norm.weight"] == 7).all())
 
 
+def test_frozen_weights_go_before_the_first_rollout_only(trainer, prompts, host):
+    trainer.policy.model.freeze(["vision", "merger"])
+    trainer.generator.generate(prompts[:1], SAMPLING)
+    engine = host.engine
+    assert any(name.startswith("visual.") for name in engine.weights)
+    trained = {name for name in engine.weights if not name.startswith("visual.")}
+    for forgets in (False, True, False):
+        engine.weights.clear()
+        if forgets:
+            # An engine that has slept at level 2 has lost everything.
+            trainer.generator._sent = None
+        trainer.policy.scheduler.step(1)
+        trainer.generator.generate(prompts[:1], SAMPLING)
+        assert (engine.weights.keys() == trained) == (not forgets)
+        assert trained <= engine.weights.keys()
+
+
 def test_other_tokens_in_a_prompt_end_the_run_with_the_samples_name(trainer, prompts, host):
     trainer.generator.generate(prompts[:1], SAMPLING)
     host.engine.lies = True

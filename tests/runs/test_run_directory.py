@@ -214,13 +214,18 @@ def test_an_export_is_there_until_the_next_one_is_complete(run, recipe, ranks, m
 
 
 def test_a_change_that_the_checkpoint_has_no_state_for_is_refused(tmp_path, recipe, ranks):
-    recipe.model.freeze_vision = True
+    recipe.model.freeze = ["vision", "merger"]
     recipe.checkpoint.export = False
     fit(recipe, ranks, tmp_path / "frozen")
     recipe.trainer.max_steps = 3
-    recipe.model.freeze_vision = False
-    with pytest.raises(InputError, match=r"model\.freeze_vision=false, but .*/step_000002 was"):
-        _check_folder(recipe, tmp_path / "frozen")
+    for parts, shown in (([], r"\[\]"), (["language"], r"\[language\]")):
+        recipe.model.freeze = parts
+        message = rf"model\.freeze={shown}, but .*/step_000002 was trained with \[vision, merger\]"
+        with pytest.raises(InputError, match=message):
+            _check_folder(recipe, tmp_path / "frozen")
+    # Their order says nothing.
+    recipe.model.freeze = ["merger", "vision"]
+    _check_folder(recipe, tmp_path / "frozen")
 
 
 def test_a_changed_recipe_counts_from_the_first_step_made_with_it(run, recipe, ranks, capsys):

@@ -164,6 +164,8 @@ class VLLMGenerator:
             self._tell("wake_up", tags=["weights"])
         version = self.version()
         if self._sent != version:
+            # Frozen parts need not be sent again, unless the engines have discarded everything.
+            self.weights.trained_only = self._sent is not None
             self._send(check=first and self.from_checkpoint and version == 0)
             self._sent = version
         if self._asleep:

@@ -5,7 +5,7 @@ vLLM's own methods (NCCL, CUDA IPC) need GPUs. `worker.py` receives what is sent
 
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -36,16 +36,26 @@ class Receiver(Protocol):
         ...
 
 
+class Weights(Protocol):
+    """The tensors to send, all or `trained_only` (see `WeightStream`)."""
+
+    trained_only: bool
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and tensors."""
+        ...
+
+
 class SharedMemorySender:
     """Sends the tensors of a stream of weights, in pieces of bounded size."""
 
     def __init__(
         self,
-        weights: Iterable[tuple[str, torch.Tensor]],
+        weights: Weights,
         receiver: Receiver | None,
         bucket_bytes: int,
     ) -> None:
-        """`weights` yields all tensors in each iteration; ranks without a `receiver` only take part
+        """`weights` yields the tensors in each iteration; ranks without a `receiver` only take part
         in its collective operations."""
         self.weights = weights
         self.receiver = receiver
@@ -54,7 +64,7 @@ class SharedMemorySender:
             receiver.init_weight_transfer_engine({})
 
     def send_weights(self) -> None:
-        """Send all weights; all ranks of the replica call it.
+        """Send the weights; all ranks of the replica call it.
 
         If the engine fails, the iteration continues to its end before the error is raised, because
         the other ranks take part in it.
@@ -75,7 +85,8 @@ class SharedMemorySender:
             nonlocal size
             if bucket and failure is None:
                 with tempfile.NamedTemporaryFile(dir=_folder(), prefix="nemo-care-") as file:
-                    attempt("update_weights", write_bucket(Path(file.name), bucket))
+                    info = write_bucket(Path(file.name), bucket)
+                    attempt("update_weights", info | {"trained_only": self.weights.trained_only})
             bucket.clear()
             size = 0
 

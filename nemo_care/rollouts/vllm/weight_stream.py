@@ -21,7 +21,9 @@ class Described(NamedTuple):
 
 
 class WeightStream:
-    """Yields the whole model on every rank of a replica, with one tensor in memory at a time.
+    """Yields the model on every rank of a replica, with one tensor in memory at a time.
+
+    `trained_only` leaves out the frozen parts, for engines that have them already.
 
     Tensor-parallel shards are gathered (`iterate_hf_weights`); tensors of one pipeline stage are
     broadcast to the others. All ranks of the replica iterate together. vLLM's senders use it as
@@ -32,10 +34,15 @@ class WeightStream:
         """Gather nothing yet."""
         self.model = model
         self.ranks = ranks
-        self._stages: list[list[Described]] | None = None
+        self.trained_only = False
+        # With frozen parts, and without.
+        self._stages: dict[bool, list[list[Described]]] = {}
 
     def metadata(self) -> list[Described]:
-        """The tensors of an iteration, in order. The first access is collective in the replica."""
+        """The tensors of an iteration, in order.
+
+        The first access, and the first with `trained_only`, is collective in the replica.
+        """
         return [described for stage in self._described() for described in stage]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -45,11 +52,14 @@ class WeightStream:
         device = next(self.model.parameters()).device
         for stage, described in enumerate(stages):
             if stage == own:
-                for name, tensor in iterate_hf_weights(self.model):
+                for name, tensor in self._own():
                     yield name, self._from_stage(stage, tensor.detach().contiguous())
                 continue
             for name, dtype, shape in described:
                 yield name, self._from_stage(stage, torch.empty(shape, dtype=dtype, device=device))
+
+    def _own(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iterate_hf_weights(self.model, trained_only=self.trained_only)
 
     def _from_stage(self, stage: int, tensor: torch.Tensor) -> torch.Tensor:
         if self.ranks.layout.pipeline > 1:
@@ -58,13 +68,12 @@ class WeightStream:
         return tensor
 
     def _described(self) -> list[list[Described]]:
-        if self._stages is None:
+        if self.trained_only not in self._stages:
             stage = parallel_state.get_pipeline_model_parallel_rank()
             mine = [
-                Described(name, tensor.dtype, tuple(tensor.shape))
-                for name, tensor in iterate_hf_weights(self.model)
+                Described(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._own()
             ]
             # Ranks of one stage have equal descriptions.
             by_stage = dict(self.ranks.gather_in_replica((stage, mine)))
-            self._stages = [by_stage[stage] for stage in sorted(by_stage)]
-        return self._stages
+            self._stages[self.trained_only] = [by_stage[stage] for stage in sorted(by_stage)]
+        return self._stages[self.trained_only]

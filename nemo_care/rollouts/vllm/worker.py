@@ -52,13 +52,17 @@ class SharedMemoryInit(WeightTransferInitInfo):
 
 @dataclass
 class SharedMemoryUpdate(WeightTransferUpdateInfo):
-    """A file with the bytes of some tensors, one after another, and their CRC-32."""
+    """A file with the bytes of some tensors, one after another, and their CRC-32.
+
+    `trained_only`: the update leaves out parameters that an earlier one has set for good.
+    """
 
     path: str
     names: list[str]
     dtypes: list[str]
     shapes: list[list[int]]
     checksum: int
+    trained_only: bool = False
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
@@ -73,6 +77,9 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         super().__init__(*args, **kwargs)
         self._loaded: set[str] = set()
         self._parameters: set[str] = set()
+        # What an update of trained parameters only has left out.
+        self._frozen: set[str] | None = None
+        self._trained_only = False
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
         """Do nothing: no preparation is necessary."""
@@ -81,6 +88,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         """Start vLLM's own reloading, layer by layer."""
         self._parameters = {name for name, _ in self.model.named_parameters()}
         self._loaded = set()
+        self._trained_only = False
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -97,6 +105,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         if zlib.crc32(content) != update_info.checksum:
             raise ValueError(f"{update_info.path}: the bytes that arrived differ from those sent")
         # vLLM keeps tensors until their layer is complete, so they need their own memory.
+        self._trained_only |= update_info.trained_only
         buffer = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
         weights, begin = [], 0
         for name, dtype, shape in zip(
@@ -115,6 +124,10 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
             ValueError: a parameter got no weights; it would silently keep its old ones.
         """
         missing = sorted(self._parameters - self._loaded)
+        if self._trained_only:
+            # vLLM leaves a layer without new weights as it was; it must be the same ones each time.
+            self._frozen = set(missing) if self._frozen is None else self._frozen
+            missing = sorted(set(missing) - self._frozen)
         finalize_layerwise_reload(self.model, self.model_config)
         if missing:
             raise ValueError(f"{len(missing)} parameters got no weights, the first is {missing[0]}")

@@ -84,10 +84,15 @@ class Qwen25VLFamily(Family):
         windowed = sum(t * h * w * min(window, h * w) for t, h, w in grids)
         framed = sum(t * (h * w) ** 2 for t, h, w in grids)
         attention = 4 * width * ((vision.depth - whole) * windowed + whole * framed)
-        merged = vision.spatial_merge_size**2 * width
+        blocks = vision.depth * patches * block * width
+        return float(embed * width + blocks + attention) + self.merger_flops(grids)
+
+    def merger_flops(self, grids: Sequence[Grid]) -> float:
+        """As `Family.merger_flops`."""
+        vision = self.hf.vision_config
+        merged = vision.spatial_merge_size**2 * vision.hidden_size
         tokens = sum(map(self.prompt.patching.tokens, grids))
-        merge = 2 * tokens * merged * (merged + vision.out_hidden_size)
-        return float(embed * width + vision.depth * patches * block * width + attention + merge)
+        return float(2 * tokens * merged * (merged + vision.out_hidden_size))
 
     def transformer_config(
         self,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from nemo_care.models.families.mergers import merged_by, not_merging
 from nemo_care.models.families.qwen2_5_vl.vision_attention import WINDOW_ATTENTION
 from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
 
@@ -46,3 +47,16 @@ class Qwen25VL(VideoLanguageModel):
         assert inputs.pixel_values is not None
         pixels = inputs.pixel_values.to(self.visual.dtype)
         return self.visual(pixels, grid_thw=inputs.grid_thw).pooler_output
+
+    def merger_inputs(self, inputs: ModelInputs) -> torch.Tensor:
+        """As `VideoLanguageModel.merger_inputs`."""
+        with not_merging(self._mergers, self.visual.spatial_merge_unit):
+            return self.vision_features(inputs)
+
+    def merged(self, states: torch.Tensor) -> torch.Tensor:
+        """As `VideoLanguageModel.merged`."""
+        return merged_by(self._mergers, self.visual.spatial_merge_unit, states)
+
+    @property
+    def _mergers(self) -> list[torch.nn.Module]:
+        return [self.visual.merger]

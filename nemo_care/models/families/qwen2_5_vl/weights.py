@@ -42,6 +42,7 @@ WEIGHTS = WeightTable(
     },
     vision_prefix="visual.",
     disk_name=disk_name,
+    mergers=("merger.",),
     # Older releases saved them.
     recomputed=("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq"),
 )

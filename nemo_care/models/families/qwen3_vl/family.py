@@ -78,11 +78,15 @@ class Qwen3VLFamily(Family):
         embed = 2 * patches * self.prompt.patching.values * width
         block = patches * (8 * width + 4 * vision.intermediate_size) * width
         attention = 4 * width * sum(t * (h * w) ** 2 for t, h, w in grids)
-        merged = vision.spatial_merge_size**2 * width
+        return float(embed + vision.depth * (block + attention)) + self.merger_flops(grids)
+
+    def merger_flops(self, grids: Sequence[Grid]) -> float:
+        """As `Family.merger_flops`."""
+        vision = self.hf.vision_config
+        merged = vision.spatial_merge_size**2 * vision.hidden_size
         tokens = sum(map(self.prompt.patching.tokens, grids))
         merge = 2 * tokens * merged * (merged + vision.out_hidden_size)
-        mergers = 1 + self.architecture.deep_levels
-        return float(embed + vision.depth * (block + attention) + mergers * merge)
+        return float((1 + self.architecture.deep_levels) * merge)
 
     def transformer_config(
         self,

@@ -32,4 +32,5 @@ WEIGHTS = WeightTable(
     vision_prefix="model.visual.",
     # Published files have the names of transformers' modules.
     disk_name=lambda name: name,
+    mergers=("merger.", "deepstack_merger_list."),
 )
