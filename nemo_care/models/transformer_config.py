@@ -9,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_care.errors import InputError
 from nemo_care.models.architecture import Architecture
+from nemo_care.models.family import Family
 from nemo_care.models.precision import check_fp8, fp8_arguments
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.model import FP8Config
@@ -57,18 +58,14 @@ def _gradients_can_be_fused() -> bool:
 
 
 def transformer_config(
-    model: Architecture,
+    family: Family,
     layout: Layout,
     dtype: torch.dtype,
     recompute_granularity: str,
     fp8: FP8Config | None,
-    **family: Any,
 ) -> TransformerConfig:
-    """Implement `Family.transformer_config`; `family` are arguments that only the family has.
-
-    Raises:
-        InputError: the model or the layout does not fit 8-bit products.
-    """
+    """Implement `Family.transformer_config`."""
+    model = family.architecture
     if fp8 is not None:
         check_fp8(fp8, model, layout)
     recompute: dict[str, Any] = {}
@@ -108,7 +105,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        **family,
+        **family.megatron_settings(),
         **recompute,
         **fp8_arguments(fp8, recompute_granularity),
     )

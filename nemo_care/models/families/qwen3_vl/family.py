@@ -17,12 +17,9 @@ from nemo_care.models.families.qwen3_vl.weights import WEIGHTS
 from nemo_care.models.family import Family
 
 if TYPE_CHECKING:
-    import torch
     from megatron.core.transformer import TransformerConfig
 
     from nemo_care.models.families.qwen3_vl.model import Qwen3VL
-    from nemo_care.ranks.process_groups import Layout
-    from nemo_care.recipe.model import FP8Config
 
 
 class Qwen3VLFamily(Family):
@@ -84,27 +81,14 @@ class Qwen3VLFamily(Family):
         mergers = 1 + self.architecture.deep_levels
         return float(embed + vision.depth * (block + attention) + mergers * merge)
 
-    def transformer_config(
-        self,
-        layout: "Layout",
-        dtype: "torch.dtype",
-        recompute_granularity: str = "none",
-        fp8: "FP8Config | None" = None,
-    ) -> "TransformerConfig":
-        """As `Family.transformer_config`."""
-        from nemo_care.models.transformer_config import transformer_config
-
+    def megatron_settings(self) -> dict[str, Any]:
+        """As `Family.megatron_settings`."""
         text = self.hf.text_config
-        return transformer_config(
-            self.architecture,
-            layout,
-            dtype,
-            recompute_granularity,
-            fp8,
-            qk_layernorm=True,
-            layernorm_epsilon=text.rms_norm_eps,
-            mrope_section=list(text.rope_parameters["mrope_section"]),
-        )
+        return {
+            "qk_layernorm": True,
+            "layernorm_epsilon": text.rms_norm_eps,
+            "mrope_section": list(text.rope_parameters["mrope_section"]),
+        }
 
     def build(self, config: "TransformerConfig", backend: str = "auto") -> "Qwen3VL":
         """As `Family.build`."""

@@ -9,7 +9,7 @@ from transformers import Qwen3VLConfig
 from nemo_care.data.media import Media
 from nemo_care.data.patches import Grid
 from nemo_care.data.prompt_format import Encode
-from nemo_care.models.families.qwen2_5_vl.positions import mrope_positions
+from nemo_care.models.families.positions import mrope_positions
 from nemo_care.models.families.qwen3_vl.config import patching
 from nemo_care.models.families.qwen3_vl.patches import Qwen3PatchSize
 
