@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from nemo_care.megatron import host_memory
+from nemo_care.megatron.experts import is_distributed_expert
 
 
 class WeightAverage:
@@ -80,18 +81,20 @@ class WeightAverage:
 
     @torch.no_grad()
     def squared_distance(self, policy: torch.nn.Module) -> torch.Tensor:
-        """Return this rank's share of (|theta - phi|^2, |theta|^2), float64 [2].
+        """Return this rank's share of (|theta - phi|^2, |theta|^2), float64 [2, 2].
 
-        A parameter that several ranks of a model replica have is counted on one of them, so that
-        the sum over the replica does not depend on the layout.
+        The first row is to be summed over a model replica, the second, of experts that are
+        distributed, over the ranks that have those of one model. A parameter that several of these
+        ranks have is counted on one of them, so that the sums do not depend on the layout.
         """
         device = next(self.model.parameters()).device
-        squares = torch.zeros(2, dtype=torch.float64, device=device)
+        squares = torch.zeros(2, 2, dtype=torch.float64, device=device)
         for name, theta in policy.named_parameters():
             if param_is_not_shared(theta) and param_is_not_tensor_parallel_duplicate(theta):
                 difference = theta.float() - self.state[name].to(device)
-                squares[0] += difference.square().sum(dtype=torch.float64)
-                squares[1] += theta.float().square().sum(dtype=torch.float64)
+                row = squares[int(is_distributed_expert(theta))]
+                row[0] += difference.square().sum(dtype=torch.float64)
+                row[1] += theta.float().square().sum(dtype=torch.float64)
         return squares
 
     def sharded_state_dict(self, prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class WeightTable:
         disk_name: converts a tensor's name in transformers' modules, or in the files of some
             releases, to its name in the published checkpoints.
         recomputed: endings of tensors in old files that every model computes itself.
+        experts: endings of tensors that hold a matrix of all experts of a layer (see
+            `expert_weights.py`).
     """
 
     layer: Mapping[str, Source]
@@ -38,6 +40,7 @@ class WeightTable:
     vision_prefix: str
     disk_name: Callable[[str], str]
     recomputed: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
     @property
     def embedding(self) -> str:

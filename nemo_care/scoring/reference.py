@@ -90,7 +90,10 @@ class Reference:
 
     def distance(self, policy: torch.nn.Module) -> float:
         """Return |theta - phi| / |theta| over the whole model."""
-        squares = self.ranks.sum_over_model(self.average.squared_distance(policy))
+        dense, experts = self.average.squared_distance(policy).unbind()
+        squares = self.ranks.sum_over_model(dense)
+        if self.ranks.layout.expert > 1:
+            squares += self.ranks.sum_over_experts(experts)
         return float((squares[0] / squares[1]).sqrt())
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
