@@ -20,9 +20,11 @@ EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 def tiny_qwen3_config(experts=None, **top) -> Qwen3VLConfig | Qwen3VLMoeConfig:
     """Queries wider than the hidden states, and layers enough for the deep features on the first of
-    two stages. A frame of 28 x 28 pixels becomes 2 x 2 vision tokens."""
-    return Qwen3VLConfig(
-        architectures=["Qwen3VLForConditionalGeneration"],
+    two stages. A frame of 28 x 28 pixels becomes 2 x 2 vision tokens. `experts` are keys of
+    text_config, such as `EXPERTS`."""
+    kind = Qwen3VLMoeConfig if experts else Qwen3VLConfig
+    return kind(
+        architectures=[f"Qwen3VL{'Moe' if experts else ''}ForConditionalGeneration"],
         text_config={
             "hidden_size": 64,
             "intermediate_size": 96,
@@ -61,10 +63,10 @@ def tiny_qwen3_config(experts=None, **top) -> Qwen3VLConfig | Qwen3VLMoeConfig:
     )
 
 
-def write_tiny_qwen3(folder: Path, experts=None, **top) -> Path:
+def write_tiny_qwen3(folder: Path, experts=None, seed=0, **top) -> Path:
     """A checkpoint in which every parameter, norms and biases too, is random and matters."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         whole = Qwen3VLMoeForConditionalGeneration if experts else Qwen3VLForConditionalGeneration
         model = whole(tiny_qwen3_config(experts, **top)).float()
         for name, parameter in model.named_parameters():
