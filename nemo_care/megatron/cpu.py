@@ -8,7 +8,6 @@ the GPU path.
 megatron-core's version is pinned in pyproject.toml because of these replacements.
 """
 
-from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -89,43 +88,13 @@ def enable_cpu_megatron(device: str = "cpu") -> bool:
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
-    _route_without_cuda()
+    from nemo_care.megatron.experts_on_cpu import route_without_cuda
+
+    route_without_cuda()
     _take_torch_optimizers()
     _active = _DeviceRedirect(target)
     _active.__enter__()
     return True
-
-
-class _NoStream:
-    """A CUDA stream or event where everything is computed at once."""
-
-    def wait_stream(self, stream: "_NoStream") -> None:
-        pass
-
-    def record_event(self) -> "_NoStream":
-        return self
-
-    def synchronize(self) -> None:
-        pass
-
-
-_ONLY_STREAM = _NoStream()
-
-
-def _route_without_cuda() -> None:
-    """Let Megatron send tokens to experts: it copies their counts to the CPU on a CUDA stream."""
-    torch.cuda.Stream = lambda *args, **kwargs: _ONLY_STREAM  # type: ignore[assignment,misc]
-    torch.cuda.current_stream = lambda *args, **kwargs: _ONLY_STREAM  # type: ignore[assignment]
-    torch.cuda.stream = lambda *args, **kwargs: nullcontext()  # type: ignore[assignment]
-
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
-    def counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    token_dispatcher.maybe_move_tensor_to_cpu = counts
-    # TransformerEngine's product, a name that is missing without TransformerEngine.
-    moe_utils.te_general_gemm = None
 
 
 def _take_torch_optimizers() -> None:
