@@ -118,8 +118,8 @@ def _headline(plan: Plan) -> str:
     return (
         f"{plan.parameters / 1e9:.2f} billion parameters ({plan.shape.source})\n"
         f"{ranks} x {plan.question.gpu.name}, {trainer.num_nodes} machine(s): TP {tensor}"
-        f"{' with sequence parallelism' if model.sequence_parallel else ''}, PP {pipeline}{shared}, "
-        f"DP {replicas_of(recipe)}; recomputation {model.recompute_granularity}; "
+        f"{' with sequence parallelism' if model.sequence_parallel else ''}, "
+        f"PP {pipeline}{shared}, DP {replicas_of(recipe)}; recomputation {model.recompute_granularity}; "
         f"{precision_in_words(recipe)}; "
         f"{micro_batches_of(recipe)} micro-batch(es) per step and replica\n"
         f"memory at the longest lengths: prompt {longest.prompt} tokens ({longest.vision} of "
