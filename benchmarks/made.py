@@ -14,7 +14,7 @@ from nemo_care.data.samples import Sample
 from nemo_care.groups.group import Completion, Group
 from nemo_care.miniature.tokenizer import build_tokenizer
 from nemo_care.miniature.vocabulary import SPECIAL_TOKENS, TAGS, UNKNOWN
-from nemo_care.models.families.qwen2_5_vl.positions import mrope_positions
+from nemo_care.models.families.positions import mrope_positions
 from nemo_care.planning.shapes import Lengths
 
 WORDS = (*SPECIAL_TOKENS, *TAGS, UNKNOWN, "user", "assistant")

@@ -122,7 +122,7 @@ def test_a_step_asks_for_the_gpus_of_its_job(tmp_path, gpus, asked):
 
 
 def test_the_scripts_ask_for_gpus():
-    for script in ("train_7b", "train_32b", "train_72b", "evaluate"):
+    for script in ("train_7b", "train_32b", "train_72b", "train_qwen3_vl_235b", "evaluate"):
         text = (CHECKOUT / "slurm" / f"{script}.sh").read_text()
         assert "\n#SBATCH --gpus-per-node=8\n" in text
 

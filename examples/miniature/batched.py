@@ -14,8 +14,8 @@ from transformers.vision_utils import get_vision_position_ids
 
 from nemo_care.miniature.vocabulary import IMAGE_PAD, VIDEO_PAD, encode
 from nemo_care.miniature.world import GRID, SECONDS_PER_GRID, VIDEO_TOKENS, Question
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
-from nemo_care.models.families.qwen2_5_vl.positions import mrope_positions
+from nemo_care.models.families.patches import PatchSize
+from nemo_care.models.families.positions import mrope_positions
 from tiny_model import TinyModel
 
 _BEFORE_VIDEO = encode("<|im_start|> user <|vision_start|>")

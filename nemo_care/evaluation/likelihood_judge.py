@@ -37,8 +37,8 @@ class LikelihoodJudge:
         """
         verdicts: list[Verdict | None] = [self._without_scoring(group) for group in groups]
         scored = [group for group, verdict in zip(groups, verdicts, strict=True) if verdict is None]
-        # Equal on all ranks of the replica: if there is nothing to score, none of them scores.
-        found = iter(self._score(scored) if scored else ())
+        # Also if there is nothing to score: another replica may need this one's experts.
+        found = iter(self._score(scored))
         return [known(next(found) if verdict is None else verdict) for verdict in verdicts]
 
     def close(self) -> None:

@@ -100,7 +100,7 @@ class PeerProbe:
         Also None without options.
         """
         prompts = [group.prompt for group in groups if group.prompt.sample.options]
-        values = iter(self._values(prompts) if prompts else ())
+        values = iter(self._values(prompts))
         return [
             {"peer_probe": next(values) if group.prompt.sample.options else None}
             for group in groups

@@ -43,7 +43,7 @@ class ForcedReasoningProbe:
             )
             for prompt in probed
         ]
-        likelihoods = iter(self.scorer.answer_likelihoods(forced) if forced else ())
+        likelihoods = iter(self.scorer.answer_likelihoods(forced))
         values: list[Row] = []
         for prompt in prompts:
             implied, true = (

@@ -88,6 +88,9 @@ def enable_cpu_megatron(device: str = "cpu") -> bool:
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
+    from nemo_care.megatron.experts_on_cpu import route_without_cuda
+
+    route_without_cuda()
     _take_torch_optimizers()
     _active = _DeviceRedirect(target)
     _active.__enter__()

@@ -183,6 +183,38 @@ def _load_steps_of_either_kind(optimizer: MegatronOptimizer) -> None:
     optimizer.load_state_dict = types.MethodType(load_with_whole_steps, optimizer)
 
 
+def sharded_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], metadata: dict[str, Any], **kind: Any
+) -> dict[str, Any]:
+    """Return the optimizer's state as sharded tensors; `kind` says whether it is for loading.
+
+    Experts that are distributed over ranks have an optimizer of their own. The state does not
+    depend on this: a checkpoint can be loaded with another distribution of the experts.
+    """
+    parts = optimizer_parts(optimizer)
+    states = [part.sharded_state_dict(model_state, metadata=metadata, **kind) for part in parts]
+    if len(parts) == 1:
+        return states[0]
+    tensors = {number: state["param_state"] for number, state in enumerate(states)}
+    return {**states[0], "param_state": tensors}
+
+
+def load_sharded_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Load what `sharded_state` has described."""
+    parts = optimizer_parts(optimizer)
+    states = {0: state["param_state"]} if len(parts) == 1 else state["param_state"]
+    # All groups have counted the same steps, and their settings are the recipe's.
+    step = max(int(group.get("step") or 0) for group in state["optimizer"]["param_groups"])
+    for number, part in enumerate(parts):
+        groups = [
+            {**{name: value for name, value in group.items() if name != "params"}, "step": step}
+            for group in part.param_groups
+        ]
+        part.load_state_dict(
+            {**state, "optimizer": {"param_groups": groups}, "param_state": states[number]}
+        )
+
+
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Return the optimizers that Megatron has chained, or the single optimizer."""
     return getattr(optimizer, "chained_optimizers", [optimizer])

@@ -12,9 +12,18 @@ class VisionArchitecture:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Each layer's feed-forward networks: of `count`, a token passes through `active`."""
+
+    count: int
+    active: int
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Sizes of a language model with a vision tower.
 
+    `ffn_size` is the width of a layer's feed-forward network, or of each of its `experts`.
     `heads` query heads share `kv_heads` key-value heads, each `head_dim` wide. `tied`: the output
     layer is the embedding. `max_positions` is the longest sequence the model supports.
     `deep_levels` of the vision tower's features are added after as many first layers (see
@@ -32,6 +41,7 @@ class Architecture:
     tied: bool
     vision: VisionArchitecture
     deep_levels: int = 0
+    experts: Experts | None = None
 
     @property
     def query_size(self) -> int:

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from nemo_care.megatron import host_memory
+from nemo_care.megatron.experts import is_distributed_expert
 
 
 class WeightAverage:
@@ -109,10 +110,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def squared_distance(self, policy: torch.nn.Module) -> torch.Tensor:
-        """Return this rank's share of (|theta - phi|^2, |theta|^2), float64 [2].
+        """Return this rank's share of (|theta - phi|^2, |theta|^2), float64 [2, 2].
 
-        A parameter that several ranks of a model replica have is counted on one of them, so that
-        the sum over the replica does not depend on the layout.
+        The first row is to be summed over a model replica, the second, of experts that are
+        distributed, over the ranks that have those of one model. A parameter that several of these
+        ranks have is counted on one of them, so that the sums do not depend on the layout.
         """
         squares = self._no_squares()
         for name, theta in policy.named_parameters():
@@ -123,7 +125,7 @@ class WeightAverage:
 
     def _no_squares(self) -> torch.Tensor:
         device = next(self.model.parameters()).device
-        return torch.zeros(2, dtype=torch.float64, device=device)
+        return torch.zeros(2, 2, dtype=torch.float64, device=device)
 
     def sharded_state_dict(self, prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
         """Return the float32 average as Megatron sharded tensors, laid out like the model's own.
@@ -150,15 +152,19 @@ class WeightAverage:
             self._show(name, parameter)
 
 
-def _squares(parameter: torch.Tensor, theta: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
-    """Return the sums of (theta - phi)^2 and theta^2, float64 [2]; 0 if not counted on this rank.
+def _squares(parameter: torch.nn.Parameter, theta: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+    """Return the sums of (theta - phi)^2 and theta^2 in their row of `squared_distance`, [2, 2].
+
+    They are 0 for a parameter that is not counted on this rank.
 
     `theta` and `phi` are float32; `theta` has the values of the policy's `parameter`.
     """
-    if not (param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)):
-        return torch.zeros(2, dtype=torch.float64, device=theta.device)
-    difference = (theta - phi).square_().sum(dtype=torch.float64)
-    return torch.stack([difference, theta.square().sum(dtype=torch.float64)])
+    squares = torch.zeros(2, 2, dtype=torch.float64, device=theta.device)
+    if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
+        row = squares[int(is_distributed_expert(parameter))]
+        row[0] = (theta - phi).square_().sum(dtype=torch.float64)
+        row[1] = theta.square().sum(dtype=torch.float64)
+    return squares
 
 
 def _cpu_copy(weight: torch.Tensor) -> torch.Tensor:

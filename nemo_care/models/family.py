@@ -75,6 +75,9 @@ class Family(ABC):
         return 0.0
 
     @abstractmethod
+    def megatron_settings(self) -> dict[str, Any]:
+        """Return arguments of Megatron's `TransformerConfig` that only this family sets."""
+
     def transformer_config(
         self,
         layout: "Layout",
@@ -90,6 +93,9 @@ class Family(ABC):
         Raises:
             InputError: the model or the layout does not fit 8-bit products.
         """
+        from nemo_care.models.transformer_config import transformer_config
+
+        return transformer_config(self, layout, dtype, recompute_granularity, fp8)
 
     @abstractmethod
     def build(self, config: "TransformerConfig", backend: str = "auto") -> "VideoLanguageModel":

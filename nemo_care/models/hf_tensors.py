@@ -116,6 +116,33 @@ class HFTensors:
             )
         return tensor
 
+    def input_first(self, name: str, wanted: tuple[int, ...]) -> bool:
+        """Whether a tensor of experts, [experts, output, input] in transformers, is stored as
+        [experts, input, output], as transformers 4 did.
+
+        The shape decides; if both fit, the version of transformers in config.json does, which is
+        reported once.
+
+        Raises:
+            InputError: there is none with that name, or neither shape is that of `wanted`.
+        """
+        found, swapped = tuple(self(name).get_shape()), (wanted[0], *wanted[:0:-1])
+        if found not in (wanted, swapped):
+            raise InputError(
+                f"{self.where}: tensor {name} is {_shape(found)}, but config.json requires "
+                f"{_shape(wanted)} or {_shape(swapped)}; use files of the same checkpoint"
+            )
+        if wanted != swapped:
+            return found == swapped
+        version = read_checkpoint_json(self._folder / "config.json").get("transformers_version")
+        old = isinstance(version, str) and version.startswith("4.")
+        order = "input, output" if old else "output, input"
+        _say_once(
+            f"{self.where}: the experts' matrices are square: read as [experts, {order}], as "
+            f"transformers {version or 5} stores them (transformers_version in config.json)"
+        )
+        return old
+
 
 def _opened(file: Path) -> Any:
     try:
@@ -155,7 +182,9 @@ def check_weights(folder: str | Path, *, key: str = "model.hf_path") -> None:
                 "the model's own weights only"
             )
         found, wanted = tuple(tensors(name).get_shape()), shapes[name]
-        if found != wanted:
+        if family.weights.experts and name.endswith(family.weights.experts):
+            tensors.input_first(name, wanted)
+        elif found != wanted:
             rows = (
                 f" (vocab_size is {wanted[0]}, the tensor has {found[0]} rows)"
                 if name in (embedding, output) and found[:1] != wanted[:1]

@@ -41,24 +41,35 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _local(qk_norm: bool) -> tuple[ModuleSpec, type]:
-    layer = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+def _local(config: TransformerConfig) -> tuple[ModuleSpec, type]:
+    layer = gpt_layer_specs.get_gpt_layer_local_spec(
+        # Experts are computed one after another.
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        normalization="RMSNorm",
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = GroupAttention
-    if qk_norm:
+    if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return layer, RMSNorm
 
 
-def _transformer_engine(qk_norm: bool) -> tuple[ModuleSpec, type]:
+def _transformer_engine(config: TransformerConfig) -> tuple[ModuleSpec, type]:
     try:
         import transformer_engine.pytorch  # noqa: F401
         from megatron.core.extensions.transformer_engine import TENorm
     except ImportError as error:
         raise missing_transformer_engine(why_unusable() or error) from error
-    layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    # A rank's experts are computed by one grouped product.
+    config.moe_grouped_gemm = config.num_moe_experts is not None
+    layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
     layer.submodules.self_attention.submodules.core_attention = TransformerEngineGroupAttention
     return layer, TENorm
 
@@ -77,7 +88,7 @@ def layer_spec(config: TransformerConfig, backend: str = "auto") -> TransformerB
     name = _AUTO if backend == "auto" else backend
     if name not in _BACKENDS:
         raise InputError(f"model.backend={backend}: choose auto or {', '.join(_BACKENDS)}")
-    layer, norm = _BACKENDS[name](config.qk_layernorm)
+    layer, norm = _BACKENDS[name](config)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm
     )

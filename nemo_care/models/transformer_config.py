@@ -9,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_care.errors import InputError
 from nemo_care.models.architecture import Architecture
+from nemo_care.models.family import Family
 from nemo_care.models.precision import check_fp8, fp8_arguments
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.model import FP8Config
@@ -21,9 +22,12 @@ def check_layout(model: Architecture, layout: Layout) -> None:
         InputError: names the key and the values that fit.
     """
     heads, groups, layers = model.heads, model.kv_heads, model.layers
+    _check_experts(model, layout)
 
     def fits(size: int) -> bool:
-        cut = (heads, groups, model.ffn_size, model.hidden_size)
+        cut = [heads, groups, model.hidden_size]
+        if model.experts is None:
+            cut.append(model.ffn_size)
         return not any(width % size for width in cut)
 
     if not fits(layout.tensor):
@@ -47,6 +51,34 @@ def check_layout(model: Architecture, layout: Layout) -> None:
         )
 
 
+def _check_experts(model: Architecture, layout: Layout) -> None:
+    """Refuse a layout that does not divide the experts, or that Megatron can't train them in."""
+    if model.experts is None:
+        if layout.expert > 1 or layout.expert_tensor_size != layout.tensor:
+            raise InputError(
+                f"model.expert_model_parallel_size={layout.expert}: this model has no experts; "
+                "remove model.expert_model_parallel_size and model.expert_tensor_parallel_size"
+            )
+        return
+    count = model.experts.count
+    if count % layout.expert:
+        good = [str(size) for size in range(1, count + 1) if count % size == 0]
+        raise InputError(
+            f"model.expert_model_parallel_size={layout.expert} does not divide the model's {count} "
+            f"experts: use {', '.join(good)}"
+        )
+    if model.ffn_size % layout.expert_tensor_size:
+        raise InputError(
+            f"model.expert_tensor_parallel_size={layout.expert_tensor_size} does not divide the "
+            f"experts' intermediate size {model.ffn_size}"
+        )
+    if layout.tensor > 1 and not layout.sequence_parallel:
+        raise InputError(
+            f"model.tensor_model_parallel_size={layout.tensor}: a model with experts is trained "
+            "with sequence parallelism only; set model.sequence_parallel=true"
+        )
+
+
 def _gradients_can_be_fused() -> bool:
     """Whether linear layers can add gradients to the float32 sums within the matrix product.
 
@@ -56,19 +88,33 @@ def _gradients_can_be_fused() -> bool:
     return torch.cuda.is_available() and find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
+def _expert_arguments(model: Architecture, layout: Layout) -> dict[str, Any]:
+    """Return arguments for a model whose layers have experts; none otherwise."""
+    if model.experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.experts.count,
+        "moe_router_topk": model.experts.active,
+        "moe_ffn_hidden_size": model.ffn_size,
+        # The weights of a token's experts are the softmax over their logits alone.
+        "moe_router_pre_softmax": False,
+        "moe_router_dtype": "fp32",
+        # Rewards alone shape the router: an auxiliary loss would be a second objective.
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor_size,
+    }
+
+
 def transformer_config(
-    model: Architecture,
+    family: Family,
     layout: Layout,
     dtype: torch.dtype,
     recompute_granularity: str,
     fp8: FP8Config | None,
-    **family: Any,
 ) -> TransformerConfig:
-    """Implement `Family.transformer_config`; `family` are arguments that only the family has.
-
-    Raises:
-        InputError: the model or the layout does not fit 8-bit products.
-    """
+    """Implement `Family.transformer_config`."""
+    model = family.architecture
     if fp8 is not None:
         check_fp8(fp8, model, layout)
     recompute: dict[str, Any] = {}
@@ -108,7 +154,8 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        **family,
+        **_expert_arguments(model, layout),
+        **family.megatron_settings(),
         **recompute,
         **fp8_arguments(fp8, recompute_granularity),
     )

@@ -27,6 +27,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_care.data.patches import Patching
+from nemo_care.megatron.experts import is_distributed_expert
 from nemo_care.megatron.partial_gradients import mark_partial_gradient
 from nemo_care.models.decoding_cache import DecodingCache, PromptPass, Rotation
 from nemo_care.models.deep_features import DeepFeatures, take_deep_features
@@ -142,6 +143,8 @@ class VideoLanguageModel(MegatronModule, ABC):
         self.family = family
         self.vocab_size = family.architecture.vocab_size
         self.deals_vision = False
+        # Tensors of experts on disk whose matrices are stored as [input, output].
+        self.stored_input_first: set[str] = set()
         layers = layer_spec(config, backend)
         if self.pre_process:
             take_deep_features(layers, family.architecture.deep_levels)
@@ -284,6 +287,9 @@ class VideoLanguageModel(MegatronModule, ABC):
                 tensor_parallel.set_tensor_model_parallel_attributes(
                     weight, is_parallel=True, dim=dims[type(module)], stride=1
                 )
+        for parameter in filter(is_distributed_expert, self.language_model.parameters()):
+            # No other rank of a model has these experts, whatever cuts them.
+            parameter.tensor_model_parallel = True
 
     def sharded_state_dict(
         self,
@@ -300,6 +306,14 @@ class VideoLanguageModel(MegatronModule, ABC):
         if self.config.fp8 and self.config.fp8_recipe == "delayed":
             return sharded
         return {key: entry for key, entry in sharded.items() if not key.endswith(_EXTRA_STATE)}
+
+    def idle_inputs(self) -> ModelInputs:
+        """The shortest micro-batch, for a pass whose result nobody needs."""
+        scattered = self.config.sequence_parallel
+        tokens = self.config.tensor_model_parallel_size if scattered else 1
+        device = next(self.parameters()).device
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+        return ModelInputs(token_ids=ids, position_ids=ids.expand(3, 1, -1))
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the previous stage's hidden states (the pipeline schedules call this)."""

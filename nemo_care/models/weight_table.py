@@ -32,6 +32,8 @@ class WeightTable:
         mergers: beginnings, within the vision tower, of the names of the modules that turn its
             states into features.
         recomputed: endings of tensors in old files that every model computes itself.
+        experts: endings of tensors that hold a matrix of all experts of a layer (see
+            `expert_weights.py`).
     """
 
     layer: Mapping[str, Source]
@@ -41,6 +43,7 @@ class WeightTable:
     disk_name: Callable[[str], str]
     mergers: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
     @property
     def embedding(self) -> str:

@@ -21,6 +21,13 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
 from nemo_care.files.tensors import save_tensors
+from nemo_care.models.expert_weights import (
+    are_experts,
+    join_experts,
+    named_weights,
+    read_experts,
+    shape_on_disk,
+)
 from nemo_care.models.hf_tensors import INDEX, HFTensors
 from nemo_care.models.video_language_model import VideoLanguageModel, padded_vocabulary
 from nemo_care.models.weight_table import OUTPUT, Source
@@ -115,8 +122,13 @@ def load_hf_weights(
     reader = HFTensors(Path(folder), model.family.weights, key)
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in model.named_parameters():
+    for name, parameters in named_weights(model):
         source = _source(model, name)
+        if are_experts(name):
+            if read_experts(reader, source, model.family.architecture, parameters):
+                model.stored_input_first.add(source.names[0])
+            continue
+        (parameter,) = parameters
         shard = _read_shard(reader, source, model, rank, size)
         if shard.shape != parameter.shape:
             raise InputError(
@@ -154,21 +166,40 @@ def iterate_hf_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield this pipeline stage's weights under Hugging Face's names, one parameter at a time.
 
-    All tensor-parallel ranks must iterate together. Tied output weights are not repeated.
-    `trained_only` leaves out the frozen parts.
+    All tensor-parallel ranks must iterate together, and those that share experts. Tied output
+    weights are not repeated. `trained_only` leaves out the frozen parts.
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    for name, parameter in model.named_parameters():
+    for name, parameters in named_weights(model):
         if trained_only and model.is_frozen(name):
             continue
         if name.endswith("output_layer.weight") and model.share_embeddings_and_output_weights:
             continue
         source = _source(model, name)
+        if are_experts(name):
+            input_first = source.names[0] in model.stored_input_first
+            yield source.names[0], join_experts(source, parameters, input_first=input_first)
+            continue
+        (parameter,) = parameters
         shards = [parameter.data]
         if source.cut != "whole" and group.size() > 1:
             shards = [torch.empty_like(parameter) for _ in range(group.size())]
             dist.all_gather(shards, parameter.data.contiguous(), group=group)
         yield from zip(source.names, _join(source, shards, model), strict=True)
+
+
+def _store_as_in(folder: Path, model: VideoLanguageModel) -> None:
+    """From now on the experts' matrices are yielded with input and output in this folder's order,
+    if it has weights."""
+    if not model.family.weights.experts or not any(folder.glob("*.safetensors")):
+        return
+    reader = HFTensors(folder, model.family.weights, "model.hf_path")
+    sources = [_source(model, name) for name, _ in named_weights(model) if are_experts(name)]
+    model.stored_input_first = {
+        source.names[0]
+        for source in sources
+        if reader.input_first(source.names[0], shape_on_disk(source, model.family.architecture))
+    }
 
 
 def _write_parts(
@@ -251,6 +282,7 @@ def export_hf(
             f"{source}: no config.json left to export with the weights; they are in the "
             "run's checkpoints: nemo-care export RUN OUT --base DIR, with the folder's new place"
         )
+    _store_as_in(Path(source), model)
     partial = target.with_name(target.name + ".partial")
     rank = dist.get_rank()
     if rank == 0:

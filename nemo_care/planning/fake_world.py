@@ -39,6 +39,8 @@ class FakeRanks(Ranks):
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=self.layout.tensor,
                 pipeline_model_parallel_size=self.layout.pipeline,
+                expert_model_parallel_size=self.layout.expert,
+                expert_tensor_parallel_size=self.layout.expert_tensor_size,
             )
         initialize_rng_tracker(inference_rng_tracker=True)
 

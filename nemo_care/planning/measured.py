@@ -19,6 +19,8 @@ _LAYOUT = (
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
     "model.sequence_parallel",
+    "model.expert_model_parallel_size",
+    "model.expert_tensor_parallel_size",
 )
 _SCORING = (*_MICRO_BATCH, "algorithm.reference.offload")
 # The keys, among those in which variants differ, that each part depends on besides the layout.

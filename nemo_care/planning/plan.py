@@ -173,8 +173,10 @@ def host_memory(
     # The first replica's ranks gather the optimizer's state in CPU memory: three float32
     # tensors of all their parameters, and two further copies of one while it arrives. Every rank
     # has its own shards. The copies of weights and average, made afterwards, need no more.
+    # Replicas that share experts hold one model's together.
+    in_step = Layout.of(recipe).replicas_in_step
     gathered = 4 * parameters * (3 + 2) * _first_replica_on_a_machine(recipe)
-    shards = ranks * 4 * 3 * parameters // replicas_of(recipe)
+    shards = ranks * 4 * 3 * parameters * in_step // replicas_of(recipe)
     offload = recipe.algorithm.reference.offload and needs_reference(recipe.algorithm)
     workers = workers_of_a_machine(recipe)
     asleep = workers * engine.host if engine is not None else 0
@@ -191,11 +193,15 @@ def host_memory(
 
 
 def _first_replica_on_a_machine(recipe: Recipe) -> int:
-    """Return the most ranks of replica 0 on one machine; ranks count tensor, data, stage."""
+    """Return the most ranks on one machine of the first replica, or of those in step with it.
+
+    Ranks count tensor, data, stage.
+    """
+    in_step = Layout.of(recipe).replicas_in_step
     tensor = recipe.model.tensor_model_parallel_size
     on_each = [0] * recipe.trainer.num_nodes
     for rank in range(recipe.trainer.devices * recipe.trainer.num_nodes):
-        on_each[rank // recipe.trainer.devices] += rank // tensor % replicas_of(recipe) == 0
+        on_each[rank // recipe.trainer.devices] += rank // tensor % replicas_of(recipe) < in_step
     return max(on_each)
 
 
@@ -319,6 +325,7 @@ def plan_as_json(plan: Plan, remedies: list[str]) -> dict[str, Any]:
             "devices": recipe.trainer.devices,
             "tensor": recipe.model.tensor_model_parallel_size,
             "pipeline": recipe.model.pipeline_model_parallel_size,
+            "expert": recipe.model.expert_model_parallel_size,
             "data": replicas_of(recipe),
             "sequence_parallel": recipe.model.sequence_parallel,
             "recompute_granularity": recipe.model.recompute_granularity,

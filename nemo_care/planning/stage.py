@@ -13,8 +13,10 @@ from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.groups.batch import GroupBatch
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.group import Group
+from nemo_care.megatron.experts import is_distributed_expert
 from nemo_care.megatron.optimizer import optimizer_parts
 from nemo_care.models.video_language_model import VideoLanguageModel
+from nemo_care.planning.expert_dispatch import balanced_experts
 from nemo_care.planning.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
 from nemo_care.planning.meta_memory import MetaMemory, flash_attention
 from nemo_care.planning.precision import as_built, fp8_copies
@@ -338,7 +340,11 @@ def built_stage(
     world = recipe.trainer.devices * recipe.trainer.num_nodes
     parallel = Layout.of(recipe)
     memory = MetaMemory()
-    with fake_world(parallel, stage_rank(parallel, number, world), world) as ranks, memory:
+    with (
+        fake_world(parallel, stage_rank(parallel, number, world), world) as ranks,
+        memory,
+        balanced_experts(),
+    ):
         layout = BatchLayout.of_recipe(recipe, parallel, pad_id=0)
         model = _build_part(recipe, ranks, shape)
         model.keeps_vision = "vision" in model.frozen
@@ -355,10 +361,11 @@ def built_stage(
         policy = Policy(model, recipe, ranks, layout)
         policy.optimizer_state.initialise()
         _step_as_on_a_gpu(policy)
-        gradients = sum(buffer.grad_data.nbytes for buffer in policy.wrapped.buffers)
+        buffers = (*policy.wrapped.buffers, *policy.wrapped.expert_parallel_buffers)
+        gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
         build = StageBuild(
             parameters=sum(p.numel() for p in model.parameters()),
-            unique_parameters=_unique_parameters(model, parallel.tensor),
+            unique_parameters=_unique_parameters(model, parallel),
             weights=weights,
             gradients=gradients,
             optimizer=memory.current + memory.host - before - gradients,
@@ -369,15 +376,16 @@ def built_stage(
         yield Stage(recipe, shape, ranks, memory, model, policy, scorer, layout, build)
 
 
-def _unique_parameters(model: MegatronModule, tensor: int) -> int:
-    """Count the stage's parameters over its tensor-parallel ranks, each once."""
+def _unique_parameters(model: MegatronModule, parallel: Layout) -> int:
+    """Count the stage's parameters over the ranks that share them, each once."""
     count = 0
     for name, parameter in model.named_parameters():
         tied = name.endswith("output_layer.weight") and model.share_embeddings_and_output_weights
         if not (tied and not model.pre_process):
-            count += parameter.numel() * (
-                tensor if getattr(parameter, "tensor_model_parallel", False) else 1
-            )
+            parts = parallel.tensor if getattr(parameter, "tensor_model_parallel", False) else 1
+            if is_distributed_expert(parameter):
+                parts = parallel.expert * parallel.expert_tensor_size
+            count += parameter.numel() * parts
     return count
 
 

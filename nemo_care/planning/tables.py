@@ -113,12 +113,14 @@ def _headline(plan: Plan) -> str:
     model, trainer = recipe.model, recipe.trainer
     ranks = trainer.devices * trainer.num_nodes
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    experts = plan.shape.architecture.experts
+    shared = f", EP {model.expert_model_parallel_size}" if experts is not None else ""
     return (
         f"{plan.parameters / 1e9:.2f} billion parameters ({plan.shape.source})\n"
         f"{ranks} x {plan.question.gpu.name}, {trainer.num_nodes} machine(s): TP {tensor}"
-        f"{' with sequence parallelism' if model.sequence_parallel else ''}, PP {pipeline}, "
-        f"DP {replicas_of(recipe)}; recomputation {model.recompute_granularity}; "
-        f"{precision_in_words(recipe)}; "
+        f"{' with sequence parallelism' if model.sequence_parallel else ''}, "
+        f"PP {pipeline}{shared}, DP {replicas_of(recipe)}; "
+        f"recomputation {model.recompute_granularity}; {precision_in_words(recipe)}; "
         f"{micro_batches_of(recipe)} micro-batch(es) per step and replica\n"
         f"memory at the longest lengths: prompt {longest.prompt} tokens ({longest.vision} of "
         f"videos), {recipe.algorithm.group_size} completions of {longest.completion}\n"

@@ -22,6 +22,7 @@ from nemo_care.planning.gpus import Gpu
 from nemo_care.planning.precision import fp8_share
 from nemo_care.planning.shapes import Lengths
 from nemo_care.planning.stage import StageBuild
+from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.schema import Recipe, needs_reference, replicas_of
 
 _ANSWER_ROWS = 4
@@ -94,11 +95,17 @@ def attention_flops(model: Architecture, lengths: Lengths, group: int, *, shared
 
 
 def layer_flops(model: Architecture, tokens: int) -> float:
-    """Count all layers' matrix products for `tokens` tokens, without attention itself."""
+    """Count all layers' matrix products for `tokens` tokens, without attention itself.
+
+    Of experts, a token passes through the active ones.
+    """
+    mlp = 6 * model.hidden_size * model.ffn_size
+    if model.experts is not None:
+        mlp = mlp * model.experts.active + 2 * model.hidden_size * model.experts.count
     per_token = (
         2 * model.hidden_size * (model.query_size + 2 * model.kv_size)
         + 2 * model.query_size * model.hidden_size
-        + 6 * model.hidden_size * model.ffn_size
+        + mlp
     )
     return float(model.layers * tokens * per_token)
 
@@ -294,9 +301,24 @@ class Clock:
             if self.recipe.model.vision.shard and vision:
                 # One all-gather of the features.
                 vision += moved / 4 * copies * self.lengths.vision / tokens / (link * 1e9)
+        layers += self._dispatch(tokens) / self.pipeline
         head = head_flops(self.model, head_rows) / self.tensor / speed
         ends = vision + head if self.pipeline == 1 else max(vision, head)
         return _Forward(layers + ends, layers * self.pipeline + vision + head)
+
+    def _dispatch(self, tokens: int) -> float:
+        """Return the seconds in which a rank's tokens travel to experts and back, in all layers.
+
+        Every expert gets the same number of tokens.
+        """
+        layout, experts = Layout.of(self.recipe), self.model.experts
+        if experts is None or layout.expert == 1:
+            return 0.0
+        sent = tokens / self.tensor * experts.active * self.model.hidden_size * 2
+        moved = 2 * sent * (layout.expert - 1) / layout.expert
+        inside = layout.expert * layout.expert_tensor_size <= self.recipe.trainer.devices
+        link = self.efficiency.nvlink_gb_s if inside else self.efficiency.network_gb_s
+        return self.model.layers * moved / (link * 1e9)
 
     def _micro_batch(self, head_rows: int, fp8: bool, phase: str) -> _Forward:
         algorithm = self.recipe.algorithm

@@ -74,11 +74,27 @@ def _sendable(error: Exception) -> Exception:
 
 @dataclass(frozen=True)
 class Layout:
-    """The degrees of model parallelism."""
+    """The degrees of model parallelism.
+
+    The experts of a layer are distributed over `expert` ranks, and each expert's matrices over
+    `expert_tensor` (None: 1 with expert parallelism, otherwise `tensor`).
+    """
 
     tensor: int = 1
     pipeline: int = 1
     sequence_parallel: bool = False
+    expert: int = 1
+    expert_tensor: int | None = None
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """The number of ranks that share each expert's matrices."""
+        return self.expert_tensor or (1 if self.expert > 1 else self.tensor)
+
+    @property
+    def replicas_in_step(self) -> int:
+        """The number of replicas that share their experts, and so compute in step."""
+        return max(self.expert * self.expert_tensor_size // self.tensor, 1)
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Layout":
@@ -88,6 +104,8 @@ class Layout:
             tensor=model.tensor_model_parallel_size,
             pipeline=model.pipeline_model_parallel_size,
             sequence_parallel=model.sequence_parallel,
+            expert=model.expert_model_parallel_size,
+            expert_tensor=model.expert_tensor_parallel_size,
         )
 
     def data(self, world_size: int) -> int:
@@ -160,6 +178,8 @@ class Ranks:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.layout.tensor,
             pipeline_model_parallel_size=self.layout.pipeline,
+            expert_model_parallel_size=self.layout.expert,
+            expert_tensor_parallel_size=self.layout.expert_tensor_size,
             distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
         )
         initialize_rng_tracker(inference_rng_tracker=True)
@@ -401,6 +421,13 @@ class Ranks:
     def sum_over_model(self, value: torch.Tensor) -> torch.Tensor:
         """Sum `value` over the ranks of this model replica (in place)."""
         dist.all_reduce(value, group=parallel_state.get_model_parallel_group())
+        return value
+
+    @staticmethod
+    def sum_over_experts(value: torch.Tensor) -> torch.Tensor:
+        """Sum `value` over the ranks that have the experts of one model (in place)."""
+        group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+        dist.all_reduce(value, group=group)
         return value
 
     @staticmethod

@@ -73,6 +73,13 @@ class ModelConfig:
     """Number of stages over which the layers are distributed; must divide the number of layers."""
     sequence_parallel: bool = False
     """Also split norms and residuals along the sequence (with tensor parallelism)."""
+    expert_model_parallel_size: int = 1
+    """Ranks over which the experts of each layer are distributed (models with experts); must divide
+    their number. These ranks can be those of several replicas, which then sample, score and update
+    in step with each other."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert's matrices; must divide tensor_model_parallel_size. null: 1 with
+    expert parallelism, otherwise tensor_model_parallel_size."""
     backend: str = "auto"
     """Implementation of the layers: local (Megatron's linear layers, torch's norms and attention),
     transformer_engine (its fused norms and linear layers and its variable-length attention, on a
@@ -144,8 +151,34 @@ def check_model(model: ModelConfig) -> None:
         raise InputError(
             "model.sequence_parallel=true needs model.tensor_model_parallel_size above 1"
         )
+    expert_tensor = expert_tensor_size(model)
+    if model.expert_model_parallel_size == 1 and expert_tensor != model.tensor_model_parallel_size:
+        raise InputError(
+            f"model.expert_tensor_parallel_size={expert_tensor} needs "
+            "model.expert_model_parallel_size above 1, or to equal "
+            f"model.tensor_model_parallel_size={model.tensor_model_parallel_size}"
+        )
+    if model.tensor_model_parallel_size % expert_tensor:
+        raise InputError(
+            f"model.expert_tensor_parallel_size={expert_tensor} does not divide "
+            f"model.tensor_model_parallel_size={model.tensor_model_parallel_size}"
+        )
+    block = expert_tensor * model.expert_model_parallel_size
+    if block % model.tensor_model_parallel_size and model.tensor_model_parallel_size % block:
+        raise InputError(
+            f"model.expert_model_parallel_size={model.expert_model_parallel_size} * "
+            f"model.expert_tensor_parallel_size={expert_tensor} = {block} must be a multiple or a "
+            f"divisor of model.tensor_model_parallel_size={model.tensor_model_parallel_size}"
+        )
     if model.precision.fp8.enabled:
         _check_fp8(model)
+
+
+def expert_tensor_size(model: ModelConfig) -> int:
+    """Return the ranks that share each expert's matrices."""
+    if model.expert_tensor_parallel_size is not None:
+        return model.expert_tensor_parallel_size
+    return 1 if model.expert_model_parallel_size > 1 else model.tensor_model_parallel_size
 
 
 def _check_fp8(model: ModelConfig) -> None:

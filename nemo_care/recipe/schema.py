@@ -26,7 +26,13 @@ from nemo_care.recipe.evaluation import (
     check_evaluation,
     judged_by,
 )
-from nemo_care.recipe.model import FP8_RECIPES, ModelConfig, OptimizerConfig, check_model
+from nemo_care.recipe.model import (
+    FP8_RECIPES,
+    ModelConfig,
+    OptimizerConfig,
+    check_model,
+    expert_tensor_size,
+)
 from nemo_care.recipe.rollout import (
     ROLLOUT_RANGES,
     TRUNCATED,
@@ -123,6 +129,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "trainer.show_completion_every": (0, None),
     "model.tensor_model_parallel_size": (1, None),
     "model.pipeline_model_parallel_size": (1, None),
+    "model.expert_model_parallel_size": (1, None),
+    "model.expert_tensor_parallel_size": (1, None),
     "model.precision.fp8.bf16_first_layers": (0, None),
     "model.precision.fp8.bf16_last_layers": (0, None),
     "algorithm.group_size": (2, None),
@@ -279,8 +287,17 @@ def check_world(recipe: Recipe) -> None:
     trainer, model = recipe.trainer, recipe.model
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     world, ranks = trainer.devices * trainer.num_nodes, tensor * pipeline
-    if world % ranks == 0:
+    experts = model.expert_model_parallel_size * expert_tensor_size(model) * pipeline
+    if world % ranks == 0 and world % experts == 0:
         return
+    if world % ranks == 0:
+        raise InputError(
+            f"trainer.devices * trainer.num_nodes = {world} ranks are not a multiple of "
+            "model.expert_model_parallel_size * model.expert_tensor_parallel_size * "
+            f"model.pipeline_model_parallel_size = {model.expert_model_parallel_size} * "
+            f"{expert_tensor_size(model)} * {pipeline} = {experts}: set another "
+            "model.expert_model_parallel_size, or more ranks"
+        )
     nodes = math.lcm(trainer.devices, ranks) // trainer.devices
     remedy = (
         f"trainer.devices={ranks}"

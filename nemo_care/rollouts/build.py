@@ -80,9 +80,14 @@ def check_rollouts(recipe: Recipe) -> None:
         InputError: vLLM is missing, or the recipe's engines do not fit its ranks, its precision or
             the model, or there is no secret for engines elsewhere.
     """
-    if recipe.rollout.backend == "megatron":
-        return
     family = read_family(recipe.model.hf_path)
+    if recipe.rollout.backend == "megatron":
+        if recipe.rollout.cuda_graphs and family.architecture.experts is not None:
+            raise InputError(
+                "rollout.cuda_graphs=true: a graph can't be captured for a model with experts, "
+                "whose tokens change places at every step; set it to false"
+            )
+        return
     check_engines(recipe, family.architecture)
     # A family that vLLM can't sample refuses here.
     family.processor_files(recipe.data.video.max_pixels)

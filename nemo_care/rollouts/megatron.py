@@ -14,6 +14,7 @@ import torch
 from nemo_care.data.prompts import Prompt
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.groups.group import Group
+from nemo_care.models.pipeline import accompany
 from nemo_care.models.precision import computing, decoding_multiple
 from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.ranks.process_groups import Ranks
@@ -54,12 +55,16 @@ class MegatronGenerator:
         self.shared_prompt = shared_prompt
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """One group per prompt; all ranks of the model replica call it with equal prompts."""
+        """One group per prompt; all ranks of the model replica call it with equal prompts.
+
+        Replicas that share experts call it equally often, also without prompts.
+        """
         groups: list[Group] = []
         with self.inference():
             for start in range(0, len(prompts), self.groups_per_batch):
                 batch = prompts[start : start + self.groups_per_batch]
                 groups.extend(self._generate_batch(batch, sampling))
+            accompany(self.model)
         return groups
 
     @contextmanager

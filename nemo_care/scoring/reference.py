@@ -104,7 +104,10 @@ class Reference:
         squares, self._squares = self._squares, None
         if squares is None:
             squares = self.average.squared_distance(policy)
-        squares = self.ranks.sum_over_model(squares)
+        dense, experts = squares.unbind()
+        squares = self.ranks.sum_over_model(dense)
+        if self.ranks.layout.expert > 1:
+            squares += self.ranks.sum_over_experts(experts)
         return float((squares[0] / squares[1]).sqrt())
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -76,6 +76,8 @@ class Scorer:
     ) -> list[Table]:
         """Return one table per group, on the CPU, equal on all ranks of the model replica.
 
+        Replicas that share experts call it equally often, also without groups.
+
         Args:
             groups: the groups to score.
             table_of: called on the last stage with a micro-batch and the log-probabilities float32
@@ -116,6 +118,8 @@ class Scorer:
                 inputs_of=lambda batch: batch.rows.inputs(self.model),
                 result_of=result,
             )
+        if not shapes:
+            return []
         counts = [height * width for height, width in shapes]
         flat = (
             torch.cat([table.reshape(-1) for tables in results for table in tables])

@@ -12,6 +12,8 @@ from nemo_care.megatron.gradient_watch import GradientWatch
 from nemo_care.megatron.optimizer import (
     build_optimizer,
     build_scheduler,
+    load_sharded_state,
+    sharded_state,
     wrap_data_parallel,
 )
 from nemo_care.megatron.optimizer_offload import OptimizerState
@@ -262,9 +264,7 @@ class Policy:
         model = self.model.sharded_state_dict(prefix=PREFIX, metadata=metadata)
         # For loading, and for saving a run in which every step was left out.
         self.optimizer_state.initialise()
-        optimizer = self.optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=metadata
-        )
+        optimizer = sharded_state(self.optimizer, model, metadata, is_loading=is_loading)
         # For loading, Megatron may have created it anew.
         self.optimizer_state.put_away()
         return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
@@ -273,7 +273,7 @@ class Policy:
         """Load a `sharded_state_dict`."""
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in state["model"].items()}
         self.model.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_sharded_state(self.optimizer, state["optimizer"])
         self.optimizer_state.put_away()
         # Megatron's scheduler adds the restored steps to its current count.
         self.scheduler.num_steps = 0

@@ -20,7 +20,7 @@ from nemo_care.data.media import Media, MediaRequest, MediaSettings, load_media
 from nemo_care.data.media_errors import UnreadableMedia
 from nemo_care.data.patches import PixelBounds
 from nemo_care.data.video import FrameChoice
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
+from nemo_care.models.families.patches import PatchSize
 
 SETTINGS = MediaSettings(
     FrameChoice(), PixelBounds(784, 28 * 28 * 4), PixelBounds(784, 28 * 28 * 16), PatchSize()

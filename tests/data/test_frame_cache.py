@@ -19,7 +19,7 @@ from nemo_care.data.media_errors import MissingMedia
 from nemo_care.data.patches import PixelBounds
 from nemo_care.data.video import FrameChoice
 from nemo_care.errors import InputError
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
+from nemo_care.models.families.patches import PatchSize
 from nemo_care.recipe.data import DataConfig
 
 

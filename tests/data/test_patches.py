@@ -9,7 +9,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 from nemo_care.data.patches import PixelBounds
 from nemo_care.errors import InputError
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
+from nemo_care.models.families.patches import PatchSize
 
 PATCHING = PatchSize()
 BOUNDS = PixelBounds(4 * 28 * 28, 128 * 28 * 28)

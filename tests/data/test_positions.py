@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nemo_care.errors import InputError
-from nemo_care.models.families.qwen2_5_vl.positions import mrope_positions
+from nemo_care.models.families.positions import mrope_positions
 
 TEXT, IMAGE, VIDEO = 1, 2, 3
 

@@ -22,7 +22,7 @@ from small_runs import one_step, small_trainer, updated
 from nemo_care.checkpoints.writer import _StateWriter
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.ema import WeightAverage
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
+from nemo_care.models.families.patches import PatchSize
 from nemo_care.models.log_probs import token_log_probs
 from nemo_care.models.pipeline import forward_only
 from nemo_care.models.video_language_model import ModelInputs

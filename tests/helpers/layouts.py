@@ -17,6 +17,16 @@ LAYOUTS = {
     "tp2_pp2_sequence_parallel": (Layout(tensor=2, pipeline=2, sequence_parallel=True), 1),
 }
 
+# Of models with experts: shared by two replicas, by the ranks of one, each cut in two besides.
+EXPERT_LAYOUTS = {
+    "ep2": (Layout(expert=2), 2),
+    "tp2_ep2_sequence_parallel": (Layout(tensor=2, sequence_parallel=True, expert=2), 1),
+    "tp2_ep2_etp2_sequence_parallel": (
+        Layout(tensor=2, sequence_parallel=True, expert=2, expert_tensor=2),
+        2,
+    ),
+}
+
 
 def gather_weights(model, *, trained_only: bool = False) -> dict[str, torch.Tensor]:
     """Gather Hugging Face's names and tensors from all pipeline stages."""

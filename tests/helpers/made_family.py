@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from nemo_care.models.architecture import Architecture, VisionArchitecture
 from nemo_care.models.family import Family
-from nemo_care.models.transformer_config import transformer_config
 from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.models.weight_table import EMBEDDING, OUTPUT, Source, WeightTable
 
@@ -142,10 +141,8 @@ class ToyFamily(Family):
             2.0 * sum(t for t, _, _ in grids) * ToyPatching.values * self.architecture.hidden_size
         )
 
-    def transformer_config(self, layout, dtype, recompute_granularity="none", fp8=None):
-        return transformer_config(
-            self.architecture, layout, dtype, recompute_granularity, fp8, mrope_section=[6, 5, 5]
-        )
+    def megatron_settings(self):
+        return {"mrope_section": [6, 5, 5]}
 
     def build(self, config, backend="auto"):
         return ToyModel(self, config, backend)

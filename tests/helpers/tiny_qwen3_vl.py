@@ -1,21 +1,30 @@
-"""A tiny random Qwen3-VL with the miniature's words."""
+"""A tiny random Qwen3-VL, without experts or with them, with the miniature's words."""
 
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from nemo_care.miniature.tokenizer import build_tokenizer
 from nemo_care.miniature.vocabulary import END, IMAGE_PAD, PAD, TOKEN_ID, VIDEO_PAD, WORDS
 
 DEEP_LEVELS = 3
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
-def tiny_qwen3_config(**top) -> Qwen3VLConfig:
+def tiny_qwen3_config(experts=None, **top) -> Qwen3VLConfig | Qwen3VLMoeConfig:
     """Queries wider than the hidden states, and layers enough for the deep features on the first of
-    two stages. A frame of 28 x 28 pixels becomes 2 x 2 vision tokens."""
-    return Qwen3VLConfig(
-        architectures=["Qwen3VLForConditionalGeneration"],
+    two stages. A frame of 28 x 28 pixels becomes 2 x 2 vision tokens. `experts` are keys of
+    text_config, such as `EXPERTS`."""
+    kind = Qwen3VLMoeConfig if experts else Qwen3VLConfig
+    return kind(
+        architectures=[f"Qwen3VL{'Moe' if experts else ''}ForConditionalGeneration"],
         text_config={
             "hidden_size": 64,
             "intermediate_size": 96,
@@ -34,6 +43,7 @@ def tiny_qwen3_config(**top) -> Qwen3VLConfig:
             "bos_token_id": PAD,
             "eos_token_id": END,
             "pad_token_id": PAD,
+            **(experts or {}),
         },
         vision_config={
             "depth": 4,
@@ -53,14 +63,17 @@ def tiny_qwen3_config(**top) -> Qwen3VLConfig:
     )
 
 
-def write_tiny_qwen3(folder: Path, **top) -> Path:
+def write_tiny_qwen3(folder: Path, experts=None, seed=0, **top) -> Path:
     """A checkpoint in which every parameter, norms and biases too, is random and matters."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Qwen3VLForConditionalGeneration(tiny_qwen3_config(**top)).float()
+        torch.manual_seed(seed)
+        whole = Qwen3VLMoeForConditionalGeneration if experts else Qwen3VLForConditionalGeneration
+        model = whole(tiny_qwen3_config(experts, **top)).float()
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                deviation = parameter[0].numel() ** -0.5
+                # A matrix, or one for each expert.
+                inputs = parameter.shape[-1] if "experts" in name else parameter[0].numel()
+                deviation = inputs**-0.5
                 torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else deviation)
             else:
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)

@@ -24,7 +24,7 @@ from nemo_care.cli import main
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
 from nemo_care.models.families import read_family
-from nemo_care.models.families.qwen2_5_vl.patches import CLIP_MEAN, CLIP_STD
+from nemo_care.models.families.patches import CLIP_MEAN, CLIP_STD
 from nemo_care.models.hf_tensors import check_weights
 from nemo_care.models.weights import iterate_hf_weights
 from nemo_care.training.build import load_model

@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_qwen3_vl import DEEP_LEVELS, tiny_qwen3_config, write_tiny_qwen3
+from tiny_qwen3_vl import DEEP_LEVELS, EXPERTS, tiny_qwen3_config, write_tiny_qwen3
 from transformers import Qwen3VLForConditionalGeneration
 
 import nemo_care
 from nemo_care.errors import InputError
+from nemo_care.models.architecture import Experts
 from nemo_care.models.families import read_family
 from nemo_care.models.hf_tensors import check_weights
+from nemo_care.models.precision import check_fp8
 from nemo_care.models.transformer_config import check_layout
 from nemo_care.ranks.process_groups import Layout
+from nemo_care.recipe.model import FP8Config
 from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.build import check_rollouts
 
@@ -34,7 +37,11 @@ def change(folder, block, **values):
 
 
 @pytest.mark.parametrize(
-    ("size", "billions"), [("2B", 2.13), ("4B", 4.44), ("8B", 8.77), ("32B", 33.36)]
+    ("size", "billions"),
+    [
+        *(("2B", 2.13), ("4B", 4.44), ("8B", 8.77), ("32B", 33.36)),
+        *(("30B-A3B", 31.07), ("235B-A22B", 235.7)),
+    ],
 )
 def test_published_sizes_have_the_published_number_of_parameters(size, billions):
     family = read_family(PUBLISHED / f"Qwen3-VL-{size}-Instruct")
@@ -87,10 +94,74 @@ def test_what_is_not_computed_is_refused_by_name(folder, block, values, message)
         read_family(folder)
 
 
-def test_experts_are_refused(folder):
-    change(folder, "", model_type="qwen3_vl_moe")
-    with pytest.raises(InputError, match=r"model_type in config\.json is qwen3_vl_moe; supported"):
-        read_family(folder)
+@pytest.fixture
+def with_experts(tmp_path):
+    raw = tiny_qwen3_config(EXPERTS).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok is 1; between 2 and num_experts = 8"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
+        ({"norm_topk_prob": False}, "norm_topk_prob is false; only true"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only \[\]"),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size is 64, a key"),
+    ],
+)
+def test_experts_that_are_not_computed_are_refused_by_name(with_experts, values, message):
+    architecture = read_family(with_experts).architecture
+    assert (architecture.experts, architecture.ffn_size) == (Experts(8, 2), 48)
+    assert not architecture.tied
+    change(with_experts, "text_config", **values)
+    with pytest.raises(InputError, match=message):
+        read_family(with_experts)
+
+
+def test_a_model_with_experts_has_no_dense_architecture(with_experts):
+    change(with_experts, "", model_type="qwen3_vl")
+    with pytest.raises(InputError, match=r"only Qwen3VLForConditionalGeneration is supported"):
+        read_family(with_experts)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (Layout(expert=3), r"expert_model_parallel_size=3 does not divide .* use 1, 2, 4, 8$"),
+        (
+            Layout(tensor=2, sequence_parallel=True, expert=2, expert_tensor=32),
+            r"expert_tensor_parallel_size=32 does not divide .*size 48",
+        ),
+        (Layout(tensor=2), r"tensor_model_parallel_size=2: .*set model\.sequence_parallel=true"),
+    ],
+)
+def test_layouts_that_do_not_fit_the_experts_are_refused(with_experts, layout, message):
+    architecture = read_family(with_experts).architecture
+    check_layout(architecture, Layout(tensor=2, sequence_parallel=True, expert=8))
+    with pytest.raises(InputError, match=message):
+        check_layout(architecture, layout)
+
+
+def test_expert_parallelism_of_a_model_without_experts_is_refused(folder):
+    architecture = read_family(folder).architecture
+    with pytest.raises(InputError, match="expert_model_parallel_size=2: this model has no exp"):
+        check_layout(architecture, Layout(expert=2))
+
+
+def test_eight_bits_and_cuda_graphs_of_experts_are_refused(with_experts):
+    architecture = read_family(with_experts).architecture
+    with pytest.raises(InputError, match=r"fp8\.enabled=true: .* model with experts"):
+        check_fp8(FP8Config(enabled=True), architecture, Layout())
+    recipe = Recipe()
+    recipe.model.hf_path = str(with_experts)
+    check_rollouts(recipe)
+    recipe.rollout.cuda_graphs = True
+    with pytest.raises(InputError, match=r"cuda_graphs=true: .* model with experts"):
+        check_rollouts(recipe)
 
 
 def test_processor_files_that_make_other_pixels_are_refused(folder):

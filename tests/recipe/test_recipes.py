@@ -81,10 +81,12 @@ def test_layout_divides_the_model_and_fills_nodes_of_eight_gpus(size, nodes):
     assert recipe.model.hf_path == f"models/Qwen2.5-VL-{size.upper()}-Instruct"
 
 
-@pytest.mark.parametrize(("size", "nodes"), [("4b", 1), ("8b", 1), ("32b", 4)])
+@pytest.mark.parametrize(
+    ("size", "nodes"), [("4b", 1), ("8b", 1), ("32b", 4), ("30b_a3b", 2), ("235b_a22b", 16)]
+)
 def test_layout_of_the_second_family_divides_its_published_models(size, nodes):
     recipe = composed(f"grpo_care_qwen3_vl_{size}")
-    name = f"Qwen3-VL-{size.upper()}-Instruct"
+    name = f"Qwen3-VL-{size.upper().replace('_', '-')}-Instruct"
     check_layout(read_model_shape(f"nowhere/{name}").architecture, Layout.of(recipe))
     assert (recipe.trainer.num_nodes, recipe.trainer.devices) == (nodes, GPUS_OF_A_NODE)
     assert recipe.model.sequence_parallel
@@ -97,14 +99,15 @@ def test_sizes_differ_in_model_layout_and_number_of_prompts_only():
         "trainer.num_nodes",
         "model.tensor_model_parallel_size",
         "model.pipeline_model_parallel_size",
+        "model.expert_model_parallel_size",
         "algorithm.reference.offload",
         "optimizer.offload",
         "rollout.groups_per_batch",
         "evaluation.samples_per_batch",
     }
     names = [f"qwen2_5_vl_{size}" for size in SIZES]
-    names += [f"qwen3_vl_{size}" for size in ("4b", "8b", "32b")]
-    for name, prompts in zip(names, (4, 4, 8, 16, 4, 4, 8), strict=True):
+    names += [f"qwen3_vl_{size}" for size in ("4b", "8b", "32b", "30b_a3b", "235b_a22b")]
+    for name, prompts in zip(names, (4, 4, 8, 16, 4, 4, 8, 4, 32), strict=True):
         recipe = composed(f"grpo_care_{name}")
         keys = {change.split(":")[0] for change in changes(composed(PAPER), recipe)}
         allowed = {*layout, "model.hf_path", "algorithm.prompts_per_step", "trainer.max_steps"}

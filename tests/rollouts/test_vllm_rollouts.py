@@ -18,9 +18,9 @@ from vllm_double import KEY, DoubleEngine, HostThread
 
 from nemo_care.errors import InputError, RunFailed
 from nemo_care.models.families import read_family
+from nemo_care.models.families.positions import mrope_positions
 from nemo_care.models.families.qwen2_5_vl.engine import vllm_times
 from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
-from nemo_care.models.families.qwen2_5_vl.positions import mrope_positions
 from nemo_care.process.environment import VLLM_KEY
 from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import Recipe, check_recipe

@@ -5,11 +5,11 @@ from pathlib import Path
 from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
 from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
-from nemo_care.models.families.qwen3_vl.family import Qwen3VLFamily
+from nemo_care.models.families.qwen3_vl.family import Qwen3VLFamily, Qwen3VLMoeFamily
 from nemo_care.models.family import Family
 
 FAMILIES: dict[str, type[Family]] = {
-    family.model_type: family for family in (Qwen25VLFamily, Qwen3VLFamily)
+    family.model_type: family for family in (Qwen25VLFamily, Qwen3VLFamily, Qwen3VLMoeFamily)
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
+from nemo_care.models.families.patches import PatchSize
 
 _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 # Blocks of processor_config.json that say what the other files say.

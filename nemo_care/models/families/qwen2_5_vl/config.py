@@ -8,13 +8,13 @@ from transformers import Qwen2_5_VLConfig
 
 from nemo_care.errors import InputError
 from nemo_care.models.families.config_keys import transformers_config
+from nemo_care.models.families.patches import PatchSize
 from nemo_care.models.families.processor_files import check_processor_files
 from nemo_care.models.families.qwen2_5_vl.config_checks import (
     MODEL_TYPE,
     check_stated,
     check_values,
 )
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
 
 # What changes a result, and so has to be equal for the weights of one model to fit another.
 _TEXT = (

@@ -7,7 +7,7 @@ import torch
 
 from nemo_care.data.patches import Grid
 from nemo_care.errors import RunFailed
-from nemo_care.models.families.qwen2_5_vl.patches import CLIP_MEAN, CLIP_STD, PatchSize
+from nemo_care.models.families.patches import CLIP_MEAN, CLIP_STD, PatchSize
 from nemo_care.models.families.qwen2_5_vl.prompt import Qwen25VLPrompt
 
 _LEAST_PIXELS = 28 * 28

@@ -17,12 +17,9 @@ from nemo_care.models.families.qwen2_5_vl.weights import WEIGHTS
 from nemo_care.models.family import Family
 
 if TYPE_CHECKING:
-    import torch
     from megatron.core.transformer import TransformerConfig
 
     from nemo_care.models.families.qwen2_5_vl.model import Qwen25VL
-    from nemo_care.ranks.process_groups import Layout
-    from nemo_care.recipe.model import FP8Config
 
 
 class Qwen25VLFamily(Family):
@@ -94,27 +91,14 @@ class Qwen25VLFamily(Family):
         tokens = sum(map(self.prompt.patching.tokens, grids))
         return float(2 * tokens * merged * (merged + vision.out_hidden_size))
 
-    def transformer_config(
-        self,
-        layout: "Layout",
-        dtype: "torch.dtype",
-        recompute_granularity: str = "none",
-        fp8: "FP8Config | None" = None,
-    ) -> "TransformerConfig":
-        """As `Family.transformer_config`."""
-        from nemo_care.models.transformer_config import transformer_config
-
+    def megatron_settings(self) -> dict[str, Any]:
+        """As `Family.megatron_settings`."""
         text = self.hf.text_config
-        return transformer_config(
-            self.architecture,
-            layout,
-            dtype,
-            recompute_granularity,
-            fp8,
-            add_qkv_bias=True,
-            layernorm_epsilon=text.rms_norm_eps,
-            mrope_section=list(text.rope_parameters["mrope_section"]),
-        )
+        return {
+            "add_qkv_bias": True,
+            "layernorm_epsilon": text.rms_norm_eps,
+            "mrope_section": list(text.rope_parameters["mrope_section"]),
+        }
 
     def build(self, config: "TransformerConfig", backend: str = "auto") -> "Qwen25VL":
         """As `Family.build`."""

@@ -6,8 +6,8 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from nemo_care.models.families.mergers import merged_by, not_merging
-from nemo_care.models.families.qwen2_5_vl.vision_attention import WINDOW_ATTENTION
 from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
+from nemo_care.models.vision_tower import vision_tower
 
 if TYPE_CHECKING:
     from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
@@ -34,13 +34,9 @@ class Qwen25VL(VideoLanguageModel):
             Qwen2_5_VisionTransformerPretrainedModel,
         )
 
-        tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(
-            hf.vision_config, attn_implementation="sdpa", dtype=config.params_dtype
-        ).to(torch.cuda.current_device())
-        tower.config._attn_implementation = WINDOW_ATTENTION
-        if config.recompute_granularity == "full":
-            tower.gradient_checkpointing_enable({"use_reentrant": False})
-        self._attach_vision_tower(tower)
+        self._attach_vision_tower(
+            vision_tower(Qwen2_5_VisionTransformerPretrainedModel, hf.vision_config, config)
+        )
 
     def vision_features(self, inputs: ModelInputs) -> torch.Tensor:
         """As `VideoLanguageModel.vision_features`."""

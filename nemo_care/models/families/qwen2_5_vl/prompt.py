@@ -9,8 +9,8 @@ from transformers import Qwen2_5_VLConfig
 from nemo_care.data.media import Media
 from nemo_care.data.patches import Grid
 from nemo_care.data.prompt_format import Encode
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
-from nemo_care.models.families.qwen2_5_vl.positions import mrope_positions
+from nemo_care.models.families.patches import PatchSize
+from nemo_care.models.families.positions import mrope_positions
 
 
 @dataclass(frozen=True)

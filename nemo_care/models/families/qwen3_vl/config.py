@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import Qwen3VLConfig
-
 from nemo_care.errors import InputError
 from nemo_care.models.families.config_keys import transformers_config
 from nemo_care.models.families.processor_files import check_processor_files
 from nemo_care.models.families.qwen3_vl.config_checks import (
-    MODEL_TYPE,
     NAME,
+    Config,
+    Kind,
     check_stated,
     check_values,
 )
@@ -19,8 +18,8 @@ from nemo_care.models.families.qwen3_vl.patches import Qwen3PatchSize
 
 # What changes a result, and so has to be equal for the weights of one model to fit another.
 _TEXT = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps"),
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "rms_norm_eps"),
 )
 _ROPE = ("rope_theta", "mrope_section")
 _VISION = (
@@ -29,16 +28,16 @@ _VISION = (
 )
 
 
-def patching(hf: Qwen3VLConfig) -> Qwen3PatchSize:
+def patching(hf: Config) -> Qwen3PatchSize:
     """How the vision tower's configuration cuts frames."""
     vision = hf.vision_config
     return Qwen3PatchSize(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
 
-def read_config(folder: Path, raw: Mapping[str, Any], *, key: str) -> Qwen3VLConfig:
+def read_config(folder: Path, raw: Mapping[str, Any], kind: Kind, *, key: str) -> Config:
     """transformers' configuration of a directory whose config.json is `raw`.
 
-    `key` is the recipe's key that names it.
+    `kind` is that of the model, `key` the recipe's key that names it.
 
     Raises:
         InputError: its files say something that is not computed here (see `config_checks` and
@@ -48,20 +47,20 @@ def read_config(folder: Path, raw: Mapping[str, Any], *, key: str) -> Qwen3VLCon
     def refuse(what: str) -> NoReturn:
         raise InputError(f"{key}={folder}: in config.json {what}")
 
-    check_stated(raw, refuse)
-    config = transformers_config(Qwen3VLConfig, folder, raw)
-    check_values(raw, config, refuse)
+    check_stated(raw, kind, refuse)
+    config = transformers_config(kind.config, folder, raw)
+    check_values(raw, config, kind, refuse)
     check_processor_files(folder, patching(config), NAME, key=key)
     return config
 
 
-def signature(hf: Qwen3VLConfig) -> dict[str, Any]:
+def signature(hf: Config, kind: Kind) -> dict[str, Any]:
     """As `Family.signature`."""
     text, vision = hf.text_config, hf.vision_config
     return {
-        "model_type": MODEL_TYPE,
+        "model_type": kind.model_type,
         "tie_word_embeddings": bool(hf.tie_word_embeddings),
-        **{f"text_config.{name}": getattr(text, name) for name in _TEXT},
+        **{f"text_config.{name}": getattr(text, name) for name in (*_TEXT, *kind.sizes)},
         **{f"text_config.rope_parameters.{name}": text.rope_parameters[name] for name in _ROPE},
         **{f"vision_config.{name}": getattr(vision, name) for name in _VISION},
         "vision_config.deepstack_visual_indexes": list(vision.deepstack_visual_indexes),

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
-from transformers import Qwen3VLConfig
+from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
 from nemo_care.models.families.config_keys import (
     QUANTISED,
@@ -18,12 +19,11 @@ from nemo_care.models.families.config_keys import (
     shown,
 )
 
-MODEL_TYPE = "qwen3_vl"
 NAME = "Qwen3-VL"
-_ARCHITECTURE = "Qwen3VLForConditionalGeneration"
+Config: TypeAlias = Qwen3VLConfig | Qwen3VLMoeConfig
 
 _TEXT_SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("vocab_size", "hidden_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
 _VISION_SIZES = (
@@ -37,6 +37,49 @@ _TEXT = {
     *("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings"),
     "tie_word_embeddings",
 }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What differs between a model without experts and one with them.
+
+    Attributes:
+        model_type: in config.json.
+        architecture: transformers' class of the whole model, in config.json.
+        config: transformers' class of the configuration.
+        sizes: of the language model's feed-forward networks, as text_config names them.
+        known: further keys of text_config that change nothing.
+        computed: further keys of text_config with the values that are computed.
+    """
+
+    model_type: str
+    architecture: str
+    config: type[Config]
+    sizes: tuple[str, ...]
+    known: frozenset[str] = frozenset()
+    computed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+
+
+DENSE = Kind("qwen3_vl", "Qwen3VLForConditionalGeneration", Qwen3VLConfig, ("intermediate_size",))
+EXPERTS = Kind(
+    "qwen3_vl_moe",
+    "Qwen3VLMoeForConditionalGeneration",
+    Qwen3VLMoeConfig,
+    ("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    # No layer is without experts; no auxiliary loss is added; windows are refused as a whole.
+    known=frozenset(
+        (
+            *("intermediate_size", "num_local_experts", "router_aux_loss_coef"),
+            *("output_router_logits", "sliding_window"),
+        )
+    ),
+    computed={
+        "decoder_sparse_step": (None, 1),
+        "mlp_only_layers": (None, []),
+        # The weights of a token's experts add up to 1.
+        "norm_topk_prob": (None, True),
+    },
+)
 _VISION = {*_VISION_SIZES, "hidden_act", "deepstack_visual_indexes", "rope_parameters"}
 # Keys that may be there with the value that is computed here; None stands for a missing one.
 _COMPUTED: dict[str, tuple[object, ...]] = {
@@ -68,21 +111,27 @@ _ROPE: dict[str, tuple[object, ...]] = {
 }
 
 
-def check_stated(raw: Mapping[str, Any], refuse: Refuse) -> None:
+def check_stated(raw: Mapping[str, Any], kind: Kind, refuse: Refuse) -> None:
     """Refuse what config.json says and the model would not do, before transformers reads it.
 
     Args:
         raw: config.json.
+        kind: of the model.
         refuse: Called with what is wrong; raises.
     """
     for block in ("text_config", "vision_config"):
         if not isinstance(raw.get(block), dict):
             refuse(f"{block} is missing; use the config.json of a {NAME} checkpoint")
     text, vision = raw["text_config"], raw["vision_config"]
-    check_names(raw, _ARCHITECTURE, MODEL_TYPE, refuse)
+    check_names(raw, kind.architecture, kind.model_type, refuse)
     for prefix, part, known, computed in (
         ("", raw, _TOP, _COMPUTED),
-        ("text_config.", text, _TEXT, _COMPUTED),
+        (
+            "text_config.",
+            text,
+            {*_TEXT, *kind.sizes, *kind.known},
+            {**_COMPUTED, **kind.computed},
+        ),
         ("vision_config.", vision, _VISION, _VISION_COMPUTED),
     ):
         check_keys(prefix, part, known, computed, _REMEDIES, NAME, refuse)
@@ -117,21 +166,23 @@ def _check_rope(text: Mapping[str, Any], refuse: Refuse) -> None:
                 refuse(f"{first} is {shown(wanted)}, but {name} is {shown(value)}; make them equal")
 
 
-def check_values(raw: Mapping[str, Any], hf: Qwen3VLConfig, refuse: Refuse) -> None:
+def check_values(raw: Mapping[str, Any], hf: Config, kind: Kind, refuse: Refuse) -> None:
     """Refuse values that no model can have, and those that transformers has dropped.
 
     Args:
         raw: config.json.
+        kind: of the model.
         hf: What transformers makes of it, its defaults filled in.
         refuse: Called with what is wrong; raises.
     """
     tied = raw["text_config"].get("tie_word_embeddings")
-    if tied is not None and bool(tied) != bool(hf.tie_word_embeddings):
+    # Files of models with experts have transformers' default there, which is wrong.
+    if kind is DENSE and tied is not None and bool(tied) != bool(hf.tie_word_embeddings):
         refuse(
             f"text_config.tie_word_embeddings is {shown(tied)}, but what counts is "
             f"tie_word_embeddings at the top, {shown(hf.tie_word_embeddings)}; make them equal"
         )
-    _check_text(hf.text_config, refuse)
+    _check_text(hf.text_config, kind, refuse)
     _check_vision(hf.vision_config, hf.text_config, refuse)
     ids = [getattr(hf, name) for name in _TOKENS]
     for name, token in zip(_TOKENS, ids, strict=True):
@@ -141,8 +192,13 @@ def check_values(raw: Mapping[str, Any], hf: Qwen3VLConfig, refuse: Refuse) -> N
             refuse(f"{name} is {token}, which another of {', '.join(_TOKENS)} is too")
 
 
-def _check_text(text: Any, refuse: Refuse) -> None:
-    positive("text_config", text, _TEXT_SIZES, refuse)
+def _check_text(text: Any, kind: Kind, refuse: Refuse) -> None:
+    positive("text_config", text, (*_TEXT_SIZES, *kind.sizes), refuse)
+    if kind is EXPERTS and not 1 < text.num_experts_per_tok <= text.num_experts:
+        refuse(
+            f"text_config.num_experts_per_tok is {text.num_experts_per_tok}; between 2 and "
+            f"num_experts = {text.num_experts} is supported"
+        )
     theta = text.rope_parameters["rope_theta"]
     for name, value in (("rms_norm_eps", text.rms_norm_eps), ("rope_theta", theta)):
         if not isinstance(value, int | float) or not 0 < value < math.inf:

@@ -3,72 +3,73 @@
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
-
-from transformers import Qwen3VLConfig
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 from nemo_care.data.patches import Grid
 from nemo_care.errors import InputError
-from nemo_care.models.architecture import Architecture, VisionArchitecture
+from nemo_care.models.architecture import Architecture, Experts, VisionArchitecture
 from nemo_care.models.families.qwen3_vl.config import read_config, signature
-from nemo_care.models.families.qwen3_vl.config_checks import MODEL_TYPE, NAME
+from nemo_care.models.families.qwen3_vl.config_checks import DENSE, EXPERTS, NAME, Config, Kind
 from nemo_care.models.families.qwen3_vl.prompt import Qwen3VLPrompt
-from nemo_care.models.families.qwen3_vl.weights import WEIGHTS
+from nemo_care.models.families.qwen3_vl.weights import EXPERT_WEIGHTS, WEIGHTS
 from nemo_care.models.family import Family
 
 if TYPE_CHECKING:
-    import torch
     from megatron.core.transformer import TransformerConfig
 
     from nemo_care.models.families.qwen3_vl.model import Qwen3VL
-    from nemo_care.ranks.process_groups import Layout
-    from nemo_care.recipe.model import FP8Config
 
 
 class Qwen3VLFamily(Family):
     """A Qwen3-VL of any size without experts; `hf` is transformers' configuration of it."""
 
-    model_type = MODEL_TYPE
+    kind: ClassVar[Kind] = DENSE
+    model_type = DENSE.model_type
     name = NAME
     weights = WEIGHTS
     computes_frames_apart = True
     prompt: Qwen3VLPrompt
 
-    def __init__(self, hf: Qwen3VLConfig) -> None:
+    def __init__(self, hf: Config) -> None:
         """`hf` is one that `read` has checked, or as good."""
         self.hf = hf
         self.prompt = Qwen3VLPrompt.of(hf)
         text, vision = hf.text_config, hf.vision_config
+        experts = None
+        if self.kind is EXPERTS:
+            experts = Experts(text.num_experts, text.num_experts_per_tok)
         self.architecture = Architecture(
             layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
             head_dim=text.head_dim,
             heads=text.num_attention_heads,
             kv_heads=text.num_key_value_heads,
-            ffn_size=text.intermediate_size,
+            ffn_size=text.moe_intermediate_size if experts else text.intermediate_size,
             vocab_size=text.vocab_size,
             max_positions=text.max_position_embeddings,
             tied=bool(hf.tie_word_embeddings),
             vision=VisionArchitecture(vision.num_heads, vision.intermediate_size),
             deep_levels=len(vision.deepstack_visual_indexes),
+            experts=experts,
         )
 
     @classmethod
     def read(cls, folder: Path, raw: Mapping[str, Any], *, key: str) -> Self:
         """As `Family.read`."""
-        return cls(read_config(folder, raw, key=key))
+        return cls(read_config(folder, raw, cls.kind, key=key))
 
     def signature(self) -> dict[str, Any]:
         """As `Family.signature`."""
-        return signature(self.hf)
+        return signature(self.hf, self.kind)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """As `Family.tensor_shapes`: those of Hugging Face's own model."""
         import torch
-        from transformers import Qwen3VLForConditionalGeneration
+        import transformers
 
+        whole = getattr(transformers, self.kind.architecture)
         with torch.device("meta"):
-            model = Qwen3VLForConditionalGeneration._from_config(copy.deepcopy(self.hf))
+            model = whole._from_config(copy.deepcopy(self.hf))
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def vision_flops(self, grids: Sequence[Grid]) -> float:
@@ -88,27 +89,14 @@ class Qwen3VLFamily(Family):
         merge = 2 * tokens * merged * (merged + vision.out_hidden_size)
         return float((1 + self.architecture.deep_levels) * merge)
 
-    def transformer_config(
-        self,
-        layout: "Layout",
-        dtype: "torch.dtype",
-        recompute_granularity: str = "none",
-        fp8: "FP8Config | None" = None,
-    ) -> "TransformerConfig":
-        """As `Family.transformer_config`."""
-        from nemo_care.models.transformer_config import transformer_config
-
+    def megatron_settings(self) -> dict[str, Any]:
+        """As `Family.megatron_settings`."""
         text = self.hf.text_config
-        return transformer_config(
-            self.architecture,
-            layout,
-            dtype,
-            recompute_granularity,
-            fp8,
-            qk_layernorm=True,
-            layernorm_epsilon=text.rms_norm_eps,
-            mrope_section=list(text.rope_parameters["mrope_section"]),
-        )
+        return {
+            "qk_layernorm": True,
+            "layernorm_epsilon": text.rms_norm_eps,
+            "mrope_section": list(text.rope_parameters["mrope_section"]),
+        }
 
     def build(self, config: "TransformerConfig", backend: str = "auto") -> "Qwen3VL":
         """As `Family.build`."""
@@ -129,3 +117,12 @@ class Qwen3VLFamily(Family):
             f"rollout.backend=vllm: not supported for {NAME} yet, whose prompts vLLM writes in "
             "another way than they are trained; set rollout.backend=megatron"
         )
+
+
+class Qwen3VLMoeFamily(Qwen3VLFamily):
+    """A Qwen3-VL of any size whose layers have experts."""
+
+    kind = EXPERTS
+    model_type = EXPERTS.model_type
+    name = f"{NAME} with experts"
+    weights = EXPERT_WEIGHTS

@@ -6,9 +6,9 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from nemo_care.models.families.mergers import merged_by, not_merging
-from nemo_care.models.families.qwen2_5_vl.vision_attention import WINDOW_ATTENTION
 from nemo_care.models.families.qwen3_vl.rotary import InterleavedRotary
 from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
+from nemo_care.models.vision_tower import vision_tower
 
 if TYPE_CHECKING:
     from nemo_care.models.families.qwen3_vl.family import Qwen3VLFamily
@@ -31,14 +31,7 @@ class Qwen3VL(VideoLanguageModel):
             return
         from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-        tower = Qwen3VLVisionModel._from_config(
-            hf.vision_config, attn_implementation="sdpa", dtype=config.params_dtype
-        ).to(torch.cuda.current_device())
-        # Its windows are frames.
-        tower.config._attn_implementation = WINDOW_ATTENTION
-        if config.recompute_granularity == "full":
-            tower.gradient_checkpointing_enable({"use_reentrant": False})
-        self._attach_vision_tower(tower)
+        self._attach_vision_tower(vision_tower(Qwen3VLVisionModel, hf.vision_config, config))
 
     def vision_features(self, inputs: ModelInputs) -> torch.Tensor:
         """As `VideoLanguageModel.vision_features`."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nemo_care.models.families.qwen2_5_vl.patches import PatchSize
+from nemo_care.models.families.patches import PatchSize
 
 GREY = torch.full((1, 3, 1, 1), 0.5)
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import Qwen3VLConfig
 
 from nemo_care.data.media import Media
 from nemo_care.data.patches import Grid
 from nemo_care.data.prompt_format import Encode
-from nemo_care.models.families.qwen2_5_vl.positions import mrope_positions
+from nemo_care.models.families.positions import mrope_positions
 from nemo_care.models.families.qwen3_vl.config import patching
+from nemo_care.models.families.qwen3_vl.config_checks import Config
 from nemo_care.models.families.qwen3_vl.patches import Qwen3PatchSize
 
 
@@ -31,7 +31,7 @@ class Qwen3VLPrompt:
     vision_end: int
 
     @classmethod
-    def of(cls, hf: Qwen3VLConfig) -> "Qwen3VLPrompt":
+    def of(cls, hf: Config) -> "Qwen3VLPrompt":
         """As config.json says."""
         return cls(
             patching(hf),

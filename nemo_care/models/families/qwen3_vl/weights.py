@@ -1,27 +1,17 @@
 """Which tensors of a Qwen3-VL checkpoint fill which of Megatron's parameters."""
 
+from dataclasses import replace
+
+from nemo_care.models.families.decoder_weights import DECODER_LAYER
 from nemo_care.models.weight_table import EMBEDDING, OUTPUT, Source, WeightTable
 
-_INPUT_NORM = Source(("input_layernorm.weight",), "whole")
-_MLP_NORM = Source(("post_attention_layernorm.weight",), "whole")
+_DENSE_MLP = ("mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
 
 WEIGHTS = WeightTable(
     layer={
-        # A norm is a module of its own (local) or part of the layer that follows it
-        # (transformer_engine).
-        "input_layernorm.weight": _INPUT_NORM,
-        "self_attention.linear_qkv.layer_norm_weight": _INPUT_NORM,
-        "pre_mlp_layernorm.weight": _MLP_NORM,
-        "mlp.linear_fc1.layer_norm_weight": _MLP_NORM,
-        "self_attention.linear_qkv.weight": Source(
-            ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-            "qkv",
-        ),
+        **DECODER_LAYER,
         "self_attention.q_layernorm.weight": Source(("self_attn.q_norm.weight",), "whole"),
         "self_attention.k_layernorm.weight": Source(("self_attn.k_norm.weight",), "whole"),
-        "self_attention.linear_proj.weight": Source(("self_attn.o_proj.weight",), "columns"),
-        "mlp.linear_fc1.weight": Source(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"),
-        "mlp.linear_fc2.weight": Source(("mlp.down_proj.weight",), "columns"),
     },
     layer_prefix="model.language_model.layers.{}.",
     outer={
@@ -33,4 +23,16 @@ WEIGHTS = WeightTable(
     # Published files have the names of transformers' modules.
     disk_name=lambda name: name,
     mergers=("merger.", "deepstack_merger_list."),
+)
+
+# The experts of a layer are one tensor each for their two matrices.
+EXPERT_WEIGHTS = replace(
+    WEIGHTS,
+    layer={
+        **{name: source for name, source in WEIGHTS.layer.items() if name not in _DENSE_MLP},
+        "mlp.router.weight": Source(("mlp.gate.weight",), "whole"),
+        "mlp.experts.linear_fc1.weight": Source(("mlp.experts.gate_up_proj",), "gate_up"),
+        "mlp.experts.linear_fc2.weight": Source(("mlp.experts.down_proj",), "columns"),
+    },
+    experts=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
 )

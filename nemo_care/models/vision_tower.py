@@ -1,4 +1,4 @@
-"""The vision tower's attention: all windows of one size in one kernel call.
+"""Hugging Face's vision towers, with attention that computes all windows of one size in one call.
 
 A video of 8000 tokens has some 600 windows of at most 64 patches. transformers calls torch's kernel
 for each of them in each block: 20000 calls forward, whose launching takes a GPU's whole second.
@@ -8,10 +8,29 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from megatron.core.transformer import TransformerConfig
+from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 # transformers hands a function all windows and their bounds if "flash" is in its name.
 WINDOW_ATTENTION = "nemo_care_flash_windows"
+
+
+def vision_tower(
+    kind: type[PreTrainedModel], hf: PretrainedConfig, config: TransformerConfig
+) -> PreTrainedModel:
+    """Build a tower of transformers, without meaningful weights, on the compute device.
+
+    Its windows, or whole frames where it has none, are attended to by `attend_windows`. `config`
+    says its type, and whether its activations are recomputed.
+    """
+    tower = kind._from_config(hf, attn_implementation="sdpa", dtype=config.params_dtype).to(
+        torch.cuda.current_device()
+    )
+    tower.config._attn_implementation = WINDOW_ATTENTION
+    if config.recompute_granularity == "full":
+        tower.gradient_checkpointing_enable({"use_reentrant": False})
+    return tower
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
 
-from nemo_care.models.families.qwen2_5_vl.vision_attention import WINDOW_ATTENTION
+from nemo_care.models.vision_tower import WINDOW_ATTENTION
 
 pytestmark = pytest.mark.numeric
 
