@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -29,9 +28,10 @@ from megatron.core.transformer.module import MegatronModule
 from nemo_care.data.patches import Patching
 from nemo_care.megatron.experts import is_distributed_expert
 from nemo_care.megatron.partial_gradients import mark_partial_gradient
-from nemo_care.models.decoding_cache import DecodingCache, PromptPass, Rotation
+from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.deep_features import DeepFeatures, take_deep_features
 from nemo_care.models.family import Family
+from nemo_care.models.language_model import LanguageModel
 from nemo_care.models.layer_specs import layer_spec
 from nemo_care.models.log_probs import float32_product, token_log_probs
 from nemo_care.models.segments import PackedSegments
@@ -69,37 +69,6 @@ class ModelInputs:
 def padded_vocabulary(size: int) -> int:
     """Vocabulary size V rounded up to what every tensor-parallel layout divides."""
     return -(-size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-
-
-class _LanguageModel(GPTModel):
-    """GPTModel that stops before its output layer, which runs on chosen positions only.
-
-    While completions are sampled, the cache rotates queries and keys: Megatron's attention would
-    compute the same cosines and sines in every layer, once for queries and once for keys.
-    """
-
-    def _preprocess(
-        self,
-        *args: Any,
-        packed_seq_params: PackedSegments | DecodingCache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, ...]:
-        hidden, angles, *others = super()._preprocess(
-            *args, packed_seq_params=packed_seq_params, **kwargs
-        )
-        # A family that rotates neighbours, or a part of a head, is left to Megatron.
-        whole = angles is not None and angles.shape[-1] == self.config.kv_channels
-        if (
-            isinstance(packed_seq_params, DecodingCache | PromptPass)
-            and whole
-            and not self.config.rotary_interleaved
-        ):
-            packed_seq_params.rotation = Rotation(angles, self.config.params_dtype)
-            angles = None
-        return (hidden, angles, *others)
-
-    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
 
 
 def _without_extra_states(module: torch.nn.Module, incompatible: Any) -> None:
@@ -148,7 +117,7 @@ class VideoLanguageModel(MegatronModule, ABC):
         layers = layer_spec(config, backend)
         if self.pre_process:
             take_deep_features(layers, family.architecture.deep_levels)
-        self.language_model = _LanguageModel(
+        self.language_model = LanguageModel(
             config,
             layers,
             vocab_size=padded_vocabulary(self.vocab_size),

@@ -14,6 +14,7 @@ from nemo_care.planning.engines import (
     engine_plan,
     workers_of_a_machine,
 )
+from nemo_care.planning.flops import packed_tokens, step_flops
 from nemo_care.planning.gpus import GIB, Gpu
 from nemo_care.planning.measured import PHASES, Measurements
 from nemo_care.planning.precision import check_planned, precision_in_words
@@ -26,7 +27,7 @@ from nemo_care.planning.shapes import (
     typical_lengths,
 )
 from nemo_care.planning.stage import StageBuild, StageUse
-from nemo_care.planning.work import Clock, Efficiency, StepTime, packed_tokens, step_flops
+from nemo_care.planning.work import Clock, Efficiency, StepTime
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.schema import Recipe, check_world, needs_reference, replicas_of
 from nemo_care.rollouts.build import check_engines

@@ -9,11 +9,11 @@ from rich.text import Text
 
 from nemo_care.planning.counts import micro_batches_of
 from nemo_care.planning.engines import EnginePlan
+from nemo_care.planning.flops import busiest_vision_flops
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.measured import PHASES
 from nemo_care.planning.plan import GRANULARITIES, Plan, StagePlan
 from nemo_care.planning.precision import precision_in_words
-from nemo_care.planning.work import busiest_vision_flops
 from nemo_care.process.screen import console
 from nemo_care.recipe.schema import Recipe, replicas_of
 

@@ -17,6 +17,7 @@ from nemo_care.commands import plan as command
 from nemo_care.errors import InputError
 from nemo_care.planning.advice import _changes, _variant, remedies
 from nemo_care.planning.dry_run import dry_run
+from nemo_care.planning.flops import head_flops, layer_flops, packed_tokens
 from nemo_care.planning.gpus import read_gpu
 from nemo_care.planning.measured import Measurements
 from nemo_care.planning.plan import Question, make_plan, plan_as_json
@@ -24,7 +25,7 @@ from nemo_care.planning.search import search
 from nemo_care.planning.shapes import lengths_of, read_model_shape
 from nemo_care.planning.stage import built_stage
 from nemo_care.planning.tables import plan_report
-from nemo_care.planning.work import Clock, head_flops, layer_flops, packed_tokens
+from nemo_care.planning.work import Clock
 
 
 def parameter_counts() -> dict:

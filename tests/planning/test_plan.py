@@ -18,8 +18,8 @@ from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.megatron.optimizer import initialise_adamw_state
 from nemo_care.models.video_language_model import ModelInputs
+from nemo_care.planning.flops import busiest_vision_flops
 from nemo_care.planning.shapes import Lengths, lengths_of, made_group, read_model_shape
-from nemo_care.planning.work import busiest_vision_flops
 from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.decoding import Decoding
 from nemo_care.rollouts.generator import Sampling

@@ -9,8 +9,8 @@ import torch
 
 from nemo_care.process import cores
 from nemo_care.process.cores import bind_near, unbound
-from nemo_care.ranks import process_groups
-from nemo_care.ranks.process_groups import RankEnvironment, Ranks
+from nemo_care.ranks import distributed
+from nemo_care.ranks.process_groups import RankEnvironment
 from nemo_care.rollouts.vllm import engine
 
 GPU = "0000:dc:00.0"
@@ -68,12 +68,12 @@ def test_each_rank_is_bound_near_the_gpu_that_it_uses(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
-    monkeypatch.setattr(process_groups.dist, "init_process_group", lambda *args, **keywords: None)
-    monkeypatch.setattr(process_groups, "bind_near", bound.append)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **keywords: None)
+    monkeypatch.setattr(distributed, "bind_near", bound.append)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "1")
     for rank in range(2):
-        Ranks._init_distributed(RankEnvironment(rank, 2, rank), 1)
+        distributed.init_distributed(RankEnvironment(rank, 2, rank), 1)
     assert bound == ["0000:0c:00.0", GPU]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemo_care.ranks import process_groups
+from nemo_care.ranks.distributed import TIMEOUT
 from nemo_care.ranks.gpu_variables import (
     ALLOCATOR,
     DEFAULTS,
@@ -17,7 +18,7 @@ from nemo_care.ranks.gpu_variables import (
     SOCKETS,
     set_gpu_variables,
 )
-from nemo_care.ranks.process_groups import TIMEOUT, Layout, RankEnvironment, Ranks
+from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 from nemo_care.recipe.rollout import ROLLOUT_RANGES
 from nemo_care.recipe.vllm import VLLMConfig
 
