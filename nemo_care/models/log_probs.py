@@ -104,7 +104,7 @@ class _TokenLogProbs(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, slices.weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                grad_weight[: slices.width] += float32_product(grad_logits.t(), hidden[chunk])
+                grad_weight[: slices.width] += grad_logits.t() @ hidden[chunk]
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None

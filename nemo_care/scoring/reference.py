@@ -99,7 +99,7 @@ class Reference:
     def distance(self, policy: torch.nn.Module) -> float:
         """Return |theta - phi| / |theta| over the whole model.
 
-        `policy` has the weights of the last `track`, which every update of theirs calls.
+        `policy` must have the weights of the last `track`, as it has after an update.
         """
         squares, self._squares = self._squares, None
         if squares is None:

@@ -263,7 +263,7 @@ def test_a_step_that_is_not_finite_changes_nothing(job: Job, tmp_path, kind):
 
 
 def test_chunks_of_the_output_layer_equal_a_log_softmax(ranks):
-    """With the products in bf16 and the sums in float32."""
+    """Of bf16 factors, with logits that are not rounded to bf16."""
     device = compute_device()
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 64, generator=generator).to(device, torch.bfloat16)
@@ -271,9 +271,9 @@ def test_chunks_of_the_output_layer_equal_a_log_softmax(ranks):
     row_of = torch.arange(40, device=device)
     ids = torch.randint(250, (40,), generator=generator).to(device)
     ours = token_log_probs(hidden, weight, row_of, ids, 250, chunk_elements=256 * 7)
-    logits = (hidden @ weight.t()).float()[:, :250]
+    logits = (hidden.float() @ weight.float().t())[:, :250]
     wanted = torch.log_softmax(logits, -1).gather(1, ids[:, None])[:, 0]
-    torch.testing.assert_close(ours, wanted, atol=0.15, rtol=0)
+    torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=0)
 
 
 def test_names_of_hugging_face_and_the_golden_step_are_the_same(job: Job, golden):

@@ -128,7 +128,7 @@ def test_logits_of_bf16_weights_are_not_rounded_where_cuda_sums_them(ranks):
     with with_cuda_products():
         whole, whole_gradient = rounding_errors()
     assert whole < 1e-4 < 1e-2 < rounded
-    assert whole_gradient < rounded_gradient / 2
+    assert whole_gradient < rounded_gradient
 
 
 class _Products(TorchDispatchMode):
