@@ -109,6 +109,8 @@ ROLLOUT_RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.vllm.sleep_level": (0, 2),
     "rollout.vllm.bucket_mib": (1, None),
     "rollout.vllm.timeout_seconds": (1, None),
+    "rollout.vllm.engines": (1, None),
+    "rollout.vllm.max_restarts": (0, None),
 }
 
 

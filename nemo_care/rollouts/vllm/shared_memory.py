@@ -50,8 +50,7 @@ class SharedMemorySender:
         self.weights = weights
         self.receiver = receiver
         self.bucket_bytes = bucket_bytes
-        if receiver is not None:
-            receiver.init_weight_transfer_engine({})
+        self._is_known = False
 
     def send_weights(self) -> None:
         """Send all weights; all ranks of the replica call it.
@@ -79,6 +78,9 @@ class SharedMemorySender:
             bucket.clear()
             size = 0
 
+        if not self._is_known:
+            attempt("init_weight_transfer_engine", {})
+        self._is_known = failure is None
         attempt("start_weight_update")
         for name, tensor in self.weights:
             if self.receiver is None:
