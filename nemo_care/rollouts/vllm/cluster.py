@@ -19,8 +19,8 @@ from nemo_care.rollouts.vllm.messages import EngineSettings
 from nemo_care.rollouts.vllm.server import EngineServer
 
 _KEY = "rollout.vllm.ray_address"
-# Calls of an engine that wait at the same time: one generation per replica, and a few short ones.
-_CALLS = 1024
+# Threads of an engine: one generation per replica that shares it, and a few short calls.
+_CALLS = 64
 
 
 def connect(address: str, namespace: str) -> None:
@@ -38,7 +38,6 @@ def connect(address: str, namespace: str) -> None:
             namespace=namespace,
             configure_logging=False,
             log_to_driver=False,
-            ignore_reinit_error=True,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
@@ -49,6 +48,11 @@ def connect(address: str, namespace: str) -> None:
     finally:
         # Ray ends the process on SIGTERM, which is a request to save and stop.
         signal.signal(signal.SIGTERM, handler)
+
+
+def disconnect() -> None:
+    """Leave the cluster; it ends what this process started there."""
+    _ray().shutdown()
 
 
 def check_gpus(engines: int, size: int) -> None:

@@ -114,6 +114,8 @@ class Fleet:
         """End the engines that this rank owns."""
         for _, engine in self.own:
             engine.close()
+        if self.own and self.vllm.ray_address is not None:
+            cluster.disconnect()
         self.own = []
 
     # ------------------------------------------------------------------ the three kinds
