@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from dataclasses import replace
 
@@ -11,10 +12,10 @@ from records import lines
 from small_runs import small_recipe, small_trainer
 from vllm_double import use_double
 
-from nemo_care.errors import EnginesLost, RunFailed, RunStopped
+from nemo_care.errors import EnginesLost, InputError, RunFailed, RunStopped
 from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.rollouts.generator import Sampling
-from nemo_care.rollouts.vllm import host
+from nemo_care.rollouts.vllm import cluster, host
 from nemo_care.rollouts.vllm.engine import Engine, EngineDied
 from nemo_care.rollouts.vllm.local import HostProcess, LocalActor
 from nemo_care.rollouts.vllm.messages import EngineSettings, SampleRequest
@@ -200,6 +201,16 @@ def test_the_prompts_of_a_dead_engine_are_sampled_again(ranks, make_trainer, pro
     assert len(other.ask("seen")["requests"]) == 2 * len(prompts[::2])
 
 
+def test_all_rounds_in_flight_are_sampled_again(ranks, make_trainer, prompts):
+    trainer = make_trainer(ranks, engines=2)
+    generator = trainer.generator
+    undisturbed = texts(generator.generate(prompts, SAMPLING))
+    engines_of(trainer)[0].ask("become", is_killed=True)
+    rounds = [generator.submit(prompts, SAMPLING) for _ in range(2)]
+    assert [texts(generator.collect(begun)) for begun in rounds] == [undisturbed] * 2
+    assert len(generator.take_deaths()) == 1
+
+
 def test_an_engine_that_dies_while_it_gets_weights_is_started_again(
     ranks, make_trainer, prompts, monkeypatch
 ):
@@ -296,14 +307,14 @@ def test_a_run_whose_engines_do_not_come_back_saves_and_can_be_resumed(
     update = trainer.policy.update
 
     def killed(step, **keywords):
-        if step.number == 2:
+        if step.number == 1:
             (engine,) = engines_of(trainer)
             os.kill(engine.actor.process.process.pid, signal.SIGKILL)
         update(step, **keywords)
 
     trainer.policy.update = killed
     with pytest.raises(
-        RunStopped, match=r"(?s)stopped after step 2 because an engine was lost"
+        RunStopped, match=r"(?s)stopped after step 1 because an engine was lost"
     ) as stop:
         trainer.fit()
     assert stop.value.status == 75
@@ -319,3 +330,9 @@ def test_a_run_whose_engines_do_not_come_back_saves_and_can_be_resumed(
     ]
     # No prompt was left out or taken twice.
     assert sorted({*indices}) == list(range(max(indices) + 1))
+
+
+def test_a_machine_without_ray_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"rollout\.vllm\.ray_address needs the package ray"):
+        cluster.connect("node17:6379", "a run")

@@ -7,6 +7,7 @@ imports Ray, and only if `rollout.vllm.ray_address` is set.
 
 import os
 import signal
+import socket
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Unanswered
 from dataclasses import replace
@@ -21,6 +22,7 @@ from nemo_care.rollouts.vllm.server import EngineServer
 _KEY = "rollout.vllm.ray_address"
 # Threads of an engine: one generation per replica that shares it, and a few short calls.
 _CALLS = 64
+_SECONDS = 10.0
 
 
 def connect(address: str, namespace: str) -> None:
@@ -32,14 +34,17 @@ def connect(address: str, namespace: str) -> None:
     ray = _ray()
     handler = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    node, _, port = address.rpartition(":")
     try:
+        # Ray itself tries for minutes.
+        socket.create_connection((node, int(port)), timeout=_SECONDS).close()
         ray.init(
             address=address,
             namespace=namespace,
             configure_logging=False,
             log_to_driver=False,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{_KEY}={address}: there is no Ray cluster, or this machine is not part of it "
             f"({_first_line(error)}); start it with ray start --head, and on this machine with "

@@ -85,6 +85,8 @@ class Fleet:
             for name, death in of_rank
         }
         again = [engine for _, engine in self.own if engine.name in dead]
+        for engine in again:
+            engine.death = dead[engine.name]
         self._together(again, Engine.restart if self.feeds else Engine.rejoin)
         return list(dead.values())
 

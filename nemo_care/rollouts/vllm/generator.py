@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
@@ -42,9 +43,8 @@ class Part:
 
     def finish(self) -> None:
         """Wait for the replies. If the engine has died, `begin` starts anew."""
-        if self.replies is None:
+        if self.answer is not None:
             answer, self.answer = self.answer, None
-            assert answer is not None, "begin comes first"
             self.replies = self.engine.wait(answer, "generation")
 
 
@@ -93,6 +93,7 @@ class VLLMGenerator:
         self._sender: Sender | None = None
         self._sent: int | None = None
         self._started = self._asleep = False
+        self._in_flight: list[Begun] = []
         self._deaths: list[str] = []
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -114,7 +115,9 @@ class VLLMGenerator:
         for part in parts:
             part.begin()
         copies = sampling.group_size if sampling.temperature == 0 else 1
-        return Begun(prompts, copies, parts)
+        begun = Begun(prompts, copies, parts)
+        self._in_flight.append(begun)
+        return begun
 
     def collect(self, begun: Begun) -> list[Group]:
         """Wait for the completions of a `submit`. Collective over all ranks.
@@ -129,19 +132,13 @@ class VLLMGenerator:
         """
 
         def own() -> None:
-            died: EngineDied | None = None
             for part in begun.parts:
                 part.begin()
-            # Engines that are alive must have finished before they get weights again.
             for part in begun.parts:
-                try:
-                    part.finish()
-                except EngineDied as error:
-                    died = died or error
-            if died is not None:
-                raise died
+                part.finish()
 
         self._with_engines(lambda: self.ranks.together(own))
+        self._in_flight = [other for other in self._in_flight if other is not begun]
         mine = [part.replies or [] for part in begun.parts]
         of_engines = [
             replies for of_rank in self.ranks.gather_in_replica(mine) for replies in of_rank
@@ -255,11 +252,22 @@ class VLLMGenerator:
 
     def _revive(self) -> None:
         """Start dead engines again, and send the weights. Collective over all ranks."""
+        parts = [part for begun in self._in_flight for part in begun.parts]
+
+        def finish() -> None:
+            """Weights can't change while engines that are alive still generate."""
+            for part in parts:
+                with suppress(EngineDied):
+                    part.finish()
+
+        self.ranks.together(finish)
         self.fleet.make_room()
         self._deaths += self.fleet.restart()
         # All engines connect anew, since the connection may include a dead one.
         self._sender = self._sent = None
         self._wake()
+        for part in parts:
+            part.begin()
 
     def _parts(self, prompts: Sequence[Prompt]) -> list[tuple[Engine, Sequence[Prompt]]]:
         """This rank's engines, each with its part of the replica's prompts.
