@@ -203,7 +203,7 @@ def engine_prompt(request: SampleRequest) -> dict[str, Any]:
                     "fps": video.fps,
                     "duration": len(video.frames) / video.fps,
                     "total_num_frames": len(video.frames),
-                    "frames_indices": list(range(len(video.frames))),
+                    "frames_indices": video.numbers,
                     "video_backend": "nemo_care",
                     "do_sample_frames": False,
                 },

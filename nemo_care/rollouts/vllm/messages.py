@@ -39,10 +39,11 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Video:
-    """Frames uint8 [T, H, W, 3], already resized, and the number of them per second."""
+    """Frames uint8 [T, H, W, 3], already resized; `numbers` divided by `fps` are their seconds."""
 
     frames: np.ndarray
     fps: float
+    numbers: list[float]
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from transformers import Qwen3VLConfig
 
 from nemo_care.data.patches import Grid
-from nemo_care.errors import InputError
 from nemo_care.models.architecture import Architecture, VisionArchitecture
+from nemo_care.models.families.qwen3_vl import engine
 from nemo_care.models.families.qwen3_vl.config import read_config, signature
 from nemo_care.models.families.qwen3_vl.config_checks import MODEL_TYPE, NAME
 from nemo_care.models.families.qwen3_vl.prompt import Qwen3VLPrompt
@@ -113,15 +113,13 @@ class Qwen3VLFamily(Family):
         return Qwen3VL(self, config, backend)
 
     def processor_files(self, max_pixels: int) -> dict[str, dict[str, Any]]:
-        """As `Family.processor_files`; always raises InputError."""
-        self._refuse_vllm()
+        """As `Family.processor_files`."""
+        return engine.processor_files(self.prompt.patching, max_pixels)
 
     def video_fps(self, grid: Grid, seconds_per_grid: float) -> float:
-        """As `Family.video_fps`; always raises InputError."""
-        self._refuse_vllm()
+        """As `Family.video_fps`: positions do not depend on times, and texts have seconds."""
+        return 1.0
 
-    def _refuse_vllm(self) -> NoReturn:
-        raise InputError(
-            f"rollout.backend=vllm: not supported for {NAME} yet, whose prompts vLLM writes in "
-            "another way than they are trained; set rollout.backend=megatron"
-        )
+    def frame_numbers(self, times: Sequence[float], count: int) -> list[float]:
+        """As `Family.frame_numbers`: the seconds themselves."""
+        return list(times)
