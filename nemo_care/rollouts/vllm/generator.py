@@ -104,16 +104,23 @@ class VLLMGenerator:
         """Update the engines' weights and start sampling. Collective over all ranks.
 
         Raises:
-            RunFailed: an engine has died, or did not accept the weights.
+            EnginesLost: an engine has died too often.
+            RunFailed: an engine did not accept the weights, or a prompt can't be sent.
         """
         self._with_engines(self._wake)
-        parts = [
-            Part(engine, [self.requests.build(prompt, sampling) for prompt in part])
-            for engine, part in self._parts(prompts)
-            if part
-        ]
-        for part in parts:
-            part.begin()
+        dealt = self._parts(prompts)
+
+        def begin() -> list[Part]:
+            parts = [
+                Part(engine, [self.requests.build(prompt, sampling) for prompt in part])
+                for engine, part in dealt
+                if part
+            ]
+            for part in parts:
+                part.begin()
+            return parts
+
+        parts = self.ranks.together(begin)
         copies = sampling.group_size if sampling.temperature == 0 else 1
         begun = Begun(prompts, copies, parts)
         self._in_flight.append(begun)
