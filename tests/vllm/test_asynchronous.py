@@ -61,15 +61,20 @@ def test_steps_are_trained_while_the_next_one_is_sampled(make, tmp_path):
 
 def test_a_run_goes_on_when_an_engine_is_killed_while_it_is_ahead(make, tmp_path):
     trainer = make()
-    update = trainer.policy.update
+    submit, rounds = trainer.generator.submit, []
 
-    def killed(step, **keywords):
-        if step.number == 1:
-            ((_, engine),) = trainer.generator.fleet.own
-            engine.actor.process.process.kill()
-        update(step, **keywords)
+    def killed(prompts, sampling):
+        begun = submit(prompts, sampling)
+        if sampling is trainer.rollouts.sampling:
+            rounds.append(begun)
+            if len(rounds) != 2:
+                return begun
+            # The engine samples the second step's prompts.
+            assert not begun.parts[0].answer.done()
+            begun.parts[0].engine.actor.process.process.kill()
+        return begun
 
-    trainer.policy.update = killed
+    trainer.generator.submit = killed
     trainer.fit()
     metrics = lines(tmp_path / "metrics.jsonl")
     assert [line["rollout/engine_restarts"] for line in metrics] == [0, 1, 0]

@@ -128,9 +128,7 @@ class Engine:
             reason = f"has died: {failure}"
         except self.actor.losses as loss:
             reason = f"has died: its process has ended ({loss or type(loss).__name__})"
-        self.death = (
-            f"vLLM's engine {self.name} {reason}{self.actor.about()}{self.actor.last_words()}"
-        )
+        self.death = f"vLLM's engine {self.name} {reason}{self.actor.about()}"
         self.actor.kill()
         raise EngineDied(self.death)
 
@@ -144,7 +142,8 @@ class Engine:
         while True:
             if self.restarts == self.max_restarts:
                 raise EnginesLost(
-                    f"{self.death} (rollout.vllm.max_restarts={self.max_restarts} are used up)"
+                    f"{self.death}; rollout.vllm.max_restarts={self.max_restarts} is used up"
+                    f"{self.actor.last_words()}"
                 )
             self.restarts += 1
             try:
