@@ -51,7 +51,8 @@ class DoubleEngine:
             "pid": os.getpid(),
             "calls": self.calls,
             "requests": self.requests,
-            "weights": self.weights,
+            # multiprocessing would send tensors as shared memory.
+            "weights": {name: tensor.numpy() for name, tensor in self.weights.items()},
         }
 
     def become(self, **flags):
