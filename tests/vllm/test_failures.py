@@ -41,3 +41,27 @@ def test_the_completions_of_a_killed_engine_equal_those_of_an_undisturbed_rollou
     assert "engine 0.0 has died: its process has ended" in death
     _, alive = psutil.wait_procs(family, timeout=30)
     assert [child.name() for child in alive if child.status() != "zombie"] == []
+
+
+def test_an_engine_whose_worker_is_killed_is_replaced(checkpoint, world, ranks, tmp_path, prompts):
+    """Two tensor-parallel workers, each a process."""
+    recipe = vllm_recipe(checkpoint, world)
+    recipe.rollout.vllm.placement = "separate"
+    recipe.rollout.vllm.gpus = [1, 2]
+    recipe.rollout.vllm.tensor_parallel_size = 2
+    trainer = small_trainer(recipe, ranks, tmp_path)
+    try:
+        generator = trainer.generator
+        undisturbed = texts(generator.generate(prompts, SAMPLING))
+        process = generator.fleet.own[0][1].actor.process.process
+        family = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in family if "Worker" in " ".join(child.cmdline())]
+        assert len(workers) == 2
+        workers[1].kill()
+        assert texts(generator.generate(prompts, SAMPLING)) == undisturbed
+        (death,) = generator.take_deaths()
+        assert "engine 0.0 has died" in death
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert [child.name() for child in alive if child.status() != "zombie"] == []
+    finally:
+        trainer.generator.close()

@@ -15,7 +15,8 @@ import pytest
 from small_runs import one_step, small_trainer
 from vllm_runs import texts, vllm_recipe
 
-from nemo_care.errors import InputError
+from nemo_care.errors import InputError, RunFailed
+from nemo_care.ranks.process_groups import Layout
 from nemo_care.rollouts.generator import Sampling
 
 pytestmark = pytest.mark.vllm
@@ -126,6 +127,46 @@ def test_two_engines_follow_three_steps_and_a_killed_one_comes_back(make, prompt
     while engine_processes() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert engine_processes() == []
+
+
+def shared(ranks, job):
+    """Two replicas share an engine, which is killed: this rank's completions, and deaths."""
+    checkpoint, world, out, address = job
+    recipe = vllm_recipe(checkpoint, world)
+    recipe.rollout.vllm.placement = "separate"
+    recipe.rollout.vllm.ray_address = address
+    recipe.rollout.vllm.engines = 1
+    recipe.trainer.devices = 2
+    trainer = small_trainer(recipe, ranks, out / "run")
+    generator = trainer.generator
+    prompts, _ = trainer.prompts.next_step()
+    undisturbed = texts(generator.generate(prompts, SAMPLED))
+    ranks.barrier()
+    begun = generator.submit(prompts, SAMPLED)
+    if ranks.rank == 0:
+        (process,) = engine_processes()
+        process.kill()
+    again = texts(generator.collect(begun))
+    deaths = generator.take_deaths()
+    ranks.barrier()
+    generator.close()
+    return again == undisturbed, len(deaths)
+
+
+def test_two_replicas_find_one_engine_and_get_it_back(
+    on_ranks, checkpoint, world, tmp_path, cluster
+):
+    job = (checkpoint, world, tmp_path, cluster)
+    assert on_ranks(Layout(), shared, job, replicas=2) == [(True, 1), (True, 1)]
+
+
+def test_a_refused_call_says_why(make, prompts):
+    generator = make(engines=1).generator
+    generator.generate(prompts[:1], GREEDY)
+    ((_, engine),) = generator.fleet.own
+    with pytest.raises(RunFailed, match=r"^vLLM's engine 0: AttributeError: .*nothing_of_the_kind"):
+        engine.ask("nothing_of_the_kind")
+    assert engine.death is None
 
 
 def test_an_address_without_a_cluster_is_named(make):

@@ -81,7 +81,7 @@ class RayActor:
     """The way to an engine of the cluster (see `Actor` in engine.py)."""
 
     def __init__(self, name: str, settings: EngineSettings | None) -> None:
-        """`settings` if this rank owns the engine; other ranks find it by its name."""
+        """`settings` if this rank owns the engine; the other ranks find it by its name."""
         self.name = name
         self.settings = settings
         self.losses: tuple[type[Exception], ...] = (_ray().exceptions.RayActorError,)
@@ -151,7 +151,7 @@ class RayActor:
 
     def about(self) -> str:
         """Say where its output is."""
-        return f" (its output is in Ray's logs: ray list actors, ray logs actor; {self.name})"
+        return f" (its output is in Ray's logs, actor '{self.name}, start {self._starts}')"
 
     def last_words(self) -> str:
         """Return nothing: Ray has its output."""

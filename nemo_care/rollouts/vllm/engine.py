@@ -121,11 +121,13 @@ class Engine:
         try:
             return answer.result(self.timeout)
         except CallFailed as failure:
-            raise RunFailed(f"vLLM's engine {self.name}: {failure}{self.actor.about()}") from None
+            raise RunFailed(
+                f"vLLM's engine {self.name}: {_original(failure)}{self.actor.about()}"
+            ) from None
         except Unanswered:
             reason = f"did not answer ({what}) within rollout.vllm.timeout_seconds={self.timeout:g}"
         except EngineFailed as failure:
-            reason = f"has died: {failure}"
+            reason = f"has died: {_original(failure)}"
         except self.actor.losses as loss:
             reason = f"has died: its process has ended ({loss or type(loss).__name__})"
         self.death = f"vLLM's engine {self.name} {reason}{self.actor.about()}"
@@ -160,3 +162,8 @@ class Engine:
     def close(self) -> None:
         """End it, if this rank owns it."""
         self.actor.close()
+
+
+def _original(failure: Exception) -> Exception:
+    """Return the engine's own error; Ray's copy of it has the traceback as its text."""
+    return getattr(failure, "cause", failure)

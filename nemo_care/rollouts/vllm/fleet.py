@@ -175,9 +175,8 @@ class Fleet:
         self.ranks.together(connect)
         if self.ranks.is_model_leader:
             for place, number in enumerate(shared.engines):
-                name = f"engine {number}"
                 settings = self.settings if self.feeds else None
-                self._add(place, name, cluster.RayActor(name, settings))
+                self._add(place, str(number), cluster.RayActor(f"engine {number}", settings))
 
     def _take(self, shared: Share) -> None:
         self.count = len(shared.engines)
