@@ -106,6 +106,11 @@ def test_two_engines_follow_three_steps_and_a_killed_one_comes_back(make, prompt
     assert after == texts(megatron.generate(prompts, GREEDY))
     assert after != before
 
+    ((_, engine), _) = generator.fleet.own
+    with pytest.raises(RunFailed, match=r"^vLLM's engine 0: AttributeError: .*nothing_of_the_kind"):
+        engine.ask("nothing_of_the_kind")
+    assert engine.death is None
+
     undisturbed = texts(generator.generate(prompts, SAMPLED))
     first = engine_processes()
     assert len(first) == 2
@@ -158,15 +163,6 @@ def test_two_replicas_find_one_engine_and_get_it_back(
 ):
     job = (checkpoint, world, tmp_path, cluster)
     assert on_ranks(Layout(), shared, job, replicas=2) == [(True, 1), (True, 1)]
-
-
-def test_a_refused_call_says_why(make, prompts):
-    generator = make(engines=1).generator
-    generator.generate(prompts[:1], GREEDY)
-    ((_, engine),) = generator.fleet.own
-    with pytest.raises(RunFailed, match=r"^vLLM's engine 0: AttributeError: .*nothing_of_the_kind"):
-        engine.ask("nothing_of_the_kind")
-    assert engine.death is None
 
 
 def test_an_address_without_a_cluster_is_named(make):

@@ -129,7 +129,8 @@ class Engine:
         except EngineFailed as failure:
             reason = f"has died: {_original(failure)}"
         except self.actor.losses as loss:
-            reason = f"has died: its process has ended ({loss or type(loss).__name__})"
+            said = str(loss).strip().partition("\n")[0] or type(loss).__name__
+            reason = f"has died: its process has ended ({said})"
         self.death = f"vLLM's engine {self.name} {reason}{self.actor.about()}"
         self.actor.kill()
         raise EngineDied(self.death)
