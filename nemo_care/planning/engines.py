@@ -199,10 +199,10 @@ def _shares(recipe: Recipe) -> list[tuple[int, Share]]:
     if vllm.placement == "colocated":
         own = tensor * model.pipeline_model_parallel_size // vllm.tensor_parallel_size
         return [(replica, Share(tuple(range(own)), (replica,))) for replica in range(count)]
-    if vllm.hosts is not None:
+    if vllm.engines is not None:
         everyone = range(count)
         return [
-            (0, share(len(vllm.hosts), everyone, replica, f"{_KEY}.hosts")) for replica in everyone
+            (0, share(vllm.engines, everyone, replica, f"{_KEY}.engines")) for replica in everyone
         ]
     engines = len(vllm.gpus or ()) // vllm.tensor_parallel_size
     where = [replica * tensor // devices for replica in range(count)]

@@ -77,7 +77,7 @@ def _engine_line(engine: EnginePlan, recipe: Recipe) -> str:
     where, awake = "on the training GPUs", " while it is awake"
     asleep = f" and {gib(engine.asleep)} during training"
     if engine.placement == "separate":
-        elsewhere = "elsewhere" if vllm.hosts is not None else "that do not train"
+        elsewhere = "elsewhere" if vllm.ray_address is not None else "that do not train"
         where, awake, asleep = f"on GPUs {elsewhere}, taken to be of the same kind", "", ""
     left = (
         f"the {gib(engine.cache)} GiB that are left, less what activations and CUDA graphs take, "

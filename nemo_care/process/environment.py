@@ -40,11 +40,6 @@ MODELS = Variable(
 DATA = Variable("NEMO_CARE_DATA", "folder of the data sets that `recipes/data/` names", "`data`")
 VERBOSE = Variable("NEMO_CARE_VERBOSE", "1: show warnings and information from libraries", "hidden")
 CPU = Variable("NEMO_CARE_CPU", "1: allow runs without GPUs on this machine", "GPUs are required")
-VLLM_KEY = Variable(
-    "NEMO_CARE_VLLM_KEY",
-    "secret shared by trainers and engines on other machines (`rollout.vllm.hosts`)",
-    "a new one for each run; required with `rollout.vllm.hosts`",
-)
 RANK_LOGS = Variable(
     "NEMO_CARE_RANK_LOGS", "folder for a file with the output of each rank", "the screen"
 )
@@ -67,7 +62,7 @@ RESOLVED_RECIPE = Variable(
     "the recipe is composed from the command line",
 )
 VARIABLES = (
-    MODELS, DATA, VERBOSE, CPU, VLLM_KEY, RANK_LOGS, INTERFACE, COMMIT, STARTER, RESOLVED_RECIPE
+    MODELS, DATA, VERBOSE, CPU, RANK_LOGS, INTERFACE, COMMIT, STARTER, RESOLVED_RECIPE
 )  # fmt: skip
 
 

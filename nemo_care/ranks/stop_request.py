@@ -70,11 +70,15 @@ class StopRequest:
         return _REQUESTS[int(note)]
 
 
-def stopped(step: int, request: int) -> RunStopped:
-    """Return the exception for a run that stops after a step because of an agreed request."""
-    is_time = request == _TIME_IS_UP
-    cause = "trainer.max_time_per_run is over" if is_time else cause_of(request)
+def cause_and_status(request: int) -> tuple[str, int]:
+    """Describe an agreed request, and return the exit status after it."""
+    if request == _TIME_IS_UP:
+        return "trainer.max_time_per_run is over", STOPPED
+    return cause_of(request), status_of(request)
+
+
+def stopped(step: int, cause: str, status: int = STOPPED) -> RunStopped:
+    """Return the exception for a run that stops after a step and can be resumed."""
     return RunStopped(
-        f"stopped after step {step} because {cause}; the same command resumes the run",
-        STOPPED if is_time else status_of(request),
+        f"stopped after step {step} because {cause}; the same command resumes the run", status
     )

@@ -115,6 +115,8 @@ ROLLOUT_RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.vllm.bucket_mib": (1, None),
     # Below the limit of collectives: ranks wait in one for the engine (ranks/process_groups.py).
     "rollout.vllm.timeout_seconds": (1, 6000),
+    "rollout.vllm.engines": (1, None),
+    "rollout.vllm.max_restarts": (0, None),
 }
 
 

@@ -13,7 +13,7 @@ from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.schema import Recipe, replicas_of
 from nemo_care.rollouts.generator import Generator
 from nemo_care.rollouts.megatron import MegatronGenerator
-from nemo_care.rollouts.vllm.fleet import Fleet, hosts_key, sleep_level
+from nemo_care.rollouts.vllm.fleet import Fleet, sleep_level
 from nemo_care.rollouts.vllm.generator import VLLMGenerator
 from nemo_care.rollouts.vllm.messages import EngineSettings
 from nemo_care.rollouts.vllm.placement import check_placement, check_tensor_parallel
@@ -77,8 +77,8 @@ def check_rollouts(recipe: Recipe) -> None:
     """Refuse rollouts that can be seen to fail before any rank starts.
 
     Raises:
-        InputError: vLLM is missing, or the recipe's engines do not fit its ranks, its precision or
-            the model, or there is no secret for engines elsewhere.
+        InputError: vLLM or Ray is missing, or the recipe's engines do not fit its ranks, its
+            precision or the model.
     """
     family = read_family(recipe.model.hf_path)
     if recipe.rollout.backend == "megatron":
@@ -91,12 +91,19 @@ def check_rollouts(recipe: Recipe) -> None:
     check_engines(recipe, family.architecture)
     # A family that vLLM can't sample refuses here.
     family.processor_files(recipe.data.video.max_pixels)
-    if recipe.rollout.vllm.hosts is not None:
-        hosts_key()
-    found = find_spec("vllm")
-    # A folder of that name, in the working directory for example, is none.
-    if found is None or found.origin is None:
+    if not _is_installed("vllm"):
         raise InputError(f"rollout.backend=vllm needs the package vllm: {_INSTALL}")
+    if recipe.rollout.vllm.ray_address is not None and not _is_installed("ray"):
+        raise InputError(
+            "rollout.vllm.ray_address needs the package ray: install it with pip install -e "
+            "'.[vllm]', or use rollout.vllm.gpus of the training machines"
+        )
+
+
+def _is_installed(package: str) -> bool:
+    found = find_spec(package)
+    # A folder of that name, in the working directory for example, is none.
+    return found is not None and found.origin is not None
 
 
 def check_engines(recipe: Recipe, architecture: Architecture) -> None:
@@ -143,4 +150,5 @@ def engine_settings(recipe: Recipe, model: VideoLanguageModel) -> EngineSettings
         kv_cache_gib=vllm.kv_cache_gib,
         enforce_eager=vllm.enforce_eager,
         sleeps=sleep_level(vllm) > 0,
+        executor="mp" if vllm.tensor_parallel_size > 1 else "uni",
     )

@@ -53,3 +53,8 @@ class BackgroundGenerator(Generator, Protocol):
     def collect(self, begun: Any) -> list[Group]:
         """Wait for the groups of a `submit`; `generate` is both."""
         ...
+
+    def take_deaths(self) -> list[str]:
+        """How engines have died since the last call, which were then started again; equal on all
+        ranks."""
+        ...

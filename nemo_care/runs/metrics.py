@@ -146,6 +146,11 @@ STALENESS = _metric(
     "`algorithm.updates_per_rollout`, and 0 in the first step",
     Panel(_COMPLETIONS, "Sampled ahead", "optimizer steps behind", smooth=False),
 )  # fmt: skip
+ENGINE_RESTARTS = _metric(
+    "rollout/engine_restarts", SUM, Over.ROUNDS,
+    "engines that died and were started again since the previous step (`rollout.backend=vllm`)",
+    "0", Panel(_COMPLETIONS, "Engines started again", needs_more_than_zero=True), "restarts",
+)  # fmt: skip
 ROLLOUT_DIFFERENCE = _metric(
     "rollout/logprob_difference", MEAN, Over.TOKENS,
     "absolute difference of a token's log-probability between sampling and training",

@@ -87,12 +87,18 @@ class Rollouts:
                 trained, recorded and saved.
             RunFailed: the generator has failed, on all ranks.
         """
-        if not self.asynchronous:
-            with step.timed(m.DATA_TIME):
-                prompts, skipped = self.prompts.next_step()
-            step.skipped += skipped
-            with step.timed(m.ROLLOUT_TIME):
-                return self.generate(prompts)
+        groups = self._ahead_of(step) if self.asynchronous else self._now(step)
+        self._note_deaths(step)
+        return groups
+
+    def _now(self, step: Step) -> list[Group]:
+        with step.timed(m.DATA_TIME):
+            prompts, skipped = self.prompts.next_step()
+        step.skipped += skipped
+        with step.timed(m.ROLLOUT_TIME):
+            return self.generate(prompts)
+
+    def _ahead_of(self, step: Step) -> list[Group]:
         current = self._ahead or self._begin(step)
         self._ahead = None
         with step.timed(m.ROLLOUT_TIME):
@@ -109,6 +115,11 @@ class Rollouts:
         groups = self.generator.generate(prompts, self.sampling)
         self.generator.rest()
         return groups
+
+    def go_back(self, position: int) -> None:
+        """Forget what was drawn after a `position` of this step or before."""
+        self._ahead = None
+        self.prompts.position = position
 
     def settle(self) -> None:
         """Wait for completions sampled ahead and keep them, which frees the engines.
@@ -155,6 +166,14 @@ class Rollouts:
     def _background(self) -> BackgroundGenerator:
         assert isinstance(self.generator, BackgroundGenerator), "check_asynchronous"
         return self.generator
+
+    def _note_deaths(self, step: Step) -> None:
+        """Count and show the engines that were started again."""
+        if isinstance(self.generator, BackgroundGenerator):
+            deaths = self.generator.take_deaths()
+            step.of_round(m.ENGINE_RESTARTS, len(deaths))
+            for death in deaths:
+                self.console.warn(f"started again, and its prompts are sampled again: {death}")
 
     def _warn_once(self) -> None:
         if not self._has_warned and not self.corrected:

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,6 +14,7 @@ from nemo_care.data.fingerprints import Fingerprints, changes
 from nemo_care.data.samples import Skipped
 from nemo_care.data.stream import PromptStream, TooManySkipped
 from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.errors import EnginesLost
 from nemo_care.evaluation.results import Results
 from nemo_care.evaluation.validation import Validator
 from nemo_care.groups.group import Group
@@ -20,7 +22,7 @@ from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.weights import export_hf
 from nemo_care.ranks.memory import GIB, memory_metrics
 from nemo_care.ranks.process_groups import Ranks
-from nemo_care.ranks.stop_request import StopRequest, stopped
+from nemo_care.ranks.stop_request import StopRequest, cause_and_status, stopped
 from nemo_care.recipe.schema import Recipe
 from nemo_care.rollouts.generator import Generator
 from nemo_care.runs import metrics as m
@@ -119,7 +121,8 @@ class GRPOCareTrainer:
             self.run_validation()
         with self.console.steps(self.step), self.checkpoints.completed_in_failure():
             for step in self.steps():
-                self.run_training_step(step)
+                with self._saved_without_engines():
+                    self.run_training_step(step)
                 self.record(step)
                 self.watch.stop_if_too_many()
                 self.save_if_due()
@@ -181,8 +184,11 @@ class GRPOCareTrainer:
         """Validate on all levels and record the results."""
         if not self.validator.levels:
             return
-        self.rollouts.settle()
-        levels, left_out = self.validator.run(between_batches=self.stop_if_asked)
+        try:
+            self.rollouts.settle()
+            levels, left_out = self.validator.run(between_batches=self.stop_if_asked)
+        except EnginesLost as lost:
+            self._save_and_stop(f"an engine was lost: {lost}")
         self.ranks.from_rank_zero(lambda: self._record_validation(levels, left_out))
 
     def _record_validation(
@@ -317,12 +323,26 @@ class GRPOCareTrainer:
         """
         self.checkpoints.complete_if_written()
         request = self.stop.agreed()
-        if request is None:
-            return
+        if request is not None:
+            self._save_and_stop(*cause_and_status(request))
+
+    @contextmanager
+    def _saved_without_engines(self) -> Iterator[None]:
+        """If engines are lost before the policy is updated, save the previous step and stop."""
+        position = self.rollouts.position
+        try:
+            yield
+        except EnginesLost as lost:
+            self.step -= 1
+            self.rollouts.go_back(position)
+            self._save_and_stop(f"an engine was lost: {lost}")
+
+    def _save_and_stop(self, cause: str, *status: int) -> NoReturn:
+        """Save this step unless it is saved, and raise RunStopped."""
         if self.checkpoints.saved_step != self.step:
             self.save()
         self.checkpoints.wait()
-        raise stopped(self.step, request)
+        raise stopped(self.step, cause, *status)
 
     def save(self) -> None:
         """Save the current step; all ranks call it."""

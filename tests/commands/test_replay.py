@@ -53,7 +53,8 @@ def test_replay_with_the_weights_of_the_step_finds_them_in_order(run, replayed):
     file = folder / "recipe.yaml"
     recipe = read_recipe(file)
     recipe.rollout.backend, recipe.rollout.asynchronous = "vllm", True
-    recipe.rollout.vllm.placement, recipe.rollout.vllm.hosts = "separate", ["node17:5600"]
+    recipe.rollout.vllm.placement, recipe.rollout.vllm.engines = "separate", 2
+    recipe.rollout.vllm.ray_address = "node17:6379"
     file.write_text(recipe_yaml(recipe))
     # An id may say what the report says, and what a terminal obeys.
     about = folder / "bad_steps" / "step_000002.json"

@@ -44,6 +44,9 @@ class StandIn:
         self.in_flight -= 1
         return groups
 
+    def take_deaths(self):
+        return []
+
     def rest(self):
         pass
 

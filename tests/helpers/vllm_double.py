@@ -1,24 +1,26 @@
-"""An engine without vLLM, used by the real host and connection, to test the code around it."""
+"""An engine without vLLM, in the real process of an engine, to test the code around it.
 
-import contextlib
+The process is forked from the test, which takes a moment; a new interpreter would take seconds.
+"""
+
 import os
-import socket
+import signal
+import subprocess
 import sys
 import threading
+import time
+import traceback
 import types
 import zlib
-from multiprocessing.connection import Listener
+from concurrent.futures import Future
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 
-from nemo_care.process.environment import VLLM_KEY
-from nemo_care.rollouts.vllm import host as hosts
-from nemo_care.rollouts.vllm.messages import Reply, Sampled, SampleReply
+from nemo_care.rollouts.vllm import host, local
+from nemo_care.rollouts.vllm.messages import Sampled, SampleReply
 
-KEY = "a secret of the tests"
 TOKENS = [8, 28, 9, 2]
 MERGED, FRAMES = 28, 2
 
@@ -30,34 +32,48 @@ class Dead(Exception):
 class DoubleEngine:
     """Replies with fixed completions, and keeps the weights that it received."""
 
-    made: ClassVar["list[DoubleEngine]"] = []
     vision = (7, 6)  # video and image token of the tiny checkpoint
 
     def __init__(self, settings):
-        if settings.folder == "unreadable":
+        print("an engine starts", flush=True)
+        if settings.folder.endswith("unreadable"):
             raise OSError("no such model")
         self.settings = settings
         self.pending = []
         self.requests = []
         self.weights = {}
         self.calls = []
-        self.dies = False
-        self.lies = False
-        type(self).made.append(self)
+        # Changed by `become`.
+        self.dies = self.is_killed = self.lies = self.hangs = self.damages = False
 
-    @property
-    def is_busy(self):
-        return bool(self.pending)
+    def seen(self):
+        return {
+            "pid": os.getpid(),
+            "calls": self.calls,
+            "requests": self.requests,
+            # multiprocessing would send tensors as shared memory.
+            "weights": {name: tensor.numpy() for name, tensor in self.weights.items()},
+        }
 
-    def submit(self, client, number, requests):
+    def become(self, **flags):
+        self.__dict__.update(flags)
+
+    def submit(self, requests):
         self.requests += requests
-        self.pending.append((client, number, requests))
+        answer = Future()
+        self.pending.append((answer, requests))
+        return answer
 
     def step(self):
         if self.dies:
             raise Dead("the worker was killed")
-        client, number, requests = self.pending.pop(0)
-        return [(client, Reply(number, [self._reply(request) for request in requests]))]
+        if self.is_killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.hangs:
+            threading.Event().wait()
+        if self.pending:
+            answer, requests = self.pending.pop(0)
+            answer.set_result([self._reply(request) for request in requests])
 
     def _reply(self, request):
         sizes = {
@@ -79,7 +95,7 @@ class DoubleEngine:
         self.calls.append("init")
 
     def start_weight_update(self):
-        if self.is_busy:
+        if self.pending:
             raise RuntimeError("busy")
         self.calls.append("start")
 
@@ -102,46 +118,62 @@ class DoubleEngine:
 
     def digests(self):
         # As if every parameter were damaged in transfer.
-        return {"lm_head.weight": str(self.calls.count("finish") if self.lies else 0)}
+        return {"lm_head.weight": str(self.calls.count("finish") if self.damages else 0)}
 
     @staticmethod
-    def is_fatal(error):
+    def is_dead(error):
         return isinstance(error, Dead)
 
     def close(self):
-        self.calls.append("close")
+        print("an engine ends", flush=True)
 
 
-class HostThread:
-    """A host in this process with the double as its engine."""
+class Forked:
+    """A fork of this process instead of a new interpreter, as far as HostProcess uses it."""
 
-    def __init__(self, monkeypatch):
-        module = types.ModuleType("nemo_care.rollouts.vllm.llm")
-        module.Engine = DoubleEngine
-        monkeypatch.setitem(sys.modules, "nemo_care.rollouts.vllm.llm", module)
-        monkeypatch.setenv(VLLM_KEY.name, KEY)
-        DoubleEngine.made.clear()
-        self.listener = Listener(("127.0.0.1", 0), backlog=64)
-        node, port = self.listener.address
-        self.address = f"{node}:{port}"
-        self.status = None
-        self.thread = threading.Thread(target=self._serve, daemon=True)
-        self.thread.start()
+    def __init__(self, program, *, stdin, stdout, stderr, env, start_new_session):
+        reading, writing = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(program[-1], reading, stdout.fileno())
+        os.close(reading)
+        self.stdin = os.fdopen(writing, "wb")
+        self.returncode = None
 
-    def _serve(self):
-        host = hosts.Host(self.listener, KEY.encode())
-        self.status = host.serve()
-        # As the end of the process would.
-        for client in host.clients:
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(client.fileno())) as end:
-                end.shutdown(socket.SHUT_RDWR)
+    @staticmethod
+    def _run(address, reading, output):
+        try:
+            os.setsid()
+            for number, target in ((reading, 0), (output, 1), (output, 2)):
+                os.dup2(number, target)
+            os.closerange(3, 4096)
+            sys.stdin, sys.stdout, sys.stderr = (
+                open(number, mode, closefd=False)  # noqa: SIM115
+                for number, mode in ((0, "r"), (1, "w"), (2, "w"))
+            )
+            host.main(address)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(1)
 
-    @property
-    def engine(self):
-        (made,) = DoubleEngine.made
-        return made
+    def poll(self):
+        if self.returncode is None and os.waitpid(self.pid, os.WNOHANG)[0]:
+            self.returncode = -1
+        return self.returncode
 
-    def end(self):
-        self.thread.join(10)
-        self.listener.close()
-        return self.status
+    def wait(self, timeout=60.0):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a forked engine", timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+
+def use_double(monkeypatch):
+    """Make engines of this machine doubles from now on."""
+    module = types.ModuleType("nemo_care.rollouts.vllm.llm")
+    module.Engine = DoubleEngine
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(local.subprocess, "Popen", Forked)

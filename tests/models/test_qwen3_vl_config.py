@@ -181,13 +181,32 @@ def test_a_first_stage_with_fewer_layers_than_deep_features_is_refused():
         check_layout(architecture, Layout(pipeline=18))
 
 
-def test_vllm_is_refused_before_any_rank_starts(folder, monkeypatch):
-    recipe = Recipe()
-    recipe.model.hf_path = str(folder)
-    check_rollouts(recipe)
-    recipe.rollout.backend = "vllm"
-    with pytest.raises(InputError, match=r"backend=vllm: not supported for Qwen3-VL"):
-        check_rollouts(recipe)
+def test_hugging_face_cuts_images_as_we_do_with_the_files_that_vllm_gets(folder):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    family = read_family(folder)
+    patching = family.prompt.patching
+    content = family.processor_files(56 * 84)["preprocessor_config.json"]
+    frame = torch.randint(0, 256, (56, 84, 3), generator=torch.Generator().manual_seed(0))
+    frame = frame.to(torch.uint8)
+    theirs = Qwen2VLImageProcessorPil(**content)(
+        frame.numpy(), return_tensors="pt", input_data_format="channels_last"
+    )
+    assert theirs["image_grid_thw"].tolist() == [[1, 56 // patching.side, 84 // patching.side]]
+    ours = patching.patches(frame[None])
+    torch.testing.assert_close(theirs["pixel_values"], ours, atol=1e-5, rtol=0)
+
+
+def test_vllm_gets_the_seconds_of_a_video_s_frames(folder):
+    family = read_family(folder)
+    times = (0.0, 0.41, 0.83, 1.2, 1.7)
+    seconds = [
+        number / family.video_fps((3, 4, 4), 0.8) for number in family.frame_numbers(times, 6)
+    ]
+    # As vLLM's Qwen3VLProcessingInfo does it.
+    seconds += [seconds[-1]] * (len(seconds) % 2)
+    theirs = [(seconds[n] + seconds[n + 1]) / 2 for n in range(0, len(seconds), 2)]
+    assert theirs == family.prompt.patch_times(times, 3)
 
 
 def test_a_checkpoint_s_tensors_are_checked_by_name_and_shape(tmp_path):

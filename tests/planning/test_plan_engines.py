@@ -305,8 +305,8 @@ def test_only_asynchronous_steps_hide_the_shorter_part():
         # Four replicas of two GPUs on two machines; eight prompts each.
         ({"tensor_parallel_size": 1}, 8, 4),
         ({"tensor_parallel_size": 2}, 4, 8),
-        ({"placement": "separate", "hosts": ["a:1", "b:1"]}, 2, 16),
-        ({"placement": "separate", "hosts": [f"{n}:1" for n in range(12)]}, 12, 3),
+        ({"placement": "separate", "ray_address": "a:1", "engines": 2}, 2, 16),
+        ({"placement": "separate", "ray_address": "a:1", "engines": 12}, 12, 3),
         # GPUs of each machine, which the two replicas there share.
         ({"placement": "separate", "gpus": [4, 5], "tensor_parallel_size": 2}, 2, 16),
         ({"placement": "separate", "gpus": [4, 5, 6, 7], "tensor_parallel_size": 2}, 4, 8),

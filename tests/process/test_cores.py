@@ -1,5 +1,6 @@
 """A rank runs on the cores next to its GPU; the programs that it starts for others do not."""
 
+import io
 import os
 import subprocess
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from nemo_care.process import cores
 from nemo_care.process.cores import bind_near, unbound
 from nemo_care.ranks import distributed
 from nemo_care.ranks.process_groups import RankEnvironment
-from nemo_care.rollouts.vllm import engine
+from nemo_care.rollouts.vllm import local
 
 GPU = "0000:dc:00.0"
 
@@ -81,8 +82,11 @@ def test_an_engine_gets_the_cores_that_its_rank_gave_up(allowed, tmp_path, monke
     machine(tmp_path, monkeypatch, node=1, cpulist=str(min(allowed)))
     bind_near(GPU)
     started = []
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *args, **keywords: started.append(os.sched_getaffinity(0))
-    )
-    engine.HostProcess(tmp_path / "engine.log", None)
+
+    def start(*arguments, **keywords):
+        started.append(os.sched_getaffinity(0))
+        return SimpleNamespace(stdin=io.BytesIO(), pid=0)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    local.HostProcess(None, tmp_path / "engine.log", None).start()
     assert started == [allowed]

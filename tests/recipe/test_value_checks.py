@@ -64,7 +64,7 @@ def test_empty_texts_are_refused(key, value):
 def test_there_are_as_many_such_keys_as_one_would_think():
     assert {"rollout.temperature", "algorithm.reward_weights"} <= {*keys_of(float)}
     assert len(keys_of(float)) > 30
-    assert {"model.hf_path", "exp_manager.explicit_log_dir", "rollout.vllm.hosts"} <= {
+    assert {"model.hf_path", "exp_manager.explicit_log_dir", "rollout.vllm.ray_address"} <= {
         *keys_of(str)
     }
     assert len(keys_of(str)) > 20

@@ -1,6 +1,5 @@
 """What sending weights to engines on the same GPUs asks of memory and addresses, without a GPU."""
 
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,7 @@ from nemo_care.recipe.schema import Recipe
 from nemo_care.recipe.vllm import VLLMConfig
 from nemo_care.rollouts.vllm import fleet as fleets
 from nemo_care.rollouts.vllm.generator import VLLMGenerator
+from nemo_care.rollouts.vllm.local import LocalActor
 from nemo_care.rollouts.vllm.weight_stream import Described
 from nemo_care.rollouts.vllm.weight_sync import (
     _free_address,
@@ -58,7 +58,7 @@ def test_memory_goes_back_to_cuda_before_engines_start_and_wake(monkeypatch):
     monkeypatch.setattr(fleet, "start", lambda: happened.append("start"), raising=False)
     generator = VLLMGenerator.__new__(VLLMGenerator)
     generator.fleet, generator.ranks, generator.version = fleet, ranks, lambda: 0
-    generator.from_checkpoint, generator._asleep = False, False
+    generator.from_checkpoint, generator._asleep, generator._started = False, False, False
     generator._sender = generator._sent = None
     monkeypatch.setattr(
         generator, "_tell", lambda name, **more: happened.append(name), raising=False
@@ -88,13 +88,8 @@ def test_memory_that_another_process_opens_is_no_expandable_segment(monkeypatch,
     assert given[-1] == settings
 
 
-def test_engines_elsewhere_get_the_address_by_which_they_are_reached(monkeypatch):
-    # As Debian's /etc/hosts has it.
-    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        engine = SimpleNamespace(address=f"127.0.0.1:{listening.getsockname()[1]}")
-        assert _free_address([engine])[0] == "127.0.0.1"
-    local = SimpleNamespace(address="/tmp/engine")
-    host, port = _free_address([local])
+def test_engines_get_the_address_by_which_they_reach_the_trainer():
+    engine = SimpleNamespace(actor=LocalActor("/tmp/engine", b"", None))
+    host, port = _free_address([engine])
     assert host == "127.0.0.1"
     assert port > 0

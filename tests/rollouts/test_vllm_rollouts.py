@@ -1,33 +1,27 @@
 """Rollouts with vLLM as far as they need no vLLM: the engine is a double."""
 
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from made_groups import make_prompts
 from safetensors.torch import load_file
 from small_runs import small_recipe, small_trainer
 from transformers import Qwen2_5_VLConfig
-from vllm_double import KEY, DoubleEngine, HostThread
+from vllm_double import use_double
 
 from nemo_care.errors import InputError, RunFailed
 from nemo_care.models.families import read_family
 from nemo_care.models.families.positions import mrope_positions
 from nemo_care.models.families.qwen2_5_vl.engine import vllm_times
 from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
-from nemo_care.process.environment import VLLM_KEY
 from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import Recipe, check_recipe
 from nemo_care.recipe.vllm import VLLMConfig
 from nemo_care.rollouts.build import check_rollouts
 from nemo_care.rollouts.generator import Sampling
-from nemo_care.rollouts.vllm.engine import Engine
 from nemo_care.rollouts.vllm.placement import (
     check_placement,
     check_tensor_parallel,
@@ -128,7 +122,10 @@ def test_engines_and_replicas_share_each_other_out(engines, replicas, mine, want
     [
         ({"tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide the 4 ranks"),
         ({"tensor_parallel_size": 4}, "several machines"),
-        ({"placement": "separate", "hosts": ["a:1", "b:2", "c:3"]}, "3 engines for 2 model repl"),
+        (
+            {"placement": "separate", "ray_address": "a:1", "engines": 3},
+            "engines=3 makes 3 engines for 2 model repl",
+        ),
         ({"placement": "separate", "gpus": [4, 5, 6]}, "3 engines for 2 model"),
         (
             {"placement": "separate", "gpus": [3, 4]},
@@ -192,8 +189,12 @@ def test_every_replicas_engines_have_to_stay_on_a_machine():
         ({"placement": "separate"}, "needs either rollout.vllm.gpus"),
         ({"placement": "separate", "gpus": [1, 1]}, "each GPU once"),
         ({"placement": "separate", "gpus": [1], "tensor_parallel_size": 2}, "multiple of"),
-        ({"placement": "separate", "hosts": ["node17"]}, "node17 is not NODE:PORT"),
-        ({"placement": "separate", "hosts": []}, "is empty"),
+        ({"ray_address": "a:1", "engines": 1}, "ray_address is for rollout.vllm.placement=sep"),
+        ({"placement": "separate", "ray_address": "a", "engines": 1}, "a is not NODE:PORT"),
+        ({"placement": "separate", "ray_address": "a:1"}, "give both or neither"),
+        ({"placement": "separate", "gpus": [1], "engines": 1}, "give both or neither"),
+        ({"placement": "separate", "ray_address": "a:1", "engines": 0}, "engines=0"),
+        ({"max_restarts": -1}, "max_restarts=-1"),
         ({"placement": "here"}, "choose colocated or separate"),
         ({"sleep_level": 3}, "between 0 and 2"),
     ],
@@ -216,9 +217,13 @@ def test_what_engines_need_is_asked_for_before_anything_starts(monkeypatch, chec
     recipe.rollout.backend = "vllm"
     with pytest.raises(InputError, match=r"needs the package vllm: install it with pip install"):
         check_rollouts(recipe)
-    recipe.rollout.vllm = VLLMConfig(placement="separate", hosts=["a:1"])
-    monkeypatch.delenv("NEMO_CARE_VLLM_KEY", raising=False)
-    with pytest.raises(InputError, match="needs the engines' secret"):
+    there = SimpleNamespace(origin="somewhere")
+    monkeypatch.setattr(
+        "nemo_care.rollouts.build.find_spec", lambda name: there if name == "vllm" else None
+    )
+    check_rollouts(recipe)
+    recipe.rollout.vllm = VLLMConfig(placement="separate", ray_address="a:1", engines=1)
+    with pytest.raises(InputError, match="ray_address needs the package ray: install it with pip"):
         check_rollouts(recipe)
     recipe.model.precision.fp8.enabled = recipe.model.precision.fp8.rollout = True
     with pytest.raises(InputError, match=r"model\.precision\.fp8\.rollout=true is for"):
@@ -228,74 +233,86 @@ def test_what_engines_need_is_asked_for_before_anything_starts(monkeypatch, chec
 # ------------------------------------------------------------------ with the double
 
 
-@pytest.fixture
-def host(monkeypatch):
-    return HostThread(monkeypatch)
-
-
-@pytest.fixture
-def trainer(checkpoint, world, ranks, tmp_path, host):
+def engine_recipe(checkpoint, world, engines=1):
     recipe = small_recipe(checkpoint, world)
     recipe.rollout.backend = "vllm"
     recipe.rollout.vllm.placement = "separate"
-    recipe.rollout.vllm.hosts = [host.address]
+    recipe.rollout.vllm.gpus = list(range(1, engines + 1))
     recipe.rollout.vllm.timeout_seconds = 20
     recipe.rollout.vllm.bucket_mib = 1
-    made = small_trainer(recipe, ranks, tmp_path)
+    return recipe
+
+
+@pytest.fixture
+def trainer(checkpoint, world, ranks, tmp_path, monkeypatch):
+    use_double(monkeypatch)
+    made = small_trainer(engine_recipe(checkpoint, world), ranks, tmp_path)
     yield made
     made.generator.close()
 
 
-def test_groups_come_back_in_order_with_log_probs_and_spans(trainer, prompts, host):
+@pytest.fixture
+def engine(trainer):
+    ((_, engine),) = trainer.generator.fleet.own
+    return engine
+
+
+def seen(engine):
+    """What the double has seen."""
+    return engine.ask("seen")
+
+
+def test_groups_come_back_in_order_with_log_probs_and_spans(trainer, prompts, engine):
     groups = trainer.generator.generate(prompts, SAMPLING)
     assert [group.prompt.index for group in groups] == [0, 1, 2, 3]
     assert [group.size for group in groups] == [3] * 4
     assert all(c.ended and c.length == 4 for group in groups for c in group.completions)
     assert groups[0].completions[0].log_probs.tolist() == [-0.5] * 4
     assert [group.size for group in trainer.generator.generate(prompts, GREEDY)] == [3] * 4
-    assert [request.count for request in host.engine.requests] == [3] * 4 + [1] * 4
+    assert [request.count for request in seen(engine)["requests"]] == [3] * 4 + [1] * 4
 
 
 def test_weights_go_before_the_first_rollout_and_after_updates_only(
-    trainer, prompts, host, checkpoint
+    trainer, prompts, engine, checkpoint
 ):
     trainer.generator.generate(prompts[:1], SAMPLING)
-    engine = host.engine
     on_disk = load_file(checkpoint / "model.safetensors")
-    assert engine.weights.keys() == on_disk.keys()
-    assert all(torch.equal(engine.weights[name], tensor) for name, tensor in on_disk.items())
+    weights = seen(engine)["weights"]
+    assert weights.keys() == on_disk.keys()
+    assert all(np.array_equal(weights[name], tensor) for name, tensor in on_disk.items())
     # 1.1 MB in pieces of 1 MiB.
-    assert engine.calls == ["init", "start", "update", "update", "finish"]
+    assert seen(engine)["calls"] == ["init", "start", "update", "update", "finish"]
     trainer.generator.generate(prompts[:1], SAMPLING)
-    assert engine.calls.count("finish") == 1
+    assert seen(engine)["calls"].count("finish") == 1
     trainer.policy.scheduler.step(1)
     trainer.policy.model.language_model.decoder.final_layernorm.weight.data.fill_(7)
     trainer.generator.generate(prompts[:1], SAMPLING)
-    assert engine.calls.count("finish") == 2
-    assert engine.calls.count("init") == 1
-    assert bool((engine.weights["model.norm.weight"] == 7).all())
+    assert seen(engine)["calls"].count("finish") == 2
+    assert seen(engine)["calls"].count("init") == 1
+    assert bool((seen(engine)["weights"]["model.norm.weight"] == 7).all())
 
 
-def test_frozen_weights_go_before_the_first_rollout_only(trainer, prompts, host):
+def test_frozen_weights_go_before_the_first_rollout_only(trainer, prompts, engine):
     trainer.policy.model.freeze(["vision", "merger"])
     trainer.generator.generate(prompts[:1], SAMPLING)
-    engine = host.engine
-    assert any(name.startswith("visual.") for name in engine.weights)
-    trained = {name for name in engine.weights if not name.startswith("visual.")}
+    weights = seen(engine)["weights"].keys()
+    assert any(name.startswith("visual.") for name in weights)
+    trained = {name for name in weights if not name.startswith("visual.")}
     for forgets in (False, True, False):
-        engine.weights.clear()
+        engine.ask("become", weights={})
         if forgets:
             # An engine that has slept at level 2 has lost everything.
             trainer.generator._sent = None
         trainer.policy.scheduler.step(1)
         trainer.generator.generate(prompts[:1], SAMPLING)
-        assert (engine.weights.keys() == trained) == (not forgets)
-        assert trained <= engine.weights.keys()
+        weights = seen(engine)["weights"].keys()
+        assert (weights == trained) == (not forgets)
+        assert trained <= weights
 
 
-def test_other_tokens_in_a_prompt_end_the_run_with_the_samples_name(trainer, prompts, host):
+def test_other_tokens_in_a_prompt_end_the_run_with_the_samples_name(trainer, prompts, engine):
     trainer.generator.generate(prompts[:1], SAMPLING)
-    host.engine.lies = True
+    engine.ask("become", lies=True)
     count = prompts[1].length
     message = (
         rf"sample two: vLLM's prompt has {count - 1} tokens and training's {count}, .* token \d+"
@@ -304,111 +321,19 @@ def test_other_tokens_in_a_prompt_end_the_run_with_the_samples_name(trainer, pro
         trainer.generator.generate(prompts[1:], SAMPLING)
 
 
-def test_weights_that_change_on_the_way_end_the_run(trainer, prompts, monkeypatch):
-    monkeypatch.setattr(
-        DoubleEngine, "digests", lambda self: {"lm_head.weight": str(self.calls.count("finish"))}
-    )
+def test_weights_that_change_on_the_way_end_the_run(trainer, prompts, engine):
+    engine.ready()
+    engine.ask("become", damages=True)
     with pytest.raises(RunFailed, match=r"1 of 1 parameters differ, the first is lm_head\.weight"):
         trainer.generator.generate(prompts[:1], SAMPLING)
 
 
-def test_a_dead_engine_ends_the_run_and_stays_dead(trainer, prompts, host):
+def test_weights_do_not_change_under_a_running_generation(trainer, prompts, engine):
     trainer.generator.generate(prompts[:1], SAMPLING)
-    host.engine.dies = True
-    with pytest.raises(RunFailed, match="has died: Dead: the worker was killed"):
-        trainer.generator.generate(prompts, SAMPLING)
-    assert host.end() == 1
-    with pytest.raises(RunFailed, match="has died"):
-        trainer.generator.generate(prompts, SAMPLING)
-
-
-def test_an_engine_that_stays_silent_is_given_up(trainer, prompts, host, monkeypatch):
-    trainer.generator.generate(prompts[:1], SAMPLING)
-    trainer.generator.fleet.own[0][1].timeout = 0.2
-    monkeypatch.setattr(DoubleEngine, "is_busy", False)
-    with pytest.raises(RunFailed, match=r"did not answer \(generation\) within .*timeout_seconds"):
-        trainer.generator.generate(prompts[:1], SAMPLING)
-
-
-def test_weights_do_not_change_under_a_running_generation(trainer, prompts, host, monkeypatch):
-    trainer.generator.generate(prompts[:1], SAMPLING)
-    monkeypatch.setattr(DoubleEngine, "is_busy", True)
+    engine.ask("become", pending=["a generation"])
     trainer.policy.scheduler.step(1)
     with pytest.raises(RunFailed, match="busy"):
         trainer.generator.generate(prompts[:1], SAMPLING)
-
-
-def test_a_host_ends_when_the_last_trainer_leaves(trainer, prompts, host):
-    trainer.generator.generate(prompts[:1], SAMPLING)
-    trainer.generator.close()
-    assert host.end() == 0
-    assert host.engine.calls[-1] == "close"
-
-
-def test_a_host_of_an_unknown_name_is_not_waited_for(checkpoint, world, ranks, tmp_path, host):
-    recipe = small_recipe(checkpoint, world)
-    recipe.rollout.backend = "vllm"
-    recipe.rollout.vllm.placement = "separate"
-    recipe.rollout.vllm.hosts = ["no-such-node.invalid:5600"]
-    trainer = small_trainer(recipe, ranks, tmp_path)
-    with pytest.raises(InputError, match=r"no engine at no-such-node\.invalid:5600 \(.*\[Errno"):
-        trainer.generator.generate([], SAMPLING)
-
-
-def test_an_address_where_nobody_listens_is_named(checkpoint, world, ranks, tmp_path, host):
-    recipe = small_recipe(checkpoint, world)
-    recipe.rollout.backend = "vllm"
-    recipe.rollout.vllm.placement = "separate"
-    recipe.rollout.vllm.hosts = ["127.0.0.1:1"]
-    recipe.rollout.vllm.timeout_seconds = 0.2
-    trainer = small_trainer(recipe, ranks, tmp_path)
-    with pytest.raises(InputError, match=r"rollout\.vllm\.hosts: no engine at 127\.0\.0\.1:1"):
-        trainer.generator.generate([], SAMPLING)
-
-
-HANGS = """
-import subprocess, sys, threading, types
-from nemo_care.rollouts.vllm import host, messages
-
-class Engine:
-    def __init__(self, settings):
-        print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
-        threading.Event().wait()
-
-module = types.ModuleType("nemo_care.rollouts.vllm.llm")
-module.Engine = Engine
-sys.modules[module.__name__] = module
-host._PATIENCE = 0.5
-serving = host.Host(None, b"", watches_stdin=True)
-serving._accept = lambda: None
-serving.events.put((object(), messages.Call(0, "open", {"settings": None})))
-serving.serve()
-"""
-
-
-def test_a_host_whose_engine_hangs_ends_with_who_started_it():
-    host = subprocess.Popen(
-        [sys.executable, "-c", HANGS],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        child = psutil.Process(int(host.stdout.readline()))
-        host.stdin.close()
-        assert host.wait(20) == -signal.SIGKILL
-        child.wait(20)
-    finally:
-        host.kill()
-        host.stdout.close()
-
-
-def test_an_engine_with_another_secret_is_named(trainer, host, monkeypatch):
-    ((_, engine),) = trainer.generator.fleet.own
-    other = Engine("other", host.address, "another secret", engine.settings, timeout=5)
-    with pytest.raises(InputError, match=r"another secret: give it the same NEMO_CARE_VLLM_KEY"):
-        other.begin()
 
 
 # ------------------------------------------------------------------ weights of any layout
@@ -484,46 +409,48 @@ def test_every_rank_sees_the_whole_model_tensor_by_tensor(
     assert results[0]["pieces"] > 5
 
 
-def sampled_twice(ranks: Ranks, job: tuple) -> list:
-    """What this rank's groups hold, before and after an update."""
-    checkpoint, world, out, address = job
-    os.environ[VLLM_KEY.name] = KEY
-    recipe = small_recipe(checkpoint, world)
-    recipe.rollout.backend = "vllm"
-    recipe.rollout.vllm.placement = "separate"
-    recipe.rollout.vllm.hosts = [address]
-    recipe.rollout.vllm.timeout_seconds = 60
-    recipe.trainer.devices = ranks.world_size
-    trainer = small_trainer(recipe, ranks, out / "run")
-    prompts, _ = trainer.prompts.next_step()
-    sampling = Sampling(group_size=2, temperature=1.0, top_p=0.95, max_tokens=8, seed=(5,))
-    found = []
-    for _ in range(2):
-        groups = trainer.generator.generate(prompts, sampling)
-        found.append([(g.prompt.index, [c.text for c in g.completions]) for g in groups])
-        trainer.policy.scheduler.step(1)
-    trainer.generator.close()
-    return found
+def sampled_twice(ranks: Ranks, job: tuple) -> tuple[list, dict | None]:
+    """What this rank's groups hold, before and after an update; what its own engine has seen."""
+    checkpoint, world, out = job
+    with pytest.MonkeyPatch.context() as patch:
+        use_double(patch)
+        recipe = engine_recipe(checkpoint, world)
+        recipe.rollout.vllm.gpus = [ranks.world_size]
+        recipe.rollout.vllm.timeout_seconds = 60
+        recipe.trainer.devices = ranks.world_size
+        trainer = small_trainer(recipe, ranks, out / "run")
+        prompts, _ = trainer.prompts.next_step()
+        sampling = Sampling(group_size=2, temperature=1.0, top_p=0.95, max_tokens=8, seed=(5,))
+        found = []
+        for _ in range(2):
+            groups = trainer.generator.generate(prompts, sampling)
+            found.append([(g.prompt.index, [c.text for c in g.completions]) for g in groups])
+            trainer.policy.scheduler.step(1)
+        fed = trainer.generator.fleet.fed
+        known = seen(fed[0]) if fed else None
+        ranks.barrier()
+        trainer.generator.close()
+    return found, known
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_two_ranks_ask_one_engine_which_gets_the_weights_once_for_both(
-    on_ranks, checkpoint, world, tmp_path, host, pipeline
+    on_ranks, checkpoint, world, tmp_path, pipeline
 ):
     """As two replicas, and as two stages of one."""
-    job = (checkpoint, world, tmp_path, host.address)
+    job = (checkpoint, world, tmp_path)
     ranks = on_ranks(Layout(pipeline=pipeline), sampled_twice, job, replicas=2 // pipeline)
-    assert host.end() == 0
-    indices = [[index for index, _ in found[0]] for found in ranks]
+    groups = [found for found, _ in ranks]
+    indices = [[index for index, _ in found[0]] for found in groups]
     if pipeline == 1:
         assert sorted(indices[0] + indices[1]) == [0, 1, 2, 3]
         assert len(indices[0]) == 2
     else:
-        assert ranks[0] == ranks[1]
+        assert groups[0] == groups[1]
         assert indices[0] == [0, 1, 2, 3]
-    assert all(len(texts) == 2 for found in ranks for step in found for _, texts in step)
-    engine = host.engine
-    assert engine.weights.keys() == load_file(checkpoint / "model.safetensors").keys()
-    assert engine.calls.count("init") == 1
-    assert engine.calls.count("finish") == 2
-    assert len(engine.requests) == 8
+    assert all(len(texts) == 2 for found in groups for step in found for _, texts in step)
+    (engine,) = [known for _, known in ranks if known is not None]
+    assert engine["weights"].keys() == load_file(checkpoint / "model.safetensors").keys()
+    assert engine["calls"].count("init") == 1
+    assert engine["calls"].count("finish") == 2
+    assert len(engine["requests"]) == 8

@@ -85,7 +85,7 @@ def test_a_prompt_that_vllm_sees_otherwise_is_named(trainer, prompts, monkeypatc
 def test_generation_goes_on_while_the_trainer_computes(trainer, prompts):
     begun = trainer.generator.submit(prompts, SAMPLED)
     started = time.perf_counter()
-    assert not all(answer.done() for _, answer in begun.answers)
+    assert not all(part.answer.done() for part in begun.parts)
     asked = time.perf_counter() - started
     assert asked < 0.1
     assert tokens(trainer.generator.collect(begun)) == tokens(

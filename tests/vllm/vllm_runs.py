@@ -10,3 +10,7 @@ def vllm_recipe(checkpoint, world):
     recipe.rollout.vllm.enforce_eager = True
     recipe.rollout.vllm.timeout_seconds = 600
     return recipe
+
+
+def texts(groups):
+    return [[c.text for c in group.completions] for group in groups]

@@ -1,17 +1,18 @@
-"""The engines of one replica: started or connected to, each by the rank that owns it."""
+"""The engines of one replica: started or found, each by the rank that owns it or uses it."""
 
 import gc
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from nemo_care.errors import InputError
-from nemo_care.process.environment import VLLM_KEY
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.vllm import VLLMConfig
-from nemo_care.rollouts.vllm.engine import Engine, HostProcess
+from nemo_care.rollouts.vllm import cluster
+from nemo_care.rollouts.vllm.engine import Actor, Engine
+from nemo_care.rollouts.vllm.local import HostProcess, LocalActor
 from nemo_care.rollouts.vllm.messages import EngineSettings
 from nemo_care.rollouts.vllm.placement import Share, colocate, share
 
@@ -20,16 +21,16 @@ class Fleet:
     """The engines of this rank's replica, as far as this rank uses them.
 
     `count` engines take the replica's prompts in turns. `own` are those that this rank calls, with
-    their places among them; `fed` are those to which it also sends weights. `feeds`: whether this
-    replica's ranks take part in sending weights at all.
+    their places among them; `fed` are those to which it also sends weights, and which it starts.
+    `feeds`: whether this replica's ranks take part in sending weights at all.
     """
 
     def __init__(
         self, vllm: VLLMConfig, settings: EngineSettings, ranks: Ranks, *, devices: int, logs: Path
     ) -> None:
-        """Start the processes of local engines; `start` loads their models.
+        """Assign the engines; `start` loads their models, if it has not begun here.
 
-        `devices` are the ranks of one machine, `logs` the folder for the engines' output.
+        `devices` are the ranks of one machine, `logs` the folder for the output of engines there.
         Collective over all ranks.
         """
         self.vllm = vllm
@@ -41,18 +42,17 @@ class Fleet:
         self.own: list[tuple[int, Engine]] = []
         self.feeds = True
         self.sleep_level = sleep_level(vllm)
-        self._begun: list[Future] = []
-        self._ready = False
         if vllm.placement == "colocated":
             self._colocate()
-        elif vllm.hosts is not None:
-            self._join(vllm.hosts)
+        elif vllm.ray_address is not None:
+            self._join(vllm.ray_address)
         else:
             self._separate(vllm.gpus or [])
         # An engine measures how much GPU memory is free while it starts: next to training it has to
         # wait until the trainer has allocated its share.
         if not (vllm.placement == "colocated" and torch.cuda.is_available()):
-            self._begin()
+            for engine in self.fed:
+                engine.begin()
 
     @property
     def fed(self) -> list[Engine]:
@@ -60,28 +60,45 @@ class Fleet:
         return [engine for _, engine in self.own] if self.feeds else []
 
     def start(self) -> None:
-        """Load the models of this rank's engines in parallel, once, and wait for them.
+        """Load the models of this rank's engines, and wait for them. Collective over all ranks.
 
         Raises:
-            InputError: nothing listens at an address.
             RunFailed: an engine could not start.
         """
-        if self._ready:
-            return
-        self._begin()
-        for begun in self._begun:
-            begun.result()
-        for _, engine in self.own:
-            engine.ready()
-        self._ready = True
+        for engine in self.fed:
+            engine.begin()
+        self._together([engine for _, engine in self.own], Engine.ready)
 
-    def _begin(self) -> None:
-        """Make the engines load their models, in the background."""
-        if self._begun or not self.own:
-            return
-        pool = ThreadPoolExecutor(len(self.own))
-        self._begun = [pool.submit(engine.begin) for _, engine in self.own]
-        pool.shutdown(wait=False)
+    def restart(self) -> list[str]:
+        """Start again the engines that any rank has found dead; return how they have died.
+
+        Collective over all ranks, which get the same texts.
+
+        Raises:
+            EnginesLost: one of them does not start again, or has died too often.
+        """
+        mine = [(engine.name, engine.death) for _, engine in self.own if engine.death is not None]
+        dead = {
+            name: death
+            for of_replica in self.ranks.gather_from_replicas(self.ranks.gather_in_replica(mine))
+            for of_rank in of_replica
+            for name, death in of_rank
+        }
+        again = [engine for _, engine in self.own if engine.name in dead]
+        for engine in again:
+            engine.death = dead[engine.name]
+        self._together(again, Engine.restart if self.feeds else Engine.rejoin)
+        return list(dead.values())
+
+    def _together(self, engines: Sequence[Engine], do: Callable[[Engine], None]) -> None:
+        """Do this to engines at the same time; ranks that share engines follow their owners."""
+
+        def mine() -> None:
+            with ThreadPoolExecutor(max(len(engines), 1)) as pool:
+                list(pool.map(do, engines))
+
+        self.ranks.together(mine if self.feeds else lambda: None)
+        self.ranks.together(lambda: None if self.feeds else mine())
 
     def make_room(self) -> None:
         """Return GPU memory that training has freed to CUDA. Collective over all ranks.
@@ -96,9 +113,11 @@ class Fleet:
             self.ranks.barrier()
 
     def close(self) -> None:
-        """Disconnect from the engines."""
+        """End the engines that this rank owns."""
         for _, engine in self.own:
             engine.close()
+        if self.own and self.vllm.ray_address is not None:
+            cluster.disconnect()
         self.own = []
 
     # ------------------------------------------------------------------ the three kinds
@@ -110,10 +129,11 @@ class Fleet:
         for place, block in enumerate(placed.blocks):
             if block[0] == self.ranks.rank:
                 visible = [gpu for rank in block if (gpu := gpus[rank]) is not None]
-                self._start_process(place, visible or None)
+                name = f"{self.ranks.data_rank}.{place}"
+                self._add(place, name, _owned(self._process(name, visible or None)))
 
     def _separate(self, gpus: Sequence[int]) -> None:
-        """Start engines on this machine, whose replicas share them."""
+        """Use engines on this machine, which its replicas share."""
         size = self.vllm.tensor_parallel_size
         machine = self.ranks.model_leader // self.devices
         machines = self.ranks.gather_from_replicas(machine)
@@ -122,63 +142,59 @@ class Fleet:
             len(gpus) // size, here, self.ranks.data_rank, f"rollout.vllm.gpus={list(gpus)}"
         )
         self._take(shared)
+        processes = []
         if self.ranks.is_model_leader and self.feeds:
             on_gpu = torch.cuda.is_available()
             for place, number in enumerate(shared.engines):
                 visible = [str(gpu) for gpu in gpus[number * size : (number + 1) * size]]
-                self._start_process(place, visible if on_gpu else None)
+                name = f"{self.ranks.data_rank}.{place}"
+                processes.append(self._process(name, visible if on_gpu else None))
+                self._add(place, name, _owned(processes[-1]))
         # The replicas that share an engine need its address.
-        mine = [(engine.address, engine.key) for _, engine in self.own]
+        mine = [(process.address, process.key) for process in processes]
         addresses = self.ranks.gather_from_replicas(mine)
         if self.ranks.is_model_leader and not self.feeds:
-            for place, (address, key) in enumerate(addresses[shared.sharers[0]]):
-                self._connect(place, address, key)
+            owner = shared.sharers[0]
+            for place, (address, key) in enumerate(addresses[owner]):
+                self._add(place, f"{owner}.{place}", LocalActor(address, key, None))
 
-    def _join(self, hosts: Sequence[str]) -> None:
-        key = hosts_key()
+    def _join(self, address: str) -> None:
+        """Use engines of a Ray cluster, which all replicas share."""
+        count = self.vllm.engines or 0
         replicas = range(self.ranks.data_size)
-        shared = share(
-            len(hosts), replicas, self.ranks.data_rank, f"rollout.vllm.hosts={list(hosts)}"
-        )
+        key = f"rollout.vllm.engines={count}"
+        shared = share(count, replicas, self.ranks.data_rank, key)
         self._take(shared)
+        namespace = self.ranks.from_rank_zero(lambda: f"nemo-care-{uuid.uuid4().hex}")
+
+        def connect() -> None:
+            if self.ranks.is_model_leader:
+                cluster.connect(address, namespace)
+                cluster.check_gpus(count, self.vllm.tensor_parallel_size)
+
+        self.ranks.together(connect)
         if self.ranks.is_model_leader:
             for place, number in enumerate(shared.engines):
-                self._connect(place, hosts[number], key)
+                settings = self.settings if self.feeds else None
+                self._add(place, str(number), cluster.RayActor(f"engine {number}", settings))
 
     def _take(self, shared: Share) -> None:
         self.count = len(shared.engines)
         self.feeds = shared.sharers[0] == self.ranks.data_rank
 
-    def _start_process(self, place: int, gpus: Sequence[str] | None) -> None:
-        name = f"{self.ranks.data_rank}.{place}"
-        process = HostProcess(self.logs / f"vllm_{name}.log", gpus)
-        self._add(place, Engine(
-            name, process.address, process.key, self.settings,
-            timeout=self.vllm.timeout_seconds, process=process,
-        ))  # fmt: skip
+    def _process(self, name: str, gpus: Sequence[str] | None) -> HostProcess:
+        return HostProcess(self.settings, self.logs / f"vllm_{name}.log", gpus)
 
-    def _connect(self, place: int, address: str, key: str) -> None:
-        self._add(place, Engine(
-            f"at {address}", address, key, self.settings, timeout=self.vllm.timeout_seconds
-        ))  # fmt: skip
-
-    def _add(self, place: int, engine: Engine) -> None:
+    def _add(self, place: int, name: str, actor: Actor) -> None:
+        engine = Engine(
+            name, actor, self.settings,
+            timeout=self.vllm.timeout_seconds, max_restarts=self.vllm.max_restarts,
+        )  # fmt: skip
         self.own.append((place, engine))
 
 
-def hosts_key() -> str:
-    """Return the secret of engines on other machines.
-
-    Raises:
-        InputError: it is not set in the environment.
-    """
-    key = VLLM_KEY.value
-    if not key:
-        raise InputError(
-            "rollout.vllm.hosts needs the engines' secret in the environment: set "
-            f"{VLLM_KEY} to the value used where they were started"
-        )
-    return key
+def _owned(process: HostProcess) -> LocalActor:
+    return LocalActor(process.address, process.key, process)
 
 
 def sleep_level(vllm: VLLMConfig) -> int:

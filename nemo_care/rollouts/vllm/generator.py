@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TypeVar
 
 import torch
 
@@ -15,30 +17,55 @@ from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.rollouts.completions import completion_of
 from nemo_care.rollouts.generator import Sampling
-from nemo_care.rollouts.vllm.engine import Engine
+from nemo_care.rollouts.vllm.engine import Engine, EngineDied
 from nemo_care.rollouts.vllm.fleet import Fleet
-from nemo_care.rollouts.vllm.messages import SampleReply
+from nemo_care.rollouts.vllm.messages import SampleReply, SampleRequest
 from nemo_care.rollouts.vllm.requests import RequestBuilder
 from nemo_care.rollouts.vllm.weight_stream import WeightStream
 from nemo_care.rollouts.vllm.weight_sync import Sender, make_sender
 
+T = TypeVar("T")
+
+
+@dataclass
+class Part:
+    """The prompts of a rollout that one engine samples; `replies` is None until they are here."""
+
+    engine: Engine
+    requests: list[SampleRequest]
+    answer: Future | None = None
+    replies: list[SampleReply] | None = None
+
+    def begin(self) -> None:
+        """Start to sample, unless that has been done."""
+        if self.answer is None and self.replies is None:
+            self.answer = self.engine.call("generate", requests=self.requests)
+
+    def finish(self) -> None:
+        """Wait for the replies. If the engine has died, `begin` starts anew."""
+        if self.answer is not None:
+            answer, self.answer = self.answer, None
+            self.replies = self.engine.wait(answer, "generation")
+
 
 @dataclass(frozen=True)
 class Begun:
-    """A rollout in progress; `answers` are those of this rank's own engines.
+    """A rollout in progress; `parts` are those of this rank's own engines.
 
     Greedy completions of a prompt are all equal, so one is requested and used `copies` times.
     """
 
     prompts: Sequence[Prompt]
     copies: int
-    answers: Sequence[tuple[Engine, Future]]
+    parts: Sequence[Part]
 
 
 class VLLMGenerator:
     """Samples from vLLM's copy of the model that is being trained.
 
     `generate` is `submit` and `collect`; between them, the engines work and this process is free.
+    Engines that die are started again: they get the policy's weights as they are then, and their
+    prompts are sampled again with the same seeds.
     """
 
     def __init__(
@@ -65,7 +92,9 @@ class VLLMGenerator:
         self.weights = WeightStream(model, ranks)
         self._sender: Sender | None = None
         self._sent: int | None = None
-        self._asleep = False
+        self._started = self._asleep = False
+        self._in_flight: list[Begun] = []
+        self._deaths: list[str] = []
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group per prompt; all ranks of the model replica call it with equal prompts."""
@@ -75,26 +104,27 @@ class VLLMGenerator:
         """Update the engines' weights and start sampling. Collective over all ranks.
 
         Raises:
-            RunFailed: an engine has died, or did not accept the weights.
+            EnginesLost: an engine has died too often.
+            RunFailed: an engine did not accept the weights, or a prompt can't be sent.
         """
-        self._wake()
-        parts = self._parts(prompts)
+        self._with_engines(self._wake)
+        dealt = self._parts(prompts)
 
-        def begin() -> list[tuple[Engine, Future]]:
-            return [
-                (
-                    engine,
-                    engine.call(
-                        "generate",
-                        requests=[self.requests.build(prompt, sampling) for prompt in part],
-                    ),
-                )
-                for engine, part in parts
+        def begin() -> list[Part]:
+            parts = [
+                Part(engine, [self.requests.build(prompt, sampling) for prompt in part])
+                for engine, part in dealt
                 if part
             ]
+            for part in parts:
+                part.begin()
+            return parts
 
+        parts = self.ranks.together(begin)
         copies = sampling.group_size if sampling.temperature == 0 else 1
-        return Begun(prompts, copies, self.ranks.together(begin))
+        begun = Begun(prompts, copies, parts)
+        self._in_flight.append(begun)
+        return begun
 
     def collect(self, begun: Begun) -> list[Group]:
         """Wait for the completions of a `submit`. Collective over all ranks.
@@ -104,17 +134,31 @@ class VLLMGenerator:
 
         Raises:
             InputError: vLLM's prompt has different tokens than training's.
-            RunFailed: an engine has died or refused a prompt.
+            EnginesLost: an engine has died too often.
+            RunFailed: an engine refused a prompt.
         """
 
-        def own() -> list[list[SampleReply]]:
-            return [engine.wait(answer, "generation") for engine, answer in begun.answers]
+        def own() -> None:
+            for part in begun.parts:
+                part.begin()
+            for part in begun.parts:
+                part.finish()
 
-        mine = self.ranks.together(own)
+        self._with_engines(lambda: self.ranks.together(own))
+        self._in_flight = [other for other in self._in_flight if other is not begun]
+        mine = [part.replies or [] for part in begun.parts]
         of_engines = [
             replies for of_rank in self.ranks.gather_in_replica(mine) for replies in of_rank
         ]
         return self.ranks.together(lambda: self._groups(begun, of_engines))
+
+    def take_deaths(self) -> list[str]:
+        """Return how engines have died since the last call; they have been started again.
+
+        Equal on all ranks.
+        """
+        deaths, self._deaths = self._deaths, []
+        return deaths
 
     def _groups(self, begun: Begun, of_engines: Sequence[list[SampleReply]]) -> list[Group]:
         # Dealt one by one to the engines; those after the last prompt received none.
@@ -142,7 +186,7 @@ class VLLMGenerator:
         """If colocated, return the engines' memory to training. Collective."""
         if self.fleet.sleep_level == 0 or self._asleep or self._sent is None:
             return
-        self._tell("sleep", level=self.fleet.sleep_level)
+        self._with_engines(lambda: self._tell("sleep", level=self.fleet.sleep_level))
         self._asleep = True
         if self.fleet.sleep_level == 2:
             self._sent = None
@@ -155,11 +199,11 @@ class VLLMGenerator:
 
     def _wake(self) -> None:
         """Load this version's weights into the engines, and all of their memory. Collective."""
-        first = self._sender is None
+        first = not self._started
         if first or self._asleep:
             self.fleet.make_room()
         if first:
-            self.ranks.together(self.fleet.start)
+            self.fleet.start()
         if self._asleep:
             self._tell("wake_up", tags=["weights"])
         version = self.version()
@@ -168,6 +212,7 @@ class VLLMGenerator:
             self.weights.trained_only = self._sent is not None
             self._send(check=first and self.from_checkpoint and version == 0)
             self._sent = version
+        self._started = True
         if self._asleep:
             self._tell("wake_up", tags=["kv_cache"])
             self._asleep = False
@@ -205,6 +250,33 @@ class VLLMGenerator:
                 )
 
     # ------------------------------------------------------------------ engines and ranks
+
+    def _with_engines(self, do: Callable[[], T]) -> T:
+        """Do what all ranks do together; while engines die of it, start them again and repeat."""
+        while True:
+            try:
+                return do()
+            except EngineDied:
+                self._with_engines(self._revive)
+
+    def _revive(self) -> None:
+        """Start dead engines again, and send the weights. Collective over all ranks."""
+        parts = [part for begun in self._in_flight for part in begun.parts]
+
+        def finish() -> None:
+            """Weights can't change while engines that are alive still generate."""
+            for part in parts:
+                with suppress(EngineDied):
+                    part.finish()
+
+        self.ranks.together(finish)
+        self.fleet.make_room()
+        self._deaths += self.fleet.restart()
+        # All engines connect anew, since the connection may include a dead one.
+        self._sender = self._sent = None
+        self._wake()
+        for part in parts:
+            part.begin()
 
     def _parts(self, prompts: Sequence[Prompt]) -> list[tuple[Engine, Sequence[Prompt]]]:
         """This rank's engines, each with its part of the replica's prompts.

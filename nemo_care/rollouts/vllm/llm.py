@@ -1,18 +1,21 @@
-"""vLLM's engine as the host uses it; this module imports vLLM."""
+"""vLLM's engine as `server.py` uses it; this module imports vLLM."""
 
 import json
 import os
 import tempfile
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# Pickled messages are safe here: the host unpickles only messages of clients with its key. vLLM's
-# workers get weights' handles pickled.
+# vLLM's workers get weights' handles pickled, from this process only.
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+# vLLM's core in this process: nothing of an engine survives it.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# Otherwise every vLLM process loads plugins of other packages, such as NeMo's.
+os.environ.setdefault("VLLM_PLUGINS", "")
 
 import vllm
 from vllm.config import WeightTransferConfig
@@ -22,7 +25,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from nemo_care.rollouts.vllm.messages import (
     EngineSettings,
-    Reply,
     Sampled,
     SampleReply,
     SampleRequest,
@@ -36,9 +38,8 @@ _EXTENSION = "nemo_care.rollouts.vllm.worker.WorkerExtension"
 class _Batch:
     """The requests of one call, and their results."""
 
-    client: Connection
-    number: int
-    missing: set[str]
+    answer: Future = field(default_factory=Future)
+    missing: set[str] = field(default_factory=set)
     replies: dict[str, SampleReply] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
 
@@ -76,6 +77,7 @@ class Engine:
             # The recipe defines the sampling, not the checkpoint's recommendations.
             generation_config="vllm",
             weight_transfer_config=WeightTransferConfig(backend=settings.backend),
+            distributed_executor_backend=settings.executor,
             worker_extension_cls=_EXTENSION,
             disable_log_stats=True,
             **options,
@@ -91,13 +93,13 @@ class Engine:
         """Whether any completion is being generated."""
         return bool(self.batches)
 
-    def submit(self, client: Connection, number: int, requests: list[SampleRequest]) -> None:
-        """Start to generate; `step` returns the reply when all requests are complete.
+    def submit(self, requests: list[SampleRequest]) -> Future:
+        """Start to generate; `step` sets the replies when all requests are complete.
 
         Raises:
             ValueError: vLLM refuses a request; then none is started.
         """
-        batch = _Batch(client, number, set())
+        batch = _Batch()
         try:
             for request in requests:
                 name = str(self._count)
@@ -114,10 +116,12 @@ class Engine:
             for name in batch.missing:
                 del self.batches[name]
             raise
+        return batch.answer
 
-    def step(self) -> list[tuple[Connection, Reply]]:
-        """Generate one more token of every completion; return the batches that are now complete."""
-        complete = []
+    def step(self) -> None:
+        """Generate one more token of every completion, and answer the batches that are complete."""
+        if not self.is_busy:
+            return
         for output in self.engine.step():
             if not output.finished:
                 continue
@@ -125,9 +129,7 @@ class Engine:
             batch.missing.remove(output.request_id)
             batch.replies[output.request_id] = sampled(output)
             if not batch.missing:
-                replies = [batch.replies[name] for name in batch.order]
-                complete.append((batch.client, Reply(batch.number, replies)))
-        return complete
+                batch.answer.set_result([batch.replies[name] for name in batch.order])
 
     # ------------------------------------------------------------------ weights and memory
 
@@ -179,10 +181,10 @@ class Engine:
         self.engine.engine_core.shutdown()
         self._folder.cleanup()
 
-    @staticmethod
-    def is_fatal(error: Exception) -> bool:
-        """Whether the engine is unusable after this error."""
-        return isinstance(error, EngineDeadError)
+    def is_dead(self, error: Exception) -> bool:
+        """Whether the engine is unusable after this error, such as a worker's death."""
+        executor = getattr(self.llm.llm_engine, "model_executor", None)
+        return isinstance(error, EngineDeadError) or bool(getattr(executor, "is_failed", False))
 
     def _rpc(self, method: str, **arguments: Any) -> list[Any]:
         return self.engine.collective_rpc(method, kwargs=arguments)
@@ -201,7 +203,7 @@ def engine_prompt(request: SampleRequest) -> dict[str, Any]:
                     "fps": video.fps,
                     "duration": len(video.frames) / video.fps,
                     "total_num_frames": len(video.frames),
-                    "frames_indices": list(range(len(video.frames))),
+                    "frames_indices": video.numbers,
                     "video_backend": "nemo_care",
                     "do_sample_frames": False,
                 },

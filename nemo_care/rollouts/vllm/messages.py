@@ -1,21 +1,27 @@
-"""The messages between a trainer and an engine over their connection; needs no vLLM."""
+"""What a trainer and an engine send each other; needs no vLLM."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-# The call of a trainer that disconnects.
-LEAVE = "leave"
+
+class CallFailed(Exception):
+    """An engine refused a call, but can take others."""
+
+
+class EngineFailed(Exception):
+    """vLLM has failed: the engine can take no further call."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """The settings of an engine; all its clients must use the same.
+    """The settings of an engine.
 
     `folder` is the checkpoint's directory on the engine's machine. `processor_files` replace the
     checkpoint's (see `Family.processor_files`). `dtype` is vLLM's name of the weights' type,
-    `backend` that of its weight transfer.
+    `backend` that of its weight transfer, `executor` that of its workers: "uni" for its own
+    process, "mp" for processes of its machine, "ray" for actors on several machines.
     """
 
     folder: str
@@ -28,14 +34,16 @@ class EngineSettings:
     kv_cache_gib: float | None
     enforce_eager: bool
     sleeps: bool
+    executor: str
 
 
 @dataclass(frozen=True)
 class Video:
-    """Frames uint8 [T, H, W, 3], already resized, and the number of them per second."""
+    """Frames uint8 [T, H, W, 3], already resized; `numbers` divided by `fps` are their seconds."""
 
     frames: np.ndarray
     fps: float
+    numbers: list[float]
 
 
 @dataclass(frozen=True)
@@ -72,21 +80,3 @@ class SampleReply:
 
     prompt_token_ids: list[int]
     completions: list[Sampled]
-
-
-@dataclass(frozen=True)
-class Call:
-    """A trainer's request to an engine; `number` identifies the reply to it."""
-
-    number: int
-    name: str
-    arguments: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An engine's result, or its error as text. Number -1: the reason why no more will follow."""
-
-    number: int
-    value: Any = None
-    error: str | None = None

@@ -94,8 +94,8 @@ def check_placement(
         for first in range(0, tensor * replicas, tensor):
             ranks = [stage + first + rank for stage in stages for rank in range(tensor)]
             colocate(vllm, ranks, devices)
-    elif vllm.hosts is not None:
-        share(len(vllm.hosts), range(replicas), 0, f"rollout.vllm.hosts={vllm.hosts}")
+    elif vllm.engines is not None:
+        share(vllm.engines, range(replicas), 0, f"rollout.vllm.engines={vllm.engines}")
     else:
         gpus = vllm.gpus or []
         _check_apart(gpus, devices)

@@ -29,13 +29,14 @@ class RequestBuilder:
         videos: list[Video] = []
         images: list[np.ndarray] = []
         token_ids = self.family.prompt.collapsed(prompt.token_ids.tolist(), _grids(prompt))
-        for is_video, grid, seconds, frames in self._items(prompt, token_ids):
+        for is_video, grid, seconds, times, frames in self._items(prompt, token_ids):
             if is_video:
                 try:
                     fps = self.family.video_fps(grid, seconds)
                 except RunFailed as error:
                     raise RunFailed(f"sample {prompt.sample.sample_id}: {error}") from error
-                videos.append(Video(frames.numpy(), fps))
+                numbers = self.family.frame_numbers(times, len(frames))
+                videos.append(Video(frames.numpy(), fps, numbers))
             else:
                 images.append(frames[0].numpy())
         return SampleRequest(
@@ -54,15 +55,15 @@ class RequestBuilder:
 
     def _items(
         self, prompt: Prompt, collapsed: Sequence[int]
-    ) -> Iterator[tuple[bool, Grid, float, Tensor]]:
-        """Each item of the prompt: whether it is a video, its grid, seconds per grid, frames."""
+    ) -> Iterator[tuple[bool, Grid, float, Sequence[float], Tensor]]:
+        """Each item: whether it is a video, its grid, seconds per grid, frames' times, frames."""
         grids = _grids(prompt)
         ids = self.family.prompt.placeholders
         items = [token for token in collapsed if token in ids.values()]
-        for token, grid, seconds, frames in zip(
-            items, grids, prompt.seconds_per_grid, prompt.frames, strict=True
+        for token, grid, seconds, times, frames in zip(
+            items, grids, prompt.seconds_per_grid, prompt.prompt_times, prompt.frames, strict=True
         ):
-            yield token == ids["video"], grid, seconds, frames
+            yield token == ids["video"], grid, seconds, times, frames
 
 
 def _grids(prompt: Prompt) -> list[Grid]:

@@ -60,8 +60,7 @@ class SharedMemorySender:
         self.weights = weights
         self.receiver = receiver
         self.bucket_bytes = bucket_bytes
-        if receiver is not None:
-            receiver.init_weight_transfer_engine({})
+        self._is_known = False
 
     def send_weights(self) -> None:
         """Send the weights; all ranks of the replica call it.
@@ -90,6 +89,9 @@ class SharedMemorySender:
             bucket.clear()
             size = 0
 
+        if not self._is_known:
+            attempt("init_weight_transfer_engine", {})
+        self._is_known = failure is None
         attempt("start_weight_update")
         for name, tensor in self.weights:
             if self.receiver is None:

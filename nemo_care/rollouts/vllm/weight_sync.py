@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 
 from nemo_care.rollouts.vllm import shared_memory
-from nemo_care.rollouts.vllm.connections import address_of
 from nemo_care.rollouts.vllm.engine import Engine
 from nemo_care.rollouts.vllm.weight_stream import WeightStream
 
@@ -166,16 +165,8 @@ def without_expandable_segments() -> Iterator[None]:
 
 
 def _free_address(engines: Sequence[Engine]) -> tuple[str, int]:
-    """Return this machine's address as the engines reach it, and a free port.
-
-    The name of this machine can't be used: Debian resolves it to a loopback address.
-    """
+    """Return this machine's address as the engines reach it, and a free port."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    hosts = [where for engine in engines if isinstance(where := address_of(engine.address), tuple)]
-    if not hosts:
-        # This process has started them.
-        return "127.0.0.1", port
-    with socket.create_connection(hosts[0]) as connected:
-        return connected.getsockname()[0], port
+    return engines[0].actor.trainer_address(), port

@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from nemo_care.data.patches import Grid
 from nemo_care.errors import InputError
 from nemo_care.models.architecture import Architecture, Experts, VisionArchitecture
+from nemo_care.models.families.qwen3_vl import engine
 from nemo_care.models.families.qwen3_vl.config import read_config, signature
 from nemo_care.models.families.qwen3_vl.config_checks import DENSE, EXPERTS, NAME, Config, Kind
 from nemo_care.models.families.qwen3_vl.prompt import Qwen3VLPrompt
@@ -105,18 +106,16 @@ class Qwen3VLFamily(Family):
         return Qwen3VL(self, config, backend)
 
     def processor_files(self, max_pixels: int) -> dict[str, dict[str, Any]]:
-        """As `Family.processor_files`; always raises InputError."""
-        self._refuse_vllm()
+        """As `Family.processor_files`."""
+        return engine.processor_files(self.prompt.patching, max_pixels)
 
     def video_fps(self, grid: Grid, seconds_per_grid: float) -> float:
-        """As `Family.video_fps`; always raises InputError."""
-        self._refuse_vllm()
+        """As `Family.video_fps`: positions do not depend on times, and texts have seconds."""
+        return 1.0
 
-    def _refuse_vllm(self) -> NoReturn:
-        raise InputError(
-            f"rollout.backend=vllm: not supported for {NAME} yet, whose prompts vLLM writes in "
-            "another way than they are trained; set rollout.backend=megatron"
-        )
+    def frame_numbers(self, times: Sequence[float], count: int) -> list[float]:
+        """As `Family.frame_numbers`: the seconds themselves."""
+        return list(times)
 
 
 class Qwen3VLMoeFamily(Qwen3VLFamily):
@@ -126,3 +125,9 @@ class Qwen3VLMoeFamily(Qwen3VLFamily):
     model_type = EXPERTS.model_type
     name = f"{NAME} with experts"
     weights = EXPERT_WEIGHTS
+
+    def processor_files(self, max_pixels: int) -> dict[str, dict[str, Any]]:
+        """As `Family.processor_files`; always raises InputError."""
+        raise InputError(
+            f"rollout.backend=vllm: not supported for {self.name} yet; set rollout.backend=megatron"
+        )
