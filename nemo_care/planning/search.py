@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from nemo_care.errors import InputError
+from nemo_care.models.architecture import Architecture
 from nemo_care.planning.counts import in_flight, prompts_of
 from nemo_care.planning.engines import EnginePlan, beside
 from nemo_care.planning.gpus import GIB, Gpu
@@ -25,6 +26,7 @@ from nemo_care.planning.shapes import ModelShape, longest_lengths, read_model_sh
 from nemo_care.planning.stage import StageBuild, built_stage
 from nemo_care.planning.tables import gib, markdown_table
 from nemo_care.planning.work import Clock, StepTime
+from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.rollout import RolloutConfig
 from nemo_care.recipe.schema import Recipe, check_recipe, needs_reference, replicas_of
 
@@ -48,11 +50,15 @@ class Found:
 
 def _keys(recipe: Recipe) -> dict[str, str]:
     model, algorithm = recipe.model, recipe.algorithm
+    experts = {}
+    if model.expert_model_parallel_size > 1:
+        experts["model.expert_model_parallel_size"] = str(model.expert_model_parallel_size)
     return {
         "trainer.num_nodes": str(recipe.trainer.num_nodes),
         "trainer.devices": str(recipe.trainer.devices),
         "model.tensor_model_parallel_size": str(model.tensor_model_parallel_size),
         "model.pipeline_model_parallel_size": str(model.pipeline_model_parallel_size),
+        **experts,
         "model.sequence_parallel": str(model.sequence_parallel).lower(),
         "model.recompute_granularity": model.recompute_granularity,
         "algorithm.reference.offload": str(algorithm.reference.offload).lower(),
@@ -84,7 +90,7 @@ def search(
     limit: int,
     tell: Callable[[str], None],
 ) -> list[Found]:
-    """Return the fastest variant of each TP and PP that fits, at most `limit` of them.
+    """Return the fastest variant of each TP, PP and EP that fits, at most `limit` of them.
 
     Every layout in the result was built and its phases run, as `make_plan` does. `tell` receives a
     line for each layout that is tried.
@@ -112,17 +118,22 @@ def search(
                 continue
             clock = Clock(variant, shape.family, typical, question.gpu, question.efficiency)
             candidates.append(_Candidate(variant, engine, clock.step(builds)))
-    found: dict[tuple[int, int], Found] = {}
+    found: dict[tuple[int, int, int], Found] = {}
     for candidate in sorted(candidates, key=lambda candidate: candidate.seconds.total):
         model = candidate.recipe.model
-        key = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+        key = (
+            model.tensor_model_parallel_size,
+            model.pipeline_model_parallel_size,
+            model.expert_model_parallel_size,
+        )
         if key in found:
             continue
         peak, phase = _largest(candidate.recipe, measured, candidate.engine, question.budget)
         fits = peak <= question.budget
         keys = _keys(candidate.recipe)
         tell(
-            f"TP {key[0]} PP {key[1]} {keys['model.recompute_granularity']}, "
+            f"TP {key[0]} PP {key[1]}{f' EP {key[2]}' if key[2] > 1 else ''} "
+            f"{keys['model.recompute_granularity']}, "
             f"{keys['algorithm.groups_per_micro_batch']} group(s), offload "
             f"{_offloaded(candidate.recipe)}: {gib(peak)} GiB in {phase}"
             f"{'' if fits else ', does not fit'}"
@@ -151,14 +162,19 @@ def _layouts(
 ) -> Iterator[Recipe]:
     """Yield the recipe in every possible layout; tensor parallelism stays within a machine."""
     world = machines * devices
-    for tensor, pipeline in itertools.product(range(1, devices + 1), range(1, world + 1)):
+    sizes = range(1, devices + 1), range(1, world + 1), _expert_sizes(shape, world)
+    for tensor, pipeline, expert in itertools.product(*sizes):
         if world % (tensor * pipeline):
             continue
         changed = deepcopy(recipe)
         changed.trainer.num_nodes, changed.trainer.devices = machines, devices
         changed.model.tensor_model_parallel_size = tensor
         changed.model.pipeline_model_parallel_size = pipeline
+        changed.model.expert_model_parallel_size = expert
+        changed.model.expert_tensor_parallel_size = None
         changed.model.sequence_parallel = tensor > 1
+        if _expert_bytes(shape.architecture, changed) > gpu.memory:
+            continue
         try:
             check_recipe(changed)
             check_plannable(changed, shape, gpu)
@@ -167,6 +183,24 @@ def _layouts(
         if changed.algorithm.prompts_per_step % replicas_of(changed):
             continue
         yield changed
+
+
+def _expert_sizes(shape: ModelShape, world: int) -> list[int]:
+    """Return the numbers of ranks over which the experts can be distributed."""
+    experts = shape.architecture.experts
+    if experts is None:
+        return [1]
+    return [size for size in range(1, world + 1) if experts.count % size == world % size == 0]
+
+
+def _expert_bytes(model: Architecture, recipe: Recipe) -> int:
+    """Return the bytes of a rank's experts, weights and gradients, which saves building them."""
+    if model.experts is None:
+        return 0
+    layout = Layout.of(recipe)
+    layers = model.layers // layout.pipeline
+    numbers = 3 * model.hidden_size * model.ffn_size * model.experts.count * layers
+    return 6 * numbers // (layout.expert * layout.expert_tensor_size)
 
 
 def _variants(recipe: Recipe) -> Iterator[Recipe]:
@@ -215,6 +249,8 @@ class _VisionBytes:
             alone = deepcopy(self.recipe)
             alone.trainer.num_nodes = alone.trainer.devices = 1
             alone.model.tensor_model_parallel_size = alone.model.pipeline_model_parallel_size = 1
+            alone.model.expert_model_parallel_size = 1
+            alone.model.expert_tensor_parallel_size = None
             alone.model.sequence_parallel = False
             alone.model.recompute_granularity = granularity
             alone.algorithm.groups_per_micro_batch = 1
@@ -249,7 +285,18 @@ def search_report(
             f"No layout fits {gpus} x {question.gpu.name}: more GPUs, a smaller "
             f"data.max_prompt_tokens{_hint(rollout)} help"
         )
-    columns = ["TP", "PP", "DP", "recomputation", "offload", "groups", "peak GiB", "in"]
+    shared = any(item.recipe.model.expert_model_parallel_size > 1 for item in found)
+    columns = [
+        "TP",
+        "PP",
+        *(["EP"] if shared else []),
+        "DP",
+        "recomputation",
+        "offload",
+        "groups",
+        "peak GiB",
+        "in",
+    ]
     table = markdown_table([*columns, "rollout s", "scoring s", "update s", "step s"])
     for item in found:
         model, algorithm, seconds = item.recipe.model, item.recipe.algorithm, item.seconds
@@ -257,6 +304,7 @@ def search_report(
         table.add_row(
             str(model.tensor_model_parallel_size),
             str(model.pipeline_model_parallel_size),
+            *([str(model.expert_model_parallel_size)] if shared else []),
             str(replicas_of(item.recipe)),
             model.recompute_granularity,
             _offloaded(item.recipe),

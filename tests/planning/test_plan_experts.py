@@ -1,0 +1,99 @@
+"""Plans of models with experts: parameters, memory and work by their distribution."""
+
+import json
+
+import pytest
+from fake_worlds import flops
+from made_shapes import plan_recipe
+from tiny_qwen3_vl import EXPERTS, tiny_qwen3_config
+from transformers import Qwen3VLMoeForConditionalGeneration
+
+from nemo_care.planning.dry_run import dry_run
+from nemo_care.planning.gpus import read_gpu
+from nemo_care.planning.plan import Question, make_plan
+from nemo_care.planning.search import search
+from nemo_care.planning.shapes import read_model_shape
+
+# TP, PP, EP, replicas.
+LAYOUTS = {
+    "alone": (1, 1, 1, 1),
+    "shared by two replicas": (1, 1, 2, 2),
+    "shared by the ranks of one": (2, 1, 2, 1),
+    "shared by two replicas of two ranks": (2, 1, 4, 2),
+    "of two stages": (1, 2, 2, 2),
+}
+
+
+def recipe_of(folder, tensor, pipeline, expert, replicas):
+    recipe = plan_recipe(folder, tensor, pipeline)
+    recipe.trainer.devices *= replicas
+    recipe.model.expert_model_parallel_size = expert
+    recipe.data.video.min_pixels = recipe.data.video.max_pixels = 784
+    return recipe
+
+
+def planned(folder):
+    """Builds by layout, what a dry run's update sends, layouts that are found, and FLOPs."""
+    question = Question(read_gpu("h100-80gb", None), prompt_tokens=80)
+    found = {}
+    for name, sizes in LAYOUTS.items():
+        plan = make_plan(recipe_of(folder, *sizes), question, compare=False)
+        found[name] = {
+            "parameters": sum(stage.build.unique_parameters for stage in plan.stages),
+            "gradients": sum(stage.build.gradients for stage in plan.stages),
+            "seconds": plan.seconds.total,
+        }
+        if name == "shared by two replicas":
+            (run,) = dry_run(plan)
+            found["sent"] = run.calls["update"]
+    layouts = search(recipe_of(folder, 1, 1, 1, 2), question, None, 8, lambda line: None)
+    found["searched"] = {
+        (m.tensor_model_parallel_size, m.expert_model_parallel_size)
+        for m in (item.recipe.model for item in layouts)
+    }
+    return found | {"flops": flops(folder)}
+
+
+@pytest.fixture(scope="module")
+def plans(on_ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shape")
+    (folder / "config.json").write_text(json.dumps(tiny_qwen3_config(EXPERTS).to_dict()))
+    return on_ranks(None, planned, str(folder))[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_expert_is_counted_once(plans, name):
+    model = Qwen3VLMoeForConditionalGeneration(tiny_qwen3_config(EXPERTS))
+    padding = (128 - len(model.lm_head.weight)) * 2 * model.config.text_config.hidden_size
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert plans[name]["parameters"] == count + padding
+
+
+def test_a_rank_has_its_share_of_the_experts(plans):
+    experts = 6 * 8 * 3 * 64 * 48
+    saved = plans["alone"]["gradients"] - plans["shared by two replicas"]["gradients"]
+    # Buffers are padded.
+    assert saved == pytest.approx(4 * experts / 2, rel=0.01)
+
+
+def test_tokens_travel_in_every_layer(plans):
+    # Tokens and weights, to the experts and the tokens back, forward and backward.
+    assert plans["sent"]["all_to_all"] >= 6 * 3 * 2
+    assert plans["shared by two replicas"]["seconds"] > 0
+
+
+def test_search_distributes_experts_too(plans):
+    assert {(1, 1), (1, 2), (2, 1), (2, 2)} == plans["searched"]
+
+
+def test_flops_count_the_active_experts(plans):
+    assert plans["flops"]["plan"] == pytest.approx(plans["flops"]["torch"], rel=1e-3)
+
+
+def test_the_published_sizes_have_their_active_parameters():
+    from nemo_care.planning.work import head_flops, layer_flops
+
+    for size, billions in (("30B-A3B", 3.0), ("235B-A22B", 21.5)):
+        model = read_model_shape(f"nowhere/Qwen3-VL-{size}-Instruct").architecture
+        active = (layer_flops(model, 1) + head_flops(model, 1)) / 2
+        assert active == pytest.approx(billions * 1e9, rel=0.05)
