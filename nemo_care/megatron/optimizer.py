@@ -124,9 +124,10 @@ def _repair_torch_adamw(optimizer: DistributedOptimizer) -> None:
     """Make megatron-core 0.16.1 restore torch's AdamW correctly (used without TE and apex).
 
     Four faults: saving expects state even on a rank that trains nothing (as a later stage does with
-    a frozen language model); loading expects state that only a first step creates; it does not handle `step` in
-    a parameter's state; and it gives all parameters one shared `step` tensor, which then advances
-    once per parameter and step, so that a resumed run silently trains with a wrong bias correction.
+    a frozen language model); loading expects state that only a first step creates; it does not
+    handle `step` in a parameter's state; and it gives all parameters one shared `step` tensor,
+    which then advances once per parameter and step, so that a resumed run silently trains with a
+    wrong bias correction.
     """
     set_states = optimizer._set_main_param_and_optimizer_states
     state_dict, load_state_dict = optimizer.state_dict, optimizer.load_state_dict
