@@ -38,6 +38,8 @@ def test_benchmark_of_the_vision_tower_counts_half_of_the_work_on_two_ranks():
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("    2 ")]
     assert [row[1] for row in rows] == ["replicated", "dealt"]
     assert [float(row[-1]) for row in rows] == [1.0, 0.5]
+    runs = [line.split("|")[2].strip() for line in done.stdout.splitlines() if "|" in line]
+    assert runs[-3:] == ["3", "1", "1"]
 
 
 @pytest.mark.slow

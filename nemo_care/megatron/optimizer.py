@@ -123,12 +123,24 @@ def build_scheduler(
 def _repair_torch_adamw(optimizer: DistributedOptimizer) -> None:
     """Make megatron-core 0.16.1 restore torch's AdamW correctly (used without TE and apex).
 
-    Three faults: loading expects state that only a first step creates; it does not handle `step` in
-    a parameter's state; and it gives all parameters one shared `step` tensor, which then advances
-    once per parameter and step, so that a resumed run silently trains with a wrong bias correction.
+    Four faults: saving expects state even on a rank that trains nothing (as a later stage does with
+    a frozen language model); loading expects state that only a first step creates; it does not
+    handle `step` in a parameter's state; and it gives all parameters one shared `step` tensor,
+    which then advances once per parameter and step, so that a resumed run silently trains with a
+    wrong bias correction.
     """
     set_states = optimizer._set_main_param_and_optimizer_states
-    load_state_dict = optimizer.load_state_dict
+    state_dict, load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+
+    def state_dict_of_any(self: Any) -> dict:
+        if any(group["params"] for group in self.optimizer.param_groups):
+            return state_dict()
+        # A checkpoint has the groups of rank 0, which counts the steps.
+        bare = [
+            {name: value for name, value in group.items() if name != "params"} | {"step": 0.0}
+            for group in self.optimizer.param_groups
+        ]
+        return {"optimizer": {"param_groups": bare}}
 
     def set_states_with_step(self: Any, model_param: torch.Tensor, tensors: dict) -> None:
         group, order = self.model_param_group_index_map[model_param]
@@ -144,6 +156,7 @@ def _repair_torch_adamw(optimizer: DistributedOptimizer) -> None:
     optimizer._set_main_param_and_optimizer_states = types.MethodType(
         set_states_with_step, optimizer
     )
+    optimizer.state_dict = types.MethodType(state_dict_of_any, optimizer)
     optimizer.load_state_dict = types.MethodType(load_with_own_steps, optimizer)
 
 
