@@ -9,11 +9,11 @@ from rich.text import Text
 
 from nemo_care.planning.counts import micro_batches_of
 from nemo_care.planning.engines import EnginePlan
+from nemo_care.planning.flops import busiest_vision_flops
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.measured import PHASES
 from nemo_care.planning.plan import GRANULARITIES, Plan, StagePlan
 from nemo_care.planning.precision import precision_in_words
-from nemo_care.planning.work import busiest_vision_flops
 from nemo_care.process.screen import console
 from nemo_care.recipe.schema import Recipe, replicas_of
 
@@ -77,7 +77,7 @@ def _engine_line(engine: EnginePlan, recipe: Recipe) -> str:
     where, awake = "on the training GPUs", " while it is awake"
     asleep = f" and {gib(engine.asleep)} during training"
     if engine.placement == "separate":
-        elsewhere = "elsewhere" if vllm.hosts is not None else "that do not train"
+        elsewhere = "elsewhere" if vllm.ray_address is not None else "that do not train"
         where, awake, asleep = f"on GPUs {elsewhere}, taken to be of the same kind", "", ""
     left = (
         f"the {gib(engine.cache)} GiB that are left, less what activations and CUDA graphs take, "
