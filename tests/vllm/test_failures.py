@@ -43,8 +43,12 @@ def test_the_completions_of_a_killed_engine_equal_those_of_an_undisturbed_rollou
     assert [child.name() for child in alive if child.status() != "zombie"] == []
 
 
-def test_an_engine_whose_worker_is_killed_is_replaced(checkpoint, world, ranks, tmp_path, prompts):
+def test_an_engine_whose_worker_is_killed_is_replaced(
+    checkpoint, world, ranks, tmp_path, prompts, monkeypatch
+):
     """Two tensor-parallel workers, each a process."""
+    # By itself vLLM wants a NUMA node for each.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     recipe = vllm_recipe(checkpoint, world)
     recipe.rollout.vllm.placement = "separate"
     recipe.rollout.vllm.gpus = [1, 2]

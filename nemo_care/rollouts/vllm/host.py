@@ -10,8 +10,10 @@ import pickle
 import signal
 import sys
 import threading
+import traceback
 from multiprocessing.managers import BaseManager
 
+from nemo_care.process.screen import say
 from nemo_care.rollouts.vllm.server import EngineServer
 
 # Shutdown timeout of the engine, in seconds, after its user has closed stdin.
@@ -48,4 +50,10 @@ def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except Exception:
+        say(traceback.format_exc(), file=sys.stderr, end="")
+    sys.stderr.flush()
+    # The thread that reads stdin would abort the interpreter's end.
+    os._exit(1)
