@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 
-def effective_sample_share(
-    weight_sum: float, square_sum: float, count: float
-) -> float | None:
+def effective_sample_share(weight_sum: float, square_sum: float, count: float) -> float | None:
     """Return the effective sample size of N weights, as a share of N: (sum w)^2 / (N sum w^2).
 
     It is 1 if all weights are equal and 1/N if one of them outweighs all others. An estimate from
