@@ -83,11 +83,12 @@ class RolloutConfig:
     asynchronous: bool = False
     """Sample the next step's prompts while a step is rewarded, scored and trained, with the weights
     from before its update. Requires backend=vllm and vllm.placement=separate. From the second step
-    on, completions are older than the policy, which importance_sampling can correct; a resumed run is not bit-equal to an uninterrupted one (see docs/vllm.md). Metrics:
+    on, completions are older than the policy, which importance_sampling can correct; a resumed run
+    is not bit-equal to an uninterrupted one (see docs/vllm.md). Metrics:
     `rollout/staleness`, the optimizer steps between the weights that sampled a step's groups (the
-    oldest of its rounds) and those that its update starts from: 0 in the first step, then
-    algorithm.updates_per_rollout; `timing/rollout` is then the time that the step has waited for
-    completions, and for the engines to receive the weights and the next prompts."""
+    oldest of its rounds) and those that its update starts from: 0 in the first step, then at most
+    max_staleness * algorithm.updates_per_rollout; `timing/rollout` is then the time that the step
+    has waited for completions, and for the engines to receive the weights and the next prompts."""
     max_staleness: int = 1
     """With asynchronous: the number of steps that engines are ahead. They get the prompts of this
     number of steps together, and new weights when all are sampled, so completions are at most this

@@ -6,12 +6,12 @@ rollout.max_staleness.
 M. Noukhovitch et al., "Asynchronous RLHF: Faster and More Efficient Off-Policy RL for Language
 Models", arXiv 2410.18252.
 
-The order is: collect the oldest round in flight; if it was the last one, update the engines' weights
-and submit the next max_staleness rounds together; and only then return the collected groups. Weights
-change only while no completion is being sampled, so each completion, and everything that an engine
-caches for it, comes from one set of weights. The first of these rounds is trained one step later,
-the last one max_staleness steps later. Prompts come in the order of the training stream, as they do
-without this option.
+The order is: collect the oldest round in flight; if it was the last one, update the engines'
+weights and submit the next max_staleness rounds together; and only then return the collected
+groups. Weights change only while no completion is being sampled, so each completion, and everything
+that an engine caches for it, comes from one set of weights. The first of these rounds is trained
+one step later, the last one max_staleness steps later. Prompts come in the order of the training
+stream, as they do without this option.
 """
 
 from collections import deque

@@ -12,8 +12,8 @@ from nemo_care.recipe.schema import Recipe
 from nemo_care.runs import metrics as m
 from nemo_care.runs.metric import Metric, Over, Reduction
 
-# Summed like the others, but no metric of its own.
-_SQUARED_WEIGHTS = Metric("rollout/importance_squared", Reduction.SUM, Over.TOKENS, "w^2")
+# Summed over the tokens like metrics are, for the effective sample size.
+_SQUARED_WEIGHTS = "squares of the weights"
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Result:
     """The results of a micro-batch on the last pipeline stage.
 
     `values` are scalars: per metric the sum, which becomes the step's mean, or the maximum; per
-    `Over` the count. `by_staleness` [2, S + 1] has, for completions whose weights were 0 to S
-    optimizer steps older, the sum of `ROLLOUT_DIFFERENCE` and the number of tokens. `log_probs`
-    [N, C] are those under the policy.
+    `Over` the count; and the sum of the squared importance weights. `by_staleness` [2, S + 1] has,
+    for completions whose weights were 0 to S optimizer steps older, the sum of `ROLLOUT_DIFFERENCE`
+    and the number of tokens. `log_probs` [N, C] are those under the policy.
     """
 
-    values: Mapping[Metric | Over, torch.Tensor]
+    values: Mapping[str, torch.Tensor]
     by_staleness: torch.Tensor
     log_probs: torch.Tensor
 
@@ -75,7 +75,7 @@ class UpdateMetrics:
         log_probs = log_probs.detach()
         from_rollout = torch.where(mask, (rollout - log_probs).abs(), 0.0)
         from_reference = torch.where(asked, (reference - log_probs).abs(), 0.0)
-        values: dict[Metric | Over, torch.Tensor] = {
+        values: dict[str, torch.Tensor] = {
             Over.TRAINED: loss.completions,
             Over.TOKENS: mask.sum(),
             Over.REFERENCE_TOKENS: asked.sum(),
@@ -106,7 +106,7 @@ class UpdateMetrics:
         """
         means = [metric for metric in self.measured if metric.reduction is Reduction.MEAN]
         maxima = [metric for metric in self.measured if metric.reduction is Reduction.MAX]
-        summed: list[Metric | Over] = [*means, Over.TRAINED, Over.TOKENS, Over.REFERENCE_TOKENS]
+        summed: list[str] = [*means, Over.TRAINED, Over.TOKENS, Over.REFERENCE_TOKENS]
         if m.IMPORTANCE in means:
             summed.append(_SQUARED_WEIGHTS)
         sums = torch.zeros(len(summed), device=loss_terms.device)
