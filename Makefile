@@ -102,6 +102,8 @@ plans: $(INSTALLED)
 	for size in $(SIZES); do \
 		printf '\n## grpo_care_qwen2_5_vl_%s\n\n```text\n' $$size; \
 		COLUMNS=140 $(BIN)/nemo-care plan --config-name grpo_care_qwen2_5_vl_$$size || exit 1; \
+		echo; \
+		COLUMNS=140 $(BIN)/nemo-care plan --compare-rollouts --config-name grpo_care_qwen2_5_vl_$$size || exit 1; \
 		echo '```'; \
 	done; } > docs/plans.md
 

@@ -33,8 +33,13 @@ run_job() {
     if [[ -n $asked ]]; then
         finish "$STOPPED" # asked to stop before training began
     fi
-    local status=0
+    local status=0 engines=""
+    if ((rollout_count > 0)); then
+        start_engines "${rollout_nodes[@]}"
+    fi
     start_on "${nodes[@]}" || status=$?
+    # They also exit by themselves, after their last trainer.
+    [[ -z $engines ]] || kill "$engines" 2>/dev/null || true
     if ((status != 0)) && [[ -s $logs/failed ]]; then
         status=$(<"$logs/failed")
     fi
@@ -62,6 +67,11 @@ check_settings() {
         trainer.num_nodes=*)
             fail $UNUSABLE "$argument: the job sets it, to sbatch's --nodes less NEMO_CARE_SPARE_NODES"
             ;;
+        rollout.vllm.hosts=*)
+            ((${NEMO_CARE_ROLLOUT_NODES:-0} == 0)) || fail $UNUSABLE \
+                "$argument: the job sets it, to its NEMO_CARE_ROLLOUT_NODES"
+            overrides+=("$argument")
+            ;;
         exp_manager.explicit_log_dir=*) run_dir=${argument#*=} ;;
         *) overrides+=("$argument") ;;
         esac
@@ -70,9 +80,20 @@ check_settings() {
     logs=$run_dir/slurm/$SLURM_JOB_ID/restart_$restart
 
     spares=${NEMO_CARE_SPARE_NODES:-0}
-    wanted=$((SLURM_JOB_NUM_NODES - spares))
+    # Nodes that run vLLM's engines instead of training.
+    rollout_count=${NEMO_CARE_ROLLOUT_NODES:-0}
+    wanted=$((SLURM_JOB_NUM_NODES - spares - rollout_count))
+    local taken="NEMO_CARE_SPARE_NODES=$spares"
+    ((rollout_count == 0)) || taken+=" with NEMO_CARE_ROLLOUT_NODES=$rollout_count"
     ((wanted > 0)) || fail $UNUSABLE \
-        "NEMO_CARE_SPARE_NODES=$spares leaves none of --nodes=$SLURM_JOB_NUM_NODES: raise --nodes"
+        "$taken leaves none of --nodes=$SLURM_JOB_NUM_NODES: raise --nodes"
+
+    if ((rollout_count > 0)); then
+        port=${NEMO_CARE_ROLLOUT_PORT:-5600}
+        # A secret of this start, unless the user has one.
+        NEMO_CARE_VLLM_KEY=${NEMO_CARE_VLLM_KEY:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
+        export NEMO_CARE_VLLM_KEY
+    fi
 
     # All CPUs of a node for its single task, to which srun would give one.
     launch=(srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none)
@@ -166,23 +187,26 @@ finish() {
 
 # ---------------------------------------------------------------- nodes
 
-# Set `nodes` to the first `wanted` nodes that pass the preflight.
+# Set `nodes` to the first `wanted` nodes that pass the preflight, and `rollout_nodes` to the next.
 choose_nodes() {
-    local all node verdict checks=$logs/preflight
+    local all node verdict checks=$logs/preflight needed=$((wanted + rollout_count))
     mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     nodes=()
     if [[ ${NEMO_CARE_PREFLIGHT:-1} == 0 ]]; then
         say "NEMO_CARE_PREFLIGHT=0: the nodes are not checked"
-        nodes=("${all[@]:0:wanted}")
+        divide_nodes "${all[@]:0:needed}"
         return
     fi
     mkdir -p "$checks"
+    # Where engines will run is not known yet, only their number.
+    local checked=("${overrides[@]}")
+    ((rollout_count == 0)) || checked+=("$(engine_addresses "${all[@]:0:rollout_count}")")
     # Every node must see this file on the shared file system, and write its verdict beside it.
     echo "$SLURM_JOB_ID.$restart" >"$checks/canary"
     NEMO_CARE_LOGS=$checks timeout --kill-after=30 "${NEMO_CARE_PREFLIGHT_SECONDS:-900}" \
         "${launch[@]}" --kill-on-bad-exit=0 bash "$root/slurm/node.sh" \
         "$python" -m nemo_care.checks.node --verdict "$checks" \
-        --config-name "$NEMO_CARE_RECIPE" "${overrides[@]}" trainer.num_nodes="$wanted" \
+        --config-name "$NEMO_CARE_RECIPE" "${checked[@]}" trainer.num_nodes="$wanted" \
         >"$checks/output" 2>&1 || true
     for node in "${all[@]}"; do
         verdict="no answer within ${NEMO_CARE_PREFLIGHT_SECONDS:-900} s, see $checks/output"
@@ -195,21 +219,63 @@ choose_nodes() {
         *) say "preflight: $node is left out: $verdict" >&2 ;;
         esac
     done
-    ((${#nodes[@]} >= wanted)) || fail 1 "preflight: ${#nodes[@]} of ${#all[@]} nodes are fit and \
-$wanted are needed: sbatch --exclude the rest, or request spares (NEMO_CARE_SPARE_NODES)"
-    nodes=("${nodes[@]:0:wanted}")
+    ((${#nodes[@]} >= needed)) || fail 1 "preflight: ${#nodes[@]} of ${#all[@]} nodes are fit and \
+$needed are needed: sbatch --exclude the rest, or request spares (NEMO_CARE_SPARE_NODES)"
+    divide_nodes "${nodes[@]:0:needed}"
 }
 
-# start_on NODE...: run with one task per node, and return the exit status.
-start_on() {
-    local list address
+# divide_nodes NODE...: the first ones train, the others run engines.
+divide_nodes() {
+    nodes=("${@:1:wanted}")
+    rollout_nodes=("${@:wanted + 1}")
+}
+
+# The address by which Slurm itself reaches a node.
+address_of() {
+    local address
+    address=$(scontrol show node --oneliner "$1" | grep -o ' NodeAddr=[^ ]*')
+    echo "${address#*=}"
+}
+
+# ---------------------------------------------------------------- engines
+
+# engine_addresses NODE...: the override that names an engine on each node.
+engine_addresses() {
+    local node hosts=""
+    for node; do
+        hosts+=${hosts:+,}$(address_of "$node"):$port
+    done
+    echo "rollout.vllm.hosts=[$hosts]"
+}
+
+# start_engines NODE...: start an engine of vLLM on each node, in the background, and name them in
+# the overrides. Sets `engines` to the process. Trainers wait for engines to start.
+start_engines() {
+    local list
     list=$(
         IFS=,
         echo "$*"
     )
-    # The address by which Slurm itself reaches the first node.
-    address=$(scontrol show node --oneliner "$1" | grep -o ' NodeAddr=[^ ]*')
-    export MASTER_ADDR=${NEMO_CARE_MASTER_ADDR:-${address#*=}}
+    overrides+=("$(engine_addresses "$@")")
+    mkdir -p "$logs/engines"
+    say "engines on $# nodes: $list"
+    NEMO_CARE_LOGS=$logs/engines "${launch[@]}" --nodes=$# --ntasks=$# --nodelist="$list" \
+        --kill-on-bad-exit=0 bash "$root/slurm/node.sh" "$python" -m nemo_care.rollouts.vllm.host \
+        --listen "0.0.0.0:$port" >"$logs/engines/output" 2>&1 &
+    engines=$!
+}
+
+# ---------------------------------------------------------------- ranks
+
+# start_on NODE...: run with one task per node, and return the exit status.
+start_on() {
+    local list
+    list=$(
+        IFS=,
+        echo "$*"
+    )
+    MASTER_ADDR=${NEMO_CARE_MASTER_ADDR:-$(address_of "$1")}
+    export MASTER_ADDR
     # The default is derived from the job's number (nemo_care/ranks/slurm.py).
     unset MASTER_PORT
     [[ -z ${NEMO_CARE_MASTER_PORT:-} ]] || export MASTER_PORT=$NEMO_CARE_MASTER_PORT

@@ -122,7 +122,8 @@ def test_a_step_asks_for_the_gpus_of_its_job(tmp_path, gpus, asked):
 
 
 def test_the_scripts_ask_for_gpus():
-    for script in ("train_7b", "train_32b", "train_72b", "train_qwen3_vl_235b", "evaluate"):
+    scripts = ("train_7b", "train_32b", "train_72b", "train_72b_async", "train_qwen3_vl_235b")
+    for script in (*scripts, "evaluate"):
         text = (CHECKOUT / "slurm" / f"{script}.sh").read_text()
         assert "\n#SBATCH --gpus-per-node=8\n" in text
 
@@ -162,6 +163,12 @@ def test_node_count_overrides_environment_and_keys_reach_the_ranks(slurm, submit
         ({"NEMO_CARE_CONTAINER": "nemo.sqsh"}, (), "NEMO_CARE_MOUNTS is not set"),
         ({"NEMO_CARE_SPARE_NODES": "2"}, (), "NEMO_CARE_SPARE_NODES=2 leaves none"),
         ({}, ("trainer.num_nodes=4",), "trainer.num_nodes=4: the job sets it"),
+        ({"NEMO_CARE_ROLLOUT_NODES": "2"}, (), "NEMO_CARE_ROLLOUT_NODES=2 leaves none"),
+        (
+            {"NEMO_CARE_ROLLOUT_NODES": "1"},
+            ("rollout.vllm.hosts=[a:1]",),
+            "rollout.vllm.hosts=[a:1]: the job sets it",
+        ),
     ],
 )
 def test_what_is_missing_is_named_before_anything_starts(
@@ -393,3 +400,103 @@ def test_a_recipe_is_submitted_at_several_sizes_and_compared(slurm, small, tmp_p
     command = [sys.executable, "-m", "nemo_care.cli", "report", "--scaling", *map(str, runs)]
     table = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     assert "efficiency" in table
+
+
+# ------------------------------------------------------------------ engines on nodes of their own
+
+ENGINES = CHECKOUT / "slurm" / "train_72b_async.sh"
+# In place of Python: an engine is the tests' double.
+DOUBLE_PYTHON = """#!/bin/bash
+if [[ $2 == nemo_care.rollouts.vllm.host ]]; then
+    exec {python} -c "$DOUBLE" "${{@:3}}"
+fi
+exec {python} "$@"
+"""
+DOUBLE = """
+import sys, types
+from vllm_double import DoubleEngine
+made = types.ModuleType("nemo_care.rollouts.vllm.llm")
+made.Engine = DoubleEngine
+sys.modules[made.__name__] = made
+from nemo_care.rollouts.vllm.host import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_engines_get_nodes_of_their_own_and_ranks_their_addresses(slurm, submit, tmp_path):
+    number = submit(
+        "trainer.seed=7", script=ENGINES, NEMO_CARE_ROLLOUT_NODES="1", SECONDS_TO_RUN="600"
+    )
+    outputs = [
+        tmp_path / "log",
+        tmp_path / f"run/slurm/{number}/restart_0/engines/node_000_node2.out",
+    ]
+    deadline = time.monotonic() + 150
+    while not all(file.exists() and ", task 0 of 1" in file.read_text() for file in outputs):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    slurm.run("scancel", number)
+    log, started = (file.read_text() for file in outputs)
+    asked = (
+        "-m nemo_care train --config-name tiny_cpu exp_manager.explicit_log_dir="
+        f"{tmp_path}/run rollout=vllm_async trainer.seed=7 rollout.vllm.hosts=[127.0.0.1:5600] "
+        "trainer.num_nodes=1"
+    )
+    assert f"node1, task 0 of 1, to 127.0.0.1: {asked}" in log
+    assert "-m nemo_care.rollouts.vllm.host --listen 0.0.0.0:5600" in started
+    assert started.startswith("node2, ")
+    assert "node2, task" not in log
+    # Those of the next test can use the port again.
+    slurm.wait(number)
+
+
+def test_the_preflight_includes_the_engines_nodes(slurm, submit, tmp_path):
+    job = slurm.wait(
+        submit(
+            script=ENGINES,
+            NEMO_CARE_ROLLOUT_NODES="1",
+            NEMO_CARE_PREFLIGHT="1",
+            CHECKED="1",
+            VERDICT="broken",
+        )
+    )
+    log = (tmp_path / "log").read_text()
+    assert ended(job) == ("FAILED", "1:0"), log
+    assert "preflight: node2 is left out: broken" in log
+    assert "0 of 2 nodes are fit and 2 are needed" in log
+    assert "engines on" not in log
+
+
+@pytest.mark.slow
+def test_a_run_and_its_engines_are_stopped_and_go_on_together(slurm, submit, small, tmp_path):
+    """Real ranks and the real protocol; the engine's completions are the double's."""
+    python = tmp_path / "python_with_double"
+    python.write_text(DOUBLE_PYTHON.format(python=sys.executable))
+    python.chmod(0o755)
+    # It only has to be found.
+    (tmp_path / "fake" / "vllm").mkdir(parents=True)
+    (tmp_path / "fake" / "vllm" / "__init__.py").write_text("")
+    number = submit(
+        *(*small, "rollout.max_logprob_difference=1000", "rollout.max_staleness=2"),
+        script=ENGINES,
+        python=python,
+        NEMO_CARE_ROLLOUT_NODES="1",
+        NEMO_CARE_PREFLIGHT="1",
+        DOUBLE=DOUBLE,
+        PYTHONPATH=f"{tmp_path}/fake:{CHECKOUT}/tests/helpers",
+    )
+    slurm.wait(number, "RUNNING")
+    wait_for_step(slurm, number, tmp_path / "run", 1)
+    slurm.run("scancel", "--signal=USR1", "--batch", number)
+    slurm.start_again(number, 1)
+    done = len(metrics(tmp_path / "run"))
+    assert done < STEPS
+    job = slurm.wait(number, seconds=300)
+    log = (tmp_path / "log").read_text()
+    assert ended(job) == ("COMPLETED", "0:0"), log
+    staleness = [line["rollout/staleness"] for line in metrics(tmp_path / "run")]
+    assert len(staleness) == STEPS
+    # Both starts begin with new completions.
+    assert (staleness[0], staleness[done]) == (0, 0)
+    assert set(staleness) == {0, 1, 2}
+    assert log.count("engines on 1 nodes: node2") == 2

@@ -23,6 +23,8 @@ _DESCRIPTION = """Estimate memory, time and communication of a recipe before it 
 
 Every pipeline stage is built without memory, in a fake world with the recipe's number of ranks, and
 runs the step's own code. Works on any machine; no GPU is used."""
+# The package's choices of the recipe group.
+_ROLLOUTS = ("megatron", "vllm", "vllm_async")
 _EPILOG = """examples:
   nemo-care plan --config-name tiny_cpu
   nemo-care plan --config-path my_recipes --config-name mine --gpu h200-141gb trainer.num_nodes=4
@@ -45,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
         "--search",
         action="store_true",
         help="list the layouts that fit, fastest estimate first (takes minutes)",
+    )
+    parser.add_argument(
+        "--compare-rollouts",
+        action="store_true",
+        help=f"compare time and memory of rollout={', '.join(_ROLLOUTS)}",
     )
     parser.add_argument(
         "--gpus", type=int, help="for --search: number of GPUs (default: the recipe's)"
@@ -120,6 +127,9 @@ def main(arguments: Sequence[str]) -> None:
     if options.search:
         _search(recipe, question, options)
         return
+    if options.compare_rollouts:
+        _compare_rollouts(recipe, rest, question, as_json=options.json)
+        return
     plan = make_plan(recipe, question, compare=not options.dry_run)
     if options.dry_run:
         from nemo_care.planning.dry_run import dry_run, dry_run_as_json, dry_run_report
@@ -150,6 +160,33 @@ def _search(recipe: "Recipe", question: "Question", options: argparse.Namespace)
         return
     gpus = options.gpus or recipe.trainer.devices * recipe.trainer.num_nodes
     print_report(search_report(found, question, gpus, recipe.rollout))
+
+
+def _compare_rollouts(
+    recipe: "Recipe", arguments: Sequence[str], question: "Question", *, as_json: bool
+) -> None:
+    from nemo_care.planning.rollouts import compare_rollouts, comparison_as_json, comparison_report
+    from nemo_care.planning.tables import print_report
+    from nemo_care.recipe.compose import compose_recipe, recipe_changes
+
+    rest = [argument for argument in arguments if not argument.startswith("rollout=")]
+    variants: dict[str, Recipe | InputError] = {}
+    chosen = None
+    for name in _ROLLOUTS:
+        try:
+            variant = compose_recipe([*rest, f"rollout={name}"])
+        except InputError as error:
+            variants[name] = error
+            continue
+        assert variant is not None, "the recipe was composed, not printed"
+        variants[name] = variant
+        if all(key.startswith("exp_manager.") for key in recipe_changes(recipe, variant)):
+            chosen = name
+    found = compare_rollouts(variants, chosen, question)
+    if as_json:
+        say(json.dumps(comparison_as_json(found)))
+    else:
+        print_report(comparison_report(found))
 
 
 def _efficiency(assumptions: Sequence[str]) -> "Efficiency":

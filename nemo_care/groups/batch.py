@@ -196,6 +196,11 @@ class GroupBatch:
         """The log-probability of each token in the generator, float32 [N, C], zero-padded."""
         return self.padded([[c.log_probs for c in group.completions] for group in self.groups])
 
+    def staleness(self) -> torch.Tensor:
+        """The `Group.staleness` of each completion, int64 [N]."""
+        values = [group.staleness for group in self.groups for _ in group.completions]
+        return torch.tensor(values, device=self.mask.device)
+
     def ended(self) -> torch.Tensor:
         """Whether each completion ended within its token limit, bool [N]."""
         ended = [completion.ended for group in self.groups for completion in group.completions]

@@ -91,6 +91,9 @@ class Group:
     """Credit; all ranks. [G], base reward and bonus."""
     advantage: torch.Tensor | None = None
     """Credit; all ranks. [G]."""
+    staleness: int = 0
+    """Rollouts; all ranks. Optimizer steps between the weights that sampled the completions and
+    those from which the update starts."""
     used: bool | None = None
     """Dynamic sampling; all ranks. Whether the step trains on the group; None without it: always.
     """

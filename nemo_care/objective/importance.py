@@ -14,6 +14,25 @@ import torch
 from torch import Tensor
 
 
+def effective_sample_share(weight_sum: float, square_sum: float, count: float) -> float | None:
+    """Return the effective sample size of N weights, as a share of N: (sum w)^2 / (N sum w^2).
+
+    It is 1 if all weights are equal and 1/N if one of them outweighs all others. An estimate from
+    weighted samples has about the variance of one from this share of samples without weights:
+    L. Kish, "Survey Sampling" (1965), section 11.7; A. Kong, "A Note on Importance Sampling using
+    Standardized Weights", University of Chicago, Technical Report 348 (1992).
+
+    Args:
+        weight_sum: sum of the weights.
+        square_sum: sum of their squares.
+        count: N.
+
+    Returns:
+        None if no weight is above 0.
+    """
+    return weight_sum**2 / (square_sum * count) if square_sum > 0 else None
+
+
 @dataclass(frozen=True)
 class ImportanceWeights:
     """Weights of N completions' tokens, without gradients.

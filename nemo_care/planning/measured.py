@@ -23,12 +23,13 @@ _LAYOUT = (
     "model.expert_tensor_parallel_size",
 )
 _SCORING = (*_MICRO_BATCH, "algorithm.reference.offload")
+_SAMPLER = ("rollout.backend", "rollout.vllm.placement")
 # The keys, among those in which variants differ, that each part depends on besides the layout.
 _DEPENDS = {
     "build": _WORLD,
-    "rollout": (*_LENGTHS, *_WORLD, "rollout.groups_per_batch"),
+    "rollout": (*_LENGTHS, *_WORLD, "rollout.groups_per_batch", "rollout.backend"),
     "scoring": _SCORING,
-    "validation": (*_MICRO_BATCH, "evaluation.samples_per_batch"),
+    "validation": (*_MICRO_BATCH, "evaluation.samples_per_batch", *_SAMPLER),
     "passes": (*_MICRO_BATCH, "model.recompute_granularity"),
     "step": (*_WORLD, "algorithm.reference.offload", "optimizer.offload"),
     "output_layer": _MICRO_BATCH,

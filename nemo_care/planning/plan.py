@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nemo_care.models.transformer_config import check_layout
-from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of
+from nemo_care.planning.counts import in_flight, micro_batches_of, prompts_of, steps_ahead
 from nemo_care.planning.engines import (
     EnginePlan,
     beside,
@@ -166,10 +166,11 @@ def host_memory(
     prompts = prompts_of(recipe)
     frames = prompts * frame_bytes(longest, shape.family)
     # Of a replica, its leader alone holds the step's frames and those decoded ahead: with
-    # rollout.asynchronous another step's are sampled meanwhile, and engines of other ranks get
-    # copies of theirs.
-    copies = 1 + recipe.data.prefetch_steps + recipe.rollout.asynchronous
-    copies += recipe.rollout.backend == "vllm"
+    # rollout.asynchronous those of other steps are sampled meanwhile, and engines of other ranks
+    # get copies of theirs.
+    ahead = steps_ahead(recipe)
+    copies = 1 + recipe.data.prefetch_steps + ahead
+    copies += max(ahead, 1) if recipe.rollout.backend == "vllm" else 0
     parameters = worst.gradients // 4
     # The first replica's ranks gather the optimizer's state in CPU memory: three float32
     # tensors of all their parameters, and two further copies of one while it arrives. Every rank
@@ -273,6 +274,9 @@ def check_plannable(recipe: Recipe, shape: ModelShape, gpu: Gpu) -> None:
     check_world(recipe)
     check_planned(recipe, shape.architecture, gpu)
     check_engines(recipe, shape.architecture)
+    if recipe.rollout.backend == "vllm":
+        # A family that vLLM can't sample refuses here.
+        shape.family.processor_files(recipe.data.video.max_pixels)
 
 
 def planned_engine(recipe: Recipe, measured: Measurements, question: Question) -> EnginePlan | None:

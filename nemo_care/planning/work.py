@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nemo_care.models.family import Family
-from nemo_care.planning.counts import micro_batches_of, prompts_of
+from nemo_care.planning.counts import micro_batches_of, prompts_of, steps_ahead
 from nemo_care.planning.engines import (
     EnginePlan,
     bytes_of_number,
@@ -63,6 +63,10 @@ class StepTime:
     scoring: float
     update: float
     asynchronous: bool = False
+
+    def share(self, phase: str) -> float:
+        """Return a phase's share of the step; if asynchronous, those of all phases exceed 1."""
+        return self.as_json()[phase] / self.total
 
     @property
     def total(self) -> float:
@@ -198,13 +202,17 @@ class Clock:
         return batches * (prefill + lengths.completion * token)
 
     def _engines_rollout(self, builds: list[StageBuild]) -> float:
-        """Return the seconds of sampling: the engine with the most prompts finishes last."""
+        """Return the seconds of sampling: the engine with the most prompts finishes last.
+
+        Engines that are ahead get the prompts of several steps together; this is the share of one.
+        """
         vllm, group = self.recipe.rollout.vllm, self.recipe.algorithm.group_size
         lengths, model = self.lengths, self.model
         parameters = sum(build.unique_parameters for build in builds)
         engine = engine_plan(self.recipe, model, parameters, self.gpu)
         assert engine is not None, "only called where vLLM samples"
-        size, prompts = vllm.tensor_parallel_size, most_prompts(self.recipe)
+        steps = max(steps_ahead(self.recipe), 1)
+        size, prompts = vllm.tensor_parallel_size, steps * most_prompts(self.recipe)
         prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
         flops = group_flops(self.family, prompt_only, group, shared=True, rows=1)
         prefill = flops / size / (self.gpu.flops * self.efficiency.flops)
@@ -222,7 +230,7 @@ class Clock:
         token = read / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
         token += model.layers * self._launching(not vllm.enforce_eager)
         decoding = turns * lengths.completion * token
-        return prompts * prefill + decoding + self._sending(engine, parameters)
+        return (prompts * prefill + decoding + self._sending(engine, parameters)) / steps
 
     def _launching(self, graphs: bool) -> float:
         """Seconds, at least, of one layer for one token."""

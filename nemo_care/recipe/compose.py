@@ -64,7 +64,7 @@ def _package_path(name: str) -> str:
 def _run_name() -> str:
     """Return the recipe's name and the groups chosen on the command line, such as an ablation.
 
-    The layout is omitted: a run resumes in its directory with any layout.
+    Layout and rollout are omitted: a run resumes in its directory with any of them.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -72,7 +72,7 @@ def _run_name() -> str:
     choices = {
         name: file
         for name, file in hydra.runtime.choices.items()
-        if name != "layout" and not is_opening(name)
+        if name not in ("layout", "rollout") and not is_opening(name)
     }
     given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
     chosen = [str(choices[name]) for name in given if name in choices]

@@ -12,8 +12,9 @@ class ImportanceSamplingConfig:
     (different kernels, 8 bits): each token's loss, except its KL term, is multiplied by
     min(pi_trainer / pi_rollout, cap), both before the update, without a gradient. Metrics:
     `rollout/importance_mean` (mean weight of the tokens), `rollout/importance_max` (largest ratio
-    before the cap) and `rollout/importance_truncated` (share of tokens above the cap). The ratio is
-    that of the models at temperature 1 and without top_p, so it requires rollout.temperature=1. It
+    before the cap), `rollout/importance_truncated` (share of tokens above the cap) and
+    `rollout/importance_ess` (effective sample size of the tokens, as a share). The ratio is that of
+    the models at temperature 1 and without top_p, so it requires rollout.temperature=1. It
     corrects for differences between kernels, not for rollout.top_p: sampling among the likeliest
     tokens remains an approximation, as without this switch."""
 
@@ -72,8 +73,8 @@ class RolloutConfig:
     max_logprob_difference: float = 0.05
     """Limit for the mean absolute difference between a token's log-probability in rollout and in
     training. Above it the first step stops the run, because weights or positions must be wrong on
-    one side. Later steps are reported in the console, except those with rollout/staleness above 0,
-    since older weights also differ."""
+    one side. Later steps are reported in the console. Weights that are s optimizer steps older
+    (rollout/staleness) differ by themselves, so their completions have 1 + s times this limit."""
     record_log_probs: bool = False
     """Write the text and log-probability of each token of a completion to rollouts/, for the tints
     of `nemo-care view`. The files get about four times as large."""
@@ -82,12 +83,17 @@ class RolloutConfig:
     asynchronous: bool = False
     """Sample the next step's prompts while a step is rewarded, scored and trained, with the weights
     from before its update. Requires backend=vllm and vllm.placement=separate. From the second step
-    on, completions are one step older than the policy, which importance_sampling can correct; a
-    resumed run is not bit-equal to an uninterrupted one (see docs/vllm.md). Metrics:
+    on, completions are older than the policy, which importance_sampling can correct; a resumed run
+    is not bit-equal to an uninterrupted one (see docs/vllm.md). Metrics:
     `rollout/staleness`, the optimizer steps between the weights that sampled a step's groups (the
-    oldest of its rounds) and those that its update starts from: 0 in the first step, then
-    algorithm.updates_per_rollout; `timing/rollout` is then the time that the step has waited for
-    completions, and for the engines to receive the weights and the next prompts."""
+    oldest of its rounds) and those that its update starts from: 0 in the first step, then at most
+    max_staleness * algorithm.updates_per_rollout; `timing/rollout` is then the time that the step
+    has waited for completions, and for the engines to receive the weights and the next prompts."""
+    max_staleness: int = 1
+    """With asynchronous: the number of steps that engines are ahead. They get the prompts of this
+    number of steps together, and new weights when all are sampled, so completions are at most this
+    many steps older than the policy. Above 1, weights are sent less often and a slow completion
+    delays training less, but more completions are older."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
     @property
@@ -106,6 +112,7 @@ ROLLOUT_RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.length_penalty_share": (1e-3, 1),
     "rollout.groups_per_batch": (1, None),
     "rollout.max_logprob_difference": (0, None),
+    "rollout.max_staleness": (1, None),
     "rollout.importance_sampling.cap": (1, None),
     "rollout.dynamic_sampling.max_rounds": (1, None),
     "rollout.vllm.tensor_parallel_size": (1, None),

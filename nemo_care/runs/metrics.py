@@ -40,6 +40,7 @@ _REWARDS = Panel(_REWARD, "Reward", "mean reward")
 _SAMPLED = Panel(_REWARD, "Sampled completions", "share", share=True)
 _GROUPS = Panel(_COMPLETIONS, "Groups", "groups per step")
 _DYNAMIC = Panel(_COMPLETIONS, "Dynamic sampling", "per step")
+_DIFFERENCE = Panel(_COMPLETIONS, "Rollout against training", "log-probability difference")
 _WEIGHTS = Panel(_COMPLETIONS, "Importance weights", "per token")
 _SHARES = Panel(_CARE, "Completions", "share", share=True)
 _MEMORY = Panel(_MACHINE, "Memory of the largest rank", "GiB", smooth=False)
@@ -143,7 +144,8 @@ STALENESS = _metric(
     "rollout/staleness", MAX, Over.ROUNDS,
     "optimizer steps between the weights that sampled and those at the start of the update "
     "(`rollout.asynchronous`)",
-    "`algorithm.updates_per_rollout`, and 0 in the first step",
+    "0 in the first step, then at most `rollout.max_staleness` times "
+    "`algorithm.updates_per_rollout`",
     Panel(_COMPLETIONS, "Sampled ahead", "optimizer steps behind", smooth=False),
 )  # fmt: skip
 ENGINE_RESTARTS = _metric(
@@ -155,7 +157,16 @@ ROLLOUT_DIFFERENCE = _metric(
     "rollout/logprob_difference", MEAN, Over.TOKENS,
     "absolute difference of a token's log-probability between sampling and training",
     "below `rollout.max_logprob_difference`; above it in the first step the run stops",
-    Panel(_COMPLETIONS, "Rollout against training", "log-probability difference"), "difference",
+    _DIFFERENCE, "difference",
+)  # fmt: skip
+ROLLOUT_DIFFERENCE_BY_STALENESS = declare(
+    Pattern(
+        "rollout/logprob_difference_stale_STEPS", MEAN, Over.TOKENS,
+        "the same difference, of completions whose weights were this number of optimizer steps "
+        "older (`rollout.asynchronous`)",
+        "below 1 + STEPS times `rollout.max_logprob_difference`; above it the console warns",
+        _DIFFERENCE,
+    )
 )  # fmt: skip
 LARGEST_ROLLOUT_DIFFERENCE = _metric(
     "rollout/logprob_difference_max", MAX, Over.TOKENS, "the same difference",
@@ -174,6 +185,12 @@ TRUNCATED = _metric(
     "rollout/importance_truncated", MEAN, Over.TOKENS,
     "the ratio is above `rollout.importance_sampling.cap`", "near 0",
     _WEIGHTS, "share above the cap",
+)  # fmt: skip
+EFFECTIVE_SAMPLES = _metric(
+    "rollout/importance_ess", NONE, Over.STEP,
+    "effective sample size of the weighted tokens, as a share of them: (sum w)^2 / (N sum w^2)",
+    "near 1; at 0.5 half of the tokens would do as well without weights",
+    _WEIGHTS, "effective sample size",
 )  # fmt: skip
 
 # ------------------------------------------------------------------ bonus and reference

@@ -120,19 +120,30 @@ class Console:
         text = f"step {step} is left out, not finite: {why}; {in_a_row} in a row; inputs: {file}"
         self._print(plain(text, style="yellow"))
 
-    def difference(self, step: int, difference: float, bound: float, again: int) -> None:
-        """Warn that rollout and training disagree; repeated every `again` such steps."""
+    def difference(
+        self, step: int, difference: float, bound: float, staleness: int, again: int
+    ) -> None:
+        """Warn that rollout and training disagree; repeated every `again` such steps.
+
+        `bound` is that of completions whose weights are `staleness` optimizer steps older.
+        """
+        limit = f"rollout.max_logprob_difference={bound / (1 + staleness):g}"
+        if staleness:
+            limit = (
+                f"{bound:g}, {1 + staleness} times {limit}, for weights that are {staleness} "
+                "optimizer step(s) older"
+            )
         text = (
             f"step {step}: log-probabilities of rollout and training differ by {difference:.4f} on "
-            f"average, more than rollout.max_logprob_difference={bound:g} (repeated every {again} "
-            f"such steps; metric {m.ROLLOUT_DIFFERENCE})"
+            f"average, more than {limit} (repeated every {again} such steps; metric "
+            f"{m.ROLLOUT_DIFFERENCE})"
         )
         self._print(plain(text, style="yellow"))
 
     def uncorrected_rollouts(self) -> None:
         """Warn that completions of older weights are treated as the current policy's."""
         text = (
-            "rollout.asynchronous: completions come from the weights before the last update, and "
+            "rollout.asynchronous: completions come from weights before the last update, and "
             "nothing corrects for it; rollout.importance_sampling.enabled=true (with "
             f"rollout.temperature=1) weights their tokens (metric {m.STALENESS})"
         )

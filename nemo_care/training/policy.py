@@ -229,6 +229,7 @@ class Policy:
                 rollout=rollout,
                 reference=reference,
                 asked=asked,
+                staleness=batch.staleness(),
                 importance=importance,
             )
             return share, result

@@ -1,16 +1,20 @@
-"""The groups of each sampling round; with rollout.asynchronous, engines work one round ahead.
+"""The groups of each sampling round; with rollout.asynchronous, engines work ahead.
 
 While the trainer rewards, scores and updates on a round's groups, the engines then sample the next
-round's prompts, with the weights from before that update: one step off-policy.
+rounds' prompts, with the weights from before that update: off-policy by one step, or by up to
+rollout.max_staleness.
 M. Noukhovitch et al., "Asynchronous RLHF: Faster and More Efficient Off-Policy RL for Language
 Models", arXiv 2410.18252.
 
-The order is: collect the round in flight, update the engines' weights, submit the next prompts, and
-only then return the collected groups. Weights change only while no completion is being sampled, so
-each completion, and everything that an engine caches for it, comes from one set of weights. Prompts
-come in the order of the training stream, as they do without this option.
+The order is: collect the oldest round in flight; if it was the last one, update the engines'
+weights and submit the next max_staleness rounds together; and only then return the collected
+groups. Weights change only while no completion is being sampled, so each completion, and everything
+that an engine caches for it, comes from one set of weights. The first of these rounds is trained
+one step later, the last one max_staleness steps later. Prompts come in the order of the training
+stream, as they do without this option.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +65,7 @@ class Rollouts:
     ) -> None:
         """Draw nothing yet. `version` returns the number of optimizer steps so far."""
         self.asynchronous = recipe.rollout.asynchronous
+        self.max_staleness = recipe.rollout.max_staleness
         self.corrected = recipe.rollout.importance_sampling.enabled
         self.prompts = prompts
         self.generator = generator
@@ -73,7 +78,8 @@ class Rollouts:
             max_tokens=recipe.rollout.max_completion_tokens,
             seed=(recipe.trainer.seed, _SEED_DOMAIN),
         )
-        self._ahead: _Round | None = None
+        # In the order of the stream.
+        self._ahead: deque[_Round] = deque()
         self._has_warned = False
 
     def __call__(self, step: Step) -> list[Group]:
@@ -99,15 +105,17 @@ class Rollouts:
             return self.generate(prompts)
 
     def _ahead_of(self, step: Step) -> list[Group]:
-        current = self._ahead or self._begin(step)
-        self._ahead = None
+        current = self._ahead.popleft() if self._ahead else self._begin(step)
         with step.timed(m.ROLLOUT_TIME):
             groups = self._collected(current)
         step.skipped += current.skipped
-        step.of_round(m.STALENESS, self.version() - current.version)
-        if not step.is_last:
+        staleness = self.version() - current.version
+        step.of_round(m.STALENESS, staleness)
+        for group in groups:
+            group.staleness = staleness
+        if not self._ahead and step.left:
             self._warn_once()
-            self._ahead = self._begin(step)
+            self._begin_ahead(step)
         return groups
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Group]:
@@ -118,7 +126,7 @@ class Rollouts:
 
     def go_back(self, position: int) -> None:
         """Forget what was drawn after a `position` of this step or before."""
-        self._ahead = None
+        self._ahead.clear()
         self.prompts.position = position
 
     def settle(self) -> None:
@@ -126,13 +134,14 @@ class Rollouts:
 
         Until then, engines can't load the newer weights that a validation needs. Collective.
         """
-        if self._ahead is not None and self._ahead.too_many is None:
-            self._ahead.groups = self._collected(self._ahead)
+        for begun in self._ahead:
+            if begun.too_many is None:
+                begun.groups = self._collected(begun)
 
     @property
     def prompts_ahead(self) -> list[Prompt]:
         """The prompts that are being sampled ahead."""
-        return [] if self._ahead is None else list(self._ahead.prompts)
+        return [prompt for begun in self._ahead for prompt in begun.prompts]
 
     @property
     def position(self) -> int:
@@ -140,7 +149,15 @@ class Rollouts:
 
         A resumed run samples prompts in flight again, with the checkpoint's weights.
         """
-        return self.prompts.position if self._ahead is None else self._ahead.position
+        return self._ahead[0].position if self._ahead else self.prompts.position
+
+    def _begin_ahead(self, step: Step) -> None:
+        """Start the rounds of the next steps, all with the current weights."""
+        # Each following step trains on one round, or on several with dynamic sampling.
+        for _ in range(min(self.max_staleness, step.left)):
+            self._ahead.append(self._begin(step))
+            if self._ahead[-1].too_many is not None:
+                break
 
     def _begin(self, step: Step) -> _Round:
         """Draw prompts and start the engines on them, with the current weights."""

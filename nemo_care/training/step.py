@@ -25,8 +25,8 @@ class Step:
 
     number: int
     """Counted from 1, over all starts of the run."""
-    is_last: bool = False
-    """Whether no step follows, so that nothing is sampled ahead."""
+    left: int = 1
+    """The number of steps that follow, so that nothing is sampled in vain."""
     groups: list[Group] = field(default_factory=list)
     """Set by rollouts: all groups sampled by this replica in all rounds, in the stream's order."""
     trained: list[Group] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """Checks of each step's numbers: bad steps are stored and reported; too many end the run."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +64,8 @@ class StepWatch:
         self._answers_seen = False
         self._silent_steps = 0
         self.bad_steps = bad_steps
-        self._differences = 0
+        # Steps with too large a difference, by staleness.
+        self._differences: Counter[int] = Counter()
         self._selection_rates: deque[float] = deque(maxlen=_IDLE_STEPS)
         self._idle_steps = 0
 
@@ -166,8 +167,10 @@ class StepWatch:
         """Compare rollout, scoring and update on the same tokens, all from before this update.
 
         Before the run's first update, all three used the same weights. Later, the rollout may have
-        used the weights from before another update, which makes a difference by itself. In a bad
-        step, there is something to compare only after its first update.
+        used weights from s optimizer steps before, which makes a difference by itself: completions
+        of each staleness s are compared with 1 + s times the bound, as if an optimizer step moved
+        the policy by as much as sampler and trainer may differ. In a bad step, there is something
+        to compare only after its first update.
 
         Raises:
             RunFailed: they differ by more than the bounds before the policy was ever updated.
@@ -177,14 +180,24 @@ class StepWatch:
         if step.optimizer_steps == 0:
             self._check_first_step(step.metrics)
             return
-        if step.metrics.get(m.STALENESS):
-            return
-        bound = self.recipe.rollout.max_logprob_difference
-        difference = step.metrics[m.ROLLOUT_DIFFERENCE]
-        if difference is not None and difference > bound:
-            if self._differences % _REPEAT_AFTER == 0:
-                self.console.difference(step.number, difference, bound, again=_REPEAT_AFTER)
-            self._differences += 1
+        for staleness, difference in self._differences_of(step.metrics):
+            bound = (1 + staleness) * self.recipe.rollout.max_logprob_difference
+            if difference is not None and difference > bound:
+                if self._differences[staleness] % _REPEAT_AFTER == 0:
+                    self.console.difference(
+                        step.number, difference, bound, staleness, again=_REPEAT_AFTER
+                    )
+                self._differences[staleness] += 1
+
+    @staticmethod
+    def _differences_of(metrics: Mapping[Metric, float | None]) -> list[tuple[int, float | None]]:
+        """Return the differences of rollout and training, by staleness."""
+        found = [
+            (int(of_class.label), value)
+            for name, value in metrics.items()
+            if (of_class := m.ROLLOUT_DIFFERENCE_BY_STALENESS.match(name))
+        ]
+        return found or [(0, metrics[m.ROLLOUT_DIFFERENCE])]
 
     def check_selection(self, step: int, rate: float | None) -> None:
         """Warn if the bonus no longer distinguishes accurate completions.

@@ -136,7 +136,7 @@ class GRPOCareTrainer:
         last = self.recipe.trainer.max_steps
         while self.step < last:
             self.step += 1
-            yield Step(self.step, is_last=self.step == last, shown=self.console.phase)
+            yield Step(self.step, left=last - self.step, shown=self.console.phase)
 
     def run_training_step(self, step: Step) -> None:
         """Run one step of GRPO-CARE (arXiv 2506.16141)."""

@@ -14,6 +14,7 @@ from nemo_care.planning.advice import remedies
 from nemo_care.planning.dry_run import dry_run
 from nemo_care.planning.gpus import read_gpu
 from nemo_care.planning.plan import Plan, Question, make_plan, plan_as_json
+from nemo_care.planning.rollouts import compare_rollouts, comparison_as_json, comparison_report
 from nemo_care.planning.search import search, search_report
 from nemo_care.planning.tables import plan_report
 from nemo_care.recipe.schema import RANGES, Recipe
@@ -101,6 +102,32 @@ def searched(folder: str) -> dict:
     }
 
 
+def compared(folder: str) -> dict:
+    """Return a comparison of rollouts and the same plans made separately, with its report."""
+    keys = {
+        "megatron": None,
+        "vllm": {"sleep_level": 2},
+        "vllm_async": {"placement": "separate", "gpus": [2, 3], "tensor_parallel_size": 2},
+    }
+    recipes: dict[str, Recipe | InputError] = {
+        name: recipe_of(folder, 1, of_name) for name, of_name in keys.items()
+    }
+    ahead = recipes["vllm_async"]
+    assert isinstance(ahead, Recipe)
+    ahead.rollout.asynchronous = True
+    question = Question(read_gpu("h100-80gb", 8.0))
+    alone = {
+        name: plan_as_json(make_plan(recipe, question, compare=False), [])
+        for name, recipe in recipes.items()
+        if isinstance(recipe, Recipe)
+    }
+    recipes["missing"] = InputError("this one can't be composed")
+    found = compare_rollouts(recipes, "vllm", question)
+    console = Console(file=io.StringIO(), width=2000)
+    console.print(comparison_report(found))
+    return comparison_as_json(found) | {"alone": alone, "text": console.file.getvalue()}
+
+
 def refusals(folder: str, plans: dict[str, Plan]) -> dict:
     """Return the line with which each plan or dry run is refused, by case."""
     question = Question(read_gpu("h100-80gb", 8.0))
@@ -137,6 +164,7 @@ def engines_planned(folder: str) -> dict:
     return {
         "plans": printed(plans),
         "without reference": without_reference(folder),
+        "compared": compared(folder),
         "search": searched(folder),
         "refusals": refusals(folder, plans),
         "dry run": list(run.calls),

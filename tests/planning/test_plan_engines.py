@@ -146,6 +146,34 @@ def test_a_validation_without_a_reference_is_scored_by_the_policy(planned):
     assert stage["peaks"]["validation"] - stage["peaks"]["rollout"] > 448 * 256 * 4
 
 
+# ------------------------------------------------------------------ rollouts side by side
+
+
+def test_rollouts_are_compared_by_the_plans_of_each(planned):
+    """Their parts are measured together, and must not be mixed up."""
+    found = planned["compared"]
+    for name, alone in found["alone"].items():
+        plan = found["plans"][name]
+        assert plan["seconds"] == alone["seconds"]
+        assert plan["peak_bytes"] == pytest.approx(alone["peak_bytes"], abs=KEPT)
+        assert plan["host_bytes"] == sum(alone["host_bytes"].values())
+        assert plan["engine"] == alone["engine"]
+        for phase, share in plan["shares"].items():
+            assert share == plan["seconds"][phase] / plan["seconds"]["step"]
+    gpus = {name: (p["training_gpus"], p["engine_gpus"]) for name, p in found["plans"].items()}
+    assert gpus == {"megatron": (1, 0), "vllm": (1, 0), "vllm_async": (1, 2)}
+
+
+def test_the_fastest_rollout_is_named_and_a_refused_one_gives_its_reason(planned):
+    found = planned["compared"]
+    in_turns = {name: found["plans"][name]["seconds"]["step"] for name in ("megatron", "vllm")}
+    assert found["fastest"] == min(in_turns, key=in_turns.get)
+    assert found["refused"] == {"missing": "this one can't be composed"}
+    assert "missing: this one can't be composed" in found["text"]
+    assert "| *vllm |" in " ".join(found["text"].split())
+    assert f"The fastest that fits is {found['fastest']}" in found["text"]
+
+
 # ------------------------------------------------------------------ what does not fit
 
 
@@ -286,6 +314,19 @@ def test_groups_that_the_cache_does_not_hold_wait():
     waiting, together = seconds(seven_billion(kv_cache_gib=0.05)), seconds(seven_billion())
     weights_and_launches = 100 * (8e9 / (3.35e12 * 0.6) + 28 * 50e-6)
     assert waiting.rollout - together.rollout == pytest.approx(weights_and_launches)
+
+
+def test_steps_sampled_together_share_decoding_and_the_weights_transfer():
+    """Decoding waits for kernels, whose number does not depend on the number of sequences."""
+    recipe = seven_billion(placement="separate", gpus=[8, 9, 10, 11])
+    recipe.rollout.asynchronous = True
+    one = seconds(recipe).rollout
+    recipe.rollout.max_staleness = 2
+    two = seconds(recipe).rollout
+    assert one / 2 < two < one
+    # Without rollout.asynchronous it has no meaning.
+    recipe.rollout.asynchronous = False
+    assert seconds(recipe).rollout == one
 
 
 def test_only_asynchronous_steps_hide_the_shorter_part():

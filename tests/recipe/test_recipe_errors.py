@@ -91,7 +91,7 @@ def test_group_of_a_recipe_file_that_does_not_exist(own):
     message = own(mine=f"defaults: [{BASE}, layuot: big, _self_]\n")
     assert (
         message == "layuot/big: there is no group layuot; groups: ablation, data, layout, model, "
-        "objective, precision"
+        "objective, precision, rollout"
     )
 
 

@@ -13,7 +13,8 @@ from nemo_care.models.transformer_config import check_layout
 from nemo_care.planning.shapes import read_model_shape
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.compose import compose_recipe, recipe_changes, recipe_names
-from nemo_care.recipe.schema import Recipe, check_world
+from nemo_care.recipe.schema import Recipe, check_training, check_world
+from nemo_care.rollouts.build import check_engines
 
 PAPER = "grpo_care_qwen2_5_vl_7b"
 SIZES = ("3b", "7b", "32b", "72b")
@@ -104,6 +105,10 @@ def test_sizes_differ_in_model_layout_and_number_of_prompts_only():
         "optimizer.offload",
         "rollout.groups_per_batch",
         "evaluation.samples_per_batch",
+        # The second family samples in the training ranks.
+        "rollout.backend",
+        "rollout.vllm.tensor_parallel_size",
+        "rollout.vllm.gpu_memory_utilization",
     }
     names = [f"qwen2_5_vl_{size}" for size in SIZES]
     names += [f"qwen3_vl_{size}" for size in ("4b", "8b", "32b", "30b_a3b", "235b_a22b")]
@@ -230,6 +235,47 @@ def test_fp8_recipe_changes_precision_kernels_and_the_first_step_s_bounds_only(s
     other = composed(base, "+precision=fp8")
     assert changes(composed(base), other) == wanted
     assert other.exp_manager.name == f"{base}_fp8"
+
+
+def test_big_recipes_sample_with_vllm_where_it_samples_their_family():
+    for name in recipe_names():
+        backend = "vllm" if "qwen2_5_vl" in name else "megatron"
+        assert composed(name).rollout.backend == backend, name
+        assert not composed(name).rollout.asynchronous
+
+
+@pytest.mark.parametrize("rollout", ["megatron", "vllm", "vllm_async"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_rollout_of_a_big_recipe_has_engines_that_fit_its_ranks(size, rollout, monkeypatch):
+    # As in a plan: the GPUs of this machine do not count.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    base = f"grpo_care_qwen2_5_vl_{size}"
+    recipe = composed(base, f"rollout={rollout}")
+    architecture = read_model_shape(recipe.model.hf_path).architecture
+    check_world(recipe)
+    check_training(recipe)
+    check_engines(recipe, architecture)
+    engines = recipe.rollout.vllm
+    on_machine = recipe.trainer.devices + len(engines.gpus or ())
+    assert on_machine == GPUS_OF_A_NODE
+    assert recipe.rollout.asynchronous == (rollout == "vllm_async")
+    # A run resumes with any of them.
+    assert recipe.exp_manager.name == base
+
+
+def test_asynchronous_rollouts_weight_the_tokens_of_older_weights():
+    recipe = composed(PAPER, "rollout=vllm_async")
+    assert recipe.rollout.importance_sampling.enabled
+    assert recipe.rollout.max_staleness == 1
+
+
+def test_the_rollout_of_the_users_own_recipe_is_a_choice_too(tmp_path):
+    (tmp_path / "ours.yaml").write_text("defaults: [tiny_cpu, _self_]\n")
+    command = ["--config-path", str(tmp_path), "--config-name", "ours"]
+    default, engines = (compose_recipe([*command, *more]) for more in ([], ["rollout=vllm"]))
+    assert changes(default, engines) == ["rollout.backend: megatron -> vllm"]
+    with pytest.raises(InputError, match=r"rollout\.vllm\.gpus .* or rollout\.vllm\.hosts"):
+        compose_recipe([*command, "rollout=vllm_async"])
 
 
 def test_margin_0_undoes_the_margin_of_video_r1():

@@ -9,7 +9,7 @@ from records import lines
 from small_runs import small_recipe, small_trainer, updated
 
 from nemo_care.errors import InputError
-from nemo_care.objective.importance import importance_weights
+from nemo_care.objective.importance import effective_sample_share, importance_weights
 from nemo_care.recipe.schema import check_recipe
 
 N, C = 3, 5
@@ -65,6 +65,32 @@ def test_a_token_that_the_sampler_found_impossible_weighs_the_cap(tokens):
     assert made.weights.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("weights", "share"),
+    [([1.0] * 8, 1.0), ([3.0] * 8, 1.0), ([1.0, 0, 0, 0], 0.25), ([1, 1, 0, 0], 0.5)],
+)
+def test_the_effective_sample_size_of_plain_cases(weights, share):
+    squares = sum(weight**2 for weight in weights)
+    assert effective_sample_share(sum(weights), squares, len(weights)) == pytest.approx(share)
+
+
+def test_weights_that_are_all_zero_have_no_effective_sample_size():
+    assert effective_sample_share(0.0, 0.0, 4) is None
+
+
+def test_the_effective_sample_size_is_that_of_a_mean_s_variance():
+    """A mean of independent values with these weights varies like one of fewer equal ones."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(50, generator=generator, dtype=torch.float64).square()
+    values = torch.randn(20_000, 50, generator=generator, dtype=torch.float64)
+    variance = ((values * weights).sum(1) / weights.sum()).var().item()
+    share = effective_sample_share(
+        weights.sum().item(), weights.square().sum().item(), len(weights)
+    )
+    # Of n values with variance 1 it is 1/n.
+    assert share == pytest.approx(1 / variance / len(weights), rel=0.05)
+
+
 def test_shapes_that_do_not_fit_are_refused(tokens):
     training, rollout, mask = tokens
     with pytest.raises(ValueError, match="one shape"):
@@ -105,8 +131,9 @@ def test_where_sampler_and_trainer_agree_the_run_is_the_same(recipe, ranks, tmp_
         assert weighted["rollout/importance_mean"] == pytest.approx(1, abs=1e-5)
         assert weighted["rollout/importance_max"] == pytest.approx(1, abs=1e-4)
         assert weighted["rollout/importance_truncated"] == 0
+        assert weighted["rollout/importance_ess"] == pytest.approx(1, abs=1e-6)
         assert set(weighted) - set(plain) == {
-            f"rollout/importance_{name}" for name in ("mean", "max", "truncated")
+            f"rollout/importance_{name}" for name in ("mean", "max", "truncated", "ess")
         }
         for key in ("train/loss", "train/kl", "train/grad_norm", "reward/total"):
             assert weighted[key] == pytest.approx(plain[key], abs=1e-5, rel=1e-3), key
@@ -154,6 +181,9 @@ def test_a_step_weights_each_token_and_logs_how(recipe, ranks, tmp_path, groups,
         ratio.clamp(max=1.25).mean().item(), rel=1e-5
     )
     assert metrics["rollout/importance_max"] == pytest.approx(ratio.max().item(), rel=1e-4)
+    weights = ratio.clamp(max=1.25).double()
+    effective = weights.sum().square() / weights.square().sum() / len(weights)
+    assert metrics["rollout/importance_ess"] == pytest.approx(effective.item(), rel=1e-5)
     share = (ratio > 1.25).float().mean().item()
     assert metrics["rollout/importance_truncated"] == pytest.approx(share, rel=1e-5)
     assert 0.05 < share < 0.95

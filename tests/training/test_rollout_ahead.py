@@ -128,15 +128,117 @@ def test_switched_off_it_leaves_no_trace(recipe, ranks, tmp_path, capsys):
 # ------------------------------------------------------------------ older weights
 
 
-def test_only_the_first_step_is_held_against_the_bound(recipe, ranks, tmp_path, capsys):
-    recipe.rollout.max_logprob_difference = 1e-4
+def test_older_weights_may_differ_by_more(recipe, ranks, tmp_path, capsys):
+    recipe.rollout.max_logprob_difference = 0.03
+    recipe.trainer.max_steps = 2
     small_trainer(recipe, ranks, tmp_path).fit()
-    first, *later = metrics_of(tmp_path, "rollout/logprob_difference")
+    first, second = metrics_of(tmp_path, "rollout/logprob_difference")
     assert first < 1e-4
-    assert min(later) > 1e-3
-    told = capsys.readouterr().out
-    assert "log-probabilities of rollout and training" not in told
-    assert told.count("nothing corrects for it; rollout.importance_sampling.enabled=true") == 1
+    # One optimizer step older: up to twice the bound.
+    assert 0.03 < second < 0.06
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "log-probabilities of rollout and training" not in printed
+    assert printed.count("nothing corrects for it; rollout.importance_sampling.enabled=true") == 1
+
+
+def test_a_sampler_that_goes_wrong_later_is_reported(recipe, ranks, tmp_path, capsys):
+    recipe.rollout.max_logprob_difference = 1e-3
+    recipe.rollout.max_staleness = 2
+    small_trainer(recipe, ranks, tmp_path).fit()
+    records = lines(tmp_path / "metrics.jsonl")
+    for record, staleness in zip(records, (0, 1, 2), strict=True):
+        by_staleness = {key: record[key] for key in record if "_stale_" in key}
+        # All groups of a step without dynamic sampling have one staleness.
+        whole = pytest.approx(record["rollout/logprob_difference"], rel=1e-5)
+        assert by_staleness == {f"rollout/logprob_difference_stale_{staleness}": whole}
+    printed = " ".join(capsys.readouterr().out.split())
+    wanted = "more than {}, {} times rollout.max_logprob_difference=0.001, for weights that are {}"
+    assert printed.count(wanted.format("0.002", 2, 1)) == 1
+    assert printed.count(wanted.format("0.003", 3, 2)) == 1
+
+
+# ------------------------------------------------------------------ further ahead
+
+
+FOURTH, FIFTH = [12, 13, 14, 15], [16, 17, 18, 19]
+
+
+@pytest.fixture
+def two_ahead(recipe):
+    recipe.rollout.max_staleness = 2
+    recipe.trainer.max_steps = 5
+    return recipe
+
+
+def test_two_steps_are_sampled_together_and_trained_in_order(two_ahead, ranks, tmp_path):
+    trainer = small_trainer(two_ahead, ranks, tmp_path)
+    events = watched(trainer)
+    trainer.fit()
+    assert [event for event in events if event != ("reward",)] == [
+        ("submit", FIRST, 0),
+        ("collect", FIRST, 0),
+        ("submit", SECOND, 0),
+        ("submit", THIRD, 0),
+        ("update", FIRST),
+        ("collect", SECOND, 0),
+        ("update", SECOND),
+        ("collect", THIRD, 0),
+        # Nothing is in flight, so the engines get the weights of two updates.
+        ("submit", FOURTH, 2),
+        ("submit", FIFTH, 2),
+        ("update", THIRD),
+        ("collect", FOURTH, 2),
+        ("update", FOURTH),
+        ("collect", FIFTH, 2),
+        # Nothing is sampled beyond the last step.
+        ("update", FIFTH),
+    ]
+    assert metrics_of(tmp_path, "rollout/staleness") == [0, 1, 2, 1, 2]
+
+
+def test_no_more_is_sampled_ahead_than_there_are_steps(two_ahead, ranks, tmp_path):
+    two_ahead.trainer.max_steps = 2
+    trainer = small_trainer(two_ahead, ranks, tmp_path)
+    trainer.fit()
+    assert [e[1] for e in trainer.generator.events if e[0] == "submit"] == [FIRST, SECOND]
+    assert trainer.prompts.position == 8
+
+
+def test_seeds_do_not_depend_on_when_a_step_is_sampled(two_ahead, ranks, tmp_path):
+    """With weights that stay as they are, completions are those of a run in turns."""
+    two_ahead.data.train.shuffle = True
+    two_ahead.optimizer.lr = 1e-12
+    two_ahead.checkpoint.save_interval = 1
+    two_ahead.checkpoint.keep_last = 5
+    ahead, in_turns = tmp_path / "ahead", tmp_path / "in_turns"
+    small_trainer(two_ahead, ranks, ahead).fit()
+    # Killed after step 2, with step 3 in flight.
+    for step in (3, 4, 5):
+        shutil.rmtree(ahead / "checkpoints" / f"step_{step:06d}")
+    resumed = small_trainer(two_ahead, ranks, ahead)
+    resumed.fit()
+    assert resumed.rollouts.position == resumed.prompts.position == 20
+    assert metrics_of(ahead, "rollout/staleness") == [0, 1, 0, 1, 2]
+    two_ahead.rollout.asynchronous = False
+    small_trainer(two_ahead, ranks, in_turns).fit()
+    for step in range(1, 6):
+        assert completions(ahead, step) == completions(in_turns, step)
+
+
+def test_a_validation_waits_for_all_that_is_in_flight(two_ahead, ranks, tmp_path):
+    two_ahead.data.validation.annotations = {"L1": "validation_L1.jsonl"}
+    two_ahead.trainer.validation_interval = 1
+    trainer = small_trainer(two_ahead, ranks, tmp_path)
+    events = watched(trainer)
+    trainer.fit()
+    at = events.index(("update", FIRST))
+    assert events[at + 1 : at + 4] == [
+        ("collect", SECOND, 0),
+        ("collect", THIRD, 0),
+        ("validation",),
+    ]
+    assert [e[1] for e in events if e[0] == "update"] == [FIRST, SECOND, THIRD, FOURTH, FIFTH]
+    assert metrics_of(tmp_path, "rollout/staleness") == [0, 1, 2, 1, 2]
 
 
 def test_the_first_step_still_stops_a_run_that_is_wrong(recipe, ranks, tmp_path):

@@ -49,5 +49,5 @@ def test_the_last_step_is_known_before_it_begins(checkpoint, world, ranks, tmp_p
     recipe.trainer.max_steps = 3
     trainer = small_trainer(recipe, ranks, tmp_path)
     trainer.step = 1
-    assert [(step.number, step.is_last) for step in trainer.steps()] == [(2, False), (3, True)]
+    assert [(step.number, step.left) for step in trainer.steps()] == [(2, 1), (3, 0)]
     assert list(trainer.steps()) == []
