@@ -114,7 +114,7 @@ def replace_functions(host_register: Callable[[int, int], int]) -> None:
         "get_device_properties": _always(h100),
         "mem_get_info": _always((h100.total_memory, h100.total_memory)),
         **dict.fromkeys(_WITHOUT_EFFECT, _nothing),
-        **{f"{peak}memory_{kind}": _always(0) for peak in ("", "max_") for kind in _MEMORY},
+        **{f"{peak}memory_{kind}": _always(_GIB) for peak in ("", "max_") for kind in _MEMORY},
         **generator_state,
         "synchronize": _synchronize,
         "Stream": Stream,

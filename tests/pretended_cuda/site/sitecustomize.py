@@ -3,8 +3,8 @@
 import os
 import sys
 
-# pip and venv need no device, and the starts of many processes take long enough.
-if "NEMO_CARE_PRETENDED_CUDA" in os.environ and sys.argv[:1] != ["-m"]:
+# A process without visible devices has no CUDA, as ever.
+if "NEMO_CARE_PRETENDED_CUDA" in os.environ and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
     sys.path.append(os.path.join(os.path.dirname(__file__), os.pardir))
     import pretended_cuda
 
