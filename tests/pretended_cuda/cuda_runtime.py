@@ -77,9 +77,6 @@ def _check_error(status: int) -> None:
         raise RuntimeError(f"CUDA error {status}")
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None: ...
-
-
 def _always(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
@@ -113,7 +110,7 @@ def replace_functions(host_register: Callable[[int, int], int]) -> None:
         "get_device_name": _always(h100.name),
         "get_device_properties": _always(h100),
         "mem_get_info": _always((h100.total_memory, h100.total_memory)),
-        **dict.fromkeys(_WITHOUT_EFFECT, _nothing),
+        **{name: _always(None) for name in _WITHOUT_EFFECT},
         **{f"{peak}memory_{kind}": _always(_GIB) for peak in ("", "max_") for kind in _MEMORY},
         **generator_state,
         "synchronize": _synchronize,
@@ -132,7 +129,8 @@ def replace_functions(host_register: Callable[[int, int], int]) -> None:
     for name, value in functions.items():
         setattr(torch.cuda, name, value)
     torch.cuda.random.get_rng_state = generator_state["get_rng_state"]
-    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = _nothing
+    torch.cuda.nvtx.range_push = _always(None)
+    torch.cuda.nvtx.range_pop = _always(None)
     torch.accelerator.current_device_index = _always(0)
     torch.accelerator.synchronize = _synchronize
     torch.version.cuda = "13.0"

@@ -43,6 +43,8 @@ def install() -> None:
     """Pretend for the rest of this process."""
     # torch asks once whether there are CUDA's hooks.
     assert "torch" not in sys.modules, "torch is imported already"
+    # Megatron compiles functions when it is imported; the compiler knows no such device.
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
     library = ctypes.CDLL(os.environ[LIBRARY], mode=ctypes.RTLD_GLOBAL)
     library.pretend_host_register.argtypes = (ctypes.c_size_t, ctypes.c_size_t)
     from cuda_runtime import replace_functions
