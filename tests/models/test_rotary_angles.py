@@ -1,4 +1,4 @@
-"""Rotary angles of late positions are those of float64; `tests/gpu/test_late_positions.py` on a GPU."""
+"""Angles of late positions are those of float64; `tests/gpu/test_late_positions.py` on a GPU."""
 
 import pytest
 from rotary_angles import BOUND, QWEN2_5_AXES, QWEN3_AXES, largest_error

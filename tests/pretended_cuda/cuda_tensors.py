@@ -86,6 +86,10 @@ class CudaTensor(torch.Tensor):
             return _NAMES.get(self.dtype, str(self.dtype))
         return _TYPE(self, dtype, *args, **kwargs)
 
+    def new_tensor(self, data, *, dtype=None, device=None):
+        # As `torch.tensor`, which is replaced, it copies where no dispatcher sees it.
+        return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device)
+
     def is_pinned(self, *args):
         return not on_cuda(self) and self.inner.is_pinned()
 

@@ -26,7 +26,7 @@ def run(pretended_environment, tmp_path):
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
         return done.stdout
 
     return run
