@@ -64,4 +64,5 @@ def test_training_resuming_exporting_and_evaluating(run, world, tmp_path):
     evaluation = [f"evaluation.checkpoint={tmp_path / 'exported'}", "evaluation.judge=likelihood"]
     run("evaluate", *recipe, *evaluation, f"exp_manager.explicit_log_dir={tmp_path / 'evaluated'}")
     found = json.loads((tmp_path / "evaluated" / "evaluation.json").read_text())
-    print(found)
+    assert [level["count"] for level in found.values()] == [4, 4, 4]
+    assert all(level["format_rate"] == 1 for level in found.values())
