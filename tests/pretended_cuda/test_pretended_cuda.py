@@ -118,7 +118,7 @@ def attended(dtype):
     return results
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
 def test_kernels_that_the_cpu_lacks_compute_what_the_cpu_does(on_pretended_gpu, dtype, bound):
     ((wanted, found),) = on_pretended_gpu(None, attended, dtype)
     for mine, other in zip(found, wanted, strict=True):
