@@ -6,7 +6,9 @@ import time
 
 import psutil
 import pytest
+from made_groups import make_prompts
 from small_runs import small_trainer
+from tiny_qwen3_vl import write_tiny_qwen3
 from vllm_runs import texts, vllm_recipe
 
 from nemo_care.rollouts.generator import Sampling
@@ -43,17 +45,17 @@ def test_the_completions_of_a_killed_engine_equal_those_of_an_undisturbed_rollou
     assert [child.name() for child in alive if child.status() != "zombie"] == []
 
 
-def test_an_engine_whose_worker_is_killed_is_replaced(
-    checkpoint, world, ranks, tmp_path, prompts, monkeypatch
-):
-    """Two tensor-parallel workers, each a process."""
+def test_an_engine_whose_worker_is_killed_is_replaced(world, ranks, tmp_path, monkeypatch):
+    """Two tensor-parallel workers, each a process; the miniature's vision tower has one head."""
+    checkpoint = write_tiny_qwen3(tmp_path / "tiny")
+    prompts = make_prompts(checkpoint, world, tmp_path)
     # By itself vLLM wants a NUMA node for each.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     recipe = vllm_recipe(checkpoint, world)
     recipe.rollout.vllm.placement = "separate"
     recipe.rollout.vllm.gpus = [1, 2]
     recipe.rollout.vllm.tensor_parallel_size = 2
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path / "run")
     try:
         generator = trainer.generator
         undisturbed = texts(generator.generate(prompts, SAMPLING))

@@ -136,7 +136,8 @@ def test_two_engines_follow_three_steps_and_a_killed_one_comes_back(make, prompt
 
 def shared(ranks, job):
     """Two replicas share an engine, which is killed: this rank's completions, and deaths."""
-    checkpoint, world, out, address = job
+    checkpoint, world, out, address, token = job
+    os.environ.update(token)
     recipe = vllm_recipe(checkpoint, world)
     recipe.rollout.vllm.placement = "separate"
     recipe.rollout.vllm.ray_address = address
@@ -161,7 +162,8 @@ def shared(ranks, job):
 def test_two_replicas_find_one_engine_and_get_it_back(
     on_ranks, checkpoint, world, tmp_path, cluster
 ):
-    job = (checkpoint, world, tmp_path, cluster)
+    token = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    job = (checkpoint, world, tmp_path, cluster, token)
     assert on_ranks(Layout(), shared, job, replicas=2) == [(True, 1), (True, 1)]
 
 
