@@ -131,9 +131,9 @@ def search(
         peak, phase = _largest(candidate.recipe, measured, candidate.engine, question.budget)
         fits = peak <= question.budget
         keys = _keys(candidate.recipe)
+        shared = f" EP {key[2]}" if key[2] > 1 else ""
         tell(
-            f"TP {key[0]} PP {key[1]}{f' EP {key[2]}' if key[2] > 1 else ''} "
-            f"{keys['model.recompute_granularity']}, "
+            f"TP {key[0]} PP {key[1]}{shared} {keys['model.recompute_granularity']}, "
             f"{keys['algorithm.groups_per_micro_batch']} group(s), offload "
             f"{_offloaded(candidate.recipe)}: {gib(peak)} GiB in {phase}"
             f"{'' if fits else ', does not fit'}"
@@ -286,17 +286,8 @@ def search_report(
             f"data.max_prompt_tokens{_hint(rollout)} help"
         )
     shared = any(item.recipe.model.expert_model_parallel_size > 1 for item in found)
-    columns = [
-        "TP",
-        "PP",
-        *(["EP"] if shared else []),
-        "DP",
-        "recomputation",
-        "offload",
-        "groups",
-        "peak GiB",
-        "in",
-    ]
+    columns = ["TP", "PP", *(["EP"] if shared else []), "DP", "recomputation", "offload"]
+    columns += ["groups", "peak GiB", "in"]
     table = markdown_table([*columns, "rollout s", "scoring s", "update s", "step s"])
     for item in found:
         model, algorithm, seconds = item.recipe.model, item.recipe.algorithm, item.seconds

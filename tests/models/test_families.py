@@ -30,7 +30,9 @@ def toy(tmp_path, checkpoint, monkeypatch):
 def test_an_unknown_family_is_refused_with_those_that_there_are(tmp_path):
     for said in ('"toy"', "null", "[1]", "7"):
         (tmp_path / "config.json").write_text(f'{{"model_type": {said}}}')
-        with pytest.raises(InputError, match=r"model_type .* supported: qwen2_5_vl, qwen3_vl$"):
+        with pytest.raises(
+            InputError, match=r"model_type .* supported: qwen2_5_vl, qwen3_vl, qwen3_vl_moe$"
+        ):
             read_family(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"layers": 2}))
     with pytest.raises(InputError, match=r"^evaluation\.reference=.*: model_type .*supported: "):

@@ -3,16 +3,18 @@
 import json
 
 import pytest
-from fake_worlds import flops
-from made_shapes import plan_recipe
+from made_shapes import LENGTHS, plan_recipe
 from tiny_qwen3_vl import EXPERTS, tiny_qwen3_config
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 from nemo_care.planning.dry_run import dry_run
 from nemo_care.planning.gpus import read_gpu
 from nemo_care.planning.plan import Question, make_plan
 from nemo_care.planning.search import search
-from nemo_care.planning.shapes import read_model_shape
+from nemo_care.planning.shapes import Lengths, read_model_shape
+from nemo_care.planning.stage import built_stage
+from nemo_care.planning.work import head_flops, layer_flops, packed_tokens
 
 # TP, PP, EP, replicas.
 LAYOUTS = {
@@ -30,6 +32,23 @@ def recipe_of(folder, tensor, pipeline, expert, replicas):
     recipe.model.expert_model_parallel_size = expert
     recipe.data.video.min_pixels = recipe.data.video.max_pixels = 784
     return recipe
+
+
+def flops(folder):
+    """Matrix FLOPs of a forward pass of text, counted by torch and by the plan."""
+    recipe, shape = plan_recipe(folder, 1, 1), read_model_shape(folder)
+    lengths, size = Lengths(*LENGTHS, 0, ()), recipe.algorithm.group_size
+    with built_stage(recipe, shape, 0) as stage, FlopCounterMode(display=False) as counter:
+        batch = stage.layout.batches(stage.groups(lengths, 1))[0]
+        hidden = stage.model(batch.rows.inputs(stage.model))
+        batch.log_probs(stage.model, hidden, batch.mask)
+    by_operator = counter.get_flop_counts()["Global"]
+    tokens = packed_tokens(lengths, size, shared=True)
+    rows = size * (lengths.completion - 1) + 1
+    return {
+        "torch": sum(n for op, n in by_operator.items() if "attention" not in str(op)),
+        "plan": layer_flops(shape.architecture, tokens) + head_flops(shape.architecture, rows),
+    }
 
 
 def planned(folder):
@@ -91,8 +110,6 @@ def test_flops_count_the_active_experts(plans):
 
 
 def test_the_published_sizes_have_their_active_parameters():
-    from nemo_care.planning.work import head_flops, layer_flops
-
     for size, billions in (("30B-A3B", 3.0), ("235B-A22B", 21.5)):
         model = read_model_shape(f"nowhere/Qwen3-VL-{size}-Instruct").architecture
         active = (layer_flops(model, 1) + head_flops(model, 1)) / 2

@@ -1,5 +1,6 @@
 """The recipes that come with the package: they compose, fit their models, and do what they say."""
 
+import math
 import re
 from copy import deepcopy
 from functools import cache
@@ -118,7 +119,7 @@ def test_sizes_differ_in_model_layout_and_number_of_prompts_only():
         allowed = {*layout, "model.hf_path", "algorithm.prompts_per_step", "trainer.max_steps"}
         assert keys <= allowed
         assert recipe.algorithm.prompts_per_step == prompts
-        assert recipe.trainer.max_steps == -(-6000 // prompts)
+        assert recipe.trainer.max_steps == math.ceil(6000 / prompts)
 
 
 def test_7b_recipe_has_the_settings_of_the_paper():
