@@ -11,6 +11,7 @@ import pytest
 from fault_runs import PATIENCE, assert_equal_runs
 
 
+@pytest.mark.slow  # test_launch.py kills a rank of a small program, and test_kills.py one of a run
 def test_killed_rank_is_named_and_nothing_is_left_running(run, undisturbed, report):
     command = [sys.executable, *run.command("DP 2", "checkpoint.asynchronous=false")]
     starter = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)

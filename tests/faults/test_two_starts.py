@@ -4,6 +4,7 @@ import json
 import signal
 import socket
 
+import pytest
 from fault_runs import STEPS, assert_equal_runs
 
 
@@ -34,6 +35,7 @@ def test_a_second_start_in_the_directory_of_a_run_is_refused(run, undisturbed, r
     report("a second train or evaluate in the run directory", "exit status 2, names it", "nothing")
 
 
+@pytest.mark.slow  # test_run_lock.py kills a holder, and test_kills.py a run
 def test_a_lock_whose_holder_was_killed_stands_in_no_ones_way(run):
     start = run.start("one")
     run.wait_for_step(3)
