@@ -39,6 +39,7 @@ def computed(ranks: Ranks, job: dict) -> dict:
     """What one layout computes; its files go to NAME-... in the job's folder."""
     folder, name = job["folder"], job["name"]
     recipe = small_recipe(job["checkpoint"], job["world"])
+    recipe.rollout.groups_per_batch = 3  # of 4: batches of different sizes
     trainer = small_trainer(recipe, ranks, folder / name)
     model = trainer.policy.model
     result: dict = {}

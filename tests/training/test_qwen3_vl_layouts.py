@@ -33,6 +33,15 @@ def job(checkpoint, world, folder):  # noqa: F811
     return made_job(checkpoint, world, folder, parity_only=True)
 
 
-@pytest.fixture(scope="module", params=["tp1", "tp2", "tp2_sequence_parallel", "pp2", "dp2"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "tp1",
+        pytest.param("tp2", marks=pytest.mark.slow),
+        "tp2_sequence_parallel",
+        "pp2",
+        "dp2",
+    ],
+)
 def layout(on_ranks, request, job, base):  # noqa: F811
     return in_layout(on_ranks, request.param, job, base)
