@@ -11,11 +11,14 @@ import torch
 from absl import logging as absl_logging
 
 import nemo_care
-from nemo_care.ranks.process_groups import Layout, Ranks
+from nemo_care.megatron.imports import import_lightly
 
 # rouge-score imports absl, whose log handler closes a stderr that is not the process's own, such as
 # pytest's, as soon as Hydra sets up its logging while composing a recipe.
 absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
+
+# As commands do, before a test imports Megatron.
+import_lightly()
 
 if TYPE_CHECKING:
     from forked_ranks import RankServer
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from on_ranks import OnRanks
 
     from nemo_care.evaluation.llm_judge import LLMJudge
+    from nemo_care.ranks.process_groups import Ranks
 
 CHECKPOINT = Path(nemo_care.__file__).parent / "miniature" / "checkpoint_warm"
 
@@ -57,8 +61,10 @@ def checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Ranks:
+def ranks() -> "Ranks":
     """Return process groups of a world of one rank, in this process."""
+    from nemo_care.ranks.process_groups import Layout, Ranks
+
     return Ranks(Layout())
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -14,9 +15,22 @@ from nemo_care.recipe.compose import read_recipe
 from nemo_care.recipe.schema import recipe_yaml
 
 
+@pytest.fixture(scope="module")
+def trained(checkpoint, world, ranks, tmp_path_factory):
+    """A run whose step 2 was left out, with its recipe."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = small_recipe(checkpoint, world)
+    recipe.trainer.max_steps = 3
+    recipe.checkpoint.save_interval = 1
+    trainer = small_trainer(recipe, ranks, folder)
+    inject_at(trainer, {2: "loss"})
+    trainer.fit()
+    return folder, recipe
+
+
 @pytest.fixture
-def run(checkpoint, world, ranks, tmp_path):
-    """Makes a run: step 2 was left out; `name` of the weights, if given, is broken from the start.
+def run(checkpoint, trained, tmp_path):
+    """Makes a copy of that run; `name` of the weights, if given, is broken from the start.
 
     Its checkpoint is that of step 1.
     """
@@ -24,13 +38,11 @@ def run(checkpoint, world, ranks, tmp_path):
     def make(name: str | None = None):
         start = tmp_path / "checkpoint"
         shutil.copytree(checkpoint, start)
-        recipe = small_recipe(start, world)
-        recipe.trainer.max_steps = 3
-        recipe.checkpoint.save_interval = 1
+        folder, recipe = trained
+        shutil.copytree(folder, tmp_path / "run")
+        recipe = deepcopy(recipe)
+        recipe.model.hf_path = str(start)
         recipe.exp_manager.explicit_log_dir = str(tmp_path / "run")
-        trainer = small_trainer(recipe, ranks, tmp_path / "run")
-        inject_at(trainer, {2: "loss"})
-        trainer.fit()
         (tmp_path / "run" / "recipe.yaml").write_text(recipe_yaml(recipe))
         if name is not None:
             weights = load_file(start / "model.safetensors")

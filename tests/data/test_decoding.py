@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -199,19 +197,17 @@ if __name__ == "__main__":
 """
 
 
-def test_no_process_outlives_a_killed_run(tmp_path):
+def test_no_process_outlives_a_killed_run(rank_server, tmp_path):
     (tmp_path / "program.py").write_text(_PROGRAM)
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, str(tmp_path / "program.py")]
-    program = subprocess.Popen(
-        command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert program.stdout is not None
-    assert int(program.stdout.readline())
-    family = psutil.Process(program.pid).children(recursive=True)
+    program = rank_server.start(1, [str(tmp_path / "program.py")])
+    deadline = time.monotonic() + 60
+    while "\n" not in program.text(0) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert int(program.text(0))
+    family = psutil.Process(program.pids[0]).children(recursive=True)
     assert len(family) >= 3  # the fork server and two that decode
-    program.kill()
-    program.wait()
+    os.kill(program.pids[0], signal.SIGKILL)
+    assert program.wait() == [-signal.SIGKILL]
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
 
@@ -227,7 +223,7 @@ from nemo_care.process import ending
 from nemo_care.ranks.stop_request import StopRequest
 
 def slowly(request):
-    time.sleep(0.5)
+    time.sleep(0.2)
     return misbehave(request)
 
 if __name__ == "__main__":
@@ -238,8 +234,8 @@ if __name__ == "__main__":
     workers = DecodingWorkers(2, seconds=60, memory_gib=2, load=slowly)
     pids = {workers.submit(request(Path("fine"))).result().seconds_per_grid[0] for _ in range(4)}
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        futures = [workers.submit(request(Path("fine"))) for _ in range(4)]
-        time.sleep(0.2)
+        futures = [workers.submit(request(Path("fine"))) for _ in range(2)]
+        time.sleep(0.1)
         os.killpg(0, number)
         pids |= {future.result().seconds_per_grid[0] for future in futures}
     workers.close()

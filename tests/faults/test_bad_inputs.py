@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
 from injections import HANGING
+
+# Slow: test_bad_numbers.py and test_decoding.py have the same faults without the command around.
+pytestmark = pytest.mark.slow
 
 
 def test_gradient_that_is_nan_on_one_rank_leaves_the_step_out_on_all(run, undisturbed, report):

@@ -25,12 +25,10 @@ def flip_a_bit(file: Path) -> None:
         opened.write(bytes([byte ^ 1]))
 
 
+# Slow: test_checkpoints.py damages checkpoints of runs in one process.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        pytest.param(truncate, "bytes were written", marks=pytest.mark.slow),
-        (flip_a_bit, "content changed"),
-    ],
+    ("damage", "said"), [(truncate, "bytes were written"), (flip_a_bit, "content changed")]
 )
 def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     run: Run, undisturbed, report, damage, said

@@ -16,8 +16,8 @@ from fault_runs import STEPS, assert_equal_runs
         pytest.param("PP 2", 1, "scoring", marks=pytest.mark.slow),
         pytest.param("TP 2", 0, "update", marks=pytest.mark.slow),
         ("DP 2", 1, "update"),
-        pytest.param("DP 2", 0, "checkpoint", marks=pytest.mark.slow),
-        ("TP 2", 1, "checkpoint"),
+        ("DP 2", 0, "checkpoint"),
+        pytest.param("TP 2", 1, "checkpoint", marks=pytest.mark.slow),
     ],
 )
 def test_killed_rank_costs_only_what_was_not_saved(run, undisturbed, report, layout, rank, phase):

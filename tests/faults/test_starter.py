@@ -11,6 +11,7 @@ import pytest
 from fault_runs import PATIENCE, assert_equal_runs
 
 
+@pytest.mark.slow  # test_launch.py kills a rank of a small program, and test_kills.py one of a run
 def test_killed_rank_is_named_and_nothing_is_left_running(run, undisturbed, report):
     command = [sys.executable, *run.command("DP 2", "checkpoint.asynchronous=false")]
     starter = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -42,7 +43,7 @@ def test_killed_rank_is_named_and_nothing_is_left_running(run, undisturbed, repo
 def test_killed_starter_leaves_nothing_running(run, report, step):
     command = [
         sys.executable,
-        *run.command("DP 2", "checkpoint.save_interval=100", "data.workers=1"),
+        *run.command("DP 2", "checkpoint.save_interval=100"),
     ]
     starter = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     me = psutil.Process(starter.pid)
@@ -52,7 +53,7 @@ def test_killed_starter_leaves_nothing_running(run, report, step):
     while len(me.children()) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     everyone = me.children(recursive=True)
-    assert len(everyone) >= 2 + (2 if step else 0)  # ranks, and what decodes for them
+    assert len(everyone) >= 2
     starter.kill()
     killed = time.monotonic()
     starter.wait()

@@ -1,9 +1,11 @@
 """Two commands in one run directory, and one command given again."""
 
 import json
+import shutil
 import signal
 import socket
 
+import pytest
 from fault_runs import STEPS, assert_equal_runs
 
 
@@ -34,6 +36,7 @@ def test_a_second_start_in_the_directory_of_a_run_is_refused(run, undisturbed, r
     report("a second train or evaluate in the run directory", "exit status 2, names it", "nothing")
 
 
+@pytest.mark.slow  # test_run_lock.py kills a holder, and test_kills.py a run
 def test_a_lock_whose_holder_was_killed_stands_in_no_ones_way(run):
     start = run.start("one")
     run.wait_for_step(3)
@@ -44,8 +47,8 @@ def test_a_lock_whose_holder_was_killed_stands_in_no_ones_way(run):
     assert run.steps() == [*range(1, STEPS + 1)]
 
 
-def test_the_command_of_a_finished_run_given_again_changes_nothing(run, report):
-    run.finish("DP 2")
+def test_the_command_of_a_finished_run_given_again_changes_nothing(run, undisturbed, report):
+    shutil.copytree(undisturbed("DP 2").folder, run.folder, dirs_exist_ok=True)
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     again = run.start("DP 2")
     assert again.wait() == [0, 0]

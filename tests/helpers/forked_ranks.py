@@ -67,6 +67,8 @@ class RankServer:
         """Start `python ARGUMENTS` as `count` ranks; `fault` is injected into the rank it names."""
         self._started += 1
         logs = [self._folder / f"{self._started}_rank_{rank}.log" for rank in range(count)]
+        for log in logs:
+            log.touch()  # a test may read it before the rank writes
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         pids = [
             self._fork(
@@ -150,9 +152,13 @@ class ForkedRanks:
                 os.kill(pid, signal.SIGKILL)
         assert set(statuses) == {0}, f"exit statuses (None: hangs) {statuses}\n{self.output()}"
 
+    def text(self, rank: int) -> str:
+        """Return what a rank has written so far."""
+        return self._logs[rank].read_text(errors="replace")
+
     def output(self) -> str:
         """Return the ranks' output."""
-        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')}" for log in self._logs)
+        return "\n".join(f"--- {log.name}\n{self.text(i)}" for i, log in enumerate(self._logs))
 
 
 def _free_port() -> int:

@@ -19,11 +19,13 @@ import signal
 import sys
 import time
 
+from nemo_care.megatron.imports import import_lightly
 from nemo_care.process.quiet import quiet_libraries
 
 
 def _import_everything() -> None:
     quiet_libraries()
+    import_lightly()
     import nemo.core.config
     import nemo.utils.exp_manager
 

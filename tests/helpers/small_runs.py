@@ -29,7 +29,7 @@ def small_recipe(checkpoint: Path, world: Path) -> Recipe:
     recipe.algorithm.reference.ema_decay = 0.9
     recipe.algorithm.reference.ema_update_every = 1
     recipe.rollout.max_completion_tokens = 24
-    recipe.rollout.groups_per_batch = 3
+    recipe.rollout.groups_per_batch = 4
     recipe.optimizer.lr = 1e-3
     recipe.optimizer.schedule = "constant"
     recipe.optimizer.weight_decay = 0.1

@@ -135,8 +135,13 @@ def base(on_ranks, job):
 
 @pytest.fixture(scope="module", params=NAMES)
 def results(on_ranks, request, job, base):
-    layout, replicas = LAYOUTS[request.param]
-    return base if request.param == "tp1" else on_ranks(layout, computed, job, replicas=replicas)[0]
+    return in_layout(on_ranks, request.param, job, base)
+
+
+def in_layout(on_ranks, name, job, base):
+    """What one layout computes."""
+    layout, replicas = LAYOUTS[name]
+    return base if name == "tp1" else on_ranks(layout, computed, job, replicas=replicas)[0]
 
 
 def largest_difference(ours, wanted) -> float:

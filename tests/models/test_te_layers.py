@@ -4,6 +4,7 @@ TransformerEngine itself needs CUDA: a stand-in takes its place (made_transforme
 Megatron's real spec. Where it is installed these tests skip; there a GPU is needed to say anything.
 """
 
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -102,18 +103,24 @@ def in_eight_bits(job, ranks: Ranks, folder: Path, **keys) -> dict[str, list]:
     return found
 
 
-def resumed(job, ranks: Ranks, folder: Path, first: str, then: str) -> dict:
-    """Two steps with one backend, two more with another: weights and average."""
-    run = folder / f"{first}-{then}"
-    for backend, steps in ((first, 2), (then, 4)):
+def resumed(job, ranks: Ranks, folder: Path, first: str) -> dict[str, dict]:
+    """Two steps with one backend, and one more with either: its weights and average."""
+    recipe = made_recipe(job, first)
+    recipe.trainer.max_steps = 2
+    begun = folder / f"begun-{first}"
+    small_trainer(recipe, ranks, begun).fit()
+    found = {}
+    for backend in BACKENDS:
+        run = shutil.copytree(begun, folder / f"{first}-{backend}")
         recipe = made_recipe(job, backend)
-        recipe.trainer.max_steps = steps
-        trainer = small_trainer(recipe, ranks, run)
+        recipe.trainer.max_steps = 3
+        trainer = small_trainer(recipe, ranks, Path(run))
         trainer.fit()
-    return gather_weights(trainer.policy.model) | {
-        f"average.{name}": tensor
-        for name, tensor in gather_weights(trainer.reference.average.model).items()
-    }
+        found[backend] = gather_weights(trainer.policy.model) | {
+            f"average.{name}": tensor
+            for name, tensor in gather_weights(trainer.reference.average.model).items()
+        }
+    return found
 
 
 def computed(ranks: Ranks, job: dict) -> dict:
@@ -136,11 +143,7 @@ def computed(ranks: Ranks, job: dict) -> dict:
     }
     for variant, keys in variants.items():
         result[f"fp8_{variant}"] = in_eight_bits(job, ranks, folder / f"fp8-{variant}", **keys)
-    result["resumed"] = {
-        (first, then): resumed(job, ranks, folder, first, then)
-        for first in BACKENDS
-        for then in BACKENDS
-    }
+    result["resumed"] = {first: resumed(job, ranks, folder, first) for first in BACKENDS}
     return result
 
 
@@ -231,7 +234,7 @@ def test_hugging_face_weights_come_back_bit_by_bit(both, folder, checkpoint):
 )
 def test_a_run_goes_on_with_the_other_backend(one, first, then):
     """Weights, optimizer state, average and the optimizer's step."""
-    assert_equal(one["resumed"][first, then], one["resumed"][first, first], 1e-5)
+    assert_equal(one["resumed"][first][then], one["resumed"][first][first], 1e-5)
 
 
 def recipes_by_layer(products) -> list[set]:

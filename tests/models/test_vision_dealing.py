@@ -17,7 +17,12 @@ from nemo_care.models.vision_dealing import VisionDealing, deal
 from nemo_care.training.build import load_model
 from nemo_care.training.policy import Policy
 
-NAMES = ["tp2", "tp2_sequence_parallel", "tp2_pp2_sequence_parallel", "tp2_dp2"]
+NAMES = [
+    "tp2",
+    pytest.param("tp2_sequence_parallel", marks=pytest.mark.slow),
+    "tp2_pp2_sequence_parallel",
+    "tp2_dp2",
+]
 
 
 def test_items_are_dealt_by_their_sizes_and_keep_their_order():

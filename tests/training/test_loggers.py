@@ -201,7 +201,7 @@ def start_wandb(folder: Path) -> dict:
     os.environ["HOME"] = str(folder)
     os.environ["NETRC"] = str(folder / "netrc")
     # A server that nobody has: refused at once, as without a network.
-    os.environ.update(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="3")
+    os.environ.update(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="1")
     met: dict[str, object] = {}
     # A prompt would wait for ever.
     signal.alarm(120)

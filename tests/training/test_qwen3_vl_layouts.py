@@ -8,6 +8,7 @@ from test_layouts import (  # noqa: F401
     base,
     folder,
     golden,
+    greedy,
     in_layout,
     made_job,
     test_export_is_bit_equal_to_the_original,
@@ -33,6 +34,15 @@ def job(checkpoint, world, folder):  # noqa: F811
     return made_job(checkpoint, world, folder, parity_only=True)
 
 
-@pytest.fixture(scope="module", params=["tp1", "tp2", "tp2_sequence_parallel", "pp2", "dp2"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "tp1",
+        pytest.param("tp2", marks=pytest.mark.slow),
+        "tp2_sequence_parallel",
+        "pp2",
+        "dp2",
+    ],
+)
 def layout(on_ranks, request, job, base):  # noqa: F811
     return in_layout(on_ranks, request.param, job, base)

@@ -43,6 +43,7 @@ class AskedAfter(StopRequest):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_never_been(recipe, ranks, tmp_path):
+    recipe.trainer.max_steps = 3
     small_trainer(recipe, ranks, tmp_path / "whole").fit()
     trainer = small_trainer(recipe, ranks, tmp_path / "parts")
     trainer.stop = AskedAfter(2)
@@ -50,7 +51,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_been(recipe, ranks, tmp_path):
         trainer.fit()
     assert not (tmp_path / "parts/summary.json").exists()
     small_trainer(recipe, ranks, tmp_path / "parts").fit()
-    for step in (1, 2, 3, 4):
+    for step in (1, 2, 3):
         file = f"rollouts/step_{step:06d}.jsonl"
         assert (tmp_path / "parts" / file).read_text() == (tmp_path / "whole" / file).read_text()
     records = [lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "parts")]
@@ -106,12 +107,10 @@ def test_durations_are_written_as_nemo_writes_them():
             seconds_of(wrong)
 
 
+# Slow: test_launch.py signals the starter of a small program, and test_kills.py ranks of a run.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("to_whom", "number"),
-    [
-        ("starter", signal.SIGTERM),
-        pytest.param("rank", signal.SIGUSR1, marks=pytest.mark.slow),
-    ],
+    ("to_whom", "number"), [("starter", signal.SIGTERM), ("rank", signal.SIGUSR1)]
 )
 def test_a_signal_to_starter_or_rank_stops_all_ranks_with_a_checkpoint(
     checkpoint, world, tmp_path, to_whom, number
@@ -182,7 +181,7 @@ def read_until(terminal, file):
             os.read(terminal, 65536)
 
 
-@pytest.mark.parametrize("after", [0.05, 0.5, 3.0])
+@pytest.mark.parametrize("after", [0.05, 1.5])
 def test_sigterm_while_importing_has_its_own_status(world, tmp_path, after):
     command = train_command(world, tmp_path / "run")
     assert ended_early(command, signal.SIGTERM, after) == (
