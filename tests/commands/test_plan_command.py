@@ -51,4 +51,4 @@ def test_a_rollout_without_engines_is_compared_as_a_reason(compared):
     found = compared("tiny_cpu")
     assert found["chosen"] == "megatron"
     assert isinstance(found["vllm_async"], InputError)
-    assert "rollout.vllm.hosts" in str(found["vllm_async"])
+    assert "rollout.vllm.ray_address" in str(found["vllm_async"])

@@ -137,10 +137,13 @@ def test_cuda_graphs_are_refused_where_they_can_not_be_captured():
     with_vllm = refusal("--config-name", BASE, graphs, "rollout.backend=vllm")
     assert with_vllm.startswith(f"{graphs} is for rollout.backend=megatron")
     assert with_vllm.endswith("set it to false")
-    eight_bits = refusal("--config-name", f"{BASE.replace('7b', '72b')}_fp8", graphs, ROLLOUT_FP8)
+    in_ranks = ["rollout=megatron", graphs]
+    eight_bits = refusal(
+        "--config-name", f"{BASE.replace('7b', '72b')}_fp8", *in_ranks, ROLLOUT_FP8
+    )
     assert eight_bits.startswith(f"{graphs} with {ROLLOUT_FP8}: ")
     assert eight_bits.endswith("set one of them to false")
-    compose_recipe(["--config-name", BASE, graphs])
+    compose_recipe(["--config-name", BASE, *in_ranks])
 
 
 def test_an_engine_can_not_be_waited_for_longer_than_a_collective_waits():

@@ -275,7 +275,7 @@ def test_the_rollout_of_the_users_own_recipe_is_a_choice_too(tmp_path):
     command = ["--config-path", str(tmp_path), "--config-name", "ours"]
     default, engines = (compose_recipe([*command, *more]) for more in ([], ["rollout=vllm"]))
     assert changes(default, engines) == ["rollout.backend: megatron -> vllm"]
-    with pytest.raises(InputError, match=r"rollout\.vllm\.gpus .* or rollout\.vllm\.hosts"):
+    with pytest.raises(InputError, match=r"rollout\.vllm\.gpus .* or rollout\.vllm\.ray_address"):
         compose_recipe([*command, "rollout=vllm_async"])
 
 

@@ -58,6 +58,7 @@ def test_memory_goes_back_to_cuda_before_engines_start_and_wake(monkeypatch):
     monkeypatch.setattr(fleet, "start", lambda: happened.append("start"), raising=False)
     generator = VLLMGenerator.__new__(VLLMGenerator)
     generator.fleet, generator.ranks, generator.version = fleet, ranks, lambda: 0
+    generator.weights = SimpleNamespace()
     generator.from_checkpoint, generator._asleep, generator._started = False, False, False
     generator._sender = generator._sent = None
     monkeypatch.setattr(
