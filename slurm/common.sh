@@ -30,16 +30,16 @@ run_job() {
     mkdir -p "$logs"
     count_fruitless_restarts
     choose_nodes
+    local engines=""
+    if ((rollout_count > 0)) && [[ -z $asked ]]; then
+        start_engines
+    fi
     if [[ -n $asked ]]; then
         finish "$STOPPED" # asked to stop before training began
     fi
-    local status=0 engines=""
-    if ((rollout_count > 0)); then
-        start_engines "${rollout_nodes[@]}"
-    fi
+    local status=0
     start_on "${nodes[@]}" || status=$?
-    # They also exit by themselves, after their last trainer.
-    [[ -z $engines ]] || kill "$engines" 2>/dev/null || true
+    stop_engines
     if ((status != 0)) && [[ -s $logs/failed ]]; then
         status=$(<"$logs/failed")
     fi
@@ -67,9 +67,9 @@ check_settings() {
         trainer.num_nodes=*)
             fail $UNUSABLE "$argument: the job sets it, to sbatch's --nodes less NEMO_CARE_SPARE_NODES"
             ;;
-        rollout.vllm.hosts=*)
+        rollout.vllm.ray_address=*)
             ((${NEMO_CARE_ROLLOUT_NODES:-0} == 0)) || fail $UNUSABLE \
-                "$argument: the job sets it, to its NEMO_CARE_ROLLOUT_NODES"
+                "$argument: the job starts Ray on its NEMO_CARE_ROLLOUT_NODES and sets it"
             overrides+=("$argument")
             ;;
         exp_manager.explicit_log_dir=*) run_dir=${argument#*=} ;;
@@ -89,10 +89,13 @@ check_settings() {
         "$taken leaves none of --nodes=$SLURM_JOB_NUM_NODES: raise --nodes"
 
     if ((rollout_count > 0)); then
-        port=${NEMO_CARE_ROLLOUT_PORT:-5600}
-        # A secret of this start, unless the user has one.
-        NEMO_CARE_VLLM_KEY=${NEMO_CARE_VLLM_KEY:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
-        export NEMO_CARE_VLLM_KEY
+        port=${NEMO_CARE_ROLLOUT_PORT:-6379}
+        # A secret of this start, unless the user has one: Ray executes the code of its clients.
+        export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+        RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
+        export RAY_AUTH_TOKEN
+        # An engine for each of these nodes, unless an argument says otherwise.
+        overrides=("rollout.vllm.engines=$rollout_count" "${overrides[@]}")
     fi
 
     # All CPUs of a node for its single task, to which srun would give one.
@@ -198,9 +201,9 @@ choose_nodes() {
         return
     fi
     mkdir -p "$checks"
-    # Where engines will run is not known yet, only their number.
+    # Where Ray will run is not known yet.
     local checked=("${overrides[@]}")
-    ((rollout_count == 0)) || checked+=("$(engine_addresses "${all[@]:0:rollout_count}")")
+    ((rollout_count == 0)) || checked+=("rollout.vllm.ray_address=${all[0]}:$port")
     # Every node must see this file on the shared file system, and write its verdict beside it.
     echo "$SLURM_JOB_ID.$restart" >"$checks/canary"
     NEMO_CARE_LOGS=$checks timeout --kill-after=30 "${NEMO_CARE_PREFLIGHT_SECONDS:-900}" \
@@ -239,30 +242,44 @@ address_of() {
 
 # ---------------------------------------------------------------- engines
 
-# engine_addresses NODE...: the override that names an engine on each node.
-engine_addresses() {
-    local node hosts=""
-    for node; do
-        hosts+=${hosts:+,}$(address_of "$node"):$port
-    done
-    echo "rollout.vllm.hosts=[$hosts]"
-}
-
-# start_engines NODE...: start an engine of vLLM on each node, in the background, and name them in
-# the overrides. Sets `engines` to the process. Trainers wait for engines to start.
+# start_engines: start a Ray cluster on all chosen nodes, in the background, and name it in the
+# overrides. The nodes that train take part without GPUs. Sets `engines` to the process.
 start_engines() {
-    local list
+    local all=("${nodes[@]}" "${rollout_nodes[@]}") list rollout_list address ready=()
     list=$(
         IFS=,
-        echo "$*"
+        echo "${all[*]}"
     )
-    overrides+=("$(engine_addresses "$@")")
+    rollout_list=$(
+        IFS=,
+        echo "${rollout_nodes[*]}"
+    )
+    address=$(address_of "${rollout_nodes[0]}"):$port
+    overrides+=("rollout.vllm.ray_address=$address")
     mkdir -p "$logs/engines"
-    say "engines on $# nodes: $list"
-    NEMO_CARE_LOGS=$logs/engines "${launch[@]}" --nodes=$# --ntasks=$# --nodelist="$list" \
-        --kill-on-bad-exit=0 bash "$root/slurm/node.sh" "$python" -m nemo_care.rollouts.vllm.host \
-        --listen "0.0.0.0:$port" >"$logs/engines/output" 2>&1 &
+    say "engines on ${#rollout_nodes[@]} nodes: $rollout_list"
+    # It shares the nodes that train with their ranks.
+    NEMO_CARE_LOGS=$logs/engines "${launch[@]}" --overlap --nodes=${#all[@]} --ntasks=${#all[@]} \
+        --nodelist="$list" --kill-on-bad-exit=1 bash "$root/slurm/node.sh" \
+        bash "$root/slurm/ray_node.sh" "${rollout_nodes[0]}" "$address" "$rollout_list" "$python" \
+        >"$logs/engines/output" 2>&1 &
     engines=$!
+    # The ranks do not wait for a cluster.
+    while ((${#ready[@]} < ${#all[@]})) && [[ -z $asked ]]; do
+        kill -0 "$engines" 2>/dev/null || fail 1 "Ray did not start; logs: $logs/engines"
+        read -r -t 0.5 -u "$idle" || true
+        mapfile -t ready < <(compgen -G "$logs/engines/ready_*" || true)
+    done
+}
+
+# Ray's daemons are stopped by their own command, for which they get 30 seconds.
+stop_engines() {
+    local tries
+    [[ -n $engines ]] && kill -USR1 "$engines" 2>/dev/null || return 0
+    for ((tries = 0; tries < 60; tries++)); do
+        kill -0 "$engines" 2>/dev/null || return 0
+        read -r -t 0.5 -u "$idle" || true
+    done
 }
 
 # ---------------------------------------------------------------- ranks

@@ -5,7 +5,7 @@
 #     export NEMO_CARE_CONTAINER=/images/nemo-care.sqsh NEMO_CARE_MOUNTS=/data:/data,/models:/models
 #     sbatch slurm/train_72b_async.sh model.hf_path=/models/Qwen2.5-VL-72B-Instruct ...
 #
-# Of the job's nodes, NEMO_CARE_ROLLOUT_NODES run one engine each, and the others train. Arguments
+# Of the job's nodes, NEMO_CARE_ROLLOUT_NODES run engines (one each), and the others train. Arguments
 # are recipe overrides; options of sbatch override those below.
 #SBATCH --job-name=nemo-care-72b-async
 #SBATCH --nodes=10

@@ -23,6 +23,7 @@ if [[ $2 == nemo_care.checks.node ]]; then
     exit 0
 fi
 echo "$SLURMD_NODENAME, task $SLURM_PROCID of $SLURM_STEP_NUM_TASKS, to $MASTER_ADDR: $*"
+[[ $2 != ray.scripts.scripts ]] || exit 0
 echo "connections ${{CUDA_DEVICE_MAX_CONNECTIONS}}, key ${{WANDB_API_KEY:+is here}}"
 if [[ -n ${{SAVES:-}} ]]; then
     exec {python} -c "$SAVING"
@@ -166,8 +167,8 @@ def test_node_count_overrides_environment_and_keys_reach_the_ranks(slurm, submit
         ({"NEMO_CARE_ROLLOUT_NODES": "2"}, (), "NEMO_CARE_ROLLOUT_NODES=2 leaves none"),
         (
             {"NEMO_CARE_ROLLOUT_NODES": "1"},
-            ("rollout.vllm.hosts=[a:1]",),
-            "rollout.vllm.hosts=[a:1]: the job sets it",
+            ("rollout.vllm.ray_address=a:1",),
+            "rollout.vllm.ray_address=a:1: the job starts Ray",
         ),
     ],
 )
@@ -405,22 +406,6 @@ def test_a_recipe_is_submitted_at_several_sizes_and_compared(slurm, small, tmp_p
 # ------------------------------------------------------------------ engines on nodes of their own
 
 ENGINES = CHECKOUT / "slurm" / "train_72b_async.sh"
-# In place of Python: an engine is the tests' double.
-DOUBLE_PYTHON = """#!/bin/bash
-if [[ $2 == nemo_care.rollouts.vllm.host ]]; then
-    exec {python} -c "$DOUBLE" "${{@:3}}"
-fi
-exec {python} "$@"
-"""
-DOUBLE = """
-import sys, types
-from vllm_double import DoubleEngine
-made = types.ModuleType("nemo_care.rollouts.vllm.llm")
-made.Engine = DoubleEngine
-sys.modules[made.__name__] = made
-from nemo_care.rollouts.vllm.host import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def test_engines_get_nodes_of_their_own_and_ranks_their_addresses(slurm, submit, tmp_path):
@@ -429,24 +414,28 @@ def test_engines_get_nodes_of_their_own_and_ranks_their_addresses(slurm, submit,
     )
     outputs = [
         tmp_path / "log",
-        tmp_path / f"run/slurm/{number}/restart_0/engines/node_000_node2.out",
+        tmp_path / f"run/slurm/{number}/restart_0/engines/node_001_node2.out",
+        tmp_path / f"run/slurm/{number}/restart_0/engines/node_000_node1.out",
     ]
     deadline = time.monotonic() + 150
-    while not all(file.exists() and ", task 0 of 1" in file.read_text() for file in outputs):
+    while not all(file.exists() and ", task " in file.read_text() for file in outputs):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     slurm.run("scancel", number)
-    log, started = (file.read_text() for file in outputs)
+    log, head, member = (file.read_text() for file in outputs)
     asked = (
         "-m nemo_care train --config-name tiny_cpu exp_manager.explicit_log_dir="
-        f"{tmp_path}/run rollout=vllm_async trainer.seed=7 rollout.vllm.hosts=[127.0.0.1:5600] "
-        "trainer.num_nodes=1"
+        f"{tmp_path}/run rollout.vllm.engines=1 rollout=vllm_async trainer.seed=7 "
+        "rollout.vllm.ray_address=127.0.0.1:6379 trainer.num_nodes=1"
     )
     assert f"node1, task 0 of 1, to 127.0.0.1: {asked}" in log
-    assert "-m nemo_care.rollouts.vllm.host --listen 0.0.0.0:5600" in started
-    assert started.startswith("node2, ")
-    assert "node2, task" not in log
-    # Those of the next test can use the port again.
+    assert "node2, task 1 of 2" in head
+    ours = "--head --include-dashboard=false --node-ip-address=127.0.0.1 --port=6379"
+    assert f"-m ray.scripts.scripts start --disable-usage-stats {ours}" in head
+    # Those that train take part, because a process uses Ray through its own node.
+    joined = "start --disable-usage-stats --address=127.0.0.1:6379 --num-gpus=0"
+    assert f"-m ray.scripts.scripts {joined}" in member
+    assert "node2, task 0 of 1" not in log
     slurm.wait(number)
 
 
@@ -467,36 +456,24 @@ def test_the_preflight_includes_the_engines_nodes(slurm, submit, tmp_path):
     assert "engines on" not in log
 
 
-@pytest.mark.slow
-def test_a_run_and_its_engines_are_stopped_and_go_on_together(slurm, submit, small, tmp_path):
-    """Real ranks and the real protocol; the engine's completions are the double's."""
-    python = tmp_path / "python_with_double"
-    python.write_text(DOUBLE_PYTHON.format(python=sys.executable))
-    python.chmod(0o755)
-    # It only has to be found.
-    (tmp_path / "fake" / "vllm").mkdir(parents=True)
-    (tmp_path / "fake" / "vllm" / "__init__.py").write_text("")
-    number = submit(
-        *(*small, "rollout.max_logprob_difference=1000", "rollout.max_staleness=2"),
-        script=ENGINES,
-        python=python,
-        NEMO_CARE_ROLLOUT_NODES="1",
-        NEMO_CARE_PREFLIGHT="1",
-        DOUBLE=DOUBLE,
-        PYTHONPATH=f"{tmp_path}/fake:{CHECKOUT}/tests/helpers",
-    )
-    slurm.wait(number, "RUNNING")
-    wait_for_step(slurm, number, tmp_path / "run", 1)
-    slurm.run("scancel", "--signal=USR1", "--batch", number)
-    slurm.start_again(number, 1)
-    done = len(metrics(tmp_path / "run"))
-    assert done < STEPS
-    job = slurm.wait(number, seconds=300)
-    log = (tmp_path / "log").read_text()
-    assert ended(job) == ("COMPLETED", "0:0"), log
-    staleness = [line["rollout/staleness"] for line in metrics(tmp_path / "run")]
-    assert len(staleness) == STEPS
-    # Both starts begin with new completions.
-    assert (staleness[0], staleness[done]) == (0, 0)
-    assert set(staleness) == {0, 1, 2}
-    assert log.count("engines on 1 nodes: node2") == 2
+def test_a_run_and_its_engines_are_stopped_and_go_on_together(slurm, submit, tmp_path):
+    number = submit(script=ENGINES, NEMO_CARE_ROLLOUT_NODES="1", SAVES="0")
+    log = tmp_path / "log"
+    for start in (1, 2):
+        deadline = time.monotonic() + 150
+        while not log.exists() or log.read_text().count("ready") < start:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        slurm.run("scancel", "--signal=USR1", "--batch", number)
+        if start == 1:
+            slurm.start_again(number, 1)
+    slurm.run("scancel", number)
+    slurm.wait(number)
+    text = log.read_text()
+    assert text.count("engines on 1 nodes: node2") == 2
+    for start in (0, 1):
+        folder = tmp_path / f"run/slurm/{number}/restart_{start}/engines"
+        notes = sorted(path.name for path in folder.glob("ready_*"))
+        assert notes == ["ready_node1", "ready_node2"]
+    stopped = tmp_path / f"run/slurm/{number}/restart_0/engines/node_001_node2.out"
+    assert "-m ray.scripts.scripts stop --force" in stopped.read_text()
