@@ -1,6 +1,7 @@
 """Fixtures of many tests: the tiny checkpoint, the miniature, ranks, an endpoint and judges."""
 
 import gc
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,8 +37,12 @@ def pytest_report_header() -> str:
     return f"torch's CPU instructions: {torch.backends.cpu.get_cpu_capability()}"
 
 
-# Folders with the slowest files: if started last, one of them would delay the end.
-_LONG = ("faults", "training", "commands", "models", "evaluation", "data", "planning", "ranks")
+# Folders with the slowest files: if started last, one of them would delay the end. `tests` itself
+# has that of Slurm.
+_LONG = (
+    *("faults", "tests", "training", "commands", "models", "evaluation", "data", "planning"),
+    "ranks",
+)
 
 
 @pytest.hookimpl(trylast=True)
@@ -58,6 +63,12 @@ def _imported_modules_are_no_garbage() -> None:
 def checkpoint() -> Path:
     """Return the warm-started tiny Qwen2.5-VL that comes with the package."""
     return CHECKPOINT
+
+
+@pytest.fixture
+def copied_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
+    """Return a copy of that checkpoint which a test may change."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
 
 
 @pytest.fixture(scope="session")

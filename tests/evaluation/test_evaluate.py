@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from forked_ranks import RankServer
+from made_commands import assert_refused
 from made_data import write_lines, write_seed_bench_r1, write_video_r1
 from made_endpoint import refuses, says
 from records import lines
@@ -78,15 +79,6 @@ def generated(monkeypatch):
 
     monkeypatch.setattr(MegatronGenerator, "generate", recording)
     return indices
-
-
-def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
-    status, _, err = result
-    message = [line for line in err.splitlines() if line.startswith("nemo-care: ")]
-    assert (status, len(message)) == (2, 1), err
-    assert "Traceback" not in err
-    for part in parts:
-        assert part in message[0]
 
 
 def mean(values) -> float | None:
@@ -458,11 +450,6 @@ def test_skipped_samples_are_asked_again_once_they_are_mended(evaluate, world, t
     assert generated[3:12] == [2, 4, 5, 6, 7, 0, 1, 2, 3]
     assert (tmp_path / "run" / "evaluation" / "skipped.jsonl").read_text() == ""
     assert_results_follow_from_rows(tmp_path / "run", {})
-
-
-@pytest.fixture
-def copied_checkpoint(checkpoint, tmp_path):
-    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
 
 
 @pytest.fixture(scope="module")

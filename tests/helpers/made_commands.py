@@ -8,8 +8,10 @@ def world_overrides(world: Path) -> list[str]:
     return [f"data.{part}.{key}" for part in parts for key in keys]
 
 
-def assert_refused(result: tuple[int, str], *parts: str) -> None:
-    status, err = result
+def assert_refused(result: tuple[int | str, ...], *parts: str) -> None:
+    """Check that a command, whose status and stderr come first and last, was refused in a line."""
+    status, *_, err = result
+    assert isinstance(err, str)
     assert status == 2
     message = [line for line in err.splitlines() if line.startswith("nemo-care: ")]
     assert len(message) == 1

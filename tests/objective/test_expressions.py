@@ -133,11 +133,10 @@ def test_expressions_compare_as_mathematics(answer, solution, expected):
 HOSTILE = [
     "9**9**9**9",
     "9^{9^{9^{9}}}",
-    "10000000!",
-    "((((9!)!)!)!)",
+    pytest.param("((((9!)!)!)!)", marks=pytest.mark.slow),
     r"\sqrt{" * 100 + "2" + "}" * 100,
     "(" * 400 + "x" + ")" * 400,
-    "(x+1)^{5000}",
+    pytest.param("(x+1)^{5000}", marks=pytest.mark.slow),
     r"\int_0^1 x^{x} dx",
     "1+" * 400 + "x",
     r"\frac{" * 60 + "x" + "}{2}" * 60,

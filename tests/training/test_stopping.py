@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from records import lines
 from small_runs import small_recipe, small_trainer
@@ -113,17 +114,10 @@ def test_durations_are_written_as_nemo_writes_them():
     ("to_whom", "number"), [("starter", signal.SIGTERM), ("rank", signal.SIGUSR1)]
 )
 def test_a_signal_to_starter_or_rank_stops_all_ranks_with_a_checkpoint(
-    checkpoint, world, tmp_path, to_whom, number
+    world, tmp_path, to_whom, number
 ):
-    import psutil
-
     run = tmp_path / "run"
-    command = [
-        *(sys.executable, "-m", "nemo_care.train", "--config-name", "tiny_cpu"),
-        *(f"data.train.root={world}", "data.train.kind=jsonl", "data.validation.annotations=null"),
-        *("trainer.devices=2", "trainer.max_steps=1000", "algorithm.prompts_per_step=4"),
-        f"exp_manager.explicit_log_dir={run}",
-    ]
+    command = train_command(world, run, "trainer.devices=2")
     starter = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
