@@ -120,6 +120,8 @@ docker://...), or none to run on the nodes' own Python"
         [[ -n ${NEMO_CARE_MOUNTS:-} ]] || fail $UNUSABLE "NEMO_CARE_MOUNTS is not set: give the \
 folders with checkpoint and data, such as /data:/data,/models:/models (comma-separated)"
         mkdir -p "$run_dir"
+        # Ranks reach Ray's processes, in the container of another step, by sockets in /tmp.
+        ((rollout_count == 0)) || NEMO_CARE_MOUNTS+=,/tmp:/tmp
         launch+=(
             --container-image="$NEMO_CARE_CONTAINER"
             --container-mounts="$root:$root,$PWD:$PWD,$run_dir:$run_dir,$NEMO_CARE_MOUNTS"

@@ -105,21 +105,36 @@ def ended(job: dict[str, str]) -> tuple[str, str]:
 # ------------------------------------------------------------------ the scripts themselves
 
 
-@pytest.mark.parametrize(("gpus", "asked"), [("8", "--gres=gpu:8"), ("", "")])
-def test_a_step_asks_for_the_gpus_of_its_job(tmp_path, gpus, asked):
-    """Where devices are constrained it would get none. There are no GPUs: Slurm is not started."""
+def step_of(tmp_path: Path, **variables: str) -> list[str]:
+    """The words that start a step of a job of two nodes. Slurm is not started."""
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "16"}
-    job |= {"SLURM_GPUS_ON_NODE": gpus, "NEMO_CARE_PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    job |= {"NEMO_CARE_PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    job |= {"NEMO_CARE_CONTAINER": "none", "NEMO_CARE_RECIPE": "tiny_cpu"}
     show = f". {CHECKOUT}/slurm/common.sh; command=train restart=0; overrides=(); check_settings; "
     done = subprocess.run(
         ["bash", "-c", show + 'echo "${launch[*]}"'],
-        env=job | {"NEMO_CARE_CONTAINER": "none", "NEMO_CARE_RECIPE": "tiny_cpu"},
+        env=job | variables,
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert [word for word in done.stdout.split() if word.startswith("--gres")] == asked.split()
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(("gpus", "asked"), [("8", "--gres=gpu:8"), ("", "")])
+def test_a_step_asks_for_the_gpus_of_its_job(tmp_path, gpus, asked):
+    """Where devices are constrained it would get none. There are no GPUs."""
+    words = step_of(tmp_path, SLURM_GPUS_ON_NODE=gpus)
+    assert [word for word in words if word.startswith("--gres")] == asked.split()
+
+
+def test_containers_of_ranks_and_of_ray_share_the_folder_of_its_sockets(tmp_path):
+    image = {"NEMO_CARE_CONTAINER": "nemo.sqsh", "NEMO_CARE_MOUNTS": "/data:/data"}
+    for nodes, shared in (("0", []), ("1", ["/tmp:/tmp"])):
+        words = step_of(tmp_path, **image, NEMO_CARE_ROLLOUT_NODES=nodes)
+        (mounts,) = [word for word in words if word.startswith("--container-mounts=")]
+        assert mounts.split(",")[3:] == ["/data:/data", *shared]
 
 
 def test_the_scripts_ask_for_gpus():
