@@ -215,7 +215,10 @@ def sharded_state(
 def load_sharded_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Load what `sharded_state` has described."""
     parts = optimizer_parts(optimizer)
-    states = {0: state["param_state"]} if len(parts) == 1 else state["param_state"]
+    # A rank that trains nothing has none.
+    tensors = state.get("param_state", {})
+    states = {0: tensors} if len(parts) == 1 else tensors
+    others = {name: value for name, value in state.items() if name != "param_state"}
     # All groups have counted the same steps, and their settings are the recipe's.
     step = max(int(group.get("step") or 0) for group in state["optimizer"]["param_groups"])
     for number, part in enumerate(parts):
@@ -223,9 +226,8 @@ def load_sharded_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> N
             {**{name: value for name, value in group.items() if name != "params"}, "step": step}
             for group in part.param_groups
         ]
-        part.load_state_dict(
-            {**state, "optimizer": {"param_groups": groups}, "param_state": states[number]}
-        )
+        own = {"param_state": states[number]} if states.get(number) else {}
+        part.load_state_dict({**others, "optimizer": {"param_groups": groups}, **own})
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

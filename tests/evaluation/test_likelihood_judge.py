@@ -116,7 +116,8 @@ def test_the_letter_alone_is_replaced_in_the_sampled_tokens(name):
 )
 def test_without_options_to_compare_nothing_is_scored(tokenizer, answer, options, consistent, note):
     def unexpected(groups):
-        raise AssertionError("nothing to score")
+        assert not groups
+        return []
 
     sample = Sample("1", "?", "B", options=options)
     ids = tokenizer.encode(f"<think> it moves right </think> {answer} <|im_end|>")

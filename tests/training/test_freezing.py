@@ -103,6 +103,7 @@ def test_prompts_without_the_prefix_shared_see_the_tower_once_too(recipe, ranks,
     assert sum(seen) == sum(4 * int(group.prompt.is_vision.sum()) for group in step.groups)
 
 
+@pytest.mark.usefixtures("ranks")
 def test_an_average_leaves_frozen_parameters_alone():
     policy = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     twin = copy.deepcopy(policy)
@@ -116,6 +117,6 @@ def test_an_average_leaves_frozen_parameters_alone():
     with average.in_place():
         torch.testing.assert_close(twin[1].weight, policy[1].weight - 1)
         assert torch.equal(twin[0].weight, policy[0].weight)
-    distance, size = average.squared_distance(policy).tolist()
+    distance, size = average.squared_distance(policy).sum(0).tolist()
     assert distance == pytest.approx(16.0)
     assert size == pytest.approx(sum(float(p.double().square().sum()) for p in policy.parameters()))

@@ -8,6 +8,7 @@ from test_layouts import (  # noqa: F401
     base,
     folder,
     golden,
+    greedy,
     in_layout,
     made_job,
     test_export_is_bit_equal_to_the_original,

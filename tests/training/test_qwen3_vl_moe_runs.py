@@ -9,6 +9,7 @@ from test_layouts import (  # noqa: F401
     base,
     folder,
     in_layout,
+    loaded,
     made_job,
     test_a_run_of_one_process_resumes_in_every_layout,
     test_first_training_step_is_the_same_in_every_layout,
