@@ -97,7 +97,7 @@ def test_a_rank_has_its_share_of_the_experts(plans):
 
 def test_tokens_travel_in_every_layer(plans):
     # Tokens and weights, to the experts and the tokens back, forward and backward.
-    assert plans["sent"]["all_to_all"] >= 6 * 3 * 2
+    assert plans["sent"]["all-to-all"] >= 6 * 3 * 2
     assert plans["shared by two replicas"]["seconds"] > 0
 
 
