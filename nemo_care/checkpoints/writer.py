@@ -255,6 +255,7 @@ def _about(step: int) -> dict[str, Any]:
             "tensor": parallel_state.get_tensor_model_parallel_world_size(),
             "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
             "data": parallel_state.get_data_parallel_world_size(),
+            "expert": parallel_state.get_expert_model_parallel_world_size(),
         },
         "recipe": "recipe.yaml",
     }

@@ -3,11 +3,19 @@
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_utils
 
 
 def is_distributed_expert(parameter: torch.nn.Parameter) -> bool:
     """Whether a parameter is of experts that are distributed over ranks, by Megatron's mark."""
     return not getattr(parameter, "allreduce", True)
+
+
+def route_without_transformer_engine() -> None:
+    """Define what megatron-core 0.16.1's router looks for, a name that only TransformerEngine
+    gives: without its product it takes torch's."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def most_in_step(count: int) -> int:

@@ -37,7 +37,7 @@ def route_without_cuda() -> None:
     torch.cuda.current_stream = lambda *args, **kwargs: _ONLY_STREAM  # type: ignore[assignment]
     torch.cuda.stream = lambda *args, **kwargs: nullcontext()  # type: ignore[assignment]
     token_dispatcher.maybe_move_tensor_to_cpu = _counts
-    # TransformerEngine's product, a name that is missing without TransformerEngine.
+    # TransformerEngine's product, which computes on CUDA.
     moe_utils.te_general_gemm = None
     mappings._gather_along_first_dim = _gather_any_lengths
     mappings._reduce_scatter_along_first_dim = _reduce_scatter_any_lengths

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from nemo_care.errors import InputError
+from nemo_care.megatron.experts import route_without_transformer_engine
 from nemo_care.megatron.te_import import why_unusable
 from nemo_care.models.group_attention import GroupAttention
 from nemo_care.models.precision import missing_transformer_engine
@@ -42,6 +43,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def _local(config: TransformerConfig) -> tuple[ModuleSpec, type]:
+    route_without_transformer_engine()
     layer = gpt_layer_specs.get_gpt_layer_local_spec(
         # Experts are computed one after another.
         num_experts=config.num_moe_experts,

@@ -75,7 +75,10 @@ def _forward(
         batch = next(iterator)
         output = stage(_inputs(stage, batch, inputs_of))
         # With non_loss_data=True, the schedule calls this and collects the results.
-        return output, lambda hidden, non_loss_data: batch and result_of(hidden, batch)
+        return (
+            output,
+            lambda hidden, non_loss_data: None if batch is None else result_of(hidden, batch),
+        )
 
     with torch.no_grad():
         return get_forward_backward_func()(

@@ -30,6 +30,7 @@ _OPERATORS = {
     "_allgather_base_": ("all-gather", 0),
     "allgather_": ("all-gather", 0),
     "allgather_into_tensor_coalesced_": ("all-gather", 0),
+    "alltoall_base_": ("all-to-all", 1),
     "_reduce_scatter_base_": ("reduce-scatter", 1),
     "reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
 }

@@ -21,6 +21,15 @@ def balanced_experts() -> Iterator[None]:
         yield
 
 
+def forget_dispatch(model: torch.nn.Module) -> None:
+    """Free what the dispatchers keep of their last pass until the next one."""
+    for module in model.modules():
+        dispatcher = getattr(module, "token_dispatcher", None)
+        if dispatcher is not None:
+            for name in ("probs", "routing_map", "reversed_local_input_permutation_mapping"):
+                setattr(dispatcher, name, None)
+
+
 def _evenly(total: int, parts: int) -> list[int]:
     return [total // parts + (part < total % parts) for part in range(parts)]
 

@@ -16,7 +16,7 @@ from nemo_care.groups.group import Group
 from nemo_care.megatron.experts import is_distributed_expert
 from nemo_care.megatron.optimizer import optimizer_parts
 from nemo_care.models.video_language_model import VideoLanguageModel
-from nemo_care.planning.expert_dispatch import balanced_experts
+from nemo_care.planning.expert_dispatch import balanced_experts, forget_dispatch
 from nemo_care.planning.fake_world import FakeRanks, exchanged_shape, fake_world, stage_rank
 from nemo_care.planning.meta_memory import MetaMemory, flash_attention
 from nemo_care.planning.precision import as_built, fp8_copies
@@ -248,6 +248,7 @@ class Stage:
         batch = self.layout.batches(groups)[0]
         self.policy.wrapped.train()
         with self._vision_bytes() as vision:
+            forget_dispatch(self.model)
             before = self.memory.current
             if not self.ranks.is_first_stage:
                 self.model.set_input_tensor(self._hidden(batch))

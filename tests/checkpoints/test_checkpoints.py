@@ -167,7 +167,7 @@ def test_a_checkpoint_says_what_it_is(recipe, whole_run):
     manifest = json.loads((path / NAME).read_text())
     assert manifest["step"] == 2
     assert manifest["ranks"] == 1
-    assert manifest["layout"] == {"tensor": 1, "pipeline": 1, "data": 1}
+    assert manifest["layout"] == {"tensor": 1, "pipeline": 1, "data": 1, "expert": 1}
     assert set(manifest["files"]) == set(names(path)) - {NAME}
     assert read_recipe(path / "recipe.yaml") == recipe
 

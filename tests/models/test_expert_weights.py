@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils
 from safetensors.torch import load_file, save_file
 from small_runs import small_recipe
 from tiny_qwen3_vl import EXPERTS, write_tiny_qwen3
@@ -64,6 +65,12 @@ def test_an_export_is_written_as_its_source_is_stored(checkpoint, world, ranks, 
     export_hf(loaded(checkpoint, world, ranks), old, tmp_path / "export")
     ours, wanted = (load_file(f / "model.safetensors") for f in (tmp_path / "export", old))
     assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+def test_the_router_needs_no_transformer_engine(checkpoint, world, ranks, monkeypatch):
+    monkeypatch.delattr(moe_utils, "te_general_gemm")
+    loaded(checkpoint, world, ranks)
+    assert moe_utils.te_general_gemm is None
 
 
 def test_a_shape_that_fits_neither_way_is_refused(checkpoint, world, ranks, tmp_path):

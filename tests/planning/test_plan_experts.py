@@ -61,6 +61,7 @@ def planned(folder):
             "parameters": sum(stage.build.unique_parameters for stage in plan.stages),
             "gradients": sum(stage.build.gradients for stage in plan.stages),
             "seconds": plan.seconds.total,
+            "micro_batches": [stage.use.micro_batch for stage in plan.stages],
         }
         if name == "shared by two replicas":
             (run,) = dry_run(plan)
@@ -95,9 +96,17 @@ def test_a_rank_has_its_share_of_the_experts(plans):
     assert saved == pytest.approx(4 * experts / 2, rel=0.01)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_micro_batch_keeps_at_least_the_hidden_states_of_its_layers(plans, name):
+    tensor, pipeline, _, _ = LAYOUTS[name]
+    tokens = LENGTHS[0] + 4 * LENGTHS[1]
+    least = 4 * tokens * 64 * 6 // pipeline // tensor
+    assert all(kept > least for kept in plans[name]["micro_batches"])
+
+
 def test_tokens_travel_in_every_layer(plans):
     # Tokens and weights, to the experts and the tokens back, forward and backward.
-    assert plans["sent"]["all_to_all"] >= 6 * 3 * 2
+    assert plans["sent"]["all-to-all"] >= 6 * 3 * 2
     assert plans["shared by two replicas"]["seconds"] > 0
 
 
