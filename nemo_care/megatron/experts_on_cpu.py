@@ -11,7 +11,13 @@ from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 
 class _NoStream:
-    """A CUDA stream or event where everything is computed at once."""
+    """A CUDA stream or event where everything is computed at once.
+
+    A class, because libraries name `torch.cuda.Stream` in their annotations.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
     def wait_stream(self, stream: "_NoStream") -> None:
         pass
@@ -23,7 +29,6 @@ class _NoStream:
         pass
 
 
-_ONLY_STREAM = _NoStream()
 _gather, _reduce_scatter = (
     mappings._gather_along_first_dim,
     mappings._reduce_scatter_along_first_dim,
@@ -33,8 +38,8 @@ _gather, _reduce_scatter = (
 def route_without_cuda() -> None:
     """Replace what Megatron's token dispatcher requires of CUDA and NCCL."""
     # It copies the counts of tokens to the CPU on a stream of their own.
-    torch.cuda.Stream = lambda *args, **kwargs: _ONLY_STREAM  # type: ignore[assignment,misc]
-    torch.cuda.current_stream = lambda *args, **kwargs: _ONLY_STREAM  # type: ignore[assignment]
+    torch.cuda.Stream = _NoStream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = _NoStream  # type: ignore[assignment]
     torch.cuda.stream = lambda *args, **kwargs: nullcontext()  # type: ignore[assignment]
     token_dispatcher.maybe_move_tensor_to_cpu = _counts
     # TransformerEngine's product, which computes on CUDA.

@@ -94,7 +94,7 @@ def test_missing_recipe_name_lists_the_recipes(run):
 
 
 def test_what_users_download_is_named_where_it_is_missing(run, checkpoint, tmp_path):
-    name = ["train", "--config-name", "grpo_care_qwen2_5_vl_7b"]
+    name = ["train", "--config-name", "grpo_care_qwen2_5_vl_7b", "rollout=megatron"]
     assert_refused(run(*name), "model.hf_path=models/Qwen2.5-VL-7B-Instruct", "config.json")
     # The layout fits this checkpoint with its two key-value heads.
     here = [f"model.hf_path={checkpoint}", "model.tensor_model_parallel_size=2"]

@@ -6,10 +6,10 @@ import os
 import pytest
 from made_shapes import LENGTHS, plan_recipe, write_small_shape
 
+from nemo_care.planning.flops import busiest_vision_flops, step_flops
 from nemo_care.planning.gpus import read_gpu
 from nemo_care.planning.plan import Question, make_plan
 from nemo_care.planning.shapes import longest_lengths, read_model_shape
-from nemo_care.planning.work import busiest_vision_flops, step_flops
 
 CASES = [(), ("vision",), ("vision", "merger"), ("language",)]
 

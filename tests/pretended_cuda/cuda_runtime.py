@@ -99,6 +99,10 @@ def replace_functions(host_register: Callable[[int, int], int]) -> None:
         total_memory=80 * _GIB,
         uuid="0",
         multi_processor_count=132,
+        # Of a machine without NUMA nodes: nothing is bound.
+        pci_domain_id=0xFFFF,
+        pci_bus_id=0,
+        pci_device_id=0,
     )
     functions = {
         **{name: _always(True) for name in ("is_available", "is_initialized", "_is_compiled")},
