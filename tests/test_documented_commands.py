@@ -15,7 +15,7 @@ NOT_RUN = {
         "the weights of a big model, published data and GPUs"
     ),
     r"^study ": "hours: dozens of runs",
-    r"rollout\.backend=vllm|nemo_care\.rollouts\.vllm": "vLLM; see tests/vllm",
+    r"rollout=vllm|rollout\.backend=vllm": "vLLM; see tests/vllm",
     r"\+precision=fp8|model\.backend=transformer_engine": "TransformerEngine on a GPU",
     r"trainer\.devices=8": "eight GPUs",
     r"^view .*--serve": "no end; see tests/reporting/test_view.py",

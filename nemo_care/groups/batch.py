@@ -199,6 +199,8 @@ class GroupBatch:
     def staleness(self) -> torch.Tensor:
         """The `Group.staleness` of each completion, int64 [N]."""
         values = [group.staleness for group in self.groups for _ in group.completions]
+        if not any(values):  # Usual, and then nothing is copied to the device.
+            return torch.zeros(len(values), dtype=torch.int64, device=self.mask.device)
         return torch.tensor(values, device=self.mask.device)
 
     def ended(self) -> torch.Tensor:

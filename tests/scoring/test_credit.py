@@ -137,7 +137,7 @@ def test_each_phase_sets_its_fields_of_a_group_and_no_other(checkpoint, world, r
     groups = trainer.next_rollouts(Step(1))
     with pytest.raises(ValueError, match="set by a phase that has not run"):
         trainer.credit(groups)
-    unset = {field.name for field in fields(Group)} - {"prompt", "completions"}
+    unset = {field.name for field in fields(Group)} - {"prompt", "completions", "staleness"}
     phases = [
         (trainer.rewards, {"rewards", "base_reward"}),
         (trainer.reference.score_answers, {"answer_likelihood", "reference_log_probs"}),
