@@ -102,9 +102,11 @@ def test_kernels_waits_uploads_and_float32_products_are_counted(on_pretended_gpu
 
 
 def attended(dtype):
+    """Attention and a norm with their gradients: exactly, on the CPU, and on the pretended GPU."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 4, 5, 16), (2, 2, 9, 16), (2, 2, 9, 16))
     drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    weights = torch.randn(shapes[0], generator=generator)
     results = []
     for device, kind in (("cpu", torch.float32), ("cpu", dtype), ("cuda", dtype)):
         q, k, v = (x.to(device, kind, copy=True).requires_grad_() for x in drawn)
@@ -112,9 +114,13 @@ def attended(dtype):
         if device == "cpu":
             mask = torch.ones(5, 9, dtype=torch.bool).tril(4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        norm = torch.nn.RMSNorm(16, device=device, dtype=kind)
-        norm(out).float().sin().sum().backward()
-        results.append([x.float().cpu() for x in (out, q.grad, k.grad, v.grad, norm.weight.grad)])
+        x = drawn[0].to(device, kind, copy=True).requires_grad_()
+        norm = torch.nn.RMSNorm(16, eps=1e-6, device=device, dtype=kind)
+        normed = norm(x)
+        of = weights.to(device)
+        ((out.float() + normed.float()) * of).sum().backward()
+        found = (out, q.grad, k.grad, v.grad, normed, x.grad, norm.weight.grad)
+        results.append([tensor.detach().float().cpu() for tensor in found])
     return results
 
 
