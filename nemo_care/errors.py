@@ -1,4 +1,4 @@
-"""The exceptions that determine a command's exit status."""
+"""The exceptions that determine a command's exit status, and what is shown of another one."""
 
 
 class InputError(Exception):
@@ -58,3 +58,9 @@ class CheckpointError(RunFailed):
     The message gives the step, the place, the operating system's error, the older checkpoints that
     are complete, and the remedy.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type if there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -235,6 +235,12 @@ divide_nodes() {
     rollout_nodes=("${@:wanted + 1}")
 }
 
+# joined WORD...: the words with commas between them.
+joined() {
+    local IFS=,
+    echo "$*"
+}
+
 # The address by which Slurm itself reaches a node.
 address_of() {
     local address
@@ -248,14 +254,8 @@ address_of() {
 # overrides. The nodes that train take part without GPUs. Sets `engines` to the process.
 start_engines() {
     local all=("${nodes[@]}" "${rollout_nodes[@]}") list rollout_list address ready=()
-    list=$(
-        IFS=,
-        echo "${all[*]}"
-    )
-    rollout_list=$(
-        IFS=,
-        echo "${rollout_nodes[*]}"
-    )
+    list=$(joined "${all[@]}")
+    rollout_list=$(joined "${rollout_nodes[@]}")
     address=$(address_of "${rollout_nodes[0]}"):$port
     overrides+=("rollout.vllm.ray_address=$address")
     mkdir -p "$logs/engines"
@@ -289,10 +289,7 @@ stop_engines() {
 # start_on NODE...: run with one task per node, and return the exit status.
 start_on() {
     local list
-    list=$(
-        IFS=,
-        echo "$*"
-    )
+    list=$(joined "$@")
     MASTER_ADDR=${NEMO_CARE_MASTER_ADDR:-$(address_of "$1")}
     export MASTER_ADDR
     # The default is derived from the job's number (nemo_care/ranks/slurm.py).

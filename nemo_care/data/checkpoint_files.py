@@ -31,9 +31,3 @@ def _refuse_code(content: dict[str, Any], file: Path) -> None:
                 f"({json.dumps(block['auto_map'])}), which is never run; if transformers' own "
                 "classes fit the model, remove auto_map from the file"
             )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type if there is none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

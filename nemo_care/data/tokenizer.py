@@ -8,9 +8,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nemo_care.data.chat import ChatEncoder, Content
-from nemo_care.data.checkpoint_files import first_line, read_checkpoint_json
+from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.data.prompt_format import PromptFormat
-from nemo_care.errors import InputError
+from nemo_care.errors import InputError, first_line
 
 _JSON_FILES = (
     "tokenizer_config.json",

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from layouts import (
+    EXPERT_LAYOUTS,
     LAYOUTS,
     gather_gradients,
     gather_vocabulary,
@@ -140,7 +141,7 @@ def results(on_ranks, request, job, base):
 
 def in_layout(on_ranks, name, job, base):
     """What one layout computes."""
-    layout, replicas = LAYOUTS[name]
+    layout, replicas = {**LAYOUTS, **EXPERT_LAYOUTS}[name]
     return base if name == "tp1" else on_ranks(layout, computed, job, replicas=replicas)[0]
 
 

@@ -4,10 +4,9 @@ The checks are those of the other families, in `test_packed_layouts.py`.
 """
 
 import pytest
-from layouts import EXPERT_LAYOUTS, LAYOUTS
 from test_packed_layouts import (  # noqa: F401
     base,
-    computed,
+    in_layout,
     job,
     test_a_plain_causal_mask_gives_something_else,
     test_gradients_of_packed_groups_equal_those_of_separate_sequences,
@@ -27,7 +26,4 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["tp1", "pp2", "ep2", "tp2_ep2_sequence_parallel"])
 def results(on_ranks, request, job, base):  # noqa: F811
-    layout, replicas = {**LAYOUTS, **EXPERT_LAYOUTS}[request.param]
-    if request.param == "tp1":
-        return base
-    return on_ranks(layout, computed, job, replicas=replicas)[0]
+    return in_layout(on_ranks, request.param, job, base)

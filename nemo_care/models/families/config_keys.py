@@ -14,8 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
-from nemo_care.data.checkpoint_files import first_line
-from nemo_care.errors import InputError
+from nemo_care.errors import InputError, first_line
 
 # Labels, outputs, sampling defaults (the recipe decides those) and left-overs of other versions.
 _NO_EFFECT = {
@@ -76,6 +75,37 @@ def check_names(raw: Mapping[str, Any], architecture: str, model_type: str, refu
         said = (raw.get(block) or {}).get("model_type")
         if said not in (None, model_type, f"{model_type}_{kind}"):
             refuse(f"{block}.model_type is {shown(said)}; only {model_type}_{kind} is supported")
+
+
+def check_rope_block(
+    name: str,
+    rope: Any,
+    known: Mapping[str, tuple[object, ...]],
+    remedy: str,
+    refuse: Refuse,
+) -> None:
+    """Refuse what a block about rotation says and is not computed.
+
+    Args:
+        name: of the block in messages.
+        rope: the block.
+        known: the values that each of its keys can have; (): any.
+        remedy: what to say of another key or value.
+        refuse: Called with what is wrong; raises.
+    """
+    if not isinstance(rope, dict):
+        refuse(f"{name} is {shown(rope)} where an object is needed")
+    for part, value in rope.items():
+        if part not in known or (known[part] and value not in known[part]):
+            refuse(f"{name}.{part} is {shown(value)}; {remedy}")
+
+
+def check_equal(places: Iterable[tuple[str, Any]], refuse: Refuse) -> None:
+    """Refuse a value that is stated at several places (name, value) and differs."""
+    (first, wanted), *others = list(places) or [("", None)]
+    for name, value in others:
+        if value != wanted:
+            refuse(f"{first} is {shown(wanted)}, but {name} is {shown(value)}; make them equal")
 
 
 def check_tower(vision: Mapping[str, Any], refuse: Refuse) -> None:

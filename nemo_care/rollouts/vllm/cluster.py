@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nemo_care.errors import InputError, RunFailed
+from nemo_care.errors import InputError, RunFailed, first_line
 from nemo_care.rollouts.vllm.messages import EngineSettings
 from nemo_care.rollouts.vllm.server import EngineServer
 
@@ -47,7 +47,7 @@ def connect(address: str, namespace: str) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{_KEY}={address}: there is no Ray cluster, or this machine is not part of it "
-            f"({_first_line(error)}); start it with ray start --head, and on this machine with "
+            f"({first_line(error)}); start it with ray start --head, and on this machine with "
             f"ray start --address={address} --num-gpus=0"
         ) from error
     finally:
@@ -188,7 +188,3 @@ def _ray() -> Any:
             f"{_KEY} needs the package ray: install it with pip install -e '.[vllm]'"
         ) from error
     return ray
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

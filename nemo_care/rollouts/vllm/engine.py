@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Unanswered
 from typing import Any, Protocol
 
-from nemo_care.errors import EnginesLost, RunFailed
+from nemo_care.errors import EnginesLost, RunFailed, first_line
 from nemo_care.rollouts.vllm.messages import CallFailed, EngineFailed, EngineSettings
 
 
@@ -129,8 +129,7 @@ class Engine:
         except EngineFailed as failure:
             reason = f"has died: {_original(failure)}"
         except self.actor.losses as loss:
-            said = str(loss).strip().partition("\n")[0] or type(loss).__name__
-            reason = f"has died: its process has ended ({said})"
+            reason = f"has died: its process has ended ({first_line(loss)})"
         self.death = f"vLLM's engine {self.name} {reason}{self.actor.about()}"
         self.actor.kill()
         raise EngineDied(self.death)

@@ -9,8 +9,10 @@ from transformers import Qwen2_5_VLConfig
 from nemo_care.models.families.config_keys import (
     QUANTISED,
     Refuse,
+    check_equal,
     check_keys,
     check_names,
+    check_rope_block,
     check_tower,
     check_tower_sizes,
     divides,
@@ -128,19 +130,10 @@ def _check_rope(texts: _Texts, refuse: Refuse) -> None:
             name, rope = f"{prefix}{key}", text.get(key)
             if rope is None:
                 continue
-            if not isinstance(rope, dict):
-                refuse(f"{name} is {shown(rope)} where an object is needed")
-            for part, value in rope.items():
-                if part not in _ROPE or (_ROPE[part] and value not in _ROPE[part]):
-                    refuse(
-                        f"{name}.{part} is {shown(value)}; rope scaling is not supported, only "
-                        "mrope without it"
-                    )
+            remedy = "rope scaling is not supported, only mrope without it"
+            check_rope_block(name, rope, _ROPE, remedy, refuse)
     for part in ("rope_theta", "mrope_section"):
-        (first, wanted), *others = _stated_rope(texts, part) or [("", None)]
-        for name, value in others:
-            if value != wanted:
-                refuse(f"{first} is {shown(wanted)}, but {name} is {shown(value)}; make them equal")
+        check_equal(_stated_rope(texts, part), refuse)
 
 
 def _stated_rope(texts: _Texts, part: str) -> list[tuple[str, Any]]:

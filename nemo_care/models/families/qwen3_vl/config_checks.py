@@ -10,8 +10,10 @@ from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 from nemo_care.models.families.config_keys import (
     QUANTISED,
     Refuse,
+    check_equal,
     check_keys,
     check_names,
+    check_rope_block,
     check_tower,
     check_tower_sizes,
     divides,
@@ -149,21 +151,12 @@ def _check_rope(text: Mapping[str, Any], refuse: Refuse) -> None:
         name, rope = f"text_config.{key}", text.get(key)
         if rope is None:
             continue
-        if not isinstance(rope, dict):
-            refuse(f"{name} is {shown(rope)} where an object is needed")
-        for part, value in rope.items():
-            if part not in _ROPE or (_ROPE[part] and value not in _ROPE[part]):
-                refuse(
-                    f"{name}.{part} is {shown(value)}; only interleaved mrope without scaling is "
-                    "supported"
-                )
+        remedy = "only interleaved mrope without scaling is supported"
+        check_rope_block(name, rope, _ROPE, remedy, refuse)
         for part, places in stated.items():
             places.append((f"{name}.{part}", rope.get(part)))
     for places in stated.values():
-        (first, wanted), *others = [place for place in places if place[1] is not None] or [("", 0)]
-        for name, value in others:
-            if value != wanted:
-                refuse(f"{first} is {shown(wanted)}, but {name} is {shown(value)}; make them equal")
+        check_equal([place for place in places if place[1] is not None], refuse)
 
 
 def check_values(raw: Mapping[str, Any], hf: Config, kind: Kind, refuse: Refuse) -> None:
