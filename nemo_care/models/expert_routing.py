@@ -56,41 +56,47 @@ class RecordedPass:
 
 
 @dataclass
-class TrainingPass:
-    """A pass that uses recorded experts where there are some, and counts.
+class RoutingCounts:
+    """What a `TrainingPass` has counted, by layer of this stage.
 
-    `counted` float32 [T] is 1 for tokens and 0 for padding. `recorded` int16 [T, layers of this
-    stage, top_k], `UNRECORDED` where the router decides, or None: it decides everywhere. By layer
-    of this stage, `loads` float32 [E] is the number of tokens of each expert, and `different` the
-    number of tokens with recorded experts for which the router would choose others. A layer that is
+    `loads` float32 [E]: the tokens of each expert. `different`: those of the `recorded` tokens,
+    which have recorded experts, for which the router would choose others. A layer that is
     recomputed sets them again.
     """
 
-    counted: torch.Tensor
-    recorded: torch.Tensor | None = None
+    recorded: torch.Tensor
     loads: dict[int, torch.Tensor] = field(default_factory=dict)
     different: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class TrainingPass:
+    """A pass that uses recorded experts where there are some, and counts."""
+
+    def __init__(self, counted: torch.Tensor, recorded: torch.Tensor | None) -> None:
+        """`counted` float32 [T] is 1 for tokens and 0 for padding.
+
+        `recorded` int16 [T, layers of this stage, top_k] is `UNRECORDED` where the router decides;
+        None: it decides everywhere.
+        """
+        self._counted = counted
+        self._recorded = recorded
+        has_some = counted.new_zeros(()) if recorded is None else recorded[:, 0, 0] != UNRECORDED
+        self.counts = RoutingCounts(has_some.sum())
 
     def choose(self, layer: int, own: torch.Tensor, experts: int) -> torch.Tensor:
         """Return the recorded experts, and the router's for tokens without any."""
         chosen = own
-        if self.recorded is not None:
-            recorded = self.recorded[:, layer].long()
+        if self._recorded is not None:
+            recorded = self._recorded[:, layer].long()
             has_some = recorded[:, :1] != UNRECORDED
             chosen = torch.where(has_some, recorded, own)
             # Experts have no order.
             differs = (chosen.sort(dim=1).values != own.sort(dim=1).values).any(dim=1)
-            self.different[layer] = differs.sum()
-        weights = self.counted[:, None].expand_as(chosen)
+            self.counts.different[layer] = differs.sum()
+        weights = self._counted[:, None].expand_as(chosen)
         loads = torch.zeros(experts, device=chosen.device)
-        self.loads[layer] = loads.index_add_(0, chosen.flatten(), weights.flatten())
+        self.counts.loads[layer] = loads.index_add_(0, chosen.flatten(), weights.flatten())
         return chosen
-
-    def recorded_tokens(self) -> torch.Tensor:
-        """Return the number of tokens with recorded experts."""
-        if self.recorded is None:
-            return self.counted.new_zeros(())
-        return (self.recorded[:, 0, 0] != UNRECORDED).sum()
 
 
 class _Choice:

@@ -50,7 +50,10 @@ class RoutingRecord:
     def results(self) -> RecordedRouting:
         """Return the experts of all layers, in CPU memory; collective over the stages."""
         assert self._completions is not None
+        prompts = of_all_stages(torch.cat(self._prompts)).cpu()
+        lengths = [len(experts) for experts in self._prompts]
         return RecordedRouting(
-            [of_all_stages(experts).cpu() for experts in self._prompts],
+            # Of its own memory each, since a group can be sent to another replica.
+            [experts.clone() for experts in prompts.split(lengths)],
             of_all_stages(self._completions).cpu(),
         )

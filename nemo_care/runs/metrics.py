@@ -286,7 +286,7 @@ ROUTING_DIFFERENCE = _metric(
     "moe/routing_difference", MEAN, Over.ROUTES,
     "the update's router would choose other experts than while sampling, which are used all the "
     "same (`model.moe.routing_replay`)",
-    "near 0: rounding in the first update, and with `rollout.asynchronous` the router's training",
+    "near 0: rounding alone; more with `rollout.asynchronous`, since the router has changed",
     Panel(_TRAINING, "Routing that differs from sampling", "share of tokens and layers"),
     "share",
 )  # fmt: skip
@@ -302,7 +302,7 @@ LARGEST_LOAD = _metric(
 )  # fmt: skip
 LOAD_OF_LAYER = declare(
     Pattern(
-        "moe/load_balance_layer_LAYER", NONE, Over.UPDATE,
+        "moe/load_balance_layer_LAYER", NONE, Over.STEP,
         "the same ratio of one layer, counted from 0", "steady",
     )
 )  # fmt: skip

@@ -18,7 +18,7 @@ from nemo_care.megatron.optimizer import (
     wrap_data_parallel,
 )
 from nemo_care.megatron.optimizer_offload import OptimizerState
-from nemo_care.models.expert_routing import TrainingPass
+from nemo_care.models.expert_routing import RoutingCounts
 from nemo_care.models.pipeline import forward_backward
 from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
 from nemo_care.objective.importance import ImportanceWeights, importance_weights
@@ -59,7 +59,7 @@ class Policy:
         # What the groups have was recorded to be used; `nemo-care replay` can switch it off.
         self.replays_routing = recipe.model.moe.routing_replay is not False
         # Of the last `forward_backward`, with experts.
-        self._passes: list[TrainingPass] = []
+        self._routing: list[RoutingCounts] = []
         self.optimizer = build_optimizer(recipe.optimizer, self.wrapped)
         self.optimizer_state = OptimizerState(self.optimizer, offload=recipe.optimizer.offload)
         self.scheduler = build_scheduler(
@@ -244,7 +244,7 @@ class Policy:
 
         self.wrapped.train()
         self.clear_gradients()
-        self._passes = []
+        self._routing = []
         return forward_backward(self.wrapped, batches, self._inputs, loss_of)
 
     def _inputs(self, batch: GroupBatch) -> ModelInputs:
@@ -252,14 +252,15 @@ class Policy:
         inputs = batch.rows.inputs(self.model)
         if not self.has_experts:
             return inputs
-        self._passes.append(batch.rows.routing(self.model, replay=self.replays_routing))
-        return replace(inputs, routing=self._passes[-1])
+        routing = batch.rows.routing(self.model, replay=self.replays_routing)
+        self._routing.append(routing.counts)
+        return replace(inputs, routing=routing)
 
     def _expert_metrics(self) -> dict[Metric, float | None]:
         if not self.has_experts:
             return {}
         architecture, first = self.model.family.architecture, self.model.first_layer
-        return expert_metrics(self._passes, architecture, first, self.ranks)
+        return expert_metrics(self._routing, architecture, first, self.ranks)
 
     def _reference_log_probs(self, batch: GroupBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the reference's log-probabilities [N, C] (float32), and the tokens it scored."""
