@@ -27,7 +27,7 @@ from nemo_care.groups.files import StoredGroup, read_groups, restore_groups, wri
 from nemo_care.models.expert_routing import UNRECORDED
 from nemo_care.models.families import read_family
 from nemo_care.ranks.process_groups import Ranks
-from nemo_care.rollouts.build import check_routing_replay, replays_routing
+from nemo_care.rollouts.build import check_rollouts, replays_routing
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.runs import metrics as m
@@ -312,17 +312,17 @@ def test_stored_groups_keep_their_experts(job, tmp_path):
 def test_replay_is_refused_where_nothing_can_be_recorded(job, tmp_path):
     checkpoint, world, _ = job
     recipe = small_recipe(checkpoint, world)
+    without = small_recipe(write_tiny_qwen3(tmp_path / "dense"), world)
     experts = read_family(checkpoint).architecture
-    dense = read_family(write_tiny_qwen3(tmp_path / "dense")).architecture
+    check_rollouts(without)
     assert replays_routing(recipe, experts)
-    assert not replays_routing(recipe, dense)
-    recipe.model.moe.routing_replay = True
-    check_routing_replay(recipe, experts)
+    assert not replays_routing(without, read_family(without.model.hf_path).architecture)
+    recipe.model.moe.routing_replay = without.model.moe.routing_replay = True
+    check_rollouts(recipe)
     with pytest.raises(InputError, match="routing_replay=true: this model has no experts"):
-        check_routing_replay(recipe, dense)
+        check_rollouts(without)
     recipe.rollout.backend = "vllm"
     with pytest.raises(InputError, match="vLLM does not return the experts"):
-        check_routing_replay(recipe, experts)
+        check_rollouts(recipe)
     recipe.model.moe.routing_replay = None
-    check_routing_replay(recipe, experts)
     assert not replays_routing(recipe, experts)
