@@ -47,6 +47,11 @@ class MetaMemory(TorchDispatchMode):
         self._results = _Results()
         self._replaced = ExitStack()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, so torch needs no guard around each operator."""
+        return False
+
     def __enter__(self) -> "MetaMemory":
         """Start counting."""
         # Plain replacements, since recomputation inside backward is not seen by function modes.
