@@ -49,11 +49,12 @@ def taken(memory: MetaMemory, operator) -> tuple:
     before = memory.current
     memory.reset_peak()
     result = operator(argument)
-    found = (memory.peak - before, memory.current - before)
-    if result is None:
-        return found
-    shared = result.untyped_storage()._cdata == argument.untyped_storage()._cdata
-    return (*found, result.shape, result.stride(), result.dtype, shared)
+    found: tuple = (memory.peak - before, memory.current - before)
+    storage = argument.untyped_storage()._cdata
+    for one in result if isinstance(result, list) else [result]:
+        shared = one.untyped_storage()._cdata == storage
+        found += (one.shape, one.stride(), one.dtype, shared)
+    return found
 
 
 @pytest.mark.parametrize("name", OPERATORS)

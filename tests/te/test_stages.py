@@ -34,8 +34,12 @@ RECIPES = {
     "blockwise": "Float8BlockScaling",
     "mxfp8": "MXFP8BlockScaling",
 }
-MARKS = ("tensor_model_parallel", "partition_dim", "sequence_parallel", "allreduce")
-UNMARKED = (False, -1, False, True)
+UNMARKED = {
+    "tensor_model_parallel": False,
+    "partition_dim": -1,
+    "sequence_parallel": False,
+    "allreduce": True,
+}
 
 
 def family_of(size: str):
@@ -63,10 +67,13 @@ class Stage:
     sharded: dict
 
 
-def described(parameter) -> list:
+def described(parameter) -> dict:
     assert parameter.dtype == torch.bfloat16
-    marks = [getattr(parameter, mark, no) for mark, no in zip(MARKS, UNMARKED, strict=True)]
-    return [tuple(parameter.shape), *marks]
+    found = {mark: getattr(parameter, mark, no) for mark, no in UNMARKED.items()}
+    if not found["allreduce"]:
+        # Megatron looks at the dimension only when it cuts a model anew.
+        del found["partition_dim"]
+    return found | {"shape": tuple(parameter.shape)}
 
 
 def built(name: str, backend: str, fp8: FP8Config | None = None) -> Stage:
@@ -81,11 +88,14 @@ def built(name: str, backend: str, fp8: FP8Config | None = None) -> Stage:
         for parameter_name, together in named_weights(model):
             source = _source(model, parameter_name)
             parameters[source.names] = (source.cut, [described(p) for p in together])
-            if parameter_name.endswith("final_layernorm.weight"):
-                # TransformerEngine marks this one when it fills it, which it does not on `meta`.
-                norm = model.language_model.decoder.final_layernorm
-                marked = getattr(norm, "sequence_parallel", parameters[source.names][1][0][-2])
-                parameters[source.names][1][0][-2] = marked
+            owner = parameter_name.rpartition(".")[0]
+            if owner.endswith("layernorm"):
+                # TransformerEngine marks norms when it fills them, which it does not on `meta`.
+                (marks,) = parameters[source.names][1]
+                module = model.get_submodule(owner)
+                marks["sequence_parallel"] = getattr(
+                    module, "sequence_parallel", marks["sequence_parallel"]
+                )
         for entry in model.sharded_state_dict("", metadata=sharding_metadata()).values():
             # The experts of a layer are parts of one tensor.
             sharded[entry.key].add(
