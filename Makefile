@@ -26,8 +26,11 @@ install_torch = $(if $(CPU_TORCH),$(1)/bin/python -m pip install --quiet --retri
 	echo "PyTorch's own index has no $(TORCH)+cpu for this machine or cannot be reached: installing $(TORCH) from pip's index",true); \
 	$(1)/bin/python -m pip install $(TORCH)
 
-# The big recipes that differ in their layout.
-SIZES := 3b 7b 32b 72b 32b_fp8 72b_fp8
+# The big recipes.
+PLANNED := qwen2_5_vl_3b qwen2_5_vl_7b qwen2_5_vl_32b qwen2_5_vl_72b qwen2_5_vl_32b_fp8 qwen2_5_vl_72b_fp8 \
+	qwen3_vl_4b qwen3_vl_8b qwen3_vl_32b qwen3_vl_32b_fp8 qwen3_vl_30b_a3b qwen3_vl_235b_a22b
+# Without those whose layout is another one's.
+RUN_DRY := $(filter-out qwen3_vl_8b qwen3_vl_32b_fp8,$(PLANNED))
 
 .PHONY: train test test-slow test-numeric test-vllm test-te dry-runs audit compare study bench report docs plans lint \
 	format clean help
@@ -66,7 +69,7 @@ test-te: $(INSTALLED) .te/oldest .te/newest
 
 # A whole step of each big recipe in a fake world: layouts, shapes, collectives, checkpoint.
 dry-runs: $(INSTALLED)
-	printf 'grpo_care_qwen2_5_vl_%s\n' $(SIZES) | OMP_NUM_THREADS=1 xargs -P 2 -I{} \
+	printf 'grpo_care_%s\n' $(RUN_DRY) | OMP_NUM_THREADS=1 xargs -P 2 -I{} \
 		$(BIN)/nemo-care plan --dry-run --config-name {}
 
 # GRPO and GRPO-CARE with three seeds each, and one table of both.
@@ -99,11 +102,11 @@ docs: $(INSTALLED)
 # What the big recipes need, counted without a GPU: docs/plans.md.
 plans: $(INSTALLED)
 	{ echo "# Plans"; echo; echo '`make plans` writes this page: `nemo-care plan` for each recipe.'; \
-	for size in $(SIZES); do \
-		printf '\n## grpo_care_qwen2_5_vl_%s\n\n```text\n' $$size; \
-		COLUMNS=140 $(BIN)/nemo-care plan --config-name grpo_care_qwen2_5_vl_$$size || exit 1; \
+	for name in $(PLANNED); do \
+		printf '\n## grpo_care_%s\n\n```text\n' $$name; \
+		COLUMNS=140 $(BIN)/nemo-care plan --config-name grpo_care_$$name || exit 1; \
 		echo; \
-		COLUMNS=140 $(BIN)/nemo-care plan --compare-rollouts --config-name grpo_care_qwen2_5_vl_$$size || exit 1; \
+		COLUMNS=140 $(BIN)/nemo-care plan --compare-rollouts --config-name grpo_care_$$name || exit 1; \
 		echo '```'; \
 	done; } > docs/plans.md
 

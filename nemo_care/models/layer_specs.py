@@ -73,6 +73,10 @@ def _transformer_engine(config: TransformerConfig) -> tuple[ModuleSpec, type]:
         qk_layernorm=config.qk_layernorm,
     )
     layer.submodules.self_attention.submodules.core_attention = TransformerEngineGroupAttention
+    # A norm before experts is not fused; in checkpoints it has the name that `local` gives it.
+    layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."] = (
+        "mlp.linear_fc1.layer_norm_"
+    )
     return layer, TENorm
 
 

@@ -103,7 +103,7 @@ def check_fp8(fp8: FP8Config, model: Architecture, layout: Layout) -> None:
     if model.experts is not None:
         raise InputError(
             f"{_KEY}.enabled=true: 8-bit products are not supported for a model with experts, "
-            "each of which gets another number of tokens; set it to false"
+            "whose tokens Megatron would pad for each expert in every layer; set it to false"
         )
     multiple = _product_multiple(fp8.recipe)
     of_rank = {

@@ -283,7 +283,11 @@ class VideoLanguageModel(MegatronModule, ABC):
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.config.fp8 and self.config.fp8_recipe == "delayed":
             return sharded
-        return {key: entry for key, entry in sharded.items() if not key.endswith(_EXTRA_STATE)}
+        # A numbered one for each expert but the first.
+        own = {key: key.rpartition(".")[2] for key in sharded}
+        return {
+            key: entry for key, entry in sharded.items() if not own[key].startswith(_EXTRA_STATE)
+        }
 
     def idle_inputs(self) -> ModelInputs:
         """The shortest micro-batch, for a pass whose result nobody needs."""

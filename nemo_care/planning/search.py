@@ -1,6 +1,7 @@
 """Search the layouts of a recipe that fit a number of GPUs, fastest first."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from nemo_care.planning.stage import StageBuild, built_stage
 from nemo_care.planning.tables import gib, markdown_table
 from nemo_care.planning.work import Clock, StepTime
 from nemo_care.ranks.process_groups import Layout
+from nemo_care.recipe.model import expert_tensor_size
 from nemo_care.recipe.rollout import RolloutConfig
 from nemo_care.recipe.schema import Recipe, check_recipe, needs_reference, replicas_of
 
@@ -53,6 +55,8 @@ def _keys(recipe: Recipe) -> dict[str, str]:
     experts = {}
     if model.expert_model_parallel_size > 1:
         experts["model.expert_model_parallel_size"] = str(model.expert_model_parallel_size)
+    if model.expert_tensor_parallel_size is not None:
+        experts["model.expert_tensor_parallel_size"] = str(model.expert_tensor_parallel_size)
     return {
         "trainer.num_nodes": str(recipe.trainer.num_nodes),
         "trainer.devices": str(recipe.trainer.devices),
@@ -90,7 +94,7 @@ def search(
     limit: int,
     tell: Callable[[str], None],
 ) -> list[Found]:
-    """Return the fastest variant of each TP, PP and EP that fits, at most `limit` of them.
+    """Return the fastest variant of each TP, PP, EP and ETP that fits, at most `limit` of them.
 
     Every layout in the result was built and its phases run, as `make_plan` does. `tell` receives a
     line for each layout that is tried.
@@ -118,22 +122,17 @@ def search(
                 continue
             clock = Clock(variant, shape.family, typical, question.gpu, question.efficiency)
             candidates.append(_Candidate(variant, engine, clock.step(builds)))
-    found: dict[tuple[int, int, int], Found] = {}
+    found: dict[Layout, Found] = {}
     for candidate in sorted(candidates, key=lambda candidate: candidate.seconds.total):
-        model = candidate.recipe.model
-        key = (
-            model.tensor_model_parallel_size,
-            model.pipeline_model_parallel_size,
-            model.expert_model_parallel_size,
-        )
+        key = Layout.of(candidate.recipe)
         if key in found:
             continue
         peak, phase = _largest(candidate.recipe, measured, candidate.engine, question.budget)
         fits = peak <= question.budget
         keys = _keys(candidate.recipe)
-        shared = f" EP {key[2]}" if key[2] > 1 else ""
+        shared = f" EP {key.expert} ETP {key.expert_tensor_size}" if key.expert > 1 else ""
         tell(
-            f"TP {key[0]} PP {key[1]}{shared} {keys['model.recompute_granularity']}, "
+            f"TP {key.tensor} PP {key.pipeline}{shared} {keys['model.recompute_granularity']}, "
             f"{keys['algorithm.groups_per_micro_batch']} group(s), offload "
             f"{_offloaded(candidate.recipe)}: {gib(peak)} GiB in {phase}"
             f"{'' if fits else ', does not fit'}"
@@ -163,7 +162,7 @@ def _layouts(
     """Yield the recipe in every possible layout; tensor parallelism stays within a machine."""
     world = machines * devices
     sizes = range(1, devices + 1), range(1, world + 1), _expert_sizes(shape, world)
-    for tensor, pipeline, expert in itertools.product(*sizes):
+    for tensor, pipeline, (expert, expert_tensor) in itertools.product(*sizes):
         if world % (tensor * pipeline):
             continue
         changed = deepcopy(recipe)
@@ -171,36 +170,48 @@ def _layouts(
         changed.model.tensor_model_parallel_size = tensor
         changed.model.pipeline_model_parallel_size = pipeline
         changed.model.expert_model_parallel_size = expert
-        changed.model.expert_tensor_parallel_size = None
+        changed.model.expert_tensor_parallel_size = expert_tensor
         changed.model.sequence_parallel = tensor > 1
-        if _expert_bytes(shape.architecture, changed) > gpu.memory:
-            continue
         try:
             check_recipe(changed)
             check_plannable(changed, shape, gpu)
         except InputError:
+            continue
+        if _expert_bytes(shape.architecture, changed) > gpu.memory:
             continue
         if changed.algorithm.prompts_per_step % replicas_of(changed):
             continue
         yield changed
 
 
-def _expert_sizes(shape: ModelShape, world: int) -> list[int]:
-    """Return the numbers of ranks over which the experts can be distributed."""
-    experts = shape.architecture.experts
-    if experts is None:
-        return [1]
-    return [size for size in range(1, world + 1) if experts.count % size == world % size == 0]
+def _expert_sizes(shape: ModelShape, world: int) -> Iterator[tuple[int, int | None]]:
+    """Yield the numbers of ranks over which experts, and each one's matrices, can be distributed.
+
+    Matrices are distributed (otherwise None) only over ranks for which there are not enough
+    experts: to distribute experts needs no more memory, and fewer bytes are sent.
+    """
+    yield 1, None
+    if shape.architecture.experts is None:
+        return
+    count = shape.architecture.experts.count
+    for ranks in range(2, world + 1):
+        if world % ranks == 0:
+            expert = math.gcd(count, ranks)
+            if expert > 1:
+                yield expert, ranks // expert if ranks > expert else None
 
 
 def _expert_bytes(model: Architecture, recipe: Recipe) -> int:
-    """Return the bytes of a rank's experts, weights and gradients, which saves building them."""
+    """Return the bytes of a rank's experts at least, which saves building them: weights, gradients,
+    and the rank's share of the optimizer's state."""
     if model.experts is None:
         return 0
     layout = Layout.of(recipe)
     layers = model.layers // layout.pipeline
-    numbers = 3 * model.hidden_size * model.ffn_size * model.experts.count * layers
-    return 6 * numbers // (layout.expert * layout.expert_tensor_size)
+    ranks = layout.expert * layout.expert_tensor_size
+    numbers = 3 * model.hidden_size * model.ffn_size * model.experts.count * layers // ranks
+    same = recipe.trainer.devices * recipe.trainer.num_nodes // (ranks * layout.pipeline)
+    return 6 * numbers + 12 * numbers // max(same, 1)
 
 
 def _variants(recipe: Recipe) -> Iterator[Recipe]:
@@ -286,7 +297,7 @@ def search_report(
             f"data.max_prompt_tokens{_hint(rollout)} help"
         )
     shared = any(item.recipe.model.expert_model_parallel_size > 1 for item in found)
-    columns = ["TP", "PP", *(["EP"] if shared else []), "DP", "recomputation", "offload"]
+    columns = ["TP", "PP", *(["EP", "ETP"] if shared else []), "DP", "recomputation", "offload"]
     columns += ["groups", "peak GiB", "in"]
     table = markdown_table([*columns, "rollout s", "scoring s", "update s", "step s"])
     for item in found:
@@ -296,6 +307,7 @@ def search_report(
             str(model.tensor_model_parallel_size),
             str(model.pipeline_model_parallel_size),
             *([str(model.expert_model_parallel_size)] if shared else []),
+            *([str(expert_tensor_size(model))] if shared else []),
             str(replicas_of(item.recipe)),
             model.recompute_granularity,
             _offloaded(item.recipe),

@@ -160,13 +160,16 @@ class Clock:
         Every expert gets the same number of tokens.
         """
         layout, experts = Layout.of(self.recipe), self.model.experts
-        if experts is None or layout.expert == 1:
+        if experts is None:
             return 0.0
         sent = tokens / self.tensor * experts.active * self.model.hidden_size * 2
-        moved = 2 * sent * (layout.expert - 1) / layout.expert
         inside = layout.expert * layout.expert_tensor_size <= self.recipe.trainer.devices
         link = self.efficiency.nvlink_gb_s if inside else self.efficiency.network_gb_s
-        return self.model.layers * moved / (link * 1e9)
+        seconds = 2 * sent * (layout.expert - 1) / layout.expert / (link * 1e9)
+        # The ranks of an expert's matrices gather each other's tokens, and add up their results.
+        gathered = 2 * sent * (layout.expert_tensor_size - 1)
+        seconds += gathered / (self.efficiency.nvlink_gb_s * 1e9)
+        return self.model.layers * seconds
 
     def _micro_batch(self, head_rows: int, fp8: bool, phase: str) -> _Forward:
         algorithm = self.recipe.algorithm

@@ -20,6 +20,7 @@ from made_data import write_lines, write_seed_bench_r1, write_video_r1
 from made_endpoint import refuses, says
 from records import lines
 from small_runs import small_recipe, small_trainer
+from tiny_qwen3_vl import EXPERTS, write_tiny_qwen3
 
 from nemo_care.cli import main
 from nemo_care.objective.rewards import evaluation_accuracy
@@ -628,6 +629,20 @@ def test_two_replicas_share_the_samples(rank_server, evaluate, world, tmp_path):
     ]
     two = ["evaluation.samples_per_batch=2", "data.workers=1"]
     evaluate_on_two_ranks(rank_server, world, tmp_path / "two", *overrides, *two)
+    assert evaluate(tmp_path / "one", *overrides)[0] == 0
+    assert_same_evaluation(tmp_path / "two", tmp_path / "one")
+
+
+def test_replicas_that_share_experts_evaluate_in_step(rank_server, evaluate, world, tmp_path):
+    """The second replica has fewer prompts, none at last, and shorter completions."""
+    checkpoint = write_tiny_qwen3(tmp_path / "checkpoint", EXPERTS)
+    overrides = [
+        *(f"model.hf_path={checkpoint}", "data.validation.samples_per_level=3"),
+        *("evaluation.judge=likelihood", "evaluation.option_shuffle=true"),
+        *("evaluation.peer_probe=2", "~data.validation.annotations.L3"),
+    ]
+    shared = ["evaluation.samples_per_batch=1", "model.expert_model_parallel_size=2"]
+    evaluate_on_two_ranks(rank_server, world, tmp_path / "two", *overrides, *shared)
     assert evaluate(tmp_path / "one", *overrides)[0] == 0
     assert_same_evaluation(tmp_path / "two", tmp_path / "one")
 

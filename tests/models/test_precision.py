@@ -262,6 +262,12 @@ def test_padded_decoding_samples_the_same_tokens(trainer, checkpoint, world, tmp
     assert found[0] == found[1]
 
 
+def test_eight_bits_are_refused_for_a_model_with_experts():
+    model = read_model_shape("models/Qwen3-VL-30B-A3B-Instruct").architecture
+    with pytest.raises(InputError, match="not supported for a model with experts"):
+        check_fp8(fp8(), model, Layout(tensor=4, expert=16, sequence_parallel=True))
+
+
 def test_a_pass_in_bf16_puts_the_precision_back():
     made = config(fp8())
     with computing(made, fp8=False):
@@ -279,11 +285,11 @@ def test_reference_is_built_for_bf16_unless_it_scores_in_eight_bits(monkeypatch,
     assert build_model(recipe, ranks, fp8=False).config.fp8 is None
 
 
-@pytest.mark.parametrize("size", ["32b", "72b"])
-def test_fp8_recipes_fit_their_models_and_gpus(size):
-    recipe = compose_recipe(["--config-name", f"grpo_care_qwen2_5_vl_{size}_fp8"])
+@pytest.mark.parametrize("model", ["qwen2_5_vl_32b", "qwen2_5_vl_72b", "qwen3_vl_32b"])
+def test_fp8_recipes_fit_their_models_and_gpus(model):
+    recipe = compose_recipe(["--config-name", f"grpo_care_{model}_fp8"])
     assert recipe is not None
-    hf = shape(size.upper())
+    hf = read_model_shape(recipe.model.hf_path).architecture
     check_planned(recipe, hf, read_gpu("h100-80gb"))
     with pytest.raises(InputError, match="--gpu a100-80gb"):
         check_planned(recipe, hf, read_gpu("a100-80gb"))

@@ -9,12 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 from nemo_care.planning.dry_run import dry_run
+from nemo_care.planning.flops import head_flops, layer_flops, packed_tokens
 from nemo_care.planning.gpus import read_gpu
 from nemo_care.planning.plan import Question, make_plan
-from nemo_care.planning.search import search
+from nemo_care.planning.search import _layouts, search
 from nemo_care.planning.shapes import Lengths, read_model_shape
 from nemo_care.planning.stage import built_stage
-from nemo_care.planning.work import head_flops, layer_flops, packed_tokens
+from nemo_care.planning.work import Clock, Efficiency
+from nemo_care.ranks.process_groups import Layout
 
 # TP, PP, EP, replicas.
 LAYOUTS = {
@@ -112,6 +114,35 @@ def test_tokens_travel_in_every_layer(plans):
 
 def test_search_distributes_experts_too(plans):
     assert {(1, 1), (1, 2), (2, 1), (2, 2)} == plans["searched"]
+
+
+@pytest.mark.parametrize(
+    ("experts", "wanted"),
+    [
+        (8, {(1, 2), (2, 1), (4, 1)}),
+        # With two experts on four ranks, two ranks have half of each expert's matrices.
+        (2, {(1, 2), (2, 1), (2, 2)}),
+    ],
+)
+def test_search_cuts_experts_only_where_there_are_too_few(tmp_path, experts, wanted):
+    sizes = tiny_qwen3_config(EXPERTS | {"num_experts": experts}).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    recipe, shape = recipe_of(str(tmp_path), 1, 1, 1, 4), read_model_shape(str(tmp_path))
+    found = map(Layout.of, _layouts(recipe, shape, 1, 4, read_gpu("h100-80gb", None)))
+    of_two = {(it.expert, it.expert_tensor_size) for it in found if it.tensor == 2}
+    assert of_two == wanted
+
+
+def test_experts_that_are_cut_send_more(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_qwen3_config(EXPERTS).to_dict()))
+    shape, gpu = read_model_shape(str(tmp_path)), read_gpu("h100-80gb", None)
+    seconds = []
+    for expert, expert_tensor in ((4, None), (2, 2)):
+        recipe = recipe_of(str(tmp_path), 2, 1, expert, 2)
+        recipe.model.expert_tensor_parallel_size = expert_tensor
+        clock = Clock(recipe, shape.family, Lengths(*LENGTHS, 0, ()), gpu, Efficiency())
+        seconds.append(clock._dispatch(1000))
+    assert 0 < seconds[0] < seconds[1]
 
 
 def test_flops_count_the_active_experts(plans):

@@ -222,9 +222,9 @@ def test_ablation_changes_what_it_says_and_nothing_else(ablation):
         assert recipe.exp_manager.name == f"{base}_{ablation}"
 
 
-@pytest.mark.parametrize("size", ["32b", "72b"])
-def test_fp8_recipe_changes_precision_kernels_and_the_first_step_s_bounds_only(size):
-    base = f"grpo_care_qwen2_5_vl_{size}"
+@pytest.mark.parametrize("model", ["qwen2_5_vl_32b", "qwen2_5_vl_72b", "qwen3_vl_32b"])
+def test_fp8_recipe_changes_precision_kernels_and_the_first_step_s_bounds_only(model):
+    base = f"grpo_care_{model}"
     wanted = [
         "model.backend: auto -> transformer_engine",
         "model.precision.fp8.enabled: False -> True",

@@ -37,6 +37,17 @@ def generic_gemm(a, transposed_a, b, transposed_b, out, quantizer, out_dtype, bi
     return [out, bias_gradient, None, None]
 
 
+def te_general_grouped_gemm(a, transposed_a, b, transposed_b, out, out_dtype, rows, bias,
+                            bias_dtype, single_output, gelu_in, grad, workspaces, size, accumulate,
+                            *rest):  # fmt: skip
+    """One product per expert; some have no rows."""
+    places = out[0].split(rows) if single_output else out
+    for left, right, place in zip(a, b, places, strict=True):
+        generic_gemm(left, transposed_a, right, transposed_b, place, None, out_dtype, None, None,
+                     False, None, grad, None, 0, accumulate, False)  # fmt: skip
+    return bias
+
+
 def rmsnorm_fwd(x, weight, eps, out, quantizer, dtype, margin, zero_centered):
     assert quantizer is None
     assert not zero_centered

@@ -119,6 +119,9 @@ class _Anything:
     def __getitem__(self, key: object) -> "_Anything":
         return self
 
+    def __contains__(self, key: object) -> bool:
+        return False
+
     def __mro_entries__(self, bases: tuple) -> tuple:
         return (object,)
 

@@ -1,5 +1,6 @@
-"""Stages of 3B and 72B on `meta` with TransformerEngine's own Python: names, shapes, marks."""
+"""Stages of big models on `meta` with TransformerEngine's own Python: names, shapes, marks."""
 
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from nemo_care.checkpoints.store import sharding_metadata
+from nemo_care.models.expert_weights import named_weights
 from nemo_care.models.weights import _source
 from nemo_care.planning.fake_world import fake_world
 from nemo_care.planning.shapes import read_model_shape
@@ -17,10 +19,14 @@ from nemo_care.recipe.model import FP8Config
 pytestmark = pytest.mark.te
 
 WIDE = Layout(tensor=8, pipeline=4, sequence_parallel=True)
+SHARED = Layout(tensor=4, sequence_parallel=True, expert=16)
+EXPERTS_CUT = Layout(tensor=4, sequence_parallel=True, expert=8, expert_tensor=2)
 STAGES = {
-    "3B": ("3B", Layout(), 0, 1),
-    "72B, first": ("72B", WIDE, 0, 32),
-    "72B, last": ("72B", WIDE, 24, 32),
+    "3B": ("Qwen2.5-VL-3B", Layout(), 0, 1),
+    "72B, first": ("Qwen2.5-VL-72B", WIDE, 0, 32),
+    "72B, last": ("Qwen2.5-VL-72B", WIDE, 24, 32),
+    "30B-A3B": ("Qwen3-VL-30B-A3B", SHARED, 5, 16),
+    "30B-A3B, experts cut": ("Qwen3-VL-30B-A3B", EXPERTS_CUT, 5, 16),
 }
 RECIPES = {
     "tensorwise": "Float8CurrentScaling",
@@ -28,12 +34,16 @@ RECIPES = {
     "blockwise": "Float8BlockScaling",
     "mxfp8": "MXFP8BlockScaling",
 }
-MARKS = ("tensor_model_parallel", "partition_dim", "sequence_parallel")
-UNMARKED = (False, -1, False)
+UNMARKED = {
+    "tensor_model_parallel": False,
+    "partition_dim": -1,
+    "sequence_parallel": False,
+    "allreduce": True,
+}
 
 
 def family_of(size: str):
-    return read_model_shape(f"Qwen2.5-VL-{size}-Instruct").family
+    return read_model_shape(f"{size}-Instruct").family
 
 
 @contextmanager
@@ -57,6 +67,15 @@ class Stage:
     sharded: dict
 
 
+def described(parameter) -> dict:
+    assert parameter.dtype == torch.bfloat16
+    found = {mark: getattr(parameter, mark, no) for mark, no in UNMARKED.items()}
+    if not found["allreduce"]:
+        # Megatron looks at the dimension only when it cuts a model anew.
+        del found["partition_dim"]
+    return found | {"shape": tuple(parameter.shape)}
+
+
 def built(name: str, backend: str, fp8: FP8Config | None = None) -> Stage:
     size, layout, rank, world = STAGES[name]
     family = family_of(size)
@@ -65,28 +84,28 @@ def built(name: str, backend: str, fp8: FP8Config | None = None) -> Stage:
             config = family.transformer_config(layout, torch.bfloat16, "none", fp8)
             assert not config.use_cpu_initialization
             model = family.build(config, backend)
-        parameters = {}
-        for parameter_name, parameter in model.named_parameters():
+        parameters, sharded = {}, defaultdict(set)
+        for parameter_name, together in named_weights(model):
             source = _source(model, parameter_name)
-            marks = [
-                getattr(parameter, mark, default)
-                for mark, default in zip(MARKS, UNMARKED, strict=True)
-            ]
-            if parameter_name.endswith("final_layernorm.weight"):
-                # TransformerEngine marks this one when it fills it, which it does not on `meta`.
-                norm = model.language_model.decoder.final_layernorm
-                marks[-1] = getattr(norm, "sequence_parallel", marks[-1])
-            parameters[source.names] = (tuple(parameter.shape), source.cut, marks)
-            assert parameter.dtype == torch.bfloat16
-        sharded = {
-            entry.key: (
-                tuple(getattr(entry, "global_shape", ())),
-                tuple(getattr(entry, "local_shape", ())),
-                tuple(getattr(entry, "global_offset", ())),
-                getattr(entry, "replica_id", None),
+            parameters[source.names] = (source.cut, [described(p) for p in together])
+            owner = parameter_name.rpartition(".")[0]
+            if owner.endswith("layernorm"):
+                # TransformerEngine marks norms when it fills them, which it does not on `meta`.
+                (marks,) = parameters[source.names][1]
+                module = model.get_submodule(owner)
+                marks["sequence_parallel"] = getattr(
+                    module, "sequence_parallel", marks["sequence_parallel"]
+                )
+        for entry in model.sharded_state_dict("", metadata=sharding_metadata()).values():
+            # The experts of a layer are parts of one tensor.
+            sharded[entry.key].add(
+                (
+                    tuple(getattr(entry, "global_shape", ())),
+                    tuple(getattr(entry, "local_shape", ())),
+                    tuple(getattr(entry, "global_offset", ())),
+                    getattr(entry, "replica_id", None),
+                )
             )
-            for entry in model.sharded_state_dict("", metadata=sharding_metadata()).values()
-        }
     return Stage(parameters, sharded)
 
 
@@ -105,7 +124,9 @@ def test_megatron_makes_transformer_engines_recipe_and_enters_it(recipe):
 
     with fake_world(Layout(), 0, 1):
         fp8 = FP8Config(enabled=True, recipe=recipe)
-        config = family_of("3B").transformer_config(Layout(), torch.bfloat16, "none", fp8)
+        config = family_of("Qwen2.5-VL-3B").transformer_config(
+            Layout(), torch.bfloat16, "none", fp8
+        )
         made = get_fp8_recipe(config)
         names = [kind.__name__ for kind in type(made).__mro__]
         assert RECIPES[recipe] in names

@@ -13,6 +13,7 @@ from made_groups import make_groups, make_prompts
 from made_optimizer import optimizer_of_megatron, resumed, uninterrupted
 from made_segments import LENGTH, SEGMENTS, gradients, made_inputs
 from small_runs import small_recipe, small_trainer, updated
+from tiny_qwen3_vl import EXPERTS, write_tiny_qwen3
 
 from nemo_care.models.group_attention import GroupAttention
 from nemo_care.models.segments import PackedSegments, Segment
@@ -107,8 +108,19 @@ def step(trainer, job, ranks) -> dict:
     }
 
 
-def test_a_whole_step_equals_that_of_local_layers(ranks, fused, calls, checkpoint, world, tmp_path):
+@pytest.fixture(params=["dense", "experts"])
+def any_checkpoint(request, checkpoint, tmp_path):
+    """A tiny model of either kind, and the additional kernels of its layers."""
+    if request.param == "dense":
+        return checkpoint, set()
+    return write_tiny_qwen3(tmp_path / "checkpoint", EXPERTS), {"te_general_grouped_gemm"}
+
+
+def test_a_whole_step_equals_that_of_local_layers(
+    ranks, fused, calls, any_checkpoint, world, tmp_path
+):
     """In fp32, which recipes refuse with this backend: there every difference can be seen."""
+    checkpoint, kernels = any_checkpoint
     prompts = make_prompts(checkpoint, world, tmp_path)
     job = {"prompts": prompts, "groups": make_groups(prompts, checkpoint)}
     found = {}
@@ -122,7 +134,7 @@ def test_a_whole_step_equals_that_of_local_layers(ranks, fused, calls, checkpoin
         found[backend]["calls"] = set(calls)
     ours, wanted = found["transformer_engine"], found["local"]
     assert wanted["calls"] == set()
-    kernels = {"generic_gemm", "rmsnorm_fwd", "rmsnorm_bwd", "multi_tensor_adam"}
+    kernels |= {"generic_gemm", "rmsnorm_fwd", "rmsnorm_bwd", "multi_tensor_adam"}
     assert kernels | {"convert_thd_to_bshd", "convert_bshd_to_thd"} <= ours["calls"]
     assert ours["sampled"] == wanted["sampled"]
     assert ours["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
