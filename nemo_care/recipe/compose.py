@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def recipe_names() -> list[str]:
     return names_in([recipes_folder()])
 
 
+@cache
 def _register() -> None:
     from hydra.core.config_store import ConfigStore
 
@@ -87,13 +89,18 @@ def _epoch_steps(samples: int, prompts_per_step: int) -> int:
 @contextmanager
 def _command_line(arguments: Sequence[str]) -> Iterator[None]:
     """Set sys.argv, which Hydra reads, and let it raise instead of exiting."""
+    from hydra._internal.hydra import Hydra
+
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Hydra would compose everything once more, only to read whether this is a multirun, which
+    # read_arguments rejects. Without an answer it sets hydra.mode=RUN.
+    get_mode, Hydra.get_mode = Hydra.get_mode, lambda *_, **__: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        sys.argv = argv
+        sys.argv, Hydra.get_mode = argv, get_mode  # type: ignore[method-assign]
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:

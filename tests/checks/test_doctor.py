@@ -93,7 +93,7 @@ def test_gpus_are_listed_with_memory_and_capability(monkeypatch):
     assert by_name["NCCL"].state == MISSING
 
 
-def test_a_cpu_build_of_torch_beside_a_driver_is_told(monkeypatch):
+def test_a_cpu_build_of_torch_beside_a_driver_is_reported(monkeypatch):
     monkeypatch.setattr(machine, "visible_gpus", lambda torch: [])
     monkeypatch.setattr(machine, "output_of", lambda given: "580.1, H100\n580.1, H100")
     _, findings = machine._gpus(pytest)
@@ -264,7 +264,7 @@ def test_disk_and_cpu_memory_are_warnings(recipe_of, monkeypatch):
     assert "3 checkpoints of 1.0 GiB do not fit into the 2.0 GiB" in disk
 
 
-def test_a_plan_that_fails_is_told_and_decides_nothing(recipe_of):
+def test_a_plan_that_fails_is_reported_and_decides_nothing(recipe_of):
     found = fit_of(recipe_of(), made_machine(), [], made_plan(error="no such shape"))
     assert found.problems == []
     assert found.warnings == ["memory was not planned: no such shape"]

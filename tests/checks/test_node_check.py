@@ -45,7 +45,7 @@ def test_a_decoder_that_does_not_load_is_named(recipe, monkeypatch):
     assert problem.startswith("videos can't be decoded: ")
 
 
-def test_what_nvidia_smi_counts_is_told_by_gpu():
+def test_what_nvidia_smi_counts_is_reported_by_gpu():
     healthy = "0, 0, No, No, [N/A]\n1, 0, No, No, [N/A]\n"
     assert gpu_errors(healthy) == []
     assert gpu_errors("0, 0, No, No, No\n5, 3, Yes, No, [N/A]\n") == [
@@ -54,14 +54,14 @@ def test_what_nvidia_smi_counts_is_told_by_gpu():
     ]
 
 
-def test_memory_that_another_process_holds_is_told(monkeypatch):
+def test_memory_that_another_process_holds_is_reported(monkeypatch):
     free = {0: 79, 1: 60}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free[place] * 2**30, 80 * 2**30))
     (problem,) = hardware.gpu_memory_problems(2)
     assert problem == "GPU 1: 20.0 of 80.0 GiB are in use by another process"
 
 
-def test_an_all_reduce_runs_and_a_rank_that_dies_in_it_is_told(monkeypatch):
+def test_an_all_reduce_runs_and_a_rank_that_dies_in_it_is_reported(monkeypatch):
     assert hardware.all_reduce_problems(2, "gloo") == []
     (problem,) = hardware.all_reduce_problems(2, "no_such_backend")
     assert problem.startswith("an all-reduce among 2 ranks fails (no_such_backend): ")

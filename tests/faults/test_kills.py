@@ -78,6 +78,7 @@ def test_signal_to_any_rank_lets_the_step_end_and_saves(
     )
 
 
+@pytest.mark.slow  # test_layouts.py resumes a run in every layout
 def test_run_goes_on_in_other_layouts(run, undisturbed, report):
     for steps, layout in ((2, "TP 2"), (4, "DP 2")):
         fault = {"kind": "kill", "rank": 0, "phase": "rollout", "step": steps + 1}

@@ -13,9 +13,11 @@ from nemo_care.errors import InputError
 from nemo_care.planning.advice import remedies
 from nemo_care.planning.dry_run import dry_run
 from nemo_care.planning.gpus import read_gpu
+from nemo_care.planning.measured import Measurements
 from nemo_care.planning.plan import Plan, Question, make_plan, plan_as_json
 from nemo_care.planning.rollouts import compare_rollouts, comparison_as_json, comparison_report
 from nemo_care.planning.search import search, search_report
+from nemo_care.planning.shapes import read_model_shape
 from nemo_care.planning.tables import plan_report
 from nemo_care.recipe.schema import RANGES, Recipe
 
@@ -52,11 +54,13 @@ def recipe_of(folder: str, pipeline: int, keys: dict | None) -> Recipe:
 
 
 def made_plans(folder: str) -> dict[str, Plan]:
-    """Return the plans by name."""
+    """Return the plans by name; what they have in common is measured once."""
     found = {}
+    measured = Measurements(read_model_shape(folder))
     for name, (pipeline, keys) in PLANS.items():
         question = Question(read_gpu("h100-80gb", SMALLER_GPUS.get(name, 8.0)))
-        found[name] = make_plan(recipe_of(folder, pipeline, keys), question, compare=False)
+        recipe = recipe_of(folder, pipeline, keys)
+        found[name] = make_plan(recipe, question, compare=False, measured=measured)
     return found
 
 
@@ -86,7 +90,8 @@ def searched(folder: str) -> dict:
     question = Question(read_gpu("h100-80gb", 8.0), margin=0.0)
     lines: list[str] = []
     found = search(recipe, question, 2, 10, lines.append)
-    again = [make_plan(item.recipe, question, compare=False) for item in found]
+    anew = Measurements(read_model_shape(folder))
+    again = [make_plan(item.recipe, question, compare=False, measured=anew) for item in found]
     recipe.rollout.vllm.gpu_memory_utilization = 0.01
     told: list[str] = []
     nothing = search(recipe, Question(read_gpu("h100-80gb", 0.5)), 2, 10, told.append)

@@ -20,7 +20,7 @@ from nemo_care.planning.dry_run import dry_run
 from nemo_care.planning.flops import head_flops, layer_flops, packed_tokens
 from nemo_care.planning.gpus import read_gpu
 from nemo_care.planning.measured import Measurements
-from nemo_care.planning.plan import Question, make_plan, plan_as_json
+from nemo_care.planning.plan import Plan, Question, make_plan, plan_as_json
 from nemo_care.planning.search import search
 from nemo_care.planning.shapes import lengths_of, read_model_shape
 from nemo_care.planning.stage import built_stage
@@ -142,14 +142,12 @@ def eight_bits(folder: str) -> dict:
     return found
 
 
-def uses(folder: str) -> dict:
+def uses(folder: str, measured: Measurements) -> dict:
     """Return the memory of the phases in a world of one, by recomputation."""
-    found = {}
-    for granularity in ("none", "selective", "full"):
-        recipe = plan_recipe(folder, 1, 1, granularity)
-        shape = read_model_shape(folder)
-        found[granularity] = vars(Measurements(shape).use(recipe, 0))
-    return found
+    return {
+        granularity: vars(measured.use(plan_recipe(folder, 1, 1, granularity), 0))
+        for granularity in ("none", "selective", "full")
+    }
 
 
 def vision_kernels(folder: str) -> dict:
@@ -207,15 +205,20 @@ def flops(folder: str) -> dict:
     }
 
 
-def refusals(folder: str) -> dict:
+def refusals(folder: str, measured: Measurements) -> dict:
     """Return the line with which each plan is refused, by case."""
+
+    def plan() -> Plan:
+        recipe = plan_recipe(folder, 1, 1)
+        return make_plan(recipe, _question(0.096), compare=False, measured=measured)
+
     small = Question(read_gpu("h100-80gb"))
     seven = "nowhere/Qwen2.5-VL-7B-Instruct"
     cases = {
         "tensor": lambda: make_plan(plan_recipe(seven, 3, 1), small),
         "pipeline": lambda: make_plan(plan_recipe(seven, 1, 5), small),
         "model": lambda: make_plan(plan_recipe("nowhere/Other", 1, 1), small),
-        "memory": lambda: dry_run(make_plan(plan_recipe(folder, 1, 1), _question(0.096))),
+        "memory": lambda: dry_run(plan()),
     }
     lines = {}
     for name, case in cases.items():
@@ -238,26 +241,29 @@ def searched(folder: str) -> list:
     question = _question(1.0485)
     tried: list[str] = []
     found = search(recipe, question, 2, 10, tried.append)
-    plans = [make_plan(item.recipe, question, compare=False) for item in found]
+    anew = Measurements(read_model_shape(folder))
+    plans = [make_plan(item.recipe, question, compare=False, measured=anew) for item in found]
     return [
         (item.overrides, item.peak, plan.worst.peak, plan.fits)
         for item, plan in zip(found, plans, strict=True)
     ] + [tried]
 
 
-def dry_runs(folder: str) -> dict:
+def dry_runs(folder: str, measured: Measurements) -> dict:
     """Return the results of the stages' ranks, by layout."""
     found = {}
+    question = Question(read_gpu("h100-80gb"))
     for tensor, pipeline in ((2, 1), (1, 2), (2, 2)):
         recipe = plan_recipe(folder, tensor, pipeline)
-        plan = make_plan(recipe, Question(read_gpu("h100-80gb")), compare=False)
+        plan = make_plan(recipe, question, compare=False, measured=measured)
         found[f"TP {tensor} PP {pipeline}"] = [vars(run) for run in dry_run(plan)]
     return found
 
 
-def report(folder: str) -> str:
+def report(folder: str, measured: Measurements) -> str:
     """Return the tables of a plan that does not fit."""
-    plan = make_plan(plan_recipe(folder, 1, 2), _question(0.001), compare=False)
+    recipe = plan_recipe(folder, 1, 2)
+    plan = make_plan(recipe, _question(0.001), compare=False, measured=measured)
     console = Console(file=io.StringIO(), width=160)
     console.print(plan_report(plan, remedies(plan)))
     return console.file.getvalue()
@@ -272,20 +278,24 @@ def printed(*arguments: str) -> str:
 
 
 def made_plans(folder: str) -> dict:
-    """Return all results by subject."""
+    """Return all results by subject.
+
+    What several subjects plan of the same recipe and its variants is measured once.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    measured = Measurements(read_model_shape(folder))
     return {
         "counts": parameter_counts(),
         "builds": builds(folder),
-        "uses": uses(folder),
+        "uses": uses(folder, measured),
         "eight_bits": eight_bits(folder),
         "offloaded": offloaded(folder),
         "vision": vision_kernels(folder),
         "schedule": schedule(folder),
         "flops": flops(folder),
-        "refusals": refusals(folder),
+        "refusals": refusals(folder, measured),
         "search": searched(folder),
-        "dry_runs": dry_runs(folder),
+        "dry_runs": dry_runs(folder, measured),
         "json": printed("--json"),
-        "text": report(folder),
+        "text": report(folder, measured),
     }

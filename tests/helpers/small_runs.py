@@ -1,8 +1,10 @@
 """Small recipes and trainers, for tests in one process and on ranks."""
 
+import shutil
 from pathlib import Path
 
 import torch
+from records import lines, without_timing
 
 from nemo_care.data.decoding import DecodingWorkers
 from nemo_care.data.sources import RunData
@@ -60,6 +62,40 @@ def small_trainer(recipe: Recipe, ranks: Ranks, folder: Path) -> GRPOCareTrainer
         levels=data.levels,
         workers=DecodingWorkers.of(recipe.data, leads=ranks.is_model_leader),
     )
+
+
+def whole_and_resumed(
+    recipe: Recipe, ranks: Ranks, folder: Path, *, lost: int | None = None
+) -> tuple[GRPOCareTrainer, GRPOCareTrainer]:
+    """Train three steps at once, and two and then the third; check that both runs are the same.
+
+    Args:
+        lost: the step whose checkpoint disappears before the third step.
+
+    Returns:
+        The trainers of the whole run and of the last part.
+    """
+
+    def trained(name: str, steps: int) -> GRPOCareTrainer:
+        recipe.trainer.max_steps = steps
+        trainer = small_trainer(recipe, ranks, folder / name)
+        trainer.fit()
+        return trainer
+
+    whole = trained("whole", 3)
+    trained("parts", 2)
+    if lost is not None:
+        shutil.rmtree(folder / "parts" / "checkpoints" / f"step_{lost:06d}")
+    resumed = trained("parts", 3)
+    first, second = (lines(folder / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert without_timing(first) == without_timing(second)
+    files = sorted((folder / "whole" / "rollouts").iterdir())
+    assert len(files) == 3
+    for file in files:
+        assert file.read_text() == (folder / "parts" / "rollouts" / file.name).read_text()
+    wanted = weights(whole)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(resumed).items())
+    return whole, resumed
 
 
 def weights(trainer: GRPOCareTrainer) -> dict[str, torch.Tensor]:

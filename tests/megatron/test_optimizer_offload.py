@@ -72,7 +72,7 @@ def assert_equal_states(ours, wanted) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_run_and_its_resumption_equal_those_with_the_state_on_the_gpu(
     recipe, ranks, tmp_path, dtype
 ):

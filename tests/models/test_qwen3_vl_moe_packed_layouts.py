@@ -24,6 +24,13 @@ def checkpoint(tmp_path_factory):
     return write_tiny_qwen3(tmp_path_factory.mktemp("experts") / "checkpoint", EXPERTS)
 
 
-@pytest.fixture(scope="module", params=["tp1", "pp2", "ep2", "tp2_ep2_sequence_parallel"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        *("tp1", "tp2_ep2_sequence_parallel"),
+        # Pipelines of packed groups are the other families'.
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pp2", "ep2")),
+    ],
+)
 def results(on_ranks, request, job, base):  # noqa: F811
     return in_layout(on_ranks, request.param, job, base)

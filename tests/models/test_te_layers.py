@@ -104,16 +104,16 @@ def in_eight_bits(job, ranks: Ranks, folder: Path, **keys) -> dict[str, list]:
 
 
 def resumed(job, ranks: Ranks, folder: Path, first: str) -> dict[str, dict]:
-    """Two steps with one backend, and one more with either: its weights and average."""
+    """A step with one backend, and one more with either: its weights and average."""
     recipe = made_recipe(job, first)
-    recipe.trainer.max_steps = 2
+    recipe.trainer.max_steps = 1
     begun = folder / f"begun-{first}"
     small_trainer(recipe, ranks, begun).fit()
     found = {}
     for backend in BACKENDS:
         run = shutil.copytree(begun, folder / f"{first}-{backend}")
         recipe = made_recipe(job, backend)
-        recipe.trainer.max_steps = 3
+        recipe.trainer.max_steps = 2
         trainer = small_trainer(recipe, ranks, Path(run))
         trainer.fit()
         found[backend] = gather_weights(trainer.policy.model) | {

@@ -18,10 +18,8 @@ from nemo_care.training.build import load_model
 from nemo_care.training.policy import Policy
 
 NAMES = [
-    "tp2",
-    pytest.param("tp2_sequence_parallel", marks=pytest.mark.slow),
-    "tp2_pp2_sequence_parallel",
-    "tp2_dp2",
+    *("tp2_pp2_sequence_parallel", "tp2_dp2"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2", "tp2_sequence_parallel")),
 ]
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch.distributed as dist
 from bad_numbers import everything, inject, unchanged
 from made_rewards import SIGNALS
-from records import lines, without_timing
-from small_runs import one_step, small_recipe, small_trainer, updated
+from records import lines
+from small_runs import one_step, small_recipe, small_trainer, updated, whole_and_resumed
 
 from nemo_care.data.stream import TooManySkipped
 from nemo_care.groups.files import read_groups
@@ -142,23 +142,11 @@ def test_resumed_run_equals_the_uninterrupted_one(recipe, ranks, tmp_path, world
     for place in (5, 22):
         (root / lines(root / "train.jsonl")[place]["videos"][0]).write_bytes(b"no video")
     recipe.data.train.root = str(root)
-    recipe.trainer.max_steps = 3
     recipe.checkpoint.save_interval = 1
-    whole = small_trainer(recipe, ranks, tmp_path / "whole")
-    whole.fit()
     # Killed after the record of the second step, whose checkpoint is gone.
-    recipe.trainer.max_steps = 2
-    small_trainer(recipe, ranks, tmp_path / "parts").fit()
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step_000002")
-    recipe.trainer.max_steps = 3
-    resumed = small_trainer(recipe, ranks, tmp_path / "parts")
-    resumed.fit()
-    first, second = (lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
-    assert without_timing(first) == without_timing(second)
-    for name in ("skipped.jsonl", *(f"rollouts/step_{step:06d}.jsonl" for step in (1, 2, 3))):
-        wanted = (tmp_path / "whole" / name).read_text()
-        assert (tmp_path / "parts" / name).read_text() == wanted
+    whole, resumed = whole_and_resumed(recipe, ranks, tmp_path, lost=2)
     skipped = lines(tmp_path / "whole" / "skipped.jsonl")
+    assert lines(tmp_path / "parts" / "skipped.jsonl") == skipped
     assert [(item["step"], item["index"]) for item in skipped] == [(1, 5), (2, 22)]
     assert resumed.prompts.position == whole.prompts.position
     assert unchanged(everything(whole), everything(resumed))

@@ -131,7 +131,12 @@ def memory(trainer) -> dict:
     }
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+# Of the second family, the layout in which most differs: frames are dealt, sequences are cut.
+LAYOUTS_OF_BOTH = ("tp2_sequence_parallel",)
+
+
+@pytest.fixture(scope="module")
 def job(request, checkpoint, world, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "qwen3_vl":
@@ -151,7 +156,19 @@ def golden(job):
     }
 
 
-@pytest.mark.parametrize("name", ["tp1", "tp2_sequence_parallel", "pp2", "dp2"])
+@pytest.mark.parametrize(
+    ("job", "name"),
+    [
+        pytest.param(
+            *(family, name),
+            marks=[pytest.mark.slow] * (family != FAMILIES[0] and name not in LAYOUTS_OF_BOTH),
+        )
+        for family in FAMILIES
+        for name in ("tp1", "tp2_sequence_parallel", "pp2", "dp2")
+    ],
+    indirect=["job"],
+    scope="module",
+)
 def test_a_step_with_frozen_parts_equals_plain_torch(on_ranks, job, golden, name):
     layout, replicas = LAYOUTS[name]
     result = on_ranks(layout, computed, job | {"name": name}, replicas=replicas)[0]

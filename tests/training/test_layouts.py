@@ -37,15 +37,10 @@ from nemo_care.rollouts.megatron import MegatronGenerator
 pytestmark = pytest.mark.numeric
 
 
-def computed(ranks: Ranks, job: dict) -> dict:
-    """What one layout computes; its files go to NAME-... in the job's folder."""
-    folder, name = job["folder"], job["name"]
-    recipe = small_recipe(job["checkpoint"], job["world"])
-    recipe.rollout.groups_per_batch = 3  # of 4: batches of different sizes
-    trainer = small_trainer(recipe, ranks, folder / name)
+def passes(trainer, ranks: Ranks, job: dict) -> dict:
+    """Logits and sampled tokens of one layout, which also exports the model."""
     model = trainer.policy.model
     result: dict = {}
-
     logits = forward_only(
         model.eval(),
         [job["inputs"]],
@@ -53,8 +48,6 @@ def computed(ranks: Ranks, job: dict) -> dict:
         result_of=lambda hidden, inputs: model.logits(hidden),
     )
     result["logits"] = gather_vocabulary(logits[0] if logits else None, ranks)
-    if not ranks.is_model_leader:
-        job["prompts"] = [prompt.without_frames() for prompt in job["prompts"]]
     result["greedy"] = generate(trainer, job["prompts"], 0.0, ranks)
     result["sampled"] = generate(trainer, job["prompts"], 1.0, ranks)
     if model.family.architecture.experts is None:
@@ -62,7 +55,20 @@ def computed(ranks: Ranks, job: dict) -> dict:
             model, trainer.generator.tokenizer, ranks, groups_per_batch=3, cuda_graphs=True
         )
         result["fixed"] = generate(trainer, job["prompts"], 1.0, ranks, generator=fixed)
-    export_hf(model, job["checkpoint"], folder / f"{name}-export")
+    export_hf(model, job["checkpoint"], job["folder"] / f"{job['name']}-export")
+    return result
+
+
+def computed(ranks: Ranks, job: dict) -> dict:
+    """What one layout computes; its files go to NAME-... in the job's folder."""
+    folder, name = job["folder"], job["name"]
+    recipe = small_recipe(job["checkpoint"], job["world"])
+    recipe.rollout.groups_per_batch = 3  # of 4: batches of different sizes
+    trainer = small_trainer(recipe, ranks, folder / name)
+    model = trainer.policy.model
+    if not ranks.is_model_leader:
+        job["prompts"] = [prompt.without_frames() for prompt in job["prompts"]]
+    result = {} if job["only"] == "runs" else passes(trainer, ranks, job)
 
     # One step on given completions.
     groups = held_by_leader(share_of(job["groups"], ranks), ranks)
@@ -85,7 +91,7 @@ def computed(ranks: Ranks, job: dict) -> dict:
         "average": gather_weights(trainer.reference.average.model),
     }
 
-    if job["parity_only"]:
+    if job["only"] == "parity":
         return result
 
     # Another step with a KL term, now that reference and policy differ.
@@ -113,9 +119,9 @@ def computed(ranks: Ranks, job: dict) -> dict:
     # A run that one process began, resumed in this layout.
     begun, resumed = folder / "begun", folder / f"{name}-resumed"
     if not begun.exists():
-        recipe.trainer.max_steps = 2
+        recipe.trainer.max_steps = 1
         small_trainer(recipe, ranks, begun).fit()
-        recipe.trainer.max_steps = 4
+    recipe.trainer.max_steps = 2
     if ranks.rank == 0:
         shutil.copytree(begun, resumed)
     ranks.barrier()
@@ -133,8 +139,12 @@ def job(checkpoint, world, folder):
     return made_job(checkpoint, world, folder)
 
 
-def made_job(checkpoint, world, folder, *, parity_only=False):
-    """What `computed` works on; with `parity_only` it ends after the step of the golden model."""
+def made_job(checkpoint, world, folder, *, only=None):
+    """What `computed` works on.
+
+    `only` is None for all, "parity" to end after the step of the golden model, or "runs" to begin
+    with it.
+    """
     prompts = make_prompts(checkpoint, world, folder)
     # Two rows of equal length for the comparison of logits.
     video = prompts[0]
@@ -156,7 +166,7 @@ def made_job(checkpoint, world, folder, *, parity_only=False):
         "prompts": prompts,
         "groups": make_groups(prompts, checkpoint),
         "inputs": inputs,
-        "parity_only": parity_only,
+        "only": only,
     }
 
 
@@ -361,8 +371,8 @@ def test_frames_take_the_same_memory_in_every_layout_of_a_replica(layout):
 def test_a_run_of_one_process_resumes_in_every_layout(layout, folder):
     name, _ = layout
     ours, base = read_metrics(folder / f"{name}-resumed"), read_metrics(folder / "tp1-resumed")
-    assert [line["step"] for line in ours] == [1, 2, 3, 4]
-    # Two AdamW steps of lr * sign(gradient) lie between; rounding differs a little more.
+    assert [line["step"] for line in ours] == [1, 2]
+    # An AdamW step of lr * sign(gradient) lies between; rounding differs a little more.
     for mine, wanted in zip(ours, base, strict=True):
         assert_same_metrics(mine, wanted, 5e-3)
 
@@ -375,7 +385,7 @@ def loaded(folder, ranks, checkpoint, world):
     def load(name: str) -> dict:
         trainer = small_trainer(small_recipe(checkpoint, world), ranks, folder / f"{name}-resumed")
         trainer.resume()
-        assert trainer.step == 4
+        assert trainer.step == 2
         (part,) = trainer.policy.optimizer.chained_optimizers
         return (
             dict(trainer.policy.model.named_parameters())
@@ -393,7 +403,7 @@ def loaded(folder, ranks, checkpoint, world):
 def test_what_every_layout_saves_one_process_loads(layout, loaded):
     ours, wanted = loaded(layout[0]), loaded("tp1")
     assert sum(key.startswith("exp_avg_sq") for key in wanted) > 50
-    # Four AdamW steps of lr * sign(gradient): where the gradient is rounding noise, so is its sign.
-    assert_close(ours, wanted, absolute=8.5e-3, what="checkpointed state")
+    # Two AdamW steps of lr * sign(gradient): where the gradient is rounding noise, so is its sign.
+    assert_close(ours, wanted, absolute=4.3e-3, what="checkpointed state")
     moved = sum(((ours[key] - wanted[key]).abs() > 1e-4).sum() for key in wanted)
     assert moved < 0.01 * sum(tensor.numel() for tensor in wanted.values())

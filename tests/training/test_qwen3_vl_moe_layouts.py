@@ -24,8 +24,12 @@ from tiny_qwen3_vl import EXPERTS, write_tiny_qwen3
 pytestmark = pytest.mark.numeric
 
 NAMES = [
-    *("tp1", "tp2_sequence_parallel", "pp2", "dp2"),
-    *("ep2", "tp2_ep2_sequence_parallel", "tp2_ep2_etp2_sequence_parallel"),
+    *("tp1", "pp2", "ep2", "tp2_ep2_etp2_sequence_parallel"),
+    # The last one has tensor parallelism and two replicas too.
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("tp2_sequence_parallel", "dp2", "tp2_ep2_sequence_parallel")
+    ),
 ]
 
 
@@ -37,7 +41,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def job(checkpoint, world, folder):  # noqa: F811
-    return made_job(checkpoint, world, folder, parity_only=True)
+    return made_job(checkpoint, world, folder, only="parity")
 
 
 @pytest.fixture(scope="module", params=NAMES)

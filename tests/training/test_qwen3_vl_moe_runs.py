@@ -23,9 +23,13 @@ pytestmark = pytest.mark.numeric
 
 @pytest.fixture(scope="module")
 def job(checkpoint, world, folder):  # noqa: F811
-    return made_job(checkpoint, world, folder)
+    return made_job(checkpoint, world, folder, only="runs")
 
 
-@pytest.fixture(scope="module", params=["ep2", "tp2_ep2_sequence_parallel"])
+# Its parity with tensor parallelism is in test_qwen3_vl_moe_layouts.py.
+WITH_TENSOR_PARALLEL = pytest.param("tp2_ep2_sequence_parallel", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["ep2", WITH_TENSOR_PARALLEL])
 def layout(on_ranks, request, job, base):  # noqa: F811
     return in_layout(on_ranks, request.param, job, base)

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from records import lines, without_timing
-from small_runs import small_recipe, small_trainer, updated, weights
+from records import lines
+from small_runs import small_recipe, small_trainer, updated, whole_and_resumed
 
 from nemo_care.errors import InputError, RunFailed
 
@@ -42,7 +42,8 @@ def recipe(checkpoint, world):
     return small_recipe(checkpoint, world)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+# test_dynamic_sampling.py and test_stopping.py resume runs in float32.
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_resumed_run_equals_the_uninterrupted_one(recipe, ranks, tmp_path, dtype):
     recipe.model.precision.dtype = dtype
     recipe.rollout.max_logprob_difference = 1.0
@@ -53,23 +54,10 @@ def test_resumed_run_equals_the_uninterrupted_one(recipe, ranks, tmp_path, dtype
     recipe.algorithm.reference.ema_update_every = 3
     # Decoding batches of different sizes.
     recipe.rollout.groups_per_batch = 3
-    recipe.trainer.max_steps = 3
-    whole = small_trainer(recipe, ranks, tmp_path / "whole")
-    whole.fit()
-    recipe.trainer.max_steps = 2
-    small_trainer(recipe, ranks, tmp_path / "parts").fit()
-    recipe.trainer.max_steps = 3
-    resumed = small_trainer(recipe, ranks, tmp_path / "parts")
-    resumed.fit()
-    first, second = (lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
-    assert without_timing(first) == without_timing(second)
-    for file in sorted((tmp_path / "whole" / "rollouts").iterdir()):
-        assert file.read_text() == (tmp_path / "parts" / "rollouts" / file.name).read_text()
-    wanted = weights(whole)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(resumed).items())
+    whole, resumed = whole_and_resumed(recipe, ranks, tmp_path)
     averages = whole.reference.average.state, resumed.reference.average.state
     assert all(torch.equal(tensor, averages[1][name]) for name, tensor in averages[0].items())
-    assert len({line["train/lr"] for line in first}) == 3
+    assert len({line["train/lr"] for line in lines(tmp_path / "whole" / "metrics.jsonl")}) == 3
 
 
 def adamw_state(trainer) -> list[dict]:
@@ -91,7 +79,7 @@ def adamw_state(trainer) -> list[dict]:
     [
         ("fp32", False),
         pytest.param("fp32", True, marks=pytest.mark.slow),
-        ("bf16", False),
+        pytest.param("bf16", False, marks=pytest.mark.slow),
         ("bf16", True),
     ],
 )
@@ -209,7 +197,7 @@ def test_micro_batches_of_any_size_give_the_same_step(recipe, ranks, tmp_path):
 
 def recipe_with_kl(checkpoint, world):
     recipe = small_recipe(checkpoint, world)
-    recipe.trainer.max_steps = 3
+    recipe.trainer.max_steps = 2
     recipe.algorithm.kl_coefficient = 0.02
     return recipe
 
