@@ -16,13 +16,20 @@ from gate import Gate, GateNotPassed, measure_gate
 from nemo_care.errors import InputError
 from nemo_care.process import ending
 from nemo_care.process.screen import one_line, say
-from tiny_model import build_model, save_checkpoint
+from tiny_model import MODEL_TYPES, build_model, save_checkpoint
 from warm_start import warm_start
 
 GATE_FILE = "gate.json"
 
 
-def build(out_dir: str | Path, *, seed: int, scale: float = 1.0, require_gate: bool = True) -> Gate:
+def build(
+    out_dir: str | Path,
+    *,
+    seed: int,
+    model_type: str = MODEL_TYPES[0],
+    scale: float = 1.0,
+    require_gate: bool = True,
+) -> Gate:
     """Build, warm-start and check a miniature, and write it to `out_dir`.
 
     The directory is a Hugging Face checkpoint with its tokenizer, and `gate.json` with the
@@ -31,6 +38,7 @@ def build(out_dir: str | Path, *, seed: int, scale: float = 1.0, require_gate: b
     Args:
         out_dir: must not exist, or be empty.
         seed: seed of the weights and the data.
+        model_type: the family's name in config.json.
         scale: shortens every warm-start stage, for tests.
         require_gate: False accepts a model that did not pass the gate.
 
@@ -45,8 +53,8 @@ def build(out_dir: str | Path, *, seed: int, scale: float = 1.0, require_gate: b
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(f"{out_dir}: exists already; remove it or choose another directory")
     start = time.monotonic()
-    model = build_model(seed)
-    say(f"{sum(p.numel() for p in model.parameters())} parameters, seed {seed}")
+    model = build_model(seed, model_type)
+    say(f"{model_type}, {sum(p.numel() for p in model.parameters())} parameters, seed {seed}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are too small for more threads to help
     try:
@@ -87,6 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
         "not pass the forced-reasoning gate (try another seed); 2 OUT can't be used.",
     )
     parser.add_argument("out", metavar="OUT", help="directory to write; must be new or empty")
+    parser.add_argument(
+        "--model-type",
+        choices=MODEL_TYPES,
+        default=MODEL_TYPES[0],
+        help=f"the model's family (default: {MODEL_TYPES[0]})",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="shorten every stage, for tests (default: 1)"
@@ -96,7 +110,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        build(options.out, seed=options.seed, scale=options.scale, require_gate=not options.no_gate)
+        build(
+            options.out,
+            seed=options.seed,
+            model_type=options.model_type,
+            scale=options.scale,
+            require_gate=not options.no_gate,
+        )
     except GateNotPassed as error:
         say(error, file=sys.stderr)
         return 1

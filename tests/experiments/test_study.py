@@ -396,6 +396,24 @@ def test_variant_that_starts_elsewhere_is_named(made, trained):
     assert 'The row "start" is not the start of: care.' in (made.out / "study.md").read_text()
 
 
+def test_each_recipe_has_a_start_of_its_own_if_they_train_different_models(made, trained):
+    made.edit("  care:\n", "  care: {recipe: tiny_cpu_grpo}\n")
+    lines = complete_lines(trained.out / "results.jsonl")
+    for line in lines:
+        line["start"]["L1"]["accuracy"] = {"grpo": 0.25, "care": 0.125}[line["variant"]]
+    results = made.folder / "some.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made.run(results_file=results)
+    text = (made.out / "study.md").read_text()
+    table, seeds = text.split("## Every seed")
+    first, second = (row(table, f"start of {name}") for name in ("tiny_cpu", "tiny_cpu_grpo"))
+    assert (first[0], first[-1]) == ("0.25 ± 0.00", "2 of 3")
+    assert (second[0], second[-1]) == ("0.12 ± 0.00", "2")
+    assert row(seeds, "start of tiny_cpu_grpo | 2")[0] == "0.12"
+    assert "is not the start of" not in text
+    assert json.loads((made.out / "study.json").read_text())["start of tiny_cpu_grpo"]
+
+
 def test_study_without_a_finished_run_publishes_nothing(made, capsys):
     made.command = [sys.executable, "-c", "raise SystemExit(3)"]
     assert len(made.run(only=["care"])) == 2
