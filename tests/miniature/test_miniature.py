@@ -3,6 +3,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,6 +331,14 @@ def test_a_committed_checkpoint_passes_the_gate_as_recorded(model_type):
     recorded = json.loads((checkpoint / GATE_FILE).read_text())
     assert recorded["passed"]
     assert vars(gate) == pytest.approx(recorded["gate"], abs=1e-3)
+
+
+def test_the_scripts_page_lists_the_gate_of_every_checkpoint():
+    text = Path(make_checkpoint.__file__).with_name("README.md").read_text()
+    for model_type, checkpoint in CHECKPOINTS.items():
+        made = json.loads((checkpoint / GATE_FILE).read_text())
+        cells = [f"`{model_type}`", str(made["seed"]), *(f"{v:.4f}" for v in made["gate"].values())]
+        assert f"| {' | '.join(cells)} |" in text
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
