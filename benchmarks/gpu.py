@@ -121,7 +121,7 @@ def planned(folder: str, way: Way, args: argparse.Namespace) -> dict[str, float]
     recipe, shape = recipe_of(folder, way, args), read_model_shape(folder)
     with built_stage(recipe, shape, 0, reference=False) as stage:
         lengths = longest_lengths(recipe, shape.family)
-        peak = stage.build.held(offload=True) + max(stage.update(lengths, 1))
+        peak = stage.build.held(recipe) + max(stage.update(lengths, 1))
     return {"planned_bytes": peak}
 
 

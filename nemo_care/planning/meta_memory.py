@@ -10,7 +10,7 @@ device memory, and its hooks on every module take minutes at these sizes.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -49,7 +49,7 @@ class MetaMemory(TorchDispatchMode):
         """Start counting."""
         # Plain replacements, since recomputation inside backward is not seen by function modes.
         self._replaced.enter_context(patch.object(F, _ATTENTION.__name__, _attention))
-        self._replaced.enter_context(patch.object(torch, "tensor", _tensor))
+        self._replaced.enter_context(patch.object(torch, "tensor", _reading_back(torch.tensor)))
         self._replaced.enter_context(patch.object(host_memory, "host_empty", self._host_empty))
         self._replaced.enter_context(
             patch.object(CausalBias, "__new__", _new_outside_modes, create=True)
@@ -185,7 +185,6 @@ def _new_outside_modes(cls: type[CausalBias], *args: Any) -> CausalBias:
 
 
 _ATTENTION = F.scaled_dot_product_attention
-_TENSOR = torch.tensor
 
 
 def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -193,10 +192,14 @@ def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return (flash_attention if query.is_meta else _ATTENTION)(query, *args, **kwargs)
 
 
-def _tensor(data: Any, **kwargs: Any) -> torch.Tensor:
-    """Create a tensor as `torch.tensor` does, which reads the values of tensors in a list."""
-    values = tree_map_only(torch.Tensor, lambda t: _read_back(t) if t.is_meta else t, data)
-    return _TENSOR(values, **kwargs)
+def _reading_back(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return `torch.tensor`, which reads the values of tensors in a list, for those on `meta`."""
+
+    def made(data: Any, **kwargs: Any) -> torch.Tensor:
+        values = tree_map_only(torch.Tensor, lambda t: _read_back(t) if t.is_meta else t, data)
+        return make(values, **kwargs)
+
+    return made
 
 
 def flash_attention(

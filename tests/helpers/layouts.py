@@ -29,9 +29,9 @@ EXPERT_LAYOUTS = {
 
 
 def gather_weights(model, *, trained_only: bool = False) -> dict[str, torch.Tensor]:
-    """Gather Hugging Face's names and tensors from all pipeline stages."""
+    """Gather Hugging Face's names and tensors, on the CPU, from all pipeline stages."""
     weights = iterate_hf_weights(model, trained_only=trained_only)
-    mine = {name: tensor.detach().clone() for name, tensor in weights}
+    mine = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return {name: tensor for part in everyone for name, tensor in part.items()}

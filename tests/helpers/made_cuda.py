@@ -26,6 +26,5 @@ def with_cuda_products() -> Iterator[None]:
 
 def without_values(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return a CUDA tensor without values, inside a FakeTensorMode."""
-    # Otherwise `enable_cpu_megatron` replaces the device, if it is active in this process.
-    with torch._C.DisableTorchFunction():
-        return torch.empty(shape, dtype=dtype, device="cuda")
+    # The operator itself: `enable_cpu_megatron` may have replaced torch.empty in this process.
+    return torch.ops.aten.empty.memory_format(shape, dtype=dtype, device="cuda")

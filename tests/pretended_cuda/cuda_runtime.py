@@ -14,6 +14,7 @@ from cuda_kernels import FusedRMSNorm
 from cuda_rules import CUDA, MixedDevices, on_cuda
 from cuda_tensors import CudaTensor, inner
 from torch.nn.attention.bias import CausalBias
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
@@ -159,6 +160,9 @@ def _maker(dtype: torch.dtype) -> Callable[[Any], torch.Tensor]:
 
 
 def _replace_tensor_functions() -> None:
+    # `with torch.device(...)` keeps a list of functions that make tensors from its first use on: it
+    # must hold the true ones, or transformers does not see that it builds a model on meta.
+    _device_constructors()
     torch.tensor, torch.as_tensor = _made_there(torch.tensor), _made_there(torch.as_tensor)
     F.scaled_dot_product_attention = _attention
     torch.rms_norm = _rms_norm

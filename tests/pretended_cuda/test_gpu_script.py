@@ -41,4 +41,5 @@ def test_the_gpu_script_reaches_its_end(pretended_environment, tmp_path):
         "packed, local, bf16",
     ]
     assert all(row["device"] == "pretended H100" for row in benchmark["rows"])
+    assert all(row["planned_bytes"] > 0 for row in benchmark["rows"])
     assert (out / "doctor.json").is_file()
