@@ -1,4 +1,4 @@
-"""The miniature's models: complete, with 280 to 400 thousand parameters, one for each family."""
+"""The miniature's models: complete, with 280 to 740 thousand parameters, one for each family."""
 
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,8 @@ _CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
             "text_config": {
                 **_QWEN3_TEXT,
                 "intermediate_size": 160,
-                "moe_intermediate_size": 48,
+                # That of the model without experts, whose weights each expert begins with.
+                "moe_intermediate_size": 160,
                 "num_experts": 4,
                 "num_experts_per_tok": 2,
             },
@@ -138,6 +139,29 @@ def build_model(seed: int, model_type: str = "qwen2_5_vl") -> PreTrainedModel:
                 if weight.dim() >= 2:
                     weight.normal_(0, _standard_deviation(name, weight))
     return _attending_in_batches(model)
+
+
+def with_experts(dense: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Return a model with experts that computes what `dense` computes.
+
+    Each expert begins as a copy of its layer's MLP, and the router is random, as in sparse
+    upcycling (arXiv 2212.05055): the weights of a token's experts sum to 1.
+    """
+    model = build_model(seed, f"{dense.config.model_type}_moe")
+    given = dict(dense.named_parameters())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            mlp, _, part = name.rpartition("experts.")
+            if part == "gate_up_proj":
+                halves = [given[f"{mlp}{half}_proj.weight"] for half in ("gate", "up")]
+                weight.copy_(torch.cat(halves))
+            elif part == "down_proj":
+                weight.copy_(given[f"{mlp}down_proj.weight"])
+            elif name == "lm_head.weight":
+                weight.copy_(dense.get_output_embeddings().weight)
+            elif not name.endswith("mlp.gate.weight"):
+                weight.copy_(given[name])
+    return model
 
 
 def _standard_deviation(name: str, weight: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ The settings of stage 4 were chosen by their outcome: six candidates (one with a
 all from build seed 0, were compared by whether 100 steps of GRPO-CARE end with consistent answers.
 With the chosen one they did for all of 8 RL seeds, and GRPO's answers were inconsistent for 2 of 2.
 The checkpoint therefore shows that the effect can appear, not how often: no other build seed was
-tested. All of this was done with Qwen2.5-VL; other families take the stages as they are.
+tested. All of this was done with Qwen2.5-VL; README.md says what differs for the other families.
 """
 
 import math

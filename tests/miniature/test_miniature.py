@@ -36,7 +36,14 @@ from nemo_care.miniature.world import (
     draw_scenes,
 )
 from nemo_care.models.families import FAMILIES, read_family
-from tiny_model import MODEL_TYPES, build_model, load_checkpoint, save_checkpoint, tiny_config
+from tiny_model import (
+    MODEL_TYPES,
+    build_model,
+    load_checkpoint,
+    save_checkpoint,
+    tiny_config,
+    with_experts,
+)
 from warm_start import STAGES, draw_batch, draw_completion
 
 
@@ -288,6 +295,29 @@ def test_a_short_build_writes_a_loadable_checkpoint(tmp_path, capsys):
     assert "stage 4 mostly follow: 1 steps" in capsys.readouterr().out
     with pytest.raises(InputError, match="exists already"):
         build(out, seed=0)
+
+
+def test_a_model_with_experts_begins_with_the_outputs_of_the_one_without():
+    dense = load_checkpoint(CHECKPOINTS["qwen3_vl"])
+    batch = draw_batch("qwen3_vl", STAGES[-1], 4, generator())
+    with torch.no_grad():
+        wanted, found = (
+            completion_logits(model.eval(), batch.pixel_values, batch.token_ids, 12)
+            for model in (dense, with_experts(dense, 3))
+        )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_stages_are_repeated_from_a_checkpoint_of_the_family(tmp_path):
+    settings = {"seed": 0, "scale": 0.005, "require_gate": False, "stages": STAGES[-1:]}
+    start = CHECKPOINTS["qwen3_vl"]
+    build(tmp_path / "out", model_type="qwen3_vl_moe", start_from=start, **settings)
+    begun, made = (load_checkpoint(path).state_dict() for path in (start, tmp_path / "out"))
+    name = "model.visual.patch_embed.proj.weight"
+    # One step: far from random weights.
+    assert 0 < (made[name] - begun[name]).abs().max() < 0.01
+    with pytest.raises(InputError, match="--model-type qwen3_vl"):
+        build(tmp_path / "other", model_type="qwen2_5_vl", start_from=start, **settings)
 
 
 def test_a_build_that_fails_the_gate_is_set_aside(tmp_path):
