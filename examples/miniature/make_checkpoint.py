@@ -101,7 +101,7 @@ def _initial_model(seed: int, model_type: str, start_from: str | Path | None) ->
     given = model.config.model_type
     if given != model_type and f"{given}_moe" != model_type:
         raise InputError(f"{start_from}: is a {given}; give --model-type {given}")
-    return model if given == model_type else with_experts(model, seed)
+    return model if given == model_type else with_experts(model)
 
 
 def main(arguments: list[str] | None = None) -> int:

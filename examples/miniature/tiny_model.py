@@ -141,13 +141,13 @@ def build_model(seed: int, model_type: str = "qwen2_5_vl") -> PreTrainedModel:
     return _attending_in_batches(model)
 
 
-def with_experts(dense: PreTrainedModel, seed: int) -> PreTrainedModel:
+def with_experts(dense: PreTrainedModel) -> PreTrainedModel:
     """Return a model with experts that computes what `dense` computes.
 
-    Each expert begins as a copy of its layer's MLP, and the router is random, as in sparse
-    upcycling (arXiv 2212.05055): the weights of a token's experts sum to 1.
+    Each expert begins as a copy of its layer's MLP, and the router is random, always the same, as
+    in sparse upcycling (arXiv 2212.05055): the weights of a token's experts sum to 1.
     """
-    model = build_model(seed, f"{dense.config.model_type}_moe")
+    model = build_model(0, f"{dense.config.model_type}_moe")
     given = dict(dense.named_parameters())
     with torch.no_grad():
         for name, weight in model.named_parameters():
