@@ -8,8 +8,10 @@ import torch
 from nemo_care.data.patches import Patching
 from nemo_care.data.prompts import Prompt
 from nemo_care.groups.group import Group, known
+from nemo_care.groups.routing import Span, training_pass
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.decoding_cache import DecodingCache
+from nemo_care.models.expert_routing import TrainingPass
 from nemo_care.models.frames import patches_on_device
 from nemo_care.models.segments import PackedSegments
 from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
@@ -21,7 +23,7 @@ class Rows:
 
     `prompts` in the order in which their images and videos appear in the rows; a prompt may appear
     several times. The rest as in `ModelInputs`, with `is_vision` False everywhere where there are
-    no vision tokens.
+    no vision tokens. `spans` are the prompts and completions in the rows, and nothing else.
     """
 
     prompts: Sequence[Prompt]
@@ -29,6 +31,7 @@ class Rows:
     position_ids: torch.Tensor
     is_vision: torch.Tensor
     packed: PackedSegments | DecodingCache | None = None
+    spans: Sequence[Span] = ()
 
     def inputs(self, model: VideoLanguageModel) -> ModelInputs:
         """The inputs of this rank's stage, on the compute device.
@@ -53,6 +56,11 @@ class Rows:
         if "vision" in model.frozen:
             return replace(inputs, vision_states=_vision_states(seen, model, inputs))
         return _with_patches(inputs, seen, model.patching)
+
+    def routing(self, model: VideoLanguageModel, *, replay: bool) -> TrainingPass:
+        """The routing of this rank's tokens, which uses recorded experts if `replay`."""
+        rows, width = self.token_ids.shape
+        return training_pass(self.spans, (rows, width), model, replay=replay)
 
     def _vision_places(self) -> torch.Tensor:
         rows, columns = self.is_vision.nonzero(as_tuple=True)

@@ -4,7 +4,8 @@ NAME.safetensors    `groups.N.KEY`: prompt_token_ids [P]; [G] each base_reward, 
                     reward, advantage, rewards.NAME and answer_likelihood, where known;
                     `completions.M.KEY`, [C] each: token_ids, log_probs (the rollout's),
                     reference_log_probs (NaN where not scored) and policy_log_probs
-                    (those of the update), where known
+                    (those of the update), where known; prompt_routing [P, layers, top_k] and
+                    `completions.M.routing` [C, layers, top_k], where recorded
 NAME.json           prompt_index, sample_id and, of each completion, text, ended, answer_span
 """
 
@@ -58,9 +59,13 @@ class StoredGroup:
         tensors |= {f"rewards.{name}": values for name, values in known(group.rewards).items()}
         if group.answer_likelihood is not None:
             tensors["answer_likelihood"] = group.answer_likelihood
+        if group.prompt_routing is not None:
+            tensors["prompt_routing"] = group.prompt_routing
         for number, completion in enumerate(group.completions):
             tensors[f"completions.{number}.token_ids"] = completion.token_ids
             tensors[f"completions.{number}.log_probs"] = completion.log_probs
+            if completion.routing is not None:
+                tensors[f"completions.{number}.routing"] = completion.routing
         for key, vectors in (
             ("reference_log_probs", group.reference_log_probs),
             ("policy_log_probs", policy_log_probs),
@@ -94,6 +99,7 @@ class StoredGroup:
                 text=completion["text"],
                 ended=completion["ended"],
                 answer_span=tuple(completion["answer_span"]) if completion["answer_span"] else None,
+                routing=tensors.get(f"completions.{number}.routing"),
             )
             for number, completion in enumerate(self.record["completions"])
         ]
@@ -108,6 +114,7 @@ class StoredGroup:
         return Group(
             prompt,
             completions,
+            prompt_routing=tensors.get("prompt_routing"),
             rewards=rewards,
             answer_likelihood=tensors.get("answer_likelihood"),
             reference_log_probs=all_scored if len(all_scored) == count else None,

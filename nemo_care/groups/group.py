@@ -19,7 +19,9 @@ class Completion:
     `log_probs` float32 [C] are its tokens' in the generator (temperature 1, no top-p).
     `answer_span` is half open, in token indices; None without a well-formed answer. `answer_cuts`
     are the places where the answer can be cut from the reasoning (see `AnswerTokens.cuts`); None:
-    only right before the answer's first token.
+    only right before the answer's first token. `routing` int16 [C, layers, top_k] are the experts
+    that each token went to while it was sampled, `UNRECORDED` for a token that went through no
+    layer, such as the last one; None: nothing was recorded.
     """
 
     token_ids: torch.Tensor
@@ -28,6 +30,7 @@ class Completion:
     ended: bool
     answer_span: tuple[int, int] | None
     answer_cuts: Mapping[int, int] | None = None
+    routing: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -73,6 +76,9 @@ class Group:
     dynamic sampling has dropped the group."""
     completions: list[Completion]
     """Rollouts; all ranks."""
+    prompt_routing: torch.Tensor | None = None
+    """Rollouts, with `model.moe.routing_replay`; all ranks. Int16 [P, layers, top_k], the experts
+    that the prompt's tokens went to, as `Completion.routing`."""
     rewards: dict[str, torch.Tensor] | None = None
     """Rewards; all ranks. [G] by name, such as accuracy and format, without their weights."""
     base_reward: torch.Tensor | None = None

@@ -13,6 +13,7 @@ import torch
 
 from nemo_care.groups.batch import AnswerPairs, GroupBatch, Rows
 from nemo_care.groups.group import Group
+from nemo_care.groups.routing import Span
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.segments import PackedSegments, Range, Segment
 
@@ -145,11 +146,16 @@ def packed_groups(
     is_vision = torch.zeros(1, width, dtype=torch.bool)
     segments: list[Segment] = []
     places: list[torch.Tensor] = []
+    spans: list[Span] = []
     for group, part, start in zip(groups, packed, starts, strict=False):
         ids[0, start : start + part.length] = part.token_ids
         positions[:, 0, start : start + part.length] = part.position_ids
         is_vision[0, start : start + group.prompt.length] = group.prompt.is_vision
-        segments.extend(segment.moved(start) for segment in part.segments)
+        moved = [segment.moved(start) for segment in part.segments]
+        segments.extend(moved)
+        experts = [group.prompt_routing, *(c.routing for c in group.completions)]
+        # The segments that follow those of the completions are answers after other reasonings.
+        spans.extend(Span(0, s.start, s.stop, own) for s, own in zip(moved, experts, strict=False))
         places.extend(place + start for place in part.places)
     device = compute_device()
     rows = Rows(
@@ -158,6 +164,7 @@ def packed_groups(
         positions,
         is_vision,
         PackedSegments(segments=tuple(segments), length=width, device=device),
+        spans,
     )
     pairs = _joined_pairs(groups, packed, starts, device) if answer_pairs else None
     return GroupBatch.of(groups, rows, places, pairs)

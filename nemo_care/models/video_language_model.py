@@ -30,6 +30,7 @@ from nemo_care.megatron.experts import is_distributed_expert
 from nemo_care.megatron.partial_gradients import mark_partial_gradient
 from nemo_care.models.decoding_cache import DecodingCache
 from nemo_care.models.deep_features import DeepFeatures, take_deep_features
+from nemo_care.models.expert_routing import Routing, arguments, let_routing_be_given
 from nemo_care.models.family import Family
 from nemo_care.models.language_model import LanguageModel
 from nemo_care.models.layer_specs import layer_spec
@@ -54,7 +55,8 @@ class ModelInputs:
     and not among them. `vision_states`, what a frozen vision tower has made of the patches (see
     `VideoLanguageModel.frozen_vision`), replace the patches. `packed` says what a token sees where
     the one row (B = 1) holds several segments, or the next tokens of cached sequences; None: each
-    row is one causal sequence.
+    row is one causal sequence. `routing` decides on the experts of this rank's tokens; None: the
+    router does.
     """
 
     token_ids: torch.Tensor
@@ -64,6 +66,7 @@ class ModelInputs:
     vision_places: torch.Tensor | None = None
     vision_states: torch.Tensor | None = None
     packed: PackedSegments | DecodingCache | None = None
+    routing: Routing | None = None
 
 
 def padded_vocabulary(size: int) -> int:
@@ -130,6 +133,7 @@ class VideoLanguageModel(MegatronModule, ABC):
             scatter_embedding_sequence_parallel=False,
             **language_model,
         )
+        let_routing_be_given(self.language_model.decoder.layers)
         self._mark_tensor_parallel()
         self.register_load_state_dict_post_hook(_without_extra_states)
 
@@ -240,6 +244,11 @@ class VideoLanguageModel(MegatronModule, ABC):
         return dealing.gather(of_some(share))
 
     @property
+    def first_layer(self) -> int:
+        """The number of this stage's first layer, counted from 0 over all stages."""
+        return self.language_model.decoder.layers[0].layer_number - 1
+
+    @property
     def patching(self) -> Patching:
         """How the family's frames become patches."""
         return self.family.prompt.patching
@@ -337,7 +346,7 @@ class VideoLanguageModel(MegatronModule, ABC):
             attention_mask=None,
             decoder_input=hidden,
             packed_seq_params=inputs.packed,
-            extra_block_kwargs=deep and deep.arguments(),
+            extra_block_kwargs=(deep.arguments() if deep else {}) | arguments(inputs.routing),
         )
 
     def _output_weight(self) -> torch.Tensor:

@@ -62,6 +62,16 @@ class VisionConfig:
 
 
 @dataclass
+class MoEConfig:
+    """Models with experts."""
+
+    routing_replay: bool | None = None
+    """Record the experts that each token goes to while it is sampled, and use them again in the
+    update: rounding then sends no token to other experts than when it was sampled. null: true with
+    rollout.backend=megatron (vllm does not return them), false without experts."""
+
+
+@dataclass
 class ModelConfig:
     """The initial checkpoint and its parallel layout."""
 
@@ -93,6 +103,7 @@ class ModelConfig:
     gradient, no optimizer state and no moving average. With vision among them the tower computes
     each prompt once per step."""
     vision: VisionConfig = field(default_factory=VisionConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
 

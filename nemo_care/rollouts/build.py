@@ -37,6 +37,7 @@ def build_generator(
     folder: Path,
     version: Callable[[], int] = lambda: 0,
     from_checkpoint: bool,
+    records_routing: bool = False,
 ) -> Generator:
     """A generator of this model's completions; collective over all ranks.
 
@@ -50,6 +51,7 @@ def build_generator(
         folder: of the run; vLLM's output goes into its logs.
         version: changes whenever the weights have changed.
         from_checkpoint: the weights of version 0 are those in model.hf_path.
+        records_routing: the groups have the experts that their tokens went to.
     """
     if recipe.rollout.backend == "megatron":
         return MegatronGenerator(
@@ -60,6 +62,7 @@ def build_generator(
             shared_prompt=shared_prompt,
             fp8=recipe.model.precision.fp8,
             cuda_graphs=recipe.rollout.cuda_graphs,
+            records_routing=records_routing,
         )
     fleet = Fleet(
         recipe.rollout.vllm,
@@ -81,6 +84,7 @@ def check_rollouts(recipe: Recipe) -> None:
             precision or the model.
     """
     family = read_family(recipe.model.hf_path)
+    check_routing_replay(recipe, family.architecture)
     if recipe.rollout.backend == "megatron":
         if recipe.rollout.cuda_graphs and family.architecture.experts is not None:
             raise InputError(
@@ -97,6 +101,31 @@ def check_rollouts(recipe: Recipe) -> None:
         raise InputError(
             "rollout.vllm.ray_address needs the package ray: install it with pip install -e "
             "'.[vllm]', or use rollout.vllm.gpus of the training machines"
+        )
+
+
+def replays_routing(recipe: Recipe, architecture: Architecture) -> bool:
+    """Whether the update uses the experts recorded while sampling."""
+    wanted = recipe.model.moe.routing_replay
+    if wanted is None:
+        return architecture.experts is not None and recipe.rollout.backend == "megatron"
+    return wanted
+
+
+def check_routing_replay(recipe: Recipe, architecture: Architecture) -> None:
+    """Refuse to replay what can't be recorded.
+
+    Raises:
+        InputError: the model has no experts, or its sampler does not return them.
+    """
+    if not recipe.model.moe.routing_replay:
+        return
+    if architecture.experts is None:
+        raise InputError("model.moe.routing_replay=true: this model has no experts; remove it")
+    if recipe.rollout.backend != "megatron":
+        raise InputError(
+            "model.moe.routing_replay=true: vLLM does not return the experts that it has chosen; "
+            "set rollout.backend=megatron, or model.moe.routing_replay=false"
         )
 
 

@@ -14,6 +14,7 @@ from nemo_care.models.pipeline import forward_only
 from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.rollouts.generator import Sampling
+from nemo_care.rollouts.routing_record import RoutingRecord
 from nemo_care.rollouts.sampling import sample_tokens
 
 
@@ -32,10 +33,12 @@ class Decoding:
         tokenizer: ChatTokenizer,
         *,
         multiple: int = 1,
+        records_routing: bool = False,
     ) -> None:
         """Nothing is computed yet; `run` does everything, or `prefill`, `choose` and `decode`.
 
-        What the layers see is padded to a multiple of `multiple` tokens.
+        What the layers see is padded to a multiple of `multiple` tokens. With `records_routing`,
+        `run` fills the `record` of a model with experts.
         """
         self.multiple = multiple
         self.model = model
@@ -47,6 +50,8 @@ class Decoding:
         self.eos = torch.tensor(sorted(tokenizer.eos_ids), device=self.device)
         self.pad_id = tokenizer.pad_id
         self.end_id = min(tokenizer.eos_ids, default=tokenizer.pad_id)
+        rows = len(prompts) * group_size
+        self.record = RoutingRecord(rows, sampling.max_tokens) if records_routing else None
         self.cache = DecodingCache(
             [prompt.length for prompt in prompts],
             group_size,
@@ -80,6 +85,8 @@ class Decoding:
                 positions = positions[:, going_on]
                 self.cache.keep(going_on)
             logits = self.decode(token, positions + step)
+            if self.record:
+                self.record.add_tokens(rows, step)
         return tokens.cpu(), log_probs.cpu()
 
     def _results(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,15 +106,18 @@ class Decoding:
 
     def prefill(self) -> torch.Tensor:
         """Compute the prompts; logits float32 [B, V] of their completions' first token."""
+        passes = self.cache.passes()
         logits = forward_only(
             self.model,
-            self.cache.passes(),
+            passes,
             inputs_of=self._prompt_inputs,
             result_of=lambda hidden, packed: self.model.next_token_logits(
                 hidden,
                 torch.tensor([s.stop - 1 for s in packed.segments], device=self.device),
             ),
         )
+        if self.record:
+            self.record.add_prompts(passes)
         return torch.cat(logits) if logits else self._no_logits(len(self.prompts))
 
     def _prompt_inputs(self, packed: PromptPass) -> ModelInputs:
@@ -123,13 +133,13 @@ class Decoding:
             F.pad(is_vision, behind)[None],
             packed,
         )
-        return rows.inputs(self.model)
+        return self._recorded(rows.inputs(self.model))
 
     def decode(self, token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """One token [R] of each row, at `positions` [3, R]; logits float32 [R, V] of the next."""
         logits = forward_only(
             self.model,
-            [self._token_inputs(token, positions)],
+            [self._recorded(self._token_inputs(token, positions))],
             inputs_of=lambda inputs: inputs,
             result_of=lambda hidden, _: self._row_logits(hidden, len(token)),
         )
@@ -143,6 +153,9 @@ class Decoding:
             position_ids=F.pad(positions, behind)[:, None],
             packed=self.cache,
         )
+
+    def _recorded(self, inputs: ModelInputs) -> ModelInputs:
+        return self.record.recorded(inputs) if self.record else inputs
 
     def _row_logits(self, hidden: torch.Tensor, rows: int) -> torch.Tensor:
         return self.model.next_token_logits(hidden, torch.arange(rows, device=self.device))

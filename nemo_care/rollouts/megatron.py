@@ -39,12 +39,14 @@ class MegatronGenerator:
         shared_prompt: bool = True,
         fp8: FP8Config | None = None,
         cuda_graphs: bool = False,
+        records_routing: bool = False,
     ) -> None:
         """`groups_per_batch` bounds the key-value cache: that many prompts, and G completions each.
 
         Without `shared_prompt` every completion computes and caches the prompt for itself. `fp8`
         says whether to sample in 8 bits (`rollout`); in bf16 else. `cuda_graphs`: by steps of one
-        shape, replayed where there is CUDA.
+        shape, replayed where there is CUDA. `records_routing`: the groups have the experts that
+        their tokens went to, of a model with experts.
         """
         self.decoding: type[Decoding] = FixedDecoding if cuda_graphs else Decoding
         self.fp8 = fp8
@@ -53,6 +55,7 @@ class MegatronGenerator:
         self.ranks = ranks
         self.groups_per_batch = groups_per_batch
         self.shared_prompt = shared_prompt
+        self.records_routing = records_routing
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group per prompt; all ranks of the model replica call it with equal prompts.
@@ -99,15 +102,24 @@ class MegatronGenerator:
             sampling,
             self.tokenizer,
             multiple=decoding_multiple(self.fp8),
+            records_routing=self.records_routing,
         )
         tokens, log_probs = decoding.run(uniforms)
+        routing = decoding.record.results() if decoding.record else None
         groups = []
         for number, prompt in enumerate(prompts):
             rows = range(number * sampling.group_size, (number + 1) * sampling.group_size)
             completions = [
-                completion_of(tokens[row], log_probs[row], self.tokenizer) for row in rows
+                completion_of(
+                    tokens[row],
+                    log_probs[row],
+                    self.tokenizer,
+                    None if routing is None else routing.completions[row],
+                )
+                for row in rows
             ]
-            groups.append(Group(prompt, completions))
+            of_prompt = None if routing is None else routing.prompts[number * copies]
+            groups.append(Group(prompt, completions, prompt_routing=of_prompt))
         return groups
 
     def rest(self) -> None:

@@ -34,6 +34,8 @@ class Over(StrEnum):
     TRAINED = "completions trained on"
     TOKENS = "tokens of the completions trained on"
     REFERENCE_TOKENS = "tokens that the reference scored (all with a KL term, otherwise answers)"
+    ROUTES = "tokens trained on with recorded experts, in each layer"
+    LAYERS = "layers with experts"
     ROUNDS = "rounds of sampling of a step"
     REPLICAS = "model replicas"
     RANKS = "ranks"

@@ -22,6 +22,7 @@ SECTIONS = {
     "rollout": "Completions and sampling",
     "care": "Consistency bonus and reference",
     "train": "The policy's update",
+    "moe": "Experts in the update (only of models that have some)",
     "data": "Samples",
     "memory": "Memory",
     "timing": "Seconds on rank 0",
@@ -43,6 +44,7 @@ _DYNAMIC = Panel(_COMPLETIONS, "Dynamic sampling", "per step")
 _DIFFERENCE = Panel(_COMPLETIONS, "Rollout against training", "log-probability difference")
 _WEIGHTS = Panel(_COMPLETIONS, "Importance weights", "per token")
 _SHARES = Panel(_CARE, "Completions", "share", share=True)
+_LOADS = Panel(_TRAINING, "Load of the experts", "largest / mean")
 _MEMORY = Panel(_MACHINE, "Memory of the largest rank", "GiB", smooth=False)
 
 
@@ -276,6 +278,33 @@ BAD_STEPS = _metric(
         needs_more_than_zero=True,
     ),
     "so far",
+)  # fmt: skip
+
+# ------------------------------------------------------------------ experts
+
+ROUTING_DIFFERENCE = _metric(
+    "moe/routing_difference", MEAN, Over.ROUTES,
+    "the update's router would choose other experts than while sampling, which are used all the "
+    "same (`model.moe.routing_replay`)",
+    "near 0: rounding alone; more with `rollout.asynchronous`, since the router has changed",
+    Panel(_TRAINING, "Routing that differs from sampling", "share of tokens and layers"),
+    "share",
+)  # fmt: skip
+LOAD_BALANCE = _metric(
+    "moe/load_balance", MEAN, Over.LAYERS,
+    "tokens of the layer's busiest expert over the mean of its experts, padding not counted",
+    "steady; 1 is balanced, the number of experts over those of a token is the worst",
+    _LOADS, "mean of the layers",
+)  # fmt: skip
+LARGEST_LOAD = _metric(
+    "moe/load_balance_max", MAX, Over.LAYERS, "the same ratio", "steady",
+    _LOADS, "layer with the largest",
+)  # fmt: skip
+LOAD_OF_LAYER = declare(
+    Pattern(
+        "moe/load_balance_layer_LAYER", NONE, Over.STEP,
+        "the same ratio of one layer, counted from 0", "steady",
+    )
 )  # fmt: skip
 
 # ------------------------------------------------------------------ samples

@@ -24,7 +24,7 @@ from nemo_care.ranks.process_groups import Ranks
 from nemo_care.ranks.stop_request import StopRequest
 from nemo_care.recipe.data import for_validation
 from nemo_care.recipe.schema import Recipe, needs_reference
-from nemo_care.rollouts.build import build_generator
+from nemo_care.rollouts.build import build_generator, replays_routing
 from nemo_care.runs.files import RunFiles
 from nemo_care.scoring.reference import Reference
 from nemo_care.scoring.rewards import BaseRewards
@@ -125,6 +125,7 @@ def build_trainer(
         folder=files.folder,
         version=lambda: policy.optimizer_steps,
         from_checkpoint=True,
+        records_routing=replays_routing(recipe, model.family.architecture),
     )
     evaluator = build_evaluator(
         recipe,

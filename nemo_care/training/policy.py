@@ -1,6 +1,7 @@
 """The policy: the model being trained, with its optimizer."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +18,16 @@ from nemo_care.megatron.optimizer import (
     wrap_data_parallel,
 )
 from nemo_care.megatron.optimizer_offload import OptimizerState
+from nemo_care.models.expert_routing import RoutingCounts
 from nemo_care.models.pipeline import forward_backward
-from nemo_care.models.video_language_model import VideoLanguageModel
+from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
 from nemo_care.objective.importance import ImportanceWeights, importance_weights
 from nemo_care.objective.losses import LOSSES, PolicyLossInputs, policy_loss
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.schema import Recipe
 from nemo_care.runs import metrics as m
 from nemo_care.runs.metric import Metric
+from nemo_care.training.expert_metrics import expert_metrics
 from nemo_care.training.finite import KINDS, NotFinite, reference_is_finite, rollout_is_finite
 from nemo_care.training.step import Step
 from nemo_care.training.update_metrics import Result, UpdateMetrics
@@ -52,6 +55,11 @@ class Policy:
         )
         self.gradients = GradientWatch(self.wrapped)
         self.metrics = UpdateMetrics(recipe, ranks)
+        self.has_experts = model.family.architecture.experts is not None
+        # What the groups have was recorded to be used; `nemo-care replay` can switch it off.
+        self.replays_routing = recipe.model.moe.routing_replay is not False
+        # Of the last `forward_backward`, with experts.
+        self._routing: list[RoutingCounts] = []
         self.optimizer = build_optimizer(recipe.optimizer, self.wrapped)
         self.optimizer_state = OptimizerState(self.optimizer, offload=recipe.optimizer.offload)
         self.scheduler = build_scheduler(
@@ -80,7 +88,7 @@ class Policy:
         old_log_probs: list[torch.Tensor] = []
         for number in range(self.algorithm.updates_per_rollout):
             results = self.forward_backward(batches, count, old_log_probs)
-            metrics = self.metrics.reduce(results, count)
+            metrics = self.metrics.reduce(results, count) | self._expert_metrics()
             step.not_finite = self._step(step.trained, batches, results, number, metrics)
             # Comparisons with rollout and reference are only meaningful before any update.
             step.metrics |= {
@@ -236,12 +244,23 @@ class Policy:
 
         self.wrapped.train()
         self.clear_gradients()
-        return forward_backward(
-            self.wrapped,
-            batches,
-            inputs_of=lambda batch: batch.rows.inputs(self.model),
-            loss_of=loss_of,
-        )
+        self._routing = []
+        return forward_backward(self.wrapped, batches, self._inputs, loss_of)
+
+    def _inputs(self, batch: GroupBatch) -> ModelInputs:
+        """Return the inputs of a micro-batch, with the experts recorded while sampling."""
+        inputs = batch.rows.inputs(self.model)
+        if not self.has_experts:
+            return inputs
+        routing = batch.rows.routing(self.model, replay=self.replays_routing)
+        self._routing.append(routing.counts)
+        return replace(inputs, routing=routing)
+
+    def _expert_metrics(self) -> dict[Metric, float | None]:
+        if not self.has_experts:
+            return {}
+        architecture, first = self.model.family.architecture, self.model.first_layer
+        return expert_metrics(self._routing, architecture, first, self.ranks)
 
     def _reference_log_probs(self, batch: GroupBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the reference's log-probabilities [N, C] (float32), and the tokens it scored."""
