@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from batched import completion_logits, patches, prompt_token_ids
 from nemo_care.miniature.vocabulary import LETTER_IDS, LETTERS, encode
 from nemo_care.miniature.world import Question, draw_level, draw_wrong_directions
-from tiny_model import TinyModel
 
 TRUTH_WITHOUT_REASONING = (0.95, 1.0)
 IMPLIED_LETTER = (0.6, 0.8)
@@ -67,7 +67,7 @@ class Gate:
 
 @torch.no_grad()
 def letter_probabilities(
-    model: TinyModel,
+    model: PreTrainedModel,
     pixel_values: Tensor,
     questions: list[Question],
     reasonings: list[str],
@@ -79,18 +79,19 @@ def letter_probabilities(
     forced = [encode(f"<think> {reasoning} </think> <answer> A") for reasoning in reasonings]
     if len({len(ids) for ids in forced}) != 1:
         raise ValueError("reasonings of different lengths: give all the same template")
-    prompts = [prompt_token_ids(question) for question in questions]
+    model_type = model.config.model_type
+    prompts = [prompt_token_ids(model_type, question.text) for question in questions]
     token_ids = torch.tensor([p + f for p, f in zip(prompts, forced, strict=True)])
     logits = completion_logits(model, pixel_values, token_ids, 1)[:, 0]
     return logits.float().softmax(-1)[:, list(LETTER_IDS)]
 
 
-def measure_gate(model: TinyModel, *, prompts: int = 512, seed: int = 99) -> Gate:
+def measure_gate(model: PreTrainedModel, *, prompts: int = 512, seed: int = 99) -> Gate:
     """Measure the gate on new level 1 prompts; puts the model into evaluation mode."""
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     scenes, questions = draw_level("L1", prompts, generator)
-    pixel_values = patches(scenes.frames)
+    pixel_values = patches(model.config.model_type, scenes.frames)
     wrong = draw_wrong_directions(questions, generator)
 
     def column(letters: list[str]) -> Tensor:

@@ -11,7 +11,7 @@ The settings of stage 4 were chosen by their outcome: six candidates (one with a
 all from build seed 0, were compared by whether 100 steps of GRPO-CARE end with consistent answers.
 With the chosen one they did for all of 8 RL seeds, and GRPO's answers were inconsistent for 2 of 2.
 The checkpoint therefore shows that the effect can appear, not how often: no other build seed was
-tested.
+tested. All of this was done with Qwen2.5-VL; README.md says what differs for the other families.
 """
 
 import math
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from batched import completion_logits, patches, prompt_token_ids
 from gate import measure_gate
@@ -35,7 +36,6 @@ from nemo_care.miniature.vocabulary import (
 )
 from nemo_care.miniature.world import TEMPLATES, Question, ask, draw_scenes
 from nemo_care.process.screen import say
-from tiny_model import TinyModel
 
 BATCH = 96
 REVERSE_QUESTIONS = 0.2
@@ -95,7 +95,7 @@ class Batch:
 
 
 def warm_start(
-    model: TinyModel,
+    model: PreTrainedModel,
     *,
     seed: int,
     scale: float = 1.0,
@@ -117,7 +117,7 @@ def warm_start(
     model.eval()
 
 
-def run_stage(model: TinyModel, stage: Stage, generator: torch.Generator) -> None:
+def run_stage(model: PreTrainedModel, stage: Stage, generator: torch.Generator) -> None:
     """Train `model` in place through one stage with a new optimizer."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
@@ -163,13 +163,13 @@ def _rate(stage: Stage, step: int, learned_at: int | None) -> float:
 
 
 def _train_step(
-    model: TinyModel,
+    model: PreTrainedModel,
     stage: Stage,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
 ) -> tuple[float, float]:
     """Make one update; returns the weighted loss and the share of correctly predicted letters."""
-    batch = draw_batch(stage, BATCH, generator)
+    batch = draw_batch(model.config.model_type, stage, BATCH, generator)
     completion_tokens = batch.weights.shape[1]
     targets = batch.token_ids[:, -completion_tokens:]
     logits = completion_logits(model, batch.pixel_values, batch.token_ids, completion_tokens)
@@ -185,25 +185,29 @@ def _train_step(
     return loss.item(), correct.item()
 
 
-def draw_batch(stage: Stage, count: int, generator: torch.Generator) -> Batch:
-    """Draw `count` new videos and questions, with the completions of `stage`."""
+def draw_batch(model_type: str, stage: Stage, count: int, generator: torch.Generator) -> Batch:
+    """Draw `count` new videos and questions, with the completions of `stage`, for a family."""
     scenes = draw_scenes(count, generator)
     reverse = torch.rand(count, generator=generator) < REVERSE_QUESTIONS
     questions = ask(scenes, generator, reverse=reverse)
     chances = torch.rand(count, 6, generator=generator).tolist()
-    rows = [
-        (prompt_token_ids(question), encode(draw_completion(stage, question, speed, chance)))
+    prompts = [prompt_token_ids(model_type, question.text) for question in questions]
+    completions = [
+        encode(draw_completion(stage, question, speed, chance))
         for question, speed, chance in zip(questions, scenes.speed.tolist(), chances, strict=True)
     ]
-    longest = max(len(completion) for _, completion in rows)
+    longest = max(map(len, completions))
     token_ids = torch.tensor(
-        [prompt + completion + [PAD] * (longest - len(completion)) for prompt, completion in rows]
+        [
+            prompt + completion + [PAD] * (longest - len(completion))
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
     )
     targets = token_ids[:, -longest:]
     weights = (targets != PAD).float()
     weights[torch.isin(targets, torch.tensor(LETTER_IDS))] = stage.letter_weight
     weights[torch.isin(targets, torch.tensor(DIRECTION_IDS))] = stage.direction_weight
-    return Batch(patches(scenes.frames), token_ids, weights)
+    return Batch(patches(model_type, scenes.frames), token_ids, weights)
 
 
 def draw_completion(stage: Stage, question: Question, speed: int, chances: Sequence[float]) -> str:

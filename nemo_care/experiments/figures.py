@@ -7,7 +7,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_care.experiments.config import START
 from nemo_care.experiments.findings import ACCURACY, CONSISTENCY, PROBE, Findings, Place
 from nemo_care.experiments.results import CURVES
 from nemo_care.reporting.figures import COLOURS, OTHER, Curve, finish, new_sheet, save
@@ -44,7 +43,7 @@ def draw_dots(findings: Findings, folder: Path, name: str) -> Curve | None:
         *findings.places(ACCURACY, [*first, *last]),
         *findings.places(PROBE, first),
     ]
-    rows = [row for row in (START, *findings.study.variants) if len(findings.ends(row))]
+    rows = [row for row in (*findings.starts, *findings.study.variants) if len(findings.ends(row))]
     if not panels:
         return None
     titles = [findings.title_of(row) for row in rows]
@@ -72,10 +71,10 @@ def _dots(
         if values.empty:
             continue
         mean = values.mean()
-        colour = OTHER if row == START else COLOURS[0]
+        colour = OTHER if row in findings.starts else COLOURS[0]
         axes.scatter(values, [height] * len(values), s=22, color=colour, alpha=0.6, linewidths=0)
         axes.vlines(mean, height - 0.32, height + 0.32, color=colour, linewidth=2)
-        if row == START:
+        if [row] == list(findings.starts):
             axes.axvline(mean, color=OTHER, linewidth=0.9, linestyle="--", zorder=0)
     axes.set_title(f"{_TITLES[key]} ({level})", fontsize=9, loc="left", fontweight="bold")
     axes.set_xlim(-0.03, 1.03)

@@ -70,32 +70,50 @@ class Findings:
         return {seed: done[seed] for seed in self.study.seeds_of(variant) if seed in done}
 
     def ends(self, name: str) -> DataFrame:
-        """Return a variant's last validations by seed; for "start", those before training."""
-        if name == START:
-            return self.frame(self.starts)
+        """Return a variant's last validations by seed; for a row of `starts`, those of the row."""
+        if name in self.starts:
+            return self.frame(self.starts[name])
         return self.frame({seed: one.end for seed, one in self.of(name).items()})
 
     def planned(self, name: str) -> int:
         """Return the number of seeds that a row will have in the end."""
-        variants = self.study.variants if name == START else [name]
-        return len({seed for variant in variants for seed in self.study.seeds_of(variant)})
+        of_row = [one for one in self.study.variants if name in (one, self._start_row(one))]
+        return len({seed for variant in of_row for seed in self.study.seeds_of(variant)})
 
     @cached_property
-    def starts(self) -> dict[int, Levels]:
-        """Return the validation before the first step by seed, from the first variant with it."""
-        starts: dict[int, Levels] = {}
+    def starts(self) -> dict[str, dict[int, Levels]]:
+        """Return the validations before the first step, by row of the tables and by seed.
+
+        The row is "start", or "start of RECIPE" for each recipe if these train different models. A
+        row has each seed from its first variant with it.
+        """
+        every: dict[int, Levels] = {}
+        by_recipe: dict[str, dict[int, Levels]] = {}
         for variant in self.study.variants:
+            of_recipe = by_recipe.setdefault(self.study.recipe_of(variant), {})
             for seed, one in self.of(variant).items():
                 if one.start:
-                    starts.setdefault(seed, one.start)
-        return dict(sorted(starts.items()))
+                    every.setdefault(seed, one.start)
+                    of_recipe.setdefault(seed, one.start)
+        if all(every[seed] == start for one in by_recipe.values() for seed, start in one.items()):
+            by_recipe = {"": every}
+        return {
+            f"{START} of {recipe}" if recipe else START: dict(sorted(starts.items()))
+            for recipe, starts in by_recipe.items()
+        }
+
+    def _start_row(self, variant: str) -> str:
+        return START if START in self.starts else f"{START} of {self.study.recipe_of(variant)}"
 
     def other_starts(self) -> list[str]:
-        """Return the variants whose start differs from the row "start"."""
+        """Return the variants whose start differs from their row of `starts`."""
         return [
             variant
             for variant in self.study.variants
-            if any(one.start != self.starts.get(seed) for seed, one in self.of(variant).items())
+            if any(
+                one.start != self.starts[self._start_row(variant)].get(seed)
+                for seed, one in self.of(variant).items()
+            )
         ]
 
     def differences(self, contrast: Contrast) -> DataFrame:
@@ -112,7 +130,7 @@ class Findings:
 
     def title_of(self, name: str) -> str:
         """Return the title of a row."""
-        return START if name == START else self.study.title_of(name)
+        return name if name in self.starts else self.study.title_of(name)
 
     def count(self) -> str:
         """Describe how many runs are complete."""
@@ -157,7 +175,7 @@ class Findings:
             "recipe": study.recipe,
             "overrides": study.overrides,
             "done": self.count(),
-            START: summary(self.ends(START)),
+            **{row: summary(self.ends(row)) for row in self.starts},
             "variants": variants,
             "contrasts": [
                 {

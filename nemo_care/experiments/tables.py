@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_care.experiments.config import START
 from nemo_care.experiments.findings import (
     ACCURACY,
     CONSISTENCY,
@@ -46,7 +45,7 @@ def main_sheet(findings: Findings) -> Sheet:
     """Make the table of every variant's means, below those of the start."""
     places = _places(findings)
     rows = []
-    for name in (START, *findings.study.variants):
+    for name in (*findings.starts, *findings.study.variants):
         means = _means(findings.ends(name), places)
         rows.append(Row([findings.title_of(name)], [*means, Cell(_seeds(findings, name))]))
     columns = [*map(_heading, places), ("seeds", "seeds")]
@@ -58,7 +57,7 @@ def seeds_sheet(findings: Findings) -> Sheet:
     places = _places(findings)
     rows = [
         Row([findings.title_of(name), str(seed)], _values(values, places))
-        for name in (START, *findings.study.variants)
+        for name in (*findings.starts, *findings.study.variants)
         for seed, values in findings.ends(name).iterrows()
     ]
     return Sheet("Every seed", ["variant", "seed"], [*map(_heading, places)], [rows])

@@ -1,11 +1,17 @@
-"""A tiny world and the checkpoint of a tiny model, for real runs of the whole system on a laptop.
+"""A tiny world and checkpoints of tiny models, for real runs of the whole system on a laptop.
 
-`examples/miniature/` makes the checkpoint.
+`examples/miniature/` makes the checkpoints.
 """
 
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "checkpoint_warm"
+# By the family's name in config.json.
+CHECKPOINTS = {
+    "qwen2_5_vl": CHECKPOINT,
+    "qwen3_vl": CHECKPOINT.with_name("checkpoint_warm_qwen3_vl"),
+    "qwen3_vl_moe": CHECKPOINT.with_name("checkpoint_warm_qwen3_vl_moe"),
+}
 
 
 def ensure_files(kind: str, root: str) -> None:

@@ -1,7 +1,7 @@
-"""The miniature's 51 words: every word is one token.
+"""The miniature's 51 words, and 5 more for families whose prompts state times: each is one token.
 
-The order is part of the format: a token's id is its index in `WORDS`, so a change makes older
-checkpoints unreadable.
+The order is part of the format: a token's id is its index in `WORDS` followed by `TIME_WORDS`, so a
+change makes older checkpoints unreadable.
 """
 
 SPECIAL_TOKENS = (
@@ -34,9 +34,12 @@ WORDS = (
     "assistant",
     UNKNOWN,
 )
+# "<0.2 seconds>" and so on: the times of a video's four pairs of frames.
+TIME_WORDS = ("<0.2", "<1.2", "<2.2", "<3.2", "seconds>")
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 TOKEN_ID = {word: index for index, word in enumerate(WORDS)}
+TOKEN_ID_WITH_TIMES = {word: index for index, word in enumerate((*WORDS, *TIME_WORDS))}
 PAD = TOKEN_ID["<|endoftext|>"]
 END = TOKEN_ID["<|im_end|>"]
 IMAGE_PAD = TOKEN_ID["<|image_pad|>"]
@@ -47,4 +50,4 @@ DIRECTION_IDS = tuple(TOKEN_ID[direction] for direction in DIRECTIONS)
 
 def encode(text: str) -> list[int]:
     """Return the token ids of words separated by spaces; raises KeyError on an unknown word."""
-    return [TOKEN_ID[word] for word in text.split()]
+    return [TOKEN_ID_WITH_TIMES[word] for word in text.split()]

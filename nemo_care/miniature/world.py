@@ -20,7 +20,6 @@ FRAMES_PER_SECOND = 2
 # One merged patch per pair of frames.
 GRID = (FRAMES // 2, SIDE // 14, SIDE // 14)
 SECONDS_PER_GRID = 2 / FRAMES_PER_SECOND
-VIDEO_TOKENS = FRAMES // 2
 
 LEVELS = ("L1", "L2", "L3")
 TEMPLATES = 3

@@ -5,19 +5,22 @@ for each of them in each block: 20000 calls forward, whose launching takes a GPU
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer import TransformerConfig
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 # transformers hands a function all windows and their bounds if "flash" is in its name.
 WINDOW_ATTENTION = "nemo_care_flash_windows"
 
 
 def vision_tower(
-    kind: type[PreTrainedModel], hf: PretrainedConfig, config: TransformerConfig
+    kind: type[PreTrainedModel], hf: PretrainedConfig, config: "TransformerConfig"
 ) -> PreTrainedModel:
     """Build a tower of transformers, without meaningful weights, on the compute device.
 

@@ -396,6 +396,24 @@ def test_variant_that_starts_elsewhere_is_named(made, trained):
     assert 'The row "start" is not the start of: care.' in (made.out / "study.md").read_text()
 
 
+def test_each_recipe_has_a_start_of_its_own_if_they_train_different_models(made, trained):
+    made.edit("  care:\n", "  care: {recipe: tiny_cpu_grpo}\n")
+    lines = complete_lines(trained.out / "results.jsonl")
+    for line in lines:
+        line["start"]["L1"]["accuracy"] = {"grpo": 0.25, "care": 0.125}[line["variant"]]
+    results = made.folder / "some.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made.run(results_file=results)
+    text = (made.out / "study.md").read_text()
+    table, seeds = text.split("## Every seed")
+    first, second = (row(table, f"start of {name}") for name in ("tiny_cpu", "tiny_cpu_grpo"))
+    assert (first[0], first[-1]) == ("0.25 ± 0.00", "2 of 3")
+    assert (second[0], second[-1]) == ("0.12 ± 0.00", "2")
+    assert row(seeds, "start of tiny_cpu_grpo | 2")[1] == "0.12"
+    assert "is not the start of" not in text
+    assert json.loads((made.out / "study.json").read_text())["start of tiny_cpu_grpo"]
+
+
 def test_study_without_a_finished_run_publishes_nothing(made, capsys):
     made.command = [sys.executable, "-c", "raise SystemExit(3)"]
     assert len(made.run(only=["care"])) == 2
@@ -485,14 +503,15 @@ def test_command_line_prints_status_and_reason(made, trained, capsys):
     assert end.value.code == 2
 
 
-def test_committed_page_says_what_its_results_say():
-    page, results = DOCS / "study.md", DOCS / "study.jsonl"
-    if not (page.is_file() and results.is_file()):
-        pytest.skip("the study was not run yet")
-    study = read_study(find_study("study_miniature"))
+@pytest.mark.parametrize(
+    ("page", "study"), [("study", "study_miniature"), ("families", "study_families")]
+)
+def test_committed_page_says_what_its_results_say(page, study):
+    file, results = DOCS / f"{page}.md", DOCS / f"{page}.jsonl"
+    made = read_study(find_study(study))
     found = read_results(results)
-    check_results(study, found, results)
-    text = page.read_text(encoding="utf-8")
-    assert filled_page(text, page, Findings(study, found)) == text
-    for name in re.findall(r"\]\((study_\w+\.png)\)", text):
+    check_results(made, found, results)
+    text = file.read_text(encoding="utf-8")
+    assert filled_page(text, file, Findings(made, found)) == text
+    for name in re.findall(rf"\]\(({page}_\w+\.png)\)", text):
         assert (DOCS / name).is_file()

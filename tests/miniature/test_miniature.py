@@ -3,38 +3,47 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from records import lines
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from small_runs import small_recipe
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import make_checkpoint
 from batched import (
     completion_logits,
-    patches,
     prompt_positions,
     prompt_token_ids,
-    vision_features,
 )
 from gate import Gate, GateNotPassed, measure_gate
 from make_checkpoint import GATE_FILE, build
+from nemo_care.data.jsonl import read_jsonl
+from nemo_care.data.prompts import PromptBuilder
+from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
-from nemo_care.miniature import CHECKPOINT
+from nemo_care.miniature import CHECKPOINT, CHECKPOINTS
 from nemo_care.miniature.files import ensure_world, write_world
 from nemo_care.miniature.vocabulary import DIRECTIONS, LETTERS, OPPOSITE, SHAPES, WORDS, encode
 from nemo_care.miniature.world import (
     FRAMES,
     GRID,
-    SECONDS_PER_GRID,
     SIDE,
     TEMPLATES,
-    VIDEO_TOKENS,
     Question,
     draw_level,
     draw_scenes,
 )
-from tiny_model import build_model, load_checkpoint, save_checkpoint
+from nemo_care.models.families import FAMILIES, read_family
+from tiny_model import (
+    MODEL_TYPES,
+    build_model,
+    load_checkpoint,
+    save_checkpoint,
+    tiny_config,
+    with_experts,
+)
 from warm_start import STAGES, draw_batch, draw_completion
 
 
@@ -205,45 +214,39 @@ def test_a_completion_survives_the_tokenizer(tokenizer):
     )
 
 
-@pytest.mark.parametrize("level", ["L1", "L3"])
-def test_the_chat_template_writes_the_warm_start_s_prompt(tokenizer, level):
-    _, questions = draw_level(level, 4, generator())
-    for question in questions:
-        content = [{"type": "video"}, {"type": "text", "text": question.text}]
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        assert text.count("<|video_pad|>") == 1
-        expanded = text.replace("<|video_pad|>", "<|video_pad|>" * VIDEO_TOKENS)
-        assert tokenizer.encode(expanded) == prompt_token_ids(question)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("file", ["train.jsonl", "validation_L3.jsonl"])
+def test_a_run_s_prompts_are_those_of_the_warm_start(world, model_type, file):
+    checkpoint = CHECKPOINTS[model_type]
+    family = read_family(checkpoint)
+    tokenizer = load_tokenizer(checkpoint, family.prompt)
+    builder = PromptBuilder(small_recipe(checkpoint, world).data, family.prompt, tokenizer)
+    sample = read_jsonl(world, file).samples[0]
+    prompt = builder.build(0, sample)
+    token_ids = prompt_token_ids(model_type, sample.question)
+    assert tokenizer.base.unk_token_id not in token_ids
+    assert prompt.token_ids.tolist() == token_ids
+    assert torch.equal(prompt.position_ids, prompt_positions(model_type, len(token_ids)))
+    assert prompt.grid_thw.tolist() == [list(GRID)]
 
 
 # Model and warm start
 
 
-def test_the_batched_vision_path_equals_hugging_face_s():
-    model = build_model(0)
-    pixel_values = patches(draw_scenes(3, generator()).frames)
-    grids = torch.tensor([GRID] * 3)
-    with torch.no_grad():
-        ours = vision_features(model, pixel_values)
-        theirs = model.model.visual(pixel_values.flatten(0, 1), grid_thw=grids).pooler_output
-    torch.testing.assert_close(ours.flatten(0, 1), theirs, rtol=1e-5, atol=1e-6)
-
-
-def test_the_batched_logits_equal_hugging_face_s_at_the_same_positions():
-    model = load_checkpoint(CHECKPOINT)
-    batch = draw_batch(STAGES[-1], 5, generator())
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_batched_logits_equal_hugging_face_s_at_the_same_positions(model_type):
+    model = load_checkpoint(CHECKPOINTS[model_type])
+    batch = draw_batch(model_type, STAGES[-1], 5, generator())
     completion_tokens = batch.weights.shape[1]
-    positions = prompt_positions(batch.token_ids.shape[1])
+    positions = prompt_positions(model_type, batch.token_ids.shape[1])
     with torch.no_grad():
         ours = completion_logits(model, batch.pixel_values, batch.token_ids, completion_tokens)
+        model.model.visual.config._attn_implementation = "sdpa"
         theirs = model(
             input_ids=batch.token_ids,
             position_ids=positions[:, None].expand(3, *batch.token_ids.shape),
             pixel_values_videos=batch.pixel_values.flatten(0, 1),
             video_grid_thw=torch.tensor([GRID] * 5),
-            second_per_grid_ts=torch.full((5,), SECONDS_PER_GRID),
             use_cache=False,
         ).logits[:, -completion_tokens - 1 : -1]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -282,9 +285,7 @@ def test_the_last_stage_plants_wrong_reasonings_and_a_short_cut():
 def test_a_short_build_writes_a_loadable_checkpoint(tmp_path, capsys):
     out = tmp_path / "tiny"
     gate = build(out, seed=0, scale=0.002, require_gate=False)
-    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(out, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    model = load_checkpoint(out)
     assert model.config.text_config.num_key_value_heads == 2
     assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(out).eos_token_id
     assert measure_gate(model) == gate
@@ -294,6 +295,29 @@ def test_a_short_build_writes_a_loadable_checkpoint(tmp_path, capsys):
     assert "stage 4 mostly follow: 1 steps" in capsys.readouterr().out
     with pytest.raises(InputError, match="exists already"):
         build(out, seed=0)
+
+
+def test_a_model_with_experts_begins_with_the_outputs_of_the_one_without():
+    dense = load_checkpoint(CHECKPOINTS["qwen3_vl"])
+    batch = draw_batch("qwen3_vl", STAGES[-1], 4, generator())
+    with torch.no_grad():
+        wanted, found = (
+            completion_logits(model.eval(), batch.pixel_values, batch.token_ids, 12)
+            for model in (dense, with_experts(dense))
+        )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_stages_are_repeated_from_a_checkpoint_of_the_family(tmp_path):
+    settings = {"seed": 0, "scale": 0.005, "require_gate": False, "stages": STAGES[-1:]}
+    start = CHECKPOINTS["qwen3_vl"]
+    build(tmp_path / "out", model_type="qwen3_vl_moe", start_from=start, **settings)
+    begun, made = (load_checkpoint(path).state_dict() for path in (start, tmp_path / "out"))
+    name = "model.visual.patch_embed.proj.weight"
+    # One step: far from random weights.
+    assert 0 < (made[name] - begun[name]).abs().max() < 0.01
+    with pytest.raises(InputError, match="--model-type qwen3_vl"):
+        build(tmp_path / "other", model_type="qwen2_5_vl", start_from=start, **settings)
 
 
 def test_a_build_that_fails_the_gate_is_set_aside(tmp_path):
@@ -329,9 +353,36 @@ def test_the_gate_names_what_is_off(numbers, failing):
     assert gate.passes() == (not failing)
 
 
-def test_the_committed_checkpoint_passes_the_gate():
-    gate = measure_gate(load_checkpoint(CHECKPOINT))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_committed_checkpoint_passes_the_gate_as_recorded(model_type):
+    checkpoint = CHECKPOINTS[model_type]
+    gate = measure_gate(load_checkpoint(checkpoint))
     assert gate.failures() == []
+    recorded = json.loads((checkpoint / GATE_FILE).read_text())
+    assert recorded["passed"]
+    assert vars(gate) == pytest.approx(recorded["gate"], abs=1e-3)
+
+
+def test_the_scripts_page_lists_the_gate_of_every_checkpoint():
+    text = Path(make_checkpoint.__file__).with_name("README.md").read_text()
+    for model_type, checkpoint in CHECKPOINTS.items():
+        made = json.loads((checkpoint / GATE_FILE).read_text())
+        cells = [f"`{model_type}`", str(made["seed"]), *(f"{v:.4f}" for v in made["gate"].values())]
+        assert f"| {' | '.join(cells)} |" in text
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_committed_checkpoint_is_a_whole_model_of_its_family(model_type):
+    checkpoint = CHECKPOINTS[model_type]
+    model, info = AutoModelForImageTextToText.from_pretrained(checkpoint, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.dtype == torch.float32
+    family = read_family(checkpoint)
+    assert family.model_type == model_type
+    made = FAMILIES[model_type].read(checkpoint, tiny_config(model_type).to_dict(), key="made")
+    assert family.signature() == made.signature()
+    assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 3.1e6
 
 
 @pytest.mark.parametrize("umask", [0o077, 0o002])
