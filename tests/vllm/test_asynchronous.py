@@ -52,9 +52,7 @@ def texts_of_steps(trainer, *numbers):
 
 def written_texts(folder, number):
     rows = lines(folder / "rollouts" / f"step_{number:06d}.jsonl")
-    return sorted(
-        (row["prompt_index"], row["completion_index"], row["completion"]) for row in rows
-    )
+    return sorted((row["prompt_index"], row["completion_index"], row["completion"]) for row in rows)
 
 
 def test_steps_are_trained_while_the_next_one_is_sampled(make, tmp_path):

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-
 # The name, among vLLM's, of the loader for checkpoints whose experts are stored output first.
 OUTPUT_FIRST = "nemo_care_output_first"
 
@@ -27,8 +26,8 @@ class EngineSettings:
     checkpoint's (see `Family.processor_files`). `dtype` is vLLM's name of the weights' type,
     `backend` that of its weight transfer, `executor` that of its workers: "uni" for its own
     process, "mp" for processes of its machine, "ray" for actors on several machines.
-    `load_format` is that of its loader, such as `OUTPUT_FIRST`. `config` are keys of config.json that
-    replace the checkpoint's. `returns_routing`: replies have the experts that each token went to.
+    `load_format` is that of its loader, such as `OUTPUT_FIRST`. `config` are keys of config.json
+    that replace the checkpoint's. `returns_routing`: replies have the experts of each token.
     """
 
     folder: str

@@ -61,9 +61,7 @@ class WeightStream:
                 yield name, self._from_stage(stage, torch.empty(shape, dtype=dtype, device=device))
 
     def _own(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iterate_hf_weights(
-            self.model, trained_only=self.trained_only, fused_experts=False
-        )
+        return iterate_hf_weights(self.model, trained_only=self.trained_only, fused_experts=False)
 
     def _from_stage(self, stage: int, tensor: torch.Tensor) -> torch.Tensor:
         if self.ranks.layout.pipeline > 1:
