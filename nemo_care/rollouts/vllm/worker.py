@@ -170,10 +170,13 @@ def _without_expert_kernels(model: torch.nn.Module) -> list[tuple[Any, Any]]:
     On CPUs the experts' matrices are padded and repacked when vLLM 0.32 makes the kernel, and only
     then: a layer that has one would keep the new matrices as they were sent.
     """
-    methods = [getattr(module, "quant_method", None) for module in model.modules()]
-    found = [(it, it.moe_kernel) for it in methods if getattr(it, "moe_kernel", None) is not None]
-    for method, _ in found:
-        method.moe_kernel = None
+    found: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        kernel = getattr(method, "moe_kernel", None)
+        if kernel is not None:
+            method.moe_kernel = None
+            found.append((method, kernel))
     return found
 
 
