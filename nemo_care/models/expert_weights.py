@@ -7,6 +7,7 @@ expert-tensor-parallel part of each.
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from megatron.core import parallel_state
 
 from nemo_care.errors import InputError
 from nemo_care.models.architecture import Architecture
+from nemo_care.models.family import Family
 from nemo_care.models.hf_tensors import HFTensors
 from nemo_care.models.weight_table import Source
 
@@ -47,6 +49,20 @@ def shape_on_disk(source: Source, model: Architecture) -> tuple[int, int, int]:
     if source.cut == "gate_up":
         return model.experts.count, 2 * model.ffn_size, model.hidden_size
     return model.experts.count, model.hidden_size, model.ffn_size
+
+
+def stores_output_first(folder: str | Path, family: Family) -> bool:
+    """Whether a checkpoint folder of this family has experts, as [experts, output, input].
+
+    Raises InputError as `HFTensors.input_first` does.
+    """
+    table = family.weights
+    source = next((source for source in table.layer.values() if source.each), None)
+    if source is None:
+        return False
+    reader = HFTensors(Path(folder), table, "model.hf_path")
+    name = table.layer_prefix.format(0) + source.names[0]
+    return not reader.input_first(name, shape_on_disk(source, family.architecture))
 
 
 def read_experts(
@@ -87,20 +103,43 @@ def join_experts(
 
     Collective over the ranks that have these experts.
     """
-    mine = torch.stack([parameter.data for parameter in parameters])
-    shards = _gathered(mine, parallel_state.get_expert_tensor_parallel_group())
-    if source.cut == "gate_up":
-        halves = zip(*(shard.chunk(2, dim=1) for shard in shards), strict=True)
-        mine = torch.cat([torch.cat(half, dim=1) for half in halves], dim=1)
-    else:
-        mine = torch.cat(shards, dim=2)
-    whole = torch.cat(_gathered(mine, parallel_state.get_expert_model_parallel_group()))
-    return whole.transpose(1, 2).contiguous() if input_first else whole
+    matrices = dict(_whole_experts(source, parameters))
+    ordered = [matrices[number] for number in sorted(matrices)]
+    return torch.stack([matrix.T if input_first else matrix for matrix in ordered])
+
+
+def each_expert(
+    source: Source, parameters: list[torch.nn.Parameter]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the matrices [output, input] of all experts of a layer, each under its own name.
+
+    Collective over the ranks that have these experts; each rank holds one expert of every other
+    rank at a time.
+    """
+    for number, matrix in _whole_experts(source, parameters):
+        names = [name.format(number) for name in source.each]
+        yield from zip(names, matrix.chunk(len(names)), strict=True)
+
+
+def _whole_experts(
+    source: Source, parameters: list[torch.nn.Parameter]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield each expert's number and its matrix [output, input]; collective."""
+    for place, parameter in enumerate(parameters):
+        shards = _gathered(parameter.data, parallel_state.get_expert_tensor_parallel_group())
+        if source.cut == "gate_up":
+            halves = zip(*(shard.chunk(2) for shard in shards), strict=True)
+            mine = torch.cat([torch.cat(half) for half in halves])
+        else:
+            mine = torch.cat(shards, dim=1)
+        of_ranks = _gathered(mine, parallel_state.get_expert_model_parallel_group())
+        for rank, matrix in enumerate(of_ranks):
+            yield rank * len(parameters) + place, matrix
 
 
 def _gathered(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
     if group.size() == 1:
         return [tensor]
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(parts, tensor, group=group)
+    dist.all_gather(parts, tensor.contiguous(), group=group)
     return parts

@@ -35,12 +35,14 @@ class Family(ABC):
         weights: which tensors of a checkpoint fill which parameters.
         computes_frames_apart: whether the vision tower computes each frame of a video (each step
             of its grid) as if it were an image of its own, so that frames can be dealt to ranks.
+        engine_config: keys of config.json that vLLM needs and transformers does not write.
     """
 
     model_type: ClassVar[str]
     name: ClassVar[str]
     weights: ClassVar[WeightTable]
     computes_frames_apart: ClassVar[bool] = False
+    engine_config: ClassVar[Mapping[str, Any]] = {}
     architecture: Architecture
     prompt: PromptFormat
 

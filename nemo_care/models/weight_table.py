@@ -11,11 +11,13 @@ OUTPUT = "output_layer.weight"
 class Source:
     """The Hugging Face tensors of one Megatron parameter, and how tensor parallelism cuts it.
 
-    `cut`: whole, columns, gate_up, qkv or vocabulary (see `weights.py`).
+    `cut`: whole, columns, gate_up, qkv or vocabulary (see `weights.py`). Of a tensor of experts,
+    `each` are the names of one expert's matrices with `{}` for its number, as engines take them.
     """
 
     names: tuple[str, ...]
     cut: str
+    each: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from nemo_care.errors import InputError
 from nemo_care.files.tensors import save_tensors
 from nemo_care.models.expert_weights import (
     are_experts,
+    each_expert,
     join_experts,
     named_weights,
     read_experts,
@@ -65,7 +66,11 @@ def _source(model: VideoLanguageModel, name: str) -> Source:
     layer = int(index) + get_transformer_layer_offset(model.config)
     source = table.layer[rest]
     prefix = table.layer_prefix.format(layer)
-    return replace(source, names=tuple(prefix + name for name in source.names))
+    return replace(
+        source,
+        names=tuple(prefix + name for name in source.names),
+        each=tuple(prefix + name for name in source.each),
+    )
 
 
 # ------------------------------------------------------------------ reading
@@ -162,12 +167,13 @@ def _join(
 
 @torch.no_grad()
 def iterate_hf_weights(
-    model: VideoLanguageModel, *, trained_only: bool = False
+    model: VideoLanguageModel, *, trained_only: bool = False, fused_experts: bool = True
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield this pipeline stage's weights under Hugging Face's names, one parameter at a time.
 
     All tensor-parallel ranks must iterate together, and those that share experts. Tied output
-    weights are not repeated. `trained_only` leaves out the frozen parts.
+    weights are not repeated. `trained_only` leaves out the frozen parts. Without `fused_experts`,
+    each expert has its own matrices, as in `Source.each`.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     for name, parameters in named_weights(model):
@@ -177,8 +183,11 @@ def iterate_hf_weights(
             continue
         source = _source(model, name)
         if are_experts(name):
-            input_first = source.names[0] in model.stored_input_first
-            yield source.names[0], join_experts(source, parameters, input_first=input_first)
+            if fused_experts:
+                input_first = source.names[0] in model.stored_input_first
+                yield source.names[0], join_experts(source, parameters, input_first=input_first)
+            else:
+                yield from each_expert(source, parameters)
             continue
         (parameter,) = parameters
         shards = [parameter.data]

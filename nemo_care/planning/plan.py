@@ -274,9 +274,6 @@ def check_plannable(recipe: Recipe, shape: ModelShape, gpu: Gpu) -> None:
     check_world(recipe)
     check_planned(recipe, shape.architecture, gpu)
     check_engines(recipe, shape.architecture)
-    if recipe.rollout.backend == "vllm":
-        # A family that vLLM can't sample refuses here.
-        shape.family.processor_files(recipe.data.video.max_pixels)
 
 
 def planned_engine(recipe: Recipe, measured: Measurements, question: Question) -> EnginePlan | None:

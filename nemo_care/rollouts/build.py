@@ -7,6 +7,7 @@ from pathlib import Path
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.errors import InputError
 from nemo_care.models.architecture import Architecture
+from nemo_care.models.expert_weights import stores_output_first
 from nemo_care.models.families import read_family
 from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.ranks.process_groups import Ranks
@@ -15,7 +16,7 @@ from nemo_care.rollouts.generator import Generator
 from nemo_care.rollouts.megatron import MegatronGenerator
 from nemo_care.rollouts.vllm.fleet import Fleet, sleep_level
 from nemo_care.rollouts.vllm.generator import VLLMGenerator
-from nemo_care.rollouts.vllm.messages import EngineSettings
+from nemo_care.rollouts.vllm.messages import OUTPUT_FIRST, EngineSettings
 from nemo_care.rollouts.vllm.placement import check_placement, check_tensor_parallel
 from nemo_care.rollouts.vllm.weight_sync import transfer_backend
 
@@ -93,8 +94,6 @@ def check_rollouts(recipe: Recipe) -> None:
             )
         return
     check_engines(recipe, family.architecture)
-    # A family that vLLM can't sample refuses here.
-    family.processor_files(recipe.data.video.max_pixels)
     if not _is_installed("vllm"):
         raise InputError(f"rollout.backend=vllm needs the package vllm: {_INSTALL}")
     if recipe.rollout.vllm.ray_address is not None and not _is_installed("ray"):
@@ -166,8 +165,9 @@ def engine_settings(recipe: Recipe, model: VideoLanguageModel) -> EngineSettings
     """What the recipe says about engines."""
     vllm, data = recipe.rollout.vllm, recipe.data
     longest = data.max_prompt_tokens + recipe.rollout.max_completion_tokens
+    folder = str(Path(recipe.model.hf_path).resolve())
     return EngineSettings(
-        folder=str(Path(recipe.model.hf_path).resolve()),
+        folder=folder,
         dtype=_DTYPES[recipe.model.precision.dtype],
         tensor_parallel_size=vllm.tensor_parallel_size,
         max_tokens=min(longest, model.family.architecture.max_positions),
@@ -180,4 +180,6 @@ def engine_settings(recipe: Recipe, model: VideoLanguageModel) -> EngineSettings
         enforce_eager=vllm.enforce_eager,
         sleeps=sleep_level(vllm) > 0,
         executor="mp" if vllm.tensor_parallel_size > 1 else "uni",
+        load_format=OUTPUT_FIRST if stores_output_first(folder, model.family) else "auto",
+        config=model.family.engine_config,
     )

@@ -1,8 +1,12 @@
 """A tiny random Qwen3-VL, without experts or with them, with the miniature's words."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     GenerationConfig,
     Qwen3VLConfig,
@@ -15,6 +19,7 @@ from nemo_care.miniature.tokenizer import build_tokenizer
 from nemo_care.miniature.vocabulary import END, IMAGE_PAD, PAD, TOKEN_ID, VIDEO_PAD, WORDS
 
 DEEP_LEVELS = 3
+FUSED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
@@ -82,4 +87,20 @@ def write_tiny_qwen3(folder: Path, experts=None, seed=0, **top) -> Path:
     model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=PAD)
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rewritten(
+    source: Path, folder: Path, change: Callable[[torch.Tensor], torch.Tensor], **config
+) -> Path:
+    """A copy whose tensors of experts are changed, and keys of config.json set."""
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    changed = {
+        name: change(tensor).contiguous() if name.endswith(FUSED) else tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(raw))
     return folder

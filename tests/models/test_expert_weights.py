@@ -1,40 +1,21 @@
 """Tensors of experts on disk: either orientation, found by shape, and written as it was read."""
 
-import json
-import shutil
-
 import pytest
 import torch
 from megatron.core.transformer.moe import moe_utils
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from small_runs import small_recipe
-from tiny_qwen3_vl import EXPERTS, write_tiny_qwen3
+from tiny_qwen3_vl import EXPERTS, rewritten, write_tiny_qwen3
 
 from nemo_care.errors import InputError
 from nemo_care.models.hf_tensors import check_weights
 from nemo_care.models.weights import export_hf
 from nemo_care.training.build import load_model
 
-FUSED = ("experts.gate_up_proj", "experts.down_proj")
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return write_tiny_qwen3(tmp_path_factory.mktemp("experts") / "checkpoint", EXPERTS)
-
-
-def rewritten(source, folder, change, **config):
-    """A copy whose tensors of experts are changed, and keys of config.json set."""
-    shutil.copytree(source, folder)
-    tensors = load_file(source / "model.safetensors")
-    changed = {
-        name: change(tensor).contiguous() if name.endswith(FUSED) else tensor
-        for name, tensor in tensors.items()
-    }
-    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-    raw = json.loads((folder / "config.json").read_text()) | config
-    (folder / "config.json").write_text(json.dumps(raw))
-    return folder
 
 
 def loaded(folder, world, ranks):

@@ -245,12 +245,24 @@ def test_big_recipes_sample_with_vllm_where_it_samples_their_family():
         assert not composed(name).rollout.asynchronous
 
 
-@pytest.mark.parametrize("rollout", ["megatron", "vllm", "vllm_async"])
-@pytest.mark.parametrize("size", SIZES)
-def test_every_rollout_of_a_big_recipe_has_engines_that_fit_its_ranks(size, rollout, monkeypatch):
+ROLLOUTS = [
+    *(
+        (f"qwen2_5_vl_{size}", kind)
+        for size in SIZES
+        for kind in ("megatron", "vllm", "vllm_async")
+    ),
+    *((f"qwen3_vl_{size}", kind) for size in ("4b", "8b") for kind in ("vllm", "vllm_async")),
+    *(("qwen3_vl_30b_a3b", kind) for kind in ("vllm", "vllm_async")),
+    # Its engines have no room on the training GPUs.
+    ("qwen3_vl_235b_a22b", "vllm_async"),
+]
+
+
+@pytest.mark.parametrize(("name", "rollout"), ROLLOUTS)
+def test_every_rollout_of_a_big_recipe_has_engines_that_fit_its_ranks(name, rollout, monkeypatch):
     # As in a plan: the GPUs of this machine do not count.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    base = f"grpo_care_qwen2_5_vl_{size}"
+    base = f"grpo_care_{name}"
     recipe = composed(base, f"rollout={rollout}")
     architecture = read_model_shape(recipe.model.hf_path).architecture
     check_world(recipe)
@@ -259,6 +271,7 @@ def test_every_rollout_of_a_big_recipe_has_engines_that_fit_its_ranks(size, roll
     engines = recipe.rollout.vllm
     on_machine = recipe.trainer.devices + len(engines.gpus or ())
     assert on_machine == GPUS_OF_A_NODE
+    assert (engines.tensor_parallel_size > 1) == (rollout != "megatron")
     assert recipe.rollout.asynchronous == (rollout == "vllm_async")
     # A run resumes with any of them.
     assert recipe.exp_manager.name == base

@@ -1,4 +1,4 @@
-"""vLLM against the generator in the training shards, for Qwen3-VL.
+"""vLLM against the generator in the training shards, for Qwen3-VL without experts and with them.
 
 The generator compares the tokens of each prompt with those that vLLM's model saw, times included.
 """
@@ -6,7 +6,7 @@ The generator compares the tokens of each prompt with those that vLLM's model sa
 import pytest
 from made_groups import make_prompts
 from small_runs import one_step, small_trainer
-from tiny_qwen3_vl import write_tiny_qwen3
+from tiny_qwen3_vl import EXPERTS, rewritten, write_tiny_qwen3
 from vllm_runs import vllm_recipe
 
 from nemo_care.rollouts.generator import Sampling
@@ -29,10 +29,21 @@ def largest_difference(ours, theirs):
     )
 
 
+@pytest.fixture(params=["dense", "experts", "experts_as_published"])
+def checkpoint(request, tmp_path):
+    """Without experts; with experts as transformers 5 stores them; and as published."""
+    if request.param == "dense":
+        return write_tiny_qwen3(tmp_path / "tiny")
+    if request.param == "experts":
+        # vLLM pads this width on CPUs.
+        return write_tiny_qwen3(tmp_path / "tiny", EXPERTS)
+    new = write_tiny_qwen3(tmp_path / "new", EXPERTS | {"moe_intermediate_size": 96})
+    return rewritten(new, tmp_path / "tiny", lambda tensor: tensor.transpose(1, 2))
+
+
 def test_greedy_tokens_equal_those_of_the_training_shards_before_and_after_an_update(
-    world, ranks, tmp_path
+    world, ranks, tmp_path, checkpoint
 ):
-    checkpoint = write_tiny_qwen3(tmp_path / "tiny")
     # A video, two videos, an image after a video, text only.
     prompts = make_prompts(checkpoint, world, tmp_path)
     recipe = vllm_recipe(checkpoint, world)

@@ -222,16 +222,16 @@ class VLLMGenerator:
         fed = self.fleet.fed
 
         def send() -> None:
-            if self._sender is None:
+            if self._sender is None and self.fleet.feeds:
                 self._sender = make_sender(
                     self.fleet.settings.backend, self.weights, fed, self.fleet.bucket_bytes
                 )
+            elif self._sender is None:
+                self._sender = _NothingToSend(self.weights)
             self._sender.send_weights()
 
         # Replicas whose engines get their weights from another replica wait for it here.
-        self.ranks.together(send if self.fleet.feeds else lambda: None)
-        if self._sender is None:
-            self._sender = _NothingToSend()
+        self.ranks.together(send)
         if check:
             self.ranks.together(lambda: self._check_digests(before))
 
@@ -334,5 +334,12 @@ class VLLMGenerator:
 class _NothingToSend:
     """The sender of a replica whose engines get their weights from another replica."""
 
+    def __init__(self, weights: WeightStream) -> None:
+        """`weights` are those of this replica."""
+        self.weights = weights
+
     def send_weights(self) -> None:
-        """Do nothing."""
+        """Contribute this replica's experts, if it shares them with the replica that sends."""
+        if self.weights.ranks.layout.replicas_in_step > 1:
+            for _ in self.weights:
+                pass

@@ -28,6 +28,7 @@ from nemo_care.rollouts.vllm.messages import (
     Sampled,
     SampleReply,
     SampleRequest,
+    split_routing,
 )
 
 _CPU_BATCH_TOKENS = 4096
@@ -63,6 +64,7 @@ class Engine:
             options["max_num_batched_tokens"] = max(settings.max_tokens, _CPU_BATCH_TOKENS)
         self.llm = vllm.LLM(
             model=self._folder.name,
+            hf_overrides=dict(settings.config),
             dtype=settings.dtype,
             tensor_parallel_size=settings.tensor_parallel_size,
             max_model_len=settings.max_tokens,
@@ -71,7 +73,7 @@ class Engine:
             enable_sleep_mode=settings.sleeps,
             # Not "dummy", although weights are sent before any sampling: it also fills buffers with
             # random numbers, such as those for the pixels' normalisation, which are never sent.
-            load_format="auto",
+            load_format=settings.load_format,
             # The model's own log-probabilities: before temperature and top-p.
             logprobs_mode="raw_logprobs",
             # The recipe defines the sampling, not the checkpoint's recommendations.
@@ -79,6 +81,7 @@ class Engine:
             weight_transfer_config=WeightTransferConfig(backend=settings.backend),
             distributed_executor_backend=settings.executor,
             worker_extension_cls=_EXTENSION,
+            enable_return_routed_experts=settings.returns_routing,
             disable_log_stats=True,
             **options,
         )
@@ -238,12 +241,16 @@ def sampling_params(request: SampleRequest) -> SamplingParams:
 
 def sampled(output: Any) -> SampleReply:
     """Convert the finished output of a request."""
-    completions = []
+    prompt = list(output.prompt_token_ids)
+    completions, of_prompt = [], None
     for completion in sorted(output.outputs, key=lambda one: one.index):
         ids = list(completion.token_ids)
         log_probs = [at[token].logprob for token, at in zip(ids, completion.logprobs, strict=True)]
-        completions.append(Sampled(ids, np.array(log_probs, dtype=np.float32)))
-    return SampleReply(list(output.prompt_token_ids), completions)
+        routing = None
+        if completion.routed_experts is not None:
+            of_prompt, routing = split_routing(completion.routed_experts, len(prompt))
+        completions.append(Sampled(ids, np.array(log_probs, dtype=np.float32), routing))
+    return SampleReply(prompt, completions, of_prompt)
 
 
 def make_model_folder(

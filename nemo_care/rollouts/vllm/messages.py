@@ -1,9 +1,13 @@
 """What a trainer and an engine send each other; needs no vLLM."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+# The name, among vLLM's, of the loader for checkpoints whose experts are stored output first.
+OUTPUT_FIRST = "nemo_care_output_first"
 
 
 class CallFailed(Exception):
@@ -22,6 +26,8 @@ class EngineSettings:
     checkpoint's (see `Family.processor_files`). `dtype` is vLLM's name of the weights' type,
     `backend` that of its weight transfer, `executor` that of its workers: "uni" for its own
     process, "mp" for processes of its machine, "ray" for actors on several machines.
+    `load_format` is that of its loader, such as `OUTPUT_FIRST`. `config` are keys of config.json
+    that replace the checkpoint's. `returns_routing`: replies have the experts of each token.
     """
 
     folder: str
@@ -35,6 +41,9 @@ class EngineSettings:
     enforce_eager: bool
     sleeps: bool
     executor: str
+    load_format: str = "auto"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    returns_routing: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,15 +77,35 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One completion of C tokens, up to and including EOS if it ended; `log_probs` float32 [C]."""
+    """One completion of C tokens, up to and including EOS if it ended; `log_probs` float32 [C].
+
+    `routing` int16 [C, layers, top_k] are the experts that its tokens went to, -1 for the last one,
+    which went through no layer; None unless the engine returns them.
+    """
 
     token_ids: list[int]
     log_probs: np.ndarray
+    routing: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class SampleReply:
-    """The completions of a prompt, and the prompt's tokens in the engine's model."""
+    """The completions of a prompt, and the prompt's P tokens in the engine's model.
+
+    `prompt_routing` int16 [P, layers, top_k] are the experts of the prompt's tokens, like
+    `Sampled.routing`.
+    """
 
     prompt_token_ids: list[int]
     completions: list[Sampled]
+    prompt_routing: np.ndarray | None = None
+
+
+def split_routing(rows: np.ndarray, prompt: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split the experts [P + C - 1, layers, top_k] of a sequence, as vLLM returns them.
+
+    Returns those of the `prompt` tokens P, and of the completion's C tokens (see `Sampled`).
+    """
+    experts = rows.astype(np.int16)
+    unrecorded = np.full_like(experts[:1], -1)
+    return experts[:prompt], np.concatenate([experts[prompt:], unrecorded])

@@ -26,8 +26,10 @@ class WeightStream:
     `trained_only` leaves out the frozen parts, for engines that have them already.
 
     Tensor-parallel shards are gathered (`iterate_hf_weights`); tensors of one pipeline stage are
-    broadcast to the others. All ranks of the replica iterate together. vLLM's senders use it as
-    their source of weights.
+    broadcast to the others. All ranks of the replica iterate together, and those of replicas that
+    share its experts. An expert has its own tensors: a fused one would be too large for the GPUs,
+    and vLLM reads it as [experts, input, output] only. vLLM's senders use it as their source of
+    weights.
     """
 
     def __init__(self, model: VideoLanguageModel, ranks: Ranks) -> None:
@@ -41,7 +43,7 @@ class WeightStream:
     def metadata(self) -> list[Described]:
         """The tensors of an iteration, in order.
 
-        The first access, and the first with `trained_only`, is collective in the replica.
+        The first access, and the first with `trained_only`, is collective like an iteration.
         """
         return [described for stage in self._described() for described in stage]
 
@@ -59,7 +61,7 @@ class WeightStream:
                 yield name, self._from_stage(stage, torch.empty(shape, dtype=dtype, device=device))
 
     def _own(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iterate_hf_weights(self.model, trained_only=self.trained_only)
+        return iterate_hf_weights(self.model, trained_only=self.trained_only, fused_experts=False)
 
     def _from_stage(self, stage: int, tensor: torch.Tensor) -> torch.Tensor:
         if self.ranks.layout.pipeline > 1:

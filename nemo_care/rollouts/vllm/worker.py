@@ -1,27 +1,32 @@
-"""Code inside vLLM's workers: weights from shared memory, and digests of the parameters.
+"""Code inside vLLM's workers: loading and receiving weights, and digests of the parameters.
 
-vLLM imports this module by the name of `WorkerExtension` before it creates its weight transfer
-engine, and so finds the engine that is registered here.
+vLLM imports this module by the name of `WorkerExtension` before it loads the model and creates its
+weight transfer engine, and so finds the loader and the engine that are registered here.
 """
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.config.load import LoadConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
 
+from nemo_care.rollouts.vllm.messages import OUTPUT_FIRST
 from nemo_care.rollouts.vllm.shared_memory import BACKEND
 
 
@@ -43,6 +48,25 @@ class WorkerExtension:
         return {
             name: digest for name, digest in digests.items() if name.rpartition(":")[2] not in empty
         }
+
+
+@register_model_loader(OUTPUT_FIRST)
+class OutputFirstLoader(DefaultModelLoader):
+    """Loads a checkpoint whose experts are [experts, output, input], as transformers 5 writes them.
+
+    vLLM 0.32 reads all such tensors as [experts, input, output]: it fails, or computes with
+    transposed matrices if they are square.
+    """
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        """Load as vLLM's own loader does."""
+        super().__init__(replace(load_config, load_format="auto"))
+
+    def get_all_weights(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and tensors as vLLM expects them."""
+        for name, tensor in super().get_all_weights(*args, **kwargs):
+            fused = ".experts." in name and tensor.dim() == 3
+            yield name, tensor.transpose(1, 2) if fused else tensor
 
 
 @dataclass
@@ -80,6 +104,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         # What an update of trained parameters only has left out.
         self._frozen: set[str] | None = None
         self._trained_only = False
+        self._kernels: list[tuple[Any, Any]] = []
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
         """Do nothing: no preparation is necessary."""
@@ -89,6 +114,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         self._parameters = {name for name, _ in self.model.named_parameters()}
         self._loaded = set()
         self._trained_only = False
+        self._kernels = _without_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -129,11 +155,29 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
             self._frozen = set(missing) if self._frozen is None else self._frozen
             missing = sorted(set(missing) - self._frozen)
         finalize_layerwise_reload(self.model, self.model_config)
+        for method, kernel in self._kernels:
+            method.moe_kernel = method.moe_kernel or kernel
         if missing:
             raise ValueError(f"{len(missing)} parameters got no weights, the first is {missing[0]}")
 
     def shutdown(self) -> None:
         """Do nothing: there are no resources to free."""
+
+
+def _without_expert_kernels(model: torch.nn.Module) -> list[tuple[Any, Any]]:
+    """Take the kernels from the layers with experts, and return the layers' methods and kernels.
+
+    On CPUs the experts' matrices are padded and repacked when vLLM 0.32 makes the kernel, and only
+    then: a layer that has one would keep the new matrices as they were sent.
+    """
+    found: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        kernel = getattr(method, "moe_kernel", None)
+        if kernel is not None:
+            method.moe_kernel = None
+            found.append((method, kernel))
+    return found
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

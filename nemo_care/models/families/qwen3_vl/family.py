@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from nemo_care.data.patches import Grid
-from nemo_care.errors import InputError
 from nemo_care.models.architecture import Architecture, Experts, VisionArchitecture
 from nemo_care.models.families.qwen3_vl import engine
 from nemo_care.models.families.qwen3_vl.config import read_config, signature
@@ -125,9 +124,4 @@ class Qwen3VLMoeFamily(Qwen3VLFamily):
     model_type = EXPERTS.model_type
     name = f"{NAME} with experts"
     weights = EXPERT_WEIGHTS
-
-    def processor_files(self, max_pixels: int) -> dict[str, dict[str, Any]]:
-        """As `Family.processor_files`; always raises InputError."""
-        raise InputError(
-            f"rollout.backend=vllm: not supported for {self.name} yet; set rollout.backend=megatron"
-        )
+    engine_config: ClassVar[Mapping[str, Any]] = {"text_config": {"norm_topk_prob": True}}

@@ -31,8 +31,14 @@ EXPERT_WEIGHTS = replace(
     layer={
         **{name: source for name, source in WEIGHTS.layer.items() if name not in _DENSE_MLP},
         "mlp.router.weight": Source(("mlp.gate.weight",), "whole"),
-        "mlp.experts.linear_fc1.weight": Source(("mlp.experts.gate_up_proj",), "gate_up"),
-        "mlp.experts.linear_fc2.weight": Source(("mlp.experts.down_proj",), "columns"),
+        "mlp.experts.linear_fc1.weight": Source(
+            ("mlp.experts.gate_up_proj",),
+            "gate_up",
+            ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        ),
+        "mlp.experts.linear_fc2.weight": Source(
+            ("mlp.experts.down_proj",), "columns", ("mlp.experts.{}.down_proj.weight",)
+        ),
     },
     experts=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
 )
