@@ -68,7 +68,8 @@ class MoEConfig:
     routing_replay: bool | None = None
     """Record the experts that each token goes to while it is sampled, and use them again in the
     update: rounding then sends no token to other experts than when it was sampled. null: true with
-    rollout.backend=megatron (vllm does not return them), false without experts."""
+    rollout.backend=megatron, false with vllm (which returns them on GPUs only, where nothing of it
+    has been run) and without experts."""
 
 
 @dataclass

@@ -67,7 +67,7 @@ def build_generator(
         )
     fleet = Fleet(
         recipe.rollout.vllm,
-        engine_settings(recipe, model),
+        engine_settings(recipe, model, returns_routing=records_routing),
         ranks,
         devices=recipe.trainer.devices,
         logs=folder / "logs",
@@ -115,17 +115,10 @@ def check_routing_replay(recipe: Recipe, architecture: Architecture) -> None:
     """Refuse to replay what can't be recorded.
 
     Raises:
-        InputError: the model has no experts, or its sampler does not return them.
+        InputError: the model has no experts.
     """
-    if not recipe.model.moe.routing_replay:
-        return
-    if architecture.experts is None:
+    if recipe.model.moe.routing_replay and architecture.experts is None:
         raise InputError("model.moe.routing_replay=true: this model has no experts; remove it")
-    if recipe.rollout.backend != "megatron":
-        raise InputError(
-            "model.moe.routing_replay=true: vLLM does not return the experts that it has chosen; "
-            "set rollout.backend=megatron, or model.moe.routing_replay=false"
-        )
 
 
 def _is_installed(package: str) -> bool:
@@ -161,8 +154,10 @@ def check_engines(recipe: Recipe, architecture: Architecture) -> None:
     check_tensor_parallel(architecture, recipe.rollout.vllm.tensor_parallel_size)
 
 
-def engine_settings(recipe: Recipe, model: VideoLanguageModel) -> EngineSettings:
-    """What the recipe says about engines."""
+def engine_settings(
+    recipe: Recipe, model: VideoLanguageModel, *, returns_routing: bool = False
+) -> EngineSettings:
+    """What the recipe says about engines; `returns_routing` as in `EngineSettings`."""
     vllm, data = recipe.rollout.vllm, recipe.data
     longest = data.max_prompt_tokens + recipe.rollout.max_completion_tokens
     folder = str(Path(recipe.model.hf_path).resolve())
@@ -182,4 +177,5 @@ def engine_settings(recipe: Recipe, model: VideoLanguageModel) -> EngineSettings
         executor="mp" if vllm.tensor_parallel_size > 1 else "uni",
         load_format=OUTPUT_FIRST if stores_output_first(folder, model.family) else "auto",
         config=model.family.engine_config,
+        returns_routing=returns_routing,
     )

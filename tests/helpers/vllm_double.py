@@ -89,7 +89,14 @@ class DoubleEngine:
         if self.lies:
             prompt = prompt[1:]
         log_probs = np.full(len(TOKENS), -0.5, dtype=np.float32)
-        return SampleReply(prompt, [Sampled(TOKENS, log_probs)] * request.count)
+        routing = of_prompt = None
+        if self.settings.returns_routing:
+            of_prompt, routing = np.split(
+                np.arange(2 * (len(prompt) + len(TOKENS)), dtype=np.int16).reshape(-1, 1, 2),
+                [len(prompt)],
+            )
+        completions = [Sampled(TOKENS, log_probs, routing)] * request.count
+        return SampleReply(prompt, completions, of_prompt)
 
     def init_weight_transfer_engine(self, init_info):
         self.calls.append("init")

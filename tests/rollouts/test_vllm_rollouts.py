@@ -12,6 +12,7 @@ from small_runs import small_recipe, small_trainer
 from transformers import Qwen2_5_VLConfig
 from vllm_double import use_double
 
+from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError, RunFailed
 from nemo_care.models.families import read_family
 from nemo_care.models.families.positions import mrope_positions
@@ -20,7 +21,7 @@ from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
 from nemo_care.ranks.process_groups import Layout, Ranks
 from nemo_care.recipe.schema import Recipe, check_recipe
 from nemo_care.recipe.vllm import VLLMConfig
-from nemo_care.rollouts.build import check_rollouts
+from nemo_care.rollouts.build import build_generator, check_rollouts
 from nemo_care.rollouts.generator import Sampling
 from nemo_care.rollouts.vllm.placement import (
     check_placement,
@@ -270,6 +271,34 @@ def test_groups_come_back_in_order_with_log_probs_and_spans(trainer, prompts, en
     assert groups[0].completions[0].log_probs.tolist() == [-0.5] * 4
     assert [group.size for group in trainer.generator.generate(prompts, GREEDY)] == [3] * 4
     assert [request.count for request in seen(engine)["requests"]] == [3] * 4 + [1] * 4
+
+
+def test_groups_have_the_experts_that_an_engine_returns(
+    checkpoint, world, ranks, prompts, tmp_path, monkeypatch
+):
+    use_double(monkeypatch)
+    recipe = engine_recipe(checkpoint, world)
+    model = load_model(recipe, ranks)
+    generator = build_generator(
+        recipe,
+        ranks,
+        model,
+        load_tokenizer(checkpoint, model.family.prompt),
+        groups_per_batch=1,
+        shared_prompt=True,
+        folder=tmp_path,
+        from_checkpoint=True,
+        records_routing=True,
+    )
+    try:
+        (group,) = generator.generate(prompts[:1], SAMPLING)
+    finally:
+        generator.close()
+    length = group.prompt.length
+    assert group.prompt_routing.flatten().tolist() == list(range(2 * length))
+    for completion in group.completions:
+        experts = completion.routing.flatten().tolist()
+        assert experts == list(range(2 * length, 2 * (length + completion.length)))
 
 
 def test_weights_go_before_the_first_rollout_and_after_updates_only(

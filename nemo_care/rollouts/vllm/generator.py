@@ -167,19 +167,18 @@ class VLLMGenerator:
         for number, prompt in enumerate(begun.prompts):
             reply = of_engines[number % count][number // count]
             self._check_tokens(prompt, reply)
-            groups.append(
-                Group(
-                    prompt,
-                    [
-                        completion_of(
-                            torch.tensor(sampled.token_ids, dtype=torch.long),
-                            torch.from_numpy(sampled.log_probs),
-                            self.tokenizer,
-                        )
-                        for sampled in reply.completions * begun.copies
-                    ],
+            completions = [
+                completion_of(
+                    torch.tensor(sampled.token_ids, dtype=torch.long),
+                    torch.from_numpy(sampled.log_probs),
+                    self.tokenizer,
+                    None if sampled.routing is None else torch.from_numpy(sampled.routing),
                 )
-            )
+                for sampled in reply.completions * begun.copies
+            ]
+            routing = reply.prompt_routing
+            of_prompt = None if routing is None else torch.from_numpy(routing)
+            groups.append(Group(prompt, completions, prompt_routing=of_prompt))
         return groups
 
     def rest(self) -> None:
