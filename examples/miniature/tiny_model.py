@@ -8,6 +8,7 @@ import transformers
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from nemo_care.files.tensors import usual_mode
+from nemo_care.miniature import CHECKPOINT
 from nemo_care.miniature.tokenizer import build_tokenizer
 from nemo_care.miniature.vocabulary import (
     END,
@@ -113,6 +114,11 @@ _CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     ),
 }
 MODEL_TYPES = tuple(_CONFIGS)
+# The checkpoints that come with the package; each additional family's has its name.
+CHECKPOINTS = {
+    name: CHECKPOINT if number == 0 else CHECKPOINT.with_name(f"{CHECKPOINT.name}_{name}")
+    for number, name in enumerate(MODEL_TYPES)
+}
 
 
 def tiny_config(model_type: str = "qwen2_5_vl") -> PretrainedConfig:

@@ -6,12 +6,6 @@
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "checkpoint_warm"
-# By the family's name in config.json.
-CHECKPOINTS = {
-    "qwen2_5_vl": CHECKPOINT,
-    "qwen3_vl": CHECKPOINT.with_name("checkpoint_warm_qwen3_vl"),
-    "qwen3_vl_moe": CHECKPOINT.with_name("checkpoint_warm_qwen3_vl_moe"),
-}
 
 
 def ensure_files(kind: str, root: str) -> None:

@@ -23,7 +23,7 @@ from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
-from nemo_care.miniature import CHECKPOINT, CHECKPOINTS
+from nemo_care.miniature import CHECKPOINT
 from nemo_care.miniature.files import ensure_world, write_world
 from nemo_care.miniature.vocabulary import DIRECTIONS, LETTERS, OPPOSITE, SHAPES, WORDS, encode
 from nemo_care.miniature.world import (
@@ -37,6 +37,7 @@ from nemo_care.miniature.world import (
 )
 from nemo_care.models.families import FAMILIES, read_family
 from tiny_model import (
+    CHECKPOINTS,
     MODEL_TYPES,
     build_model,
     load_checkpoint,
