@@ -8,6 +8,7 @@ import torch
 from nemo_care.planning.engines import beside, engine_plan
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.shapes import read_model_shape
+from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.schema import Recipe
 from nemo_care.recipe.vllm import VLLMConfig
 from nemo_care.rollouts.vllm import fleet as fleets
@@ -51,14 +52,16 @@ def test_memory_goes_back_to_cuda_before_engines_start_and_wake(monkeypatch):
     happened = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("emptied"))
-    ranks = SimpleNamespace(together=lambda do: do(), barrier=lambda: happened.append("all ranks"))
+    ranks = SimpleNamespace(
+        together=lambda do: do(), barrier=lambda: happened.append("all ranks"), layout=Layout()
+    )
     fleet = fleets.Fleet.__new__(fleets.Fleet)
     fleet.vllm, fleet.ranks, fleet.sleep_level, fleet.feeds = VLLMConfig(), ranks, 1, False
     fleet.own = []
     monkeypatch.setattr(fleet, "start", lambda: happened.append("start"), raising=False)
     generator = VLLMGenerator.__new__(VLLMGenerator)
     generator.fleet, generator.ranks, generator.version = fleet, ranks, lambda: 0
-    generator.weights = SimpleNamespace()
+    generator.weights = SimpleNamespace(ranks=ranks)
     generator.from_checkpoint, generator._asleep, generator._started = False, False, False
     generator._sender = generator._sent = None
     monkeypatch.setattr(

@@ -148,6 +148,6 @@ def test_each_phase_sets_its_fields_of_a_group_and_no_other(checkpoint, world, r
         phase(groups)
         assert all(getattr(group, name) is not None for group in groups for name in its)
         unset -= its
-    # Without a counterfactual bonus and dynamic sampling.
-    assert unset == {"pair_likelihood", "used"}
+    # Without a counterfactual bonus, dynamic sampling and experts.
+    assert unset == {"pair_likelihood", "used", "prompt_routing"}
     assert all(getattr(group, name) is None for group in groups for name in unset)
