@@ -633,6 +633,7 @@ def test_two_replicas_share_the_samples(rank_server, evaluate, world, tmp_path):
     assert_same_evaluation(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_replicas_that_share_experts_evaluate_in_step(rank_server, evaluate, world, tmp_path):
     """The second replica has fewer prompts, none at last, and shorter completions."""
     checkpoint = write_tiny_qwen3(tmp_path / "checkpoint", EXPERTS)
