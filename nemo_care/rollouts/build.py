@@ -81,11 +81,12 @@ def check_rollouts(recipe: Recipe) -> None:
     """Refuse rollouts that can be seen to fail before any rank starts.
 
     Raises:
-        InputError: vLLM or Ray is missing, or the recipe's engines do not fit its ranks, its
-            precision or the model.
+        InputError: vLLM or Ray is missing, the recipe's engines do not fit its ranks, its
+            precision or the model, or a model without experts is to replay their choice.
     """
     family = read_family(recipe.model.hf_path)
-    check_routing_replay(recipe, family.architecture)
+    if recipe.model.moe.routing_replay and family.architecture.experts is None:
+        raise InputError("model.moe.routing_replay=true: this model has no experts; remove it")
     if recipe.rollout.backend == "megatron":
         if recipe.rollout.cuda_graphs and family.architecture.experts is not None:
             raise InputError(
@@ -109,16 +110,6 @@ def replays_routing(recipe: Recipe, architecture: Architecture) -> bool:
     if wanted is None:
         return architecture.experts is not None and recipe.rollout.backend == "megatron"
     return wanted
-
-
-def check_routing_replay(recipe: Recipe, architecture: Architecture) -> None:
-    """Refuse to replay what can't be recorded.
-
-    Raises:
-        InputError: the model has no experts.
-    """
-    if recipe.model.moe.routing_replay and architecture.experts is None:
-        raise InputError("model.moe.routing_replay=true: this model has no experts; remove it")
 
 
 def _is_installed(package: str) -> bool:
