@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from made import Size, hf_config, video_prompt, write_checkpoint
 
-from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import Prompt, PromptBuilder
+from nemo_care.data.sources import read_source
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.groups.group import Group
 from nemo_care.miniature.files import write_world
@@ -56,7 +56,9 @@ def miniature_prompts(recipe: Recipe, folder: Path, count: int) -> list[Prompt]:
     write_world(folder / "world", train=count, validation=1)
     form = read_family(recipe.model.hf_path).prompt
     builder = PromptBuilder(recipe.data, form, load_tokenizer(recipe.model.hf_path, form))
-    samples = read_jsonl(folder / "world", "train.jsonl").samples
+    samples = read_source(
+        "jsonl", folder / "world", "train.jsonl", seed=1, for_training=True
+    ).samples
     return [builder.build(index, sample) for index, sample in enumerate(samples)]
 
 

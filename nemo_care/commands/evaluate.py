@@ -66,9 +66,9 @@ def run_evaluation(recipe: Recipe, ranks: "Ranks", checked: "RunData | None" = N
 def _evaluate_in(recipe: Recipe, ranks: "Ranks", checked: "RunData | None", folder: Path) -> None:
     from nemo_care.data.decoding import DecodingWorkers
     from nemo_care.data.sources import RunData
-    from nemo_care.evaluation.build import build_llm_judge
     from nemo_care.evaluation.files import EvaluationFiles
     from nemo_care.evaluation.judge_again import judge_again, unjudged
+    from nemo_care.evaluation.leader_judge import build_llm_judge
     from nemo_care.evaluation.settings import evaluation_settings
     from nemo_care.training.model_source import (
         evaluated_model,

@@ -201,6 +201,10 @@ class Record:
         return value
 
 
+Parse = Callable[[Record, int], Sample]
+"""Converts a record to a sample, given the run's seed; raises InputError for an unusable record."""
+
+
 def read_annotations(
     root: str | Path,
     annotations: str,

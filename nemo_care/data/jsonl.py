@@ -8,12 +8,9 @@
 results by type of task (see Sample).
 """
 
-from pathlib import Path
-
-from nemo_care.data.annotations import Annotations, Record, read_annotations, shown
+from nemo_care.data.annotations import Record, shown
 from nemo_care.data.samples import Sample
-from nemo_care.data.solutions import Accuracy
-from nemo_care.objective.rewards import PROBLEM_TYPES, accuracy_reward
+from nemo_care.objective.rewards import PROBLEM_TYPES
 
 _OPTIONAL_TEXTS = ("forced_reasoning", "forced_answer", "task_type")
 _KEYS = {
@@ -22,7 +19,7 @@ _KEYS = {
 }
 
 
-def parse_jsonl(record: Record) -> Sample:
+def parse(record: Record, seed: int) -> Sample:
     """Convert a record to a sample; raises InputError for an unusable record."""
     unknown = sorted(set(record.content) - _KEYS)
     if unknown:
@@ -41,14 +38,3 @@ def parse_jsonl(record: Record) -> Sample:
         options=options,
         **{key: record.text(key, default="") for key in _OPTIONAL_TEXTS},
     )
-
-
-def read_jsonl(
-    root: str | Path, annotations: str, *, accuracy: Accuracy = accuracy_reward
-) -> Annotations:
-    """Read the samples and the bad lines of `root/annotations`.
-
-    Raises:
-        InputError: see `read_annotations`.
-    """
-    return read_annotations(root, annotations, parse_jsonl, accuracy=accuracy)

@@ -12,29 +12,20 @@ to `choice_d` and `golden_choice_idx` (validation) keeps its order. A record wit
 
 import hashlib
 import json
-from pathlib import Path
 
-from nemo_care.data.annotations import Annotations, Record, read_annotations
+from nemo_care.data.annotations import Record
 from nemo_care.data.samples import Sample
 
 _LETTERS = ("A", "B", "C", "D")
 _CHOICES = {letter: f"choice_{letter.lower()}" for letter in _LETTERS}
 
 
-def read_seed_bench_r1(root: str | Path, annotations: str, *, seed: int) -> Annotations:
-    """Read the samples and the bad lines of `root/annotations`.
+def parse(record: Record, seed: int) -> Sample:
+    """Convert a record to a sample; raises InputError for an unusable record.
 
     Only `seed` and a sample's id decide which negative answers are options, and in which order:
     neither the place in the file nor the rank that reads it matters.
-
-    Raises:
-        InputError: see `read_annotations`.
     """
-    return read_annotations(root, annotations, lambda record: parse_seed_bench_r1(record, seed))
-
-
-def parse_seed_bench_r1(record: Record, seed: int) -> Sample:
-    """Convert a record to a sample; raises InputError for an unusable record."""
     sample_id = record.identifier("sample_id")
     source = record.text("video_source")
     if not isinstance(record.content.get("task_progress_metadata"), list):

@@ -1,18 +1,18 @@
-"""Read the samples that the recipe's data keys name, with the loader of each kind."""
+"""Read the samples that the recipe's data keys name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_care.data.annotations import Annotations
-from nemo_care.data.jsonl import read_jsonl
+from nemo_care.data.annotations import Annotations, read_annotations
 from nemo_care.data.mixing import TrainingData, epoch_shares
 from nemo_care.data.samples import too_many_skipped
-from nemo_care.data.seed_bench_r1 import read_seed_bench_r1
-from nemo_care.data.video_r1 import read_video_r1
 from nemo_care.errors import InputError
 from nemo_care.objective.rewards import accuracy_reward, evaluation_accuracy
-from nemo_care.recipe.data import DataConfig, SourceConfig
+from nemo_care.recipe.data import DATA_KINDS, DataConfig, SourceConfig
 
 if TYPE_CHECKING:
     from nemo_care.ranks.process_groups import Ranks
@@ -65,7 +65,7 @@ class RunData:
 
 
 def read_source(
-    kind: str, root: str, annotations: str, *, seed: int, for_training: bool
+    kind: str, root: str | Path, annotations: str, *, seed: int, for_training: bool
 ) -> Annotations:
     """Read the samples and the bad lines of one annotations file.
 
@@ -77,12 +77,8 @@ def read_source(
         InputError: the file is missing, empty or without any usable sample.
     """
     accuracy = accuracy_reward if for_training else evaluation_accuracy
-    if kind == "seed_bench_r1":
-        return read_seed_bench_r1(root, annotations, seed=seed)
-    if kind == "video_r1":
-        return read_video_r1(root, annotations, accuracy=accuracy)
-    assert kind in ("jsonl", "miniature"), "check_recipe"
-    return read_jsonl(root, annotations, accuracy=accuracy)
+    parse = import_module(DATA_KINDS[kind]).parse
+    return read_annotations(root, annotations, partial(parse, seed=seed), accuracy=accuracy)
 
 
 def training_sources(config: DataConfig) -> list[SourceConfig]:

@@ -7,28 +7,15 @@
 """
 
 import re
-from pathlib import Path
 
-from nemo_care.data.annotations import Annotations, Record, read_annotations, shown
+from nemo_care.data.annotations import Record, shown
 from nemo_care.data.samples import Sample
-from nemo_care.data.solutions import Accuracy
-from nemo_care.objective.rewards import PROBLEM_TYPES, accuracy_reward
+from nemo_care.objective.rewards import PROBLEM_TYPES
 
 _OPTION = re.compile(r"\s*\(?([A-Z])[.:)]\s*(.*)", re.DOTALL)
 
 
-def read_video_r1(
-    root: str | Path, annotations: str, *, accuracy: Accuracy = accuracy_reward
-) -> Annotations:
-    """Read the samples and the bad entries of `root/annotations`.
-
-    Raises:
-        InputError: see `read_annotations`.
-    """
-    return read_annotations(root, annotations, parse_video_r1, accuracy=accuracy)
-
-
-def parse_video_r1(record: Record) -> Sample:
+def parse(record: Record, seed: int) -> Sample:
     """Convert a record to a sample; raises InputError for an unusable record."""
     problem_type = record.choice("problem_type", PROBLEM_TYPES)
     data_type = record.choice("data_type", ("video", "image"))

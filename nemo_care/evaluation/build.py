@@ -4,12 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_care.data.loader import PromptLoader
-from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.agreement import check_agreement
 from nemo_care.evaluation.evaluator import Evaluator
-from nemo_care.evaluation.judges import Judge, LeaderJudge, NoJudge, RuleJudge
-from nemo_care.evaluation.likelihood_judge import LikelihoodJudge, Likelihoods
-from nemo_care.evaluation.llm_judge import LLMJudge
+from nemo_care.evaluation.judges import Evaluation, Likelihoods, judge_class
+from nemo_care.evaluation.likelihood_judge import LikelihoodJudge
 from nemo_care.evaluation.measures import FurtherJudge, Measure, OptionShuffle, PeerProbe
 from nemo_care.evaluation.probe import ForcedReasoningProbe
 from nemo_care.groups.group import Group
@@ -52,11 +50,12 @@ def build_evaluator(
         folder=folder,
         from_checkpoint=from_checkpoint,
     )
+    parts = Evaluation(recipe, ranks, tokenizer, likelihoods, folder)
     return Evaluator(
         prompts,
         generator,
-        _build_judge(recipe, evaluation.judge, ranks, tokenizer, likelihoods, folder),
-        _measures(recipe, ranks, scorer, prompts, likelihoods, folder, generator),
+        judge_class(evaluation.judge).build(parts),
+        _measures(parts, scorer, prompts, generator),
         ranks,
         evaluation,
         max_tokens=recipe.rollout.max_completion_tokens,
@@ -75,19 +74,13 @@ def _agreement_check(recipe: Recipe, scorer: Scorer) -> Callable[[Sequence[Group
 
 
 def _measures(
-    recipe: Recipe,
-    ranks: Ranks,
-    scorer: Scorer,
-    prompts: PromptLoader,
-    likelihoods: Likelihoods | None,
-    folder: Path,
-    generator: Generator,
+    parts: Evaluation, scorer: Scorer, prompts: PromptLoader, generator: Generator
 ) -> list[Measure]:
     """Return the recipe's measures besides its judge."""
-    evaluation, tokenizer = recipe.evaluation, prompts.builder.tokenizer
+    recipe, tokenizer = parts.recipe, parts.tokenizer
+    evaluation = recipe.evaluation
     measures: list[Measure] = [
-        FurtherJudge(name, _build_judge(recipe, name, ranks, tokenizer, likelihoods, folder))
-        for name in evaluation.further_judges
+        FurtherJudge(name, judge_class(name).build(parts)) for name in evaluation.further_judges
     ]
     if evaluation.forced_reasoning_probe:
         measures.append(ForcedReasoningProbe(scorer, tokenizer))
@@ -104,30 +97,3 @@ def _measures(
         )
         measures.append(PeerProbe(generator, scorer, sampling))
     return measures
-
-
-def _build_judge(
-    recipe: Recipe,
-    name: str,
-    ranks: Ranks,
-    tokenizer: ChatTokenizer,
-    likelihoods: Likelihoods | None,
-    folder: Path,
-) -> Judge:
-    if name == "rule":
-        return RuleJudge()
-    if name == "likelihood":
-        assert likelihoods is not None, "check_training"
-        return LikelihoodJudge(likelihoods, tokenizer)
-    if name == "llm":
-        return LeaderJudge(
-            build_llm_judge(recipe, folder) if ranks.is_model_leader else None, ranks
-        )
-    return NoJudge()
-
-
-def build_llm_judge(recipe: Recipe, folder: Path) -> LLMJudge:
-    """Return the language model judge; `folder` is the run directory."""
-    llm = recipe.evaluation.llm
-    # In the run directory, so that a restart repeats no request.
-    return LLMJudge(llm, Path(llm.cache) if llm.cache else folder / "llm_judge.sqlite")

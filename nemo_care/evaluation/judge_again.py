@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from nemo_care.data.samples import Sample
 from nemo_care.evaluation.files import EvaluationFiles
-from nemo_care.evaluation.judges import AnswersQuestions
+from nemo_care.evaluation.leader_judge import AnswersQuestions
 
 Unjudged = dict[str, list[int]]
 """By level, the indices of samples whose well-formed completion lacks a requested verdict or

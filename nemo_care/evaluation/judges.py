@@ -1,15 +1,27 @@
 """Judges decide whether a completion's reasoning supports its answer."""
 
 import re
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
 
 from nemo_care.data.samples import Sample
+from nemo_care.data.tokenizer import ChatTokenizer
+from nemo_care.files.json_lines import Record
 from nemo_care.groups.group import Group
 from nemo_care.objective.text import extract_answer, parse_completion
 from nemo_care.ranks.process_groups import Ranks
+from nemo_care.recipe.evaluation import JUDGES
+from nemo_care.recipe.schema import Recipe
+
+Likelihoods = Callable[[Sequence[Group]], list[torch.Tensor]]
+"""Likelihood of each completion's answer under the reference, float32 [G] per group."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +36,49 @@ class Verdict:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Judge(Protocol):
+@dataclass(frozen=True)
+class Evaluation:
+    """What a judge can be built of.
+
+    `likelihoods` scores with the reference of the likelihood judge and is None without one;
+    `folder` is the run directory.
+    """
+
+    recipe: Recipe
+    ranks: Ranks
+    tokenizer: ChatTokenizer
+    likelihoods: Likelihoods | None
+    folder: Path
+
+
+class Judge(ABC):
     """Judges completions, batch by batch; a verdict can arrive while the next batch is
     generated."""
 
+    @classmethod
+    def build(cls, evaluation: Evaluation) -> "Judge":
+        """Return the judge of a recipe; collective over the ranks of the replica."""
+        return cls()
+
+    @classmethod
+    def settings(cls, recipe: Recipe) -> Record:
+        """Return what its verdicts depend on: a resumed evaluation must have the same."""
+        return {}
+
+    @abstractmethod
     def judge(self, groups: Sequence[Group]) -> list[Future[Verdict]]:
         """Return one verdict per group, on its only completion.
 
         All ranks of the model replica call it with equal groups; the leader's verdicts count.
         """
-        ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release resources; no judging is possible afterwards."""
-        ...
+
+
+def judge_class(name: str) -> type[Judge]:
+    """Return the class of a judge that a recipe can name."""
+    return resolve_name(JUDGES[name])
 
 
 def known(verdict: Verdict) -> Future[Verdict]:
@@ -47,18 +88,15 @@ def known(verdict: Verdict) -> Future[Verdict]:
     return future
 
 
-class NoJudge:
+class NoJudge(Judge):
     """Returns verdicts without a decision."""
 
     def judge(self, groups: Sequence[Group]) -> list[Future[Verdict]]:
         """Return verdicts without a decision."""
         return [known(Verdict(None)) for _ in groups]
 
-    def close(self) -> None:
-        """Do nothing."""
 
-
-class RuleJudge:
+class RuleJudge(Judge):
     """Decides by the option that the reasoning names last (see `rule_verdict`)."""
 
     def judge(self, groups: Sequence[Group]) -> list[Future[Verdict]]:
@@ -66,43 +104,6 @@ class RuleJudge:
         return [
             known(rule_verdict(group.completions[0].text, group.prompt.sample)) for group in groups
         ]
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class AnswersQuestions(Protocol):
-    """A judge of one completion at a time, such as a language model."""
-
-    def submit(self, sample: Sample, completion: str) -> Future[Verdict]:
-        """Submit a completion; the verdict comes later."""
-        ...
-
-    def close(self) -> None:
-        """Release threads and files."""
-        ...
-
-
-class LeaderJudge:
-    """Uses a judge on each replica's leader only, so that no request is repeated."""
-
-    def __init__(self, judge: AnswersQuestions | None, ranks: Ranks) -> None:
-        """Use `judge`, which is needed on the leader only."""
-        assert (judge is not None) == ranks.is_model_leader
-        self._judge = judge
-
-    def judge(self, groups: Sequence[Group]) -> list[Future[Verdict]]:
-        """Submit to the leader's judge; returns nothing on the other ranks."""
-        if self._judge is None:
-            return [known(Verdict(None)) for _ in groups]
-        return [
-            self._judge.submit(group.prompt.sample, group.completions[0].text) for group in groups
-        ]
-
-    def close(self) -> None:
-        """End the leader's threads."""
-        if self._judge is not None:
-            self._judge.close()
 
 
 def rule_verdict(completion: str, sample: Sample) -> Verdict:

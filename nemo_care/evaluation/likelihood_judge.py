@@ -5,22 +5,19 @@ its likelihood there. The reference also sees the video: it scores what it belie
 what the reasoning alone implies.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 import torch
 
 from nemo_care.data.tokenizer import ChatTokenizer
-from nemo_care.evaluation.judges import Verdict, known
+from nemo_care.evaluation.judges import Evaluation, Judge, Likelihoods, Verdict, known
 from nemo_care.groups.answer_span import find_answer_tokens
 from nemo_care.groups.group import Completion, Group
 from nemo_care.objective.text import ANSWER_OPEN, extract_answer
 
-Likelihoods = Callable[[Sequence[Group]], list[torch.Tensor]]
-"""Likelihood of each completion's answer under the reference, float32 [G] per group."""
 
-
-class LikelihoodJudge:
+class LikelihoodJudge(Judge):
     """Considers an answer consistent if no other option is likelier."""
 
     def __init__(self, likelihoods: Likelihoods, tokenizer: ChatTokenizer) -> None:
@@ -28,6 +25,12 @@ class LikelihoodJudge:
         part."""
         self.likelihoods = likelihoods
         self.tokenizer = tokenizer
+
+    @classmethod
+    def build(cls, evaluation: Evaluation) -> "LikelihoodJudge":
+        """Return the judge that scores with the evaluation's reference."""
+        assert evaluation.likelihoods is not None, "check_training"
+        return cls(evaluation.likelihoods, evaluation.tokenizer)
 
     def judge(self, groups: Sequence[Group]) -> list[Future[Verdict]]:
         """Return verdicts with the likelihood of each option, at once.
@@ -40,9 +43,6 @@ class LikelihoodJudge:
         # Also if there is nothing to score: another replica may need this one's experts.
         found = iter(self._score(scored))
         return [known(next(found) if verdict is None else verdict) for verdict in verdicts]
-
-    def close(self) -> None:
-        """Do nothing."""
 
     def _without_scoring(self, group: Group) -> Verdict | None:
         """Return the verdict if there is nothing to compare, otherwise None."""

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_care.data.prompts import DEFAULT_TEMPLATE
-from nemo_care.evaluation import llm_judge
-from nemo_care.evaluation.implied_answer import IMPLIED_TEMPLATE
+from nemo_care.evaluation.judges import judge_class
 from nemo_care.files.json_lines import Record
 from nemo_care.recipe.schema import Recipe
 
@@ -37,7 +36,6 @@ _KEYS = (
     "data.validation",
 )
 _PEER_KEYS = ("rollout.temperature", "rollout.top_p")
-_LLM_KEYS = tuple(f"evaluation.llm.{name}" for name in ("model", "temperature"))
 
 
 def evaluation_settings(recipe: Recipe, models: Mapping[str, Any]) -> Record:
@@ -45,14 +43,9 @@ def evaluation_settings(recipe: Recipe, models: Mapping[str, Any]) -> Record:
 
     `models` identifies the models, by the recipe's key that names them.
     """
-    keys = (*_KEYS, *_LLM_KEYS) if recipe.evaluation.judge == "llm" else _KEYS
-    settings = {key: attrgetter(key)(recipe) for key in keys}
-    if recipe.evaluation.judge == "llm":
-        wording = recipe.evaluation.llm.prompt_template or llm_judge.DEFAULT_TEMPLATE
-        settings["evaluation.llm.prompt_template"] = wording
-        settings["evaluation.llm reply format"] = llm_judge.REPLY_FORMAT
-        if recipe.evaluation.llm.implied_answer:
-            settings["evaluation.llm.implied_answer"] = IMPLIED_TEMPLATE
+    settings = {key: attrgetter(key)(recipe) for key in _KEYS}
+    for judge in (recipe.evaluation.judge, *recipe.evaluation.further_judges):
+        settings |= judge_class(judge).settings(recipe)
     if recipe.evaluation.peer_probe:
         settings |= {key: attrgetter(key)(recipe) for key in _PEER_KEYS}
     settings["data.prompt_template"] = recipe.data.prompt_template or DEFAULT_TEMPLATE

@@ -7,7 +7,14 @@ from nemo_care.errors import InputError
 from nemo_care.recipe.templates import template_problem
 
 MISSING = "???"  # OmegaConf's mark for a required key.
-DATA_KINDS = ("jsonl", "miniature", "seed_bench_r1", "video_r1")
+DATA_KINDS = {
+    "jsonl": "nemo_care.data.jsonl",
+    "miniature": "nemo_care.data.jsonl",
+    "seed_bench_r1": "nemo_care.data.seed_bench_r1",
+    "video_r1": "nemo_care.data.video_r1",
+}
+"""Layout of a data set -> the module whose `parse` converts a record of it to a sample (`Parse` in
+data/annotations.py)."""
 
 
 @dataclass

@@ -7,7 +7,13 @@ from urllib.parse import urlsplit
 from nemo_care.errors import InputError
 from nemo_care.recipe.templates import template_problem
 
-JUDGES = ("none", "rule", "likelihood", "llm")
+JUDGES = {
+    "none": "nemo_care.evaluation.judges:NoJudge",
+    "rule": "nemo_care.evaluation.judges:RuleJudge",
+    "likelihood": "nemo_care.evaluation.likelihood_judge:LikelihoodJudge",
+    "llm": "nemo_care.evaluation.leader_judge:LeaderJudge",
+}
+"""Name -> the class that judges (`Judge` in evaluation/judges.py)."""
 FURTHER_JUDGES = ("rule", "likelihood")
 UNTAGGED = ("wrong", "whole_text")
 

@@ -3,27 +3,27 @@
 import hashlib
 import json
 import pickle
+from functools import partial
 
 import pytest
-from made_data import seed_bench_r1_record, video_r1_record, write_lines
+from made_data import read_made, seed_bench_r1_record, video_r1_record, write_lines
 
-from nemo_care.data.jsonl import read_jsonl
-from nemo_care.data.seed_bench_r1 import read_seed_bench_r1
-from nemo_care.data.video_r1 import read_video_r1
+from nemo_care.data.samples import Sample
 from nemo_care.errors import InputError
+from nemo_care.recipe.data import DATA_KINDS
 
 JSONL = {"id": "x", "question": "which way ?", "solution": "A", "videos": ["videos/x.mp4"]}
 LAYOUTS = {
-    "jsonl": (JSONL, read_jsonl),
+    "jsonl": (JSONL, read_made),
     "training": (
         seed_bench_r1_record(0, training=True),
-        lambda root, file: read_seed_bench_r1(root, file, seed=1),
+        partial(read_made, kind="seed_bench_r1"),
     ),
     "validation": (
         seed_bench_r1_record(0, training=False),
-        lambda root, file: read_seed_bench_r1(root, file, seed=1),
+        partial(read_made, kind="seed_bench_r1"),
     ),
-    "video_r1": (video_r1_record(0), read_video_r1),
+    "video_r1": (video_r1_record(0), partial(read_made, kind="video_r1")),
 }
 
 
@@ -155,7 +155,7 @@ def test_missing_empty_and_wholly_unusable_files_are_refused(tmp_path, layout):
 def test_line_that_is_not_utf8_is_set_aside_and_a_byte_order_mark_is_not(tmp_path):
     good = json.dumps(JSONL).encode()
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + good + b"\r\n" + b'{"id": "\xff"}\r\n\r\n')
-    annotations = read_jsonl(tmp_path, "a.jsonl")
+    annotations = read_made(tmp_path, "a.jsonl")
     assert len(annotations.samples) == 1
     assert "a.jsonl:2: not valid JSON (not UTF-8)" in annotations.bad[0].reason
 
@@ -164,7 +164,7 @@ def test_line_separators_inside_a_text_do_not_end_the_line(tmp_path):
     question = "which\u2028way\u0085?"
     line = json.dumps({**JSONL, "question": question}, ensure_ascii=False)
     write_lines(tmp_path / "a.jsonl", [line])
-    (sample,) = read_jsonl(tmp_path, "a.jsonl").samples
+    (sample,) = read_made(tmp_path, "a.jsonl").samples
     assert sample.question == question
 
 
@@ -174,15 +174,15 @@ def test_media_may_lie_behind_a_symbolic_link(tmp_path):
     root.mkdir()
     (root / "videos").symlink_to(tmp_path / "disk")
     write_lines(root / "a.jsonl", [JSONL])
-    assert read_jsonl(root, "a.jsonl").samples[0].videos == (root / "videos" / "x.mp4",)
+    assert read_made(root, "a.jsonl").samples[0].videos == (root / "videos" / "x.mp4",)
     # Through the link, the file system's own reading of this path would leave the root.
     write_lines(root / "a.jsonl", [{**JSONL, "videos": ["videos/../x.mp4"]}])
-    assert read_jsonl(root, "a.jsonl").samples[0].videos == (root / "x.mp4",)
+    assert read_made(root, "a.jsonl").samples[0].videos == (root / "x.mp4",)
 
 
 def array(tmp_path, text: str):
     (tmp_path / "a.json").write_text(text)
-    return read_video_r1(tmp_path, "a.json")
+    return read_made(tmp_path, "a.json", kind="video_r1")
 
 
 def test_array_names_the_line_on_which_a_bad_entry_begins(tmp_path):
@@ -207,8 +207,8 @@ def test_lines_and_array_give_the_same_samples(tmp_path):
     write_lines(tmp_path / "lines.jsonl", records)
     write_lines(tmp_path / "lines.json", records)
     expected = array(tmp_path, json.dumps(records)).samples
-    assert read_video_r1(tmp_path, "lines.jsonl").samples == expected
-    assert read_video_r1(tmp_path, "lines.json").samples == expected
+    assert read_made(tmp_path, "lines.jsonl", kind="video_r1").samples == expected
+    assert read_made(tmp_path, "lines.json", kind="video_r1").samples == expected
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
@@ -220,7 +220,7 @@ def test_fingerprint_is_that_of_all_the_file_s_bytes(tmp_path, name, end):
         text = "\n\n" + "\r\n".join(json.dumps(record) for record in records)
     content = (text + end).encode()
     (tmp_path / name).write_bytes(content)
-    seen = read_video_r1(tmp_path, name).fingerprint
+    seen = read_made(tmp_path, name, kind="video_r1").fingerprint
     assert seen is not None
     assert seen.sha256 == hashlib.sha256(content).hexdigest()
     assert seen.lines == len(content.splitlines())
@@ -229,9 +229,22 @@ def test_fingerprint_is_that_of_all_the_file_s_bytes(tmp_path, name, end):
 
 def test_ranks_that_decode_nothing_count_the_samples_and_have_none(tmp_path):
     write_lines(tmp_path / "a.jsonl", [*(video_r1_record(n) for n in range(3)), {"problem_id": 4}])
-    whole = read_video_r1(tmp_path, "a.jsonl")
+    whole = read_made(tmp_path, "a.jsonl", kind="video_r1")
     outline = pickle.loads(pickle.dumps(whole.without_samples()))
     assert (len(outline.samples), outline.total) == (3, 4)
     assert (outline.bad, outline.fingerprint) == (whole.bad, whole.fingerprint)
     with pytest.raises(LookupError, match="only the leaders"):
         outline.samples[0]
+
+
+def parse(record, seed):
+    """A layout of this test: see the next function."""
+    return Sample(record.text("name"), f"{seed} ?", record.text("letter"))
+
+
+def test_a_new_layout_is_a_module_and_an_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATA_KINDS, "mine", __name__)
+    write_lines(tmp_path / "a.jsonl", [{"name": "x", "letter": "B"}, {"name": "y"}])
+    read = read_made(tmp_path, "a.jsonl", kind="mine", seed=5)
+    assert read.samples == [Sample("x", "5 ?", "B")]
+    assert '"letter" is missing' in read.bad[0].reason

@@ -4,10 +4,10 @@ from concurrent.futures import Future
 
 import pytest
 import torch
+from made_data import read_made
 from small_runs import small_recipe
 
 from nemo_care.data.decoding import DecodingWorkers
-from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.loader import PromptLoader
 from nemo_care.data.media import load_media
 from nemo_care.data.prompts import Prompt, PromptBuilder
@@ -46,7 +46,7 @@ def builder(checkpoint, world):
 
 @pytest.fixture(scope="module")
 def numbered(world):
-    return list(enumerate(read_jsonl(world, "train.jsonl").samples[:6]))
+    return list(enumerate(read_made(world, "train.jsonl").samples[:6]))
 
 
 def test_announced_samples_are_decoded_once_and_given_in_the_order_asked_for(builder, numbered):

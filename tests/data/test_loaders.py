@@ -3,18 +3,16 @@
 from collections import Counter
 
 import pytest
-from made_data import seed_bench_r1_record, video_r1_record, write_lines
+from made_data import read_made, seed_bench_r1_record, video_r1_record, write_lines
 
 from nemo_care.data.samples import Sample
-from nemo_care.data.seed_bench_r1 import read_seed_bench_r1
-from nemo_care.data.video_r1 import read_video_r1
 
 FILE = "annotations/training_6k.jsonl"
 
 
 def read(root, records, *, seed=1) -> list[Sample]:
     write_lines(root / FILE, records)
-    annotations = read_seed_bench_r1(root, FILE, seed=seed)
+    annotations = read_made(root, FILE, seed=seed, kind="seed_bench_r1")
     assert annotations.bad == []
     return annotations.samples
 
@@ -108,7 +106,7 @@ def test_letters_and_negatives_are_drawn_without_bias(tmp_path):
 def test_video_r1_carries_every_answer_kind_and_medium(tmp_path):
     records = [video_r1_record(number) for number in range(10)]
     write_lines(tmp_path / "a.jsonl", records)
-    annotations = read_video_r1(tmp_path, "a.jsonl")
+    annotations = read_made(tmp_path, "a.jsonl", kind="video_r1")
     assert annotations.bad == []
     choice = annotations.samples[0]
     assert choice == Sample(
@@ -139,7 +137,7 @@ def test_video_r1_takes_lenient_spellings(tmp_path):
         "solution": " <answer> B </answer> ",
     }
     write_lines(tmp_path / "a.jsonl", [record, {**record, "options": None}])
-    first, second = read_video_r1(tmp_path, "a.jsonl").samples
+    first, second = read_made(tmp_path, "a.jsonl", kind="video_r1").samples
     assert first.sample_id == "mmvu_7"
     assert first.videos == (tmp_path / "videos/0.mp4",)
     assert first.options == {"A": "a cup", "B": "a knife\nand a fork", "C": "", "D": "1.5"}

@@ -4,9 +4,8 @@ import json
 import time
 
 import pytest
-from made_data import seed_bench_r1_record, video_r1_record, write_lines
+from made_data import read_made, seed_bench_r1_record, video_r1_record, write_lines
 
-from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import ANSWER_HINTS
 from nemo_care.data.solutions import normalised_solution
 from nemo_care.data.sources import read_levels, read_source, read_training
@@ -208,5 +207,5 @@ def test_reading_many_lines_stays_quick(tmp_path):
             record = line(kinds[number % 7], f"{number + 1}") | fields
             file.write(json.dumps(record) + "\n")
     start = time.process_time()
-    assert len(read_jsonl(tmp_path, "a.jsonl").samples) == 7_000
+    assert len(read_made(tmp_path, "a.jsonl").samples) == 7_000
     assert time.process_time() - start < 10

@@ -3,10 +3,10 @@
 from concurrent.futures import Future
 
 import pytest
+from made_data import read_made
 from small_runs import small_recipe
 
 from nemo_care.data.decoding import DecodingWorkers
-from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.loader import PromptLoader
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
@@ -163,7 +163,7 @@ class SlowJudge:
 @pytest.fixture
 def llm_judge(monkeypatch):
     """A language model that needs no endpoint."""
-    monkeypatch.setattr("nemo_care.evaluation.build.LLMJudge", SlowJudge)
+    monkeypatch.setattr("nemo_care.evaluation.leader_judge.LLMJudge", SlowJudge)
 
 
 def test_rows_come_in_order_while_a_slow_judge_lags_behind(
@@ -183,7 +183,7 @@ def test_rows_come_in_order_while_a_slow_judge_lags_behind(
         likelihoods=None,
         folder=tmp_path,
     )
-    samples = read_jsonl(world, "train.jsonl").samples[:20]
+    samples = read_made(world, "train.jsonl").samples[:20]
     rows = [row for batch in evaluator.run(samples, done={0, 1, 5}) for row in batch.rows]
     evaluator.close()
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from nemo_care.data.annotations import Annotations
+from nemo_care.data.sources import read_source
 from nemo_care.miniature.files import write_video
 
 Fields = dict[str, Any]
@@ -111,3 +113,8 @@ def write_video_r1(root: Path, *, count: int = 10, name: str = "Video-R1-260k.js
     else:
         (root / name).write_text(json.dumps(records, indent=1))
     return root
+
+
+def read_made(root: Path, file: str, *, kind: str = "jsonl", seed: int = 1) -> Annotations:
+    """Read annotations as training does."""
+    return read_source(kind, root, file, seed=seed, for_training=True)

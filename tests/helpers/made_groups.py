@@ -1,9 +1,9 @@
 """Prompts of every kind and groups of given completions, for tests that need no sampling."""
 
 import torch
+from made_data import read_made
 from small_runs import small_recipe
 
-from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.samples import Sample
 from nemo_care.data.tokenizer import load_tokenizer
@@ -22,7 +22,7 @@ def make_prompts(checkpoint, world, folder):
     builder = PromptBuilder(recipe.data, prompt_format, load_tokenizer(checkpoint, prompt_format))
     image = folder / "image.png"
     Image.linear_gradient("L").resize((28, 28)).convert("RGB").save(image)
-    plain = read_jsonl(world, "train.jsonl").samples[:4]
+    plain = read_made(world, "train.jsonl").samples[:4]
     samples = [
         plain[0],
         Sample(

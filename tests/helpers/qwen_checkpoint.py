@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from golden import vision_inputs
+from made_data import read_made
 from qwen_vocabulary import ROWS, SPECIAL, qwen_tokenizer
 from small_runs import small_recipe
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.miniature.vocabulary import DIRECTIONS, LETTERS
@@ -65,7 +65,7 @@ def _teach(model, recipe: Recipe, world: Path, steps: int) -> None:
     builder = PromptBuilder(recipe.data, prompt_format, tokenizer)
     prompts = [
         builder.build(index, sample)
-        for index, sample in enumerate(read_jsonl(world, "train.jsonl").samples[:4])
+        for index, sample in enumerate(read_made(world, "train.jsonl").samples[:4])
     ]
     targets = torch.tensor([tokenizer.encode(text) for text in COMPLETIONS])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0, fused=True)

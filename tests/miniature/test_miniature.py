@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_data import read_made
 from records import lines
 from small_runs import small_recipe
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -19,7 +20,6 @@ from batched import (
 )
 from gate import Gate, GateNotPassed, measure_gate
 from make_checkpoint import GATE_FILE, build
-from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
@@ -222,7 +222,7 @@ def test_a_run_s_prompts_are_those_of_the_warm_start(world, model_type, file):
     family = read_family(checkpoint)
     tokenizer = load_tokenizer(checkpoint, family.prompt)
     builder = PromptBuilder(small_recipe(checkpoint, world).data, family.prompt, tokenizer)
-    sample = read_jsonl(world, file).samples[0]
+    sample = read_made(world, file).samples[0]
     prompt = builder.build(0, sample)
     token_ids = prompt_token_ids(model_type, sample.question)
     assert tokenizer.base.unk_token_id not in token_ids

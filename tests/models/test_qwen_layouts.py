@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from golden import hf_model, log_probs
+from made_data import read_made
 from qwen_checkpoint import COMPLETIONS, qwen_recipe, write_qwen_checkpoint
 from small_runs import small_trainer
 
-from nemo_care.data.jsonl import read_jsonl
 from nemo_care.data.prompts import PromptBuilder
 from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.groups.answer_span import find_answer_tokens
@@ -57,7 +57,7 @@ def groups(untaught, world):
     tokenizer = load_tokenizer(untaught, prompt_format)
     builder = PromptBuilder(qwen_recipe(untaught, world).data, prompt_format, tokenizer)
     made = []
-    for index, sample in enumerate(read_jsonl(world, "train.jsonl").samples[:2]):
+    for index, sample in enumerate(read_made(world, "train.jsonl").samples[:2]):
         texts = [
             f"{reasoning}<answer>{inner}</answer><|im_end|>"
             if inner is not None
