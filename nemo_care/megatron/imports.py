@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-# The first is for logging in Megatron's own inference engine, the second for transformers' assisted
-# decoding. Neither is needed; W&B's logger finds its package afterwards.
-_NEVER_USED = ("wandb", "sklearn")
+# For logging in Megatron's own inference engine, transformers' assisted decoding, and its losses of
+# object detection. None is needed; W&B's logger finds its package afterwards.
+_NEVER_USED = ("wandb", "sklearn", "scipy")
 
 
 def import_lightly() -> None:
@@ -23,6 +23,7 @@ def import_lightly() -> None:
     with _absent(_NEVER_USED), _compiling_late():
         import_module("megatron.core")
         import_module("transformers.generation.candidate_generator")  # looks for sklearn
+        import_module("transformers.loss.loss_utils")  # looks for scipy
 
 
 @contextmanager

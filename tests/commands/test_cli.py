@@ -257,10 +257,10 @@ import nemo_care.evaluation.llm_judge
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 # openai is for the judges that are made.
-needless = {"wandb", "sklearn", "openai"} & set(sys.modules)
+needless = {"wandb", "sklearn", "scipy", "openai"} & set(sys.modules)
 assert not needless, needless
 assert torch.compile is compile_now
-assert all(map(find_spec, ("wandb", "sklearn")))
+assert all(map(find_spec, ("wandb", "sklearn", "scipy")))
 from megatron.core.jit import jit_fuser
 
 if not torch.cuda.is_available():
