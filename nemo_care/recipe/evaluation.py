@@ -9,7 +9,6 @@ from nemo_care.recipe.templates import template_problem
 
 JUDGES = ("none", "rule", "likelihood", "llm")
 FURTHER_JUDGES = ("rule", "likelihood")
-UNTAGGED = ("wrong", "whole_text")
 
 
 @dataclass
