@@ -115,7 +115,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Known vulnerabilities of what is installed; asks PyPI's database.
+# Known vulnerabilities of what is installed, by PyPI's database.
 audit: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/pip-audit --progress-spinner off
@@ -137,10 +137,10 @@ $(INSTALLED): pyproject.toml
 	.venv-trl/bin/python -m pip install torch==2.13.0 torchvision "trl==1.16.0" "transformers>=5.16,<5.20" pillow
 	touch $@
 
-# On a machine without GPUs: the CPU build of vLLM, before nemo-care, because it asks for another version of
-# setuptools than a package of NeMo's, and works with that one too. torchvision comes along built for
-# CUDA; tests/vllm/torchvision_operators.py says how it loads all the same. torchaudio and torchcodec do
-# not, and nobody needs them here.
+# On a machine without GPUs: the CPU build of vLLM, before nemo-care: it requires another version of
+# setuptools than a package of NeMo's, but works with that one too. It installs torchvision built for
+# CUDA; tests/vllm/torchvision_operators.py says how that loads without it. torchaudio and torchcodec
+# do not load, and are not needed.
 .venv-vllm/.installed: pyproject.toml tests/vllm/torchvision_operators.py
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 ifeq ($(CPU_TORCH),)
@@ -179,6 +179,6 @@ help:
 	@echo "make dry-runs  a step of each big recipe without a GPU"
 	@echo "make docs      docs/recipe.md and docs/metrics.md, all recipe keys and metrics"
 	@echo "make audit     known vulnerabilities of the installed packages"
-	@echo "make lint      ruff and mypy; make format mends what can be mended"
+	@echo "make lint      ruff and mypy; make format fixes what can be fixed"
 	@echo "make clean     remove the virtual environment and the runs"
 	@echo 'ARGS="key=value ..." goes to train and compare as recipe overrides, to study as options'

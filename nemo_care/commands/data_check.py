@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from nemo_care.commands.options import option_parser
 from nemo_care.data.fork_server import start_fork_server
 from nemo_care.errors import InputError
+from nemo_care.process.cores import available_cores
 from nemo_care.process.os_errors import naming
 from nemo_care.process.quiet import quiet_libraries
 from nemo_care.process.screen import console, say
@@ -44,7 +45,7 @@ The checkpoint (model.hf_path) needs its config and tokenizer, but no weights. F
 
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse the command's own options, and return them with the rest, which is the recipe's."""
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     parser = option_parser("data check", _USAGE, _DESCRIPTION, _EPILOG)
     parser.add_argument(
         "--workers",
@@ -77,8 +78,12 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line of `nemo-care data check` and return the exit status."""
-    options, rest = _options(arguments)
+    """Run the command line of `nemo-care data` and return the exit status."""
+    parser = argparse.ArgumentParser(prog="nemo-care data", description="Work with data sets.")
+    jobs = parser.add_subparsers(dest="job", required=True)
+    jobs.add_parser("check", help="find what can't be used in a recipe's data", add_help=False)
+    parser.parse_args(arguments[:1])  # check is the only job; it parses the rest itself
+    options, rest = _options(arguments[1:])
     quiet_libraries()
     if options.workers > 0:
         start_fork_server()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nemo_care.training.model_source import ModelSource
 
 
-def evaluate(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command line of `nemo-care evaluate` and return the exit status."""
     return start(_COMMAND, arguments)
 

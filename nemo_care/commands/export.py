@@ -1,11 +1,40 @@
-"""Export a run's checkpoint, whichever layout wrote it, as a Hugging Face directory."""
+"""The command `nemo-care export`: a run's checkpoint as a Hugging Face directory."""
 
+import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_care.errors import InputError
 from nemo_care.process.quiet import quiet_libraries
 from nemo_care.runs.directory import is_run_directory
 from nemo_care.runs.lock import LOCK, run_lock
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line of `nemo-care export` and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="nemo-care export",
+        description="Write a trained model as a Hugging Face directory, which transformers, vLLM "
+        "and other libraries load. One process on the CPU is enough, whichever layout trained it.",
+    )
+    parser.add_argument(
+        "source", type=Path, help="a run directory (its newest checkpoint) or a step_... folder"
+    )
+    parser.add_argument("out", type=Path, help="the directory to create")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="where the Hugging Face checkpoint that the run started from is now, if it has moved "
+        "since (its configuration and tokenizer are copied; weights are not needed)",
+    )
+    options = parser.parse_args(arguments)
+    # A model trained on many GPUs does not fit on one of them; the host's memory is larger.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from nemo_care.ranks.launch import guarded
+
+    return guarded(export, options.source, options.out, options.base)
 
 
 def export(source: Path, out: Path, base: Path | None = None) -> None:

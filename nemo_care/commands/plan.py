@@ -12,6 +12,7 @@ from nemo_care.commands.options import option_parser
 from nemo_care.errors import InputError
 from nemo_care.megatron.imports import import_lightly
 from nemo_care.planning.gpus import DEFAULT_GPU, gpu_names, read_gpu
+from nemo_care.process.quiet import quiet_libraries
 from nemo_care.process.screen import say
 
 if TYPE_CHECKING:
@@ -92,12 +93,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command line of `nemo-care plan`: make a plan and print it.
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line of `nemo-care plan` and return the exit status."""
+    from nemo_care.ranks.launch import guarded
 
-    Raises:
-        InputError: a recipe, layout or option that can't be used.
-    """
+    quiet_libraries()
+    return guarded(_main, arguments)
+
+
+def _main(arguments: Sequence[str]) -> None:
     options, rest = _parser().parse_known_args(list(arguments))
     # The fake world uses no GPU, not even one of a login node.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -158,7 +162,7 @@ def _search(recipe: "Recipe", question: "Question", options: argparse.Namespace)
     if options.json:
         say(json.dumps(search_as_json(found)))
         return
-    gpus = options.gpus or recipe.trainer.devices * recipe.trainer.num_nodes
+    gpus = options.gpus or recipe.trainer.world_size
     print_report(search_report(found, question, gpus, recipe.rollout))
 
 

@@ -55,7 +55,7 @@ class GroupReplay:
         return not bad and (self.loss is None or math.isfinite(self.loss))
 
 
-def replay(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command line of `nemo-care replay` and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="nemo-care replay",

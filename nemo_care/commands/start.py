@@ -121,7 +121,7 @@ def _main(command: Command, arguments: list[str]) -> None:
     import_lightly()  # takes seconds, so errors of the command line come first
     trainer = recipe.trainer
     # Before the ranks start, because they inherit it.
-    allow_open_files(trainer.devices * trainer.num_nodes)
+    allow_open_files(trainer.world_size)
     node = node_to_start(trainer.devices, trainer.num_nodes)
     if node is not None:
         data = None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nemo_care.ranks.process_groups import Ranks
 
 
-def train(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command line of `nemo-care train` and return the exit status."""
     return start(_COMMAND, arguments)
 

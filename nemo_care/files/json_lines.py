@@ -52,8 +52,7 @@ def complete_lines(
 
     Raises:
         InputError: any other line is not a JSON object, a value is missing or of the wrong type, or
-        the
-            file can't be read.
+        the file can't be read.
     """
     if not file.exists():
         return []

@@ -11,6 +11,8 @@ import sys
 from functools import cache
 from importlib.util import find_spec
 
+from nemo_care.errors import first_line
+
 _NAMES = ("transformer_engine", "transformer_engine_torch")
 
 
@@ -31,8 +33,7 @@ def why_unusable() -> str | None:
             del sys.modules[name]
         for name in _NAMES:
             sys.modules[name] = None  # type: ignore[assignment]
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 

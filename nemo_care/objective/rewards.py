@@ -5,11 +5,14 @@ are exact, never those of a shortened text. `docs/rewards.md` compares them with
 """
 
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nemo_care.errors import InputError
+from nemo_care.objective.expressions import same_expression
+from nemo_care.objective.quantities import same_quantity
 from nemo_care.objective.text import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -18,6 +21,7 @@ from nemo_care.objective.text import (
     extract_answer,
     parse_completion,
 )
+from nemo_care.objective.words import rouge_f1, word_accuracy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +72,7 @@ def _scored(
     wrapped = extract_answer(solution)
     truth = solution.strip() if wrapped is None else wrapped
     # An empty answer is never right, even if a data set has an empty solution.
-    return score(answer, truth) if answer and truth else 0.0
+    return float(score(answer, truth)) if answer and truth else 0.0
 
 
 def format_reward(completion: str, *, min_reasoning_words: int = 0) -> float:
@@ -134,45 +138,15 @@ def mean_relative_accuracy(out: float, gt: float) -> float:
     return sum(relative_error < limit for limit in _LIMITS) / len(_LIMITS)
 
 
-def _same_choice(answer: str, solution: str) -> float:
-    return float(answer == solution)
-
-
-def _same_number(answer: str, solution: str) -> float:
+def _same_number(answer: str, solution: str) -> bool:
     if _has_decimal_mark(answer) != _has_decimal_mark(solution):
-        return 0.0
+        return False
     out, gt = parse_number(answer), parse_number(solution)
-    if out is None or gt is None:
-        return 0.0
-    return float(round(out, 2) == round(gt, 2))
+    return out is not None and gt is not None and round(out, 2) == round(gt, 2)
 
 
 def _has_decimal_mark(text: str) -> bool:
     return "." in text or "," in text
-
-
-def _word_accuracy(answer: str, solution: str) -> float:
-    from nemo_care.objective.words import word_accuracy
-
-    return word_accuracy(answer, solution)
-
-
-def _rouge_f1(answer: str, solution: str) -> float:
-    from nemo_care.objective.words import rouge_f1
-
-    return rouge_f1(answer, solution)
-
-
-def _quantity(answer: str, solution: str) -> float:
-    from nemo_care.objective.quantities import same_quantity
-
-    return float(same_quantity(answer, solution))
-
-
-def _expression(answer: str, solution: str) -> float:
-    from nemo_care.objective.expressions import same_expression
-
-    return float(same_expression(answer, solution))
 
 
 def _relative_accuracy(answer: str, solution: str) -> float:
@@ -188,13 +162,13 @@ def _mean_relative_accuracy(answer: str, solution: str) -> float:
 
 
 _SCORES: dict[str, Callable[[str, str], float]] = {
-    "multiple choice": _same_choice,
+    "multiple choice": operator.eq,
     "numerical": _same_number,
-    "OCR": _word_accuracy,
-    "free-form": _rouge_f1,
+    "OCR": word_accuracy,
+    "free-form": rouge_f1,
     "regression": _relative_accuracy,
-    "quantity": _quantity,
-    "math": _expression,
+    "quantity": same_quantity,
+    "math": same_expression,
 }
 _EVALUATION_SCORES = {**_SCORES, "regression": _mean_relative_accuracy}
 

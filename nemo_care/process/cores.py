@@ -13,9 +13,7 @@ _unbound: set[int] | None = None
 
 def available_cores() -> int:
     """Return the number of cores available to this process."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def bind_near(pci_address: str) -> None:

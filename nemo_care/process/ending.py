@@ -59,14 +59,14 @@ class _Watch:
         # Python writes every signal with a handler to the pipe, such as a library's SIGCHLD.
         self.numbers: set[int] = {STARTER_GONE}
         self._interrupted = 0.0
-
-    def start(self) -> None:
-        """Start receiving."""
-        hear, self._tell = os.pipe()
+        self._hear, self._tell = os.pipe()
         os.set_blocking(self._tell, False)
         signal.set_wakeup_fd(self._tell, warn_on_full_buffer=False)
+
+    def start(self) -> None:
+        """Act on what has been received, and on what follows."""
         threading.Thread(
-            target=self._listen, args=(hear, _starter()), daemon=True, name="signals"
+            target=self._listen, args=(self._hear, _starter()), daemon=True, name="signals"
         ).start()
 
     def close(self) -> None:
@@ -110,14 +110,17 @@ def watch(*numbers: int) -> None:
     ends it at once. SIGINT and SIGHUP stay ignored if they are, as under nohup. Main thread only.
     """
     global _watch
+    is_first = _watch is None
     if _watch is None:
         _watch = _Watch()
-        _watch.start()
     _watch.numbers.update(numbers)
     for number in numbers:
         ignorable = number in (signal.SIGINT, signal.SIGHUP)
         if not ignorable or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _heard)
+    if is_first:
+        # After the handlers: whoever sees the thread can send these signals.
+        _watch.start()
 
 
 def watch_run() -> None:

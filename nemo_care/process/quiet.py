@@ -25,7 +25,7 @@ _LOGGERS = (
 
 def quiet_libraries() -> None:
     """Hide warnings and information of Megatron, NeMo, Lightning and torch in this process."""
-    if _verbose():
+    if VERBOSE.is_on:
         return
     warnings.filterwarnings("ignore")
     # transformers shows a bar for each load of a few tensors.
@@ -41,7 +41,7 @@ def silent_stderr() -> Iterator[None]:
 
     Only for a process in which no other thread writes to stderr.
     """
-    if _verbose():
+    if VERBOSE.is_on:
         yield
         return
     kept = os.dup(2)
@@ -52,7 +52,3 @@ def silent_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-
-
-def _verbose() -> bool:
-    return VERBOSE.is_on

@@ -66,28 +66,24 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // count)))
     # Elastic's report of a failed rank repeats what the rank has printed.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    machines = node.count if node is not None else 1
+    here = node or Node(0, 1, "localhost", "localhost", 0, uuid.uuid4().hex)
     folder = RANK_LOGS.value
     config = LaunchConfig(
-        min_nodes=machines,
-        max_nodes=machines,
+        min_nodes=here.count,
+        max_nodes=here.count,
         nproc_per_node=count,
-        run_id=node.run_id if node is not None else uuid.uuid4().hex,
+        run_id=here.run_id,
         rdzv_backend="c10d",
-        rdzv_endpoint=f"{node.address}:{node.port}" if node is not None else "localhost:0",
+        rdzv_endpoint=f"{here.address}:{here.port}",
         # Where the ranks meet if this is the first machine. By default it is the host's full name,
         # which resolves to a loopback address or not at all on some machines.
-        local_addr=_address(node),
-        rdzv_configs=(
-            {
-                "is_host": node.place == 0,
-                "join_timeout": _JOIN_SECONDS,
-                # The first starter checks the inputs before it listens.
-                "read_timeout": _JOIN_SECONDS,
-            }
-            if node is not None
-            else {}
-        ),
+        local_addr=here.address if here.place == 0 else here.name,
+        rdzv_configs={
+            "is_host": here.place == 0,
+            "join_timeout": _JOIN_SECONDS,
+            # The first starter checks the inputs before it listens.
+            "read_timeout": _JOIN_SECONDS,
+        },
         max_restarts=0,
         monitor_interval=0.2,
         # Without the signals that are passed on: elastic would kill the ranks in mid-step.
@@ -112,29 +108,19 @@ def start_ranks(count: int, arguments: Sequence[str], node: Node | None = None) 
         if failure.exitcode == USAGE_ERROR:
             return USAGE_ERROR
         # The rank's own traceback is on stderr; this line adds its number.
-        how = (
-            f"signal {failure.signal_name()}"
-            if failure.exitcode < 0
-            else (f"exit status {failure.exitcode}")
-        )
+        killed = failure.exitcode < 0
+        how = f"signal {failure.signal_name()}" if killed else f"exit status {failure.exitcode}"
         where = f" on {node.name}" if node is not None else ""
         say(f"rank {rank}{where} failed with {how}; the other ranks were stopped", file=sys.stderr)
         return FAILURE
     except RendezvousError as error:
-        assert node is not None
         say(
-            f"{node.name}: the starters of {machines} machines did not meet at "
-            f"{node.address}:{node.port}, or the first of them has exited ({error})",
+            f"{here.name}: the starters of {here.count} machines did not meet at "
+            f"{here.address}:{here.port}, or the first of them has exited ({error})",
             file=sys.stderr,
         )
         return FAILURE
     return 0
-
-
-def _address(node: Node | None) -> str:
-    if node is None:
-        return "localhost"
-    return node.address if node.place == 0 else node.name
 
 
 def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:

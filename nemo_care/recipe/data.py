@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass, field, replace
 
+from omegaconf import MISSING
+
 from nemo_care.errors import InputError
 from nemo_care.recipe.templates import template_problem
 
-MISSING = "???"  # OmegaConf's mark for a required key.
 DATA_KINDS = {
     "jsonl": "nemo_care.data.jsonl",
     "miniature": "nemo_care.data.jsonl",
@@ -137,7 +138,14 @@ def check_data(data: DataConfig) -> None:
     Raises:
         InputError: names the key, its value and the allowed values.
     """
-    _check_template(data.prompt_template)
+    if data.prompt_template is not None:
+        fields = ("question", "options", "answer_hint")
+        problem = template_problem(data.prompt_template, fields, fields[:1])
+        if problem:
+            raise InputError(
+                f"data.prompt_template: {problem}; use {{question}}, {{options}} and "
+                "{answer_hint}, the first at least, and double every brace that is text: {{ and }}"
+            )
     most = {"data.video": data.video.max_frames, "data.validation": data.validation.max_frames}
     for block, max_frames in most.items():
         if max_frames is not None and data.video.min_frames > max_frames:
@@ -160,14 +168,3 @@ def check_data(data: DataConfig) -> None:
             raise InputError(f"{key}.kind={source.kind}: choose {' or '.join(DATA_KINDS)}")
         if not (source.weight > 0 and math.isfinite(source.weight)):
             raise InputError(f"{key}.weight={source.weight}: must be a number above 0")
-
-
-def _check_template(template: str | None) -> None:
-    if template is None:
-        return
-    problem = template_problem(template, ("question", "options", "answer_hint"), ("question",))
-    if problem:
-        raise InputError(
-            f"data.prompt_template: {problem}; use {{question}}, {{options}} and {{answer_hint}}, "
-            "the first at least, and double every brace that is text: {{ and }}"
-        )

@@ -14,8 +14,9 @@ from itertools import pairwise
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
+from omegaconf import MISSING
+
 from nemo_care.process.screen import say
-from nemo_care.recipe.data import MISSING
 from nemo_care.recipe.schema import CHOICES, RANGES, Recipe
 
 _HEAD = """# Recipe keys
@@ -107,9 +108,9 @@ def _default(field: "dataclasses.Field[Any]") -> str:
         value = field.default_factory()
     if value == MISSING:
         return "required"
-    names = {None: "null", True: "true", False: "false"}
-    shown = names[value] if value is None or isinstance(value, bool) else str(value)
-    return f"`{shown}`"
+    if value is None:
+        return "`null`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _allowed(name: str) -> str:

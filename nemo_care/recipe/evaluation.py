@@ -15,7 +15,6 @@ JUDGES = {
 }
 """Name -> the class that judges (`Judge` in evaluation/judges.py)."""
 FURTHER_JUDGES = ("rule", "likelihood")
-UNTAGGED = ("wrong", "whole_text")
 
 
 @dataclass

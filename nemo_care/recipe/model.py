@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from omegaconf import MISSING
+
 from nemo_care.errors import InputError
-from nemo_care.recipe.data import MISSING
 
 # What `model.freeze` chooses from.
 PARTS = ("vision", "merger", "language")

@@ -1,4 +1,4 @@
-"""The keys under `rollout` of the recipe's schema, their ranges and checks (see schema.py)."""
+"""The keys under `rollout` of the recipe's schema, and their checks (see schema.py)."""
 
 from dataclasses import dataclass, field
 
@@ -100,31 +100,6 @@ class RolloutConfig:
     def masks_truncated(self) -> bool:
         """Whether completions that were cut off get no advantage and no part in the loss."""
         return self.truncated == "mask"
-
-
-TRUNCATED = ("keep", "mask", "penalise")
-
-# As schema.RANGES.
-ROLLOUT_RANGES: dict[str, tuple[float | None, float | None]] = {
-    "rollout.temperature": (1e-3, None),
-    "rollout.top_p": (1e-6, 1),
-    "rollout.max_completion_tokens": (1, None),
-    "rollout.length_penalty_share": (1e-3, 1),
-    "rollout.groups_per_batch": (1, None),
-    "rollout.max_logprob_difference": (0, None),
-    "rollout.max_staleness": (1, None),
-    "rollout.importance_sampling.cap": (1, None),
-    "rollout.dynamic_sampling.max_rounds": (1, None),
-    "rollout.vllm.tensor_parallel_size": (1, None),
-    "rollout.vllm.gpu_memory_utilization": (0.01, 1),
-    "rollout.vllm.kv_cache_gib": (1e-3, None),
-    "rollout.vllm.sleep_level": (0, 2),
-    "rollout.vllm.bucket_mib": (1, None),
-    # Below the limit of collectives: ranks wait in one for the engine (ranks/process_groups.py).
-    "rollout.vllm.timeout_seconds": (1, 6000),
-    "rollout.vllm.engines": (1, None),
-    "rollout.vllm.max_restarts": (0, None),
-}
 
 
 def check_rollout(rollout: RolloutConfig) -> None:

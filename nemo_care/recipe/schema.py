@@ -11,21 +11,15 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from operator import attrgetter
 from pathlib import PurePath
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from nemo_care.errors import InputError
 from nemo_care.recipe.algorithm import AlgorithmConfig
 from nemo_care.recipe.data import DATA_KINDS, DataConfig, check_data
-from nemo_care.recipe.evaluation import (
-    JUDGES,
-    UNTAGGED,
-    EvaluationConfig,
-    check_evaluation,
-    judged_by,
-)
+from nemo_care.recipe.evaluation import JUDGES, EvaluationConfig, check_evaluation, judged_by
 from nemo_care.recipe.model import (
     FP8_RECIPES,
     ModelConfig,
@@ -33,16 +27,9 @@ from nemo_care.recipe.model import (
     check_model,
     expert_tensor_size,
 )
-from nemo_care.recipe.rollout import (
-    ROLLOUT_RANGES,
-    TRUNCATED,
-    RolloutConfig,
-    check_asynchronous,
-    check_rollout,
-)
+from nemo_care.recipe.rollout import RolloutConfig, check_asynchronous, check_rollout
 from nemo_care.recipe.trainer import CheckpointConfig, ExpManagerConfig, TrainerConfig
 from nemo_care.recipe.values import check_values
-from nemo_care.recipe.vllm import PLACEMENTS, ROLLOUT_BACKENDS
 
 # The usual number; more ranks suggest more machines.
 _RANKS_OF_A_MACHINE = 8
@@ -107,12 +94,12 @@ CHOICES: dict[str, Collection[str]] = {
     "algorithm.consistency.kind": _NamesIn("nemo_care.objective.bonuses", "BONUSES"),
     "algorithm.advantage": _NamesIn("nemo_care.objective.advantages", "ADVANTAGES"),
     "algorithm.loss": _NamesIn("nemo_care.objective.losses", "LOSSES"),
-    "rollout.backend": ROLLOUT_BACKENDS,
-    "rollout.truncated": TRUNCATED,
-    "rollout.vllm.placement": PLACEMENTS,
+    "rollout.backend": ("megatron", "vllm"),
+    "rollout.truncated": ("keep", "mask", "penalise"),
+    "rollout.vllm.placement": ("colocated", "separate"),
     "optimizer.schedule": ("cosine", "constant"),
     "evaluation.judge": JUDGES,
-    "evaluation.untagged": UNTAGGED,
+    "evaluation.untagged": ("wrong", "whole_text"),
     "data.train.kind": DATA_KINDS,
     "data.validation.kind": DATA_KINDS,
 }
@@ -151,7 +138,24 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "algorithm.reference.ema_start_step": (0, None),
     "algorithm.reference.ema_max_selection_rate": (0, 1),
     "algorithm.reference.max_logprob_difference": (0, None),
-    **ROLLOUT_RANGES,
+    "rollout.temperature": (1e-3, None),
+    "rollout.top_p": (1e-6, 1),
+    "rollout.max_completion_tokens": (1, None),
+    "rollout.length_penalty_share": (1e-3, 1),
+    "rollout.groups_per_batch": (1, None),
+    "rollout.max_logprob_difference": (0, None),
+    "rollout.max_staleness": (1, None),
+    "rollout.importance_sampling.cap": (1, None),
+    "rollout.dynamic_sampling.max_rounds": (1, None),
+    "rollout.vllm.tensor_parallel_size": (1, None),
+    "rollout.vllm.gpu_memory_utilization": (0.01, 1),
+    "rollout.vllm.kv_cache_gib": (1e-3, None),
+    "rollout.vllm.sleep_level": (0, 2),
+    "rollout.vllm.bucket_mib": (1, None),
+    # Below the limit of collectives: ranks wait in one for the engine (ranks/process_groups.py).
+    "rollout.vllm.timeout_seconds": (1, 6000),
+    "rollout.vllm.engines": (1, None),
+    "rollout.vllm.max_restarts": (0, None),
     "optimizer.lr": (0, None),
     "optimizer.min_lr": (0, None),
     "optimizer.warmup_steps": (0, None),
@@ -191,13 +195,6 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
 }
 
 
-def _value(recipe: Recipe, key: str) -> Any:
-    value: Any = recipe
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def check_recipe(recipe: Recipe) -> None:
     """Check values, ranges, and keys against each other.
 
@@ -206,10 +203,11 @@ def check_recipe(recipe: Recipe) -> None:
     """
     check_values(recipe)
     for key, choices in CHOICES.items():
-        if _value(recipe, key) not in choices:
-            raise InputError(f"{key}={_value(recipe, key)}: choose {' or '.join(choices)}")
+        value = attrgetter(key)(recipe)
+        if value not in choices:
+            raise InputError(f"{key}={value}: choose {' or '.join(choices)}")
     for key, (low, high) in RANGES.items():
-        value = _value(recipe, key)
+        value = attrgetter(key)(recipe)
         if value is None:
             continue
         if (low is not None and value < low) or (high is not None and value > high):
@@ -275,7 +273,7 @@ def replicas_of(recipe: Recipe) -> int:
     """Return the number of model replicas (the data-parallel size) of a recipe checked before."""
     model, trainer = recipe.model, recipe.trainer
     size = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
-    return trainer.devices * trainer.num_nodes // size
+    return trainer.world_size // size
 
 
 def check_world(recipe: Recipe) -> None:
@@ -286,7 +284,7 @@ def check_world(recipe: Recipe) -> None:
     """
     trainer, model = recipe.trainer, recipe.model
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    world, ranks = trainer.devices * trainer.num_nodes, tensor * pipeline
+    world, ranks = trainer.world_size, tensor * pipeline
     experts = model.expert_model_parallel_size * expert_tensor_size(model) * pipeline
     if world % ranks == 0 and world % experts == 0:
         return

@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_care.recipe.data import MISSING
+from omegaconf import MISSING
 
 
 @dataclass
 class TrainerConfig:
     """Length, ranks and seed of a run."""
 
-    max_steps: int = MISSING  # type: ignore[assignment]
+    max_steps: int = MISSING
     """Steps of the whole run, each one rollout and algorithm.updates_per_rollout updates."""
     devices: int = 1
     """Ranks on one machine: GPUs, or processes where there is no GPU."""
@@ -33,6 +33,11 @@ class TrainerConfig:
     show_completion_every: int = 20
     """Steps between sampled completions on the console; W&B and TensorBoard get the whole group of
     each as a table. 0: none are shown."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks on all machines."""
+        return self.devices * self.num_nodes
 
 
 @dataclass

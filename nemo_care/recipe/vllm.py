@@ -4,9 +4,6 @@ from dataclasses import dataclass
 
 from nemo_care.errors import InputError
 
-ROLLOUT_BACKENDS = ("megatron", "vllm")
-PLACEMENTS = ("colocated", "separate")
-
 
 @dataclass
 class VLLMConfig:

@@ -61,7 +61,7 @@ def test_a_broken_package_is_named_with_its_error(packages, error):
     packages(
         {"transformer_engine/__init__.py": "", "transformer_engine/pytorch.py": f"raise {error}"}
     )
-    engine, _ = machine._fast_kernels()
+    engine = machine._transformer_engine()
     assert engine.state == BROKEN
     assert error.partition("(")[0] in engine.detail
     assert "model.backend=transformer_engine" in engine.remedy

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +89,22 @@ class RankServer:
         self, arguments: Sequence[object], folder: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run `python ARGUMENTS` in a folder, as a process without ranks: see subprocess.run."""
+        return self.begin(arguments, folder).wait()
+
+    def begin(
+        self,
+        arguments: Sequence[object],
+        folder: Path | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> "ForkedProgram":
+        """Start `python ARGUMENTS` in a folder, as a process without ranks."""
         self._started += 1
         out, errors = (self._folder / f"{self._started}.{kind}" for kind in ("out", "err"))
-        folder = folder or Path.cwd()
-        pid = self._fork(arguments, out=out, errors=errors, folder=folder, environment={})
-        status = self.wait(pid, PATIENCE)
-        if status is None:
-            os.kill(pid, signal.SIGKILL)
-        assert status is not None, f"{arguments} hangs\n{out.read_text()}{errors.read_text()}"
-        return subprocess.CompletedProcess(
-            [*arguments], status, *(file.read_text(errors="replace") for file in (out, errors))
-        )
+        for file in (out, errors):
+            file.touch()  # a test may read it before the program writes
+        places = {"out": out, "errors": errors, "folder": folder or Path.cwd()}
+        pid = self._fork(arguments, **places, environment=environment or {})
+        return ForkedProgram(self, pid, arguments, out, errors)
 
     def _fork(self, arguments: Sequence[object], **job: Any) -> int:
         places = {key: str(job[key]) for key in ("out", "errors", "folder")}
@@ -113,6 +119,26 @@ class RankServer:
         """End the server and all ranks."""
         self._questions.close()
         self._process.wait()
+
+
+@dataclass
+class ForkedProgram:
+    """A process, and the files of its output."""
+
+    server: RankServer
+    pid: int
+    arguments: Sequence[object]
+    out: Path
+    errors: Path
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """Wait until it has ended."""
+        status = self.server.wait(self.pid, PATIENCE)
+        if status is None:
+            os.kill(self.pid, signal.SIGKILL)
+        written = [file.read_text(errors="replace") for file in (self.out, self.errors)]
+        assert status is not None, f"{self.arguments} hangs\n{''.join(written)}"
+        return subprocess.CompletedProcess([*self.arguments], status, *written)
 
 
 class ForkedRanks:

@@ -13,6 +13,7 @@ from pathlib import Path
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 # Debian's directory of daemons, which is not on every user's path.
 _PATH = f"{os.environ['PATH']}:/usr/sbin"
+# Jobs share the nodes, although the scripts request them exclusively: they mostly wait.
 _CONFIGURATION = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -30,7 +31,6 @@ SlurmdLogFile={folder}/slurmd.%n.log
 SlurmctldParameters=enable_configless
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-TaskProlog={folder}/task_prolog
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -41,12 +41,7 @@ KillWait=60
 MinJobAge=600
 NodeName=node1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={first} CPUs=2 RealMemory=2000
 NodeName=node2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={second} CPUs=2 RealMemory=2000
-PartitionName=main Nodes=node1,node2 Default=YES MaxTime=60 State=UP PreemptMode=OFF
-"""
-# Its output sets a task's environment: a file named after a node changes that of its tasks. The
-# batch script is not a task, and passes its environment on to all nodes.
-_TASK_PROLOG = """#!/bin/sh
-[ -z "$SLURM_STEP_NODELIST" ] || cat "{folder}/environment.$SLURMD_NODENAME" 2>/dev/null || true
+PartitionName=main Nodes=ALL Default=YES MaxTime=60 OverSubscribe=FORCE:16
 """
 
 
@@ -113,16 +108,6 @@ class Cluster:
         # Slurm would delay it by two minutes. Within the first second, the nodes refuse it.
         self.run("scontrol", "update", f"JobId={number}", "StartTime=now+2")
 
-    @contextlib.contextmanager
-    def changed(self, node: str, lines: str) -> Iterator[None]:
-        """Set lines of a task prolog (`unset NAME`, `export NAME=VALUE`) for one node's tasks."""
-        file = self.folder / f"environment.{node}"
-        file.write_text(lines + "\n")
-        try:
-            yield
-        finally:
-            file.unlink()
-
 
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
@@ -140,9 +125,6 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     (folder / "slurm.conf").write_text(
         _CONFIGURATION.format(folder=folder, controller=controller, first=first, second=second)
     )
-    prolog = folder / "task_prolog"
-    prolog.write_text(_TASK_PROLOG.format(folder=folder))
-    prolog.chmod(0o755)
     key = folder / "munge.key"
     key.write_bytes(os.urandom(64))
     key.chmod(0o400)

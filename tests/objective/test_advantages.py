@@ -72,11 +72,6 @@ def test_groups_do_not_touch_each_other():
     torch.testing.assert_close(together.mean(dim=-1), torch.zeros(3))
 
 
-def test_whole_numbers_are_taken_too():
-    advantages = group_advantages(torch.tensor([[0, 2]]), eps=0.0)
-    torch.testing.assert_close(advantages, torch.tensor([[-1.0, 1.0]]) / math.sqrt(2))
-
-
 def test_rewards_that_would_spoil_the_group_are_refused():
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="NaN"):

@@ -132,7 +132,7 @@ def test_expressions_compare_as_mathematics(answer, solution, expected):
 
 HOSTILE = [
     "9**9**9**9",
-    "9^{9^{9^{9}}}",
+    pytest.param("9^{9^{9^{9}}}", marks=pytest.mark.slow),
     pytest.param("((((9!)!)!)!)", marks=pytest.mark.slow),
     r"\sqrt{" * 100 + "2" + "}" * 100,
     "(" * 400 + "x" + ")" * 400,
@@ -154,9 +154,10 @@ def test_hostile_expressions_are_given_up_in_time(answer):
     assert score("math", "5 + x", "x + 5") == 1
 
 
-def test_a_comparison_that_was_given_up_says_so():
+def test_a_comparison_that_was_given_up_says_so_and_the_next_is_made():
     with pytest.warns(RuntimeWarning, match=r"10000000!.*stopped after 2 seconds"):
         assert not same_expression("10000000!", "x + 5")
+    assert same_expression("5 + x", "x + 5")
 
 
 def test_threads_share_the_process_and_get_their_own_replies():

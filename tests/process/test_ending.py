@@ -4,10 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
 import pytest
+
+from nemo_care.process import ending
 
 PATIENCE = 60.0  # seconds, for a loaded machine
 
@@ -264,9 +267,20 @@ def test_ctrl_c_tidies_a_command_up_and_waits_for_no_thread(program, more, left)
     assert started.end() == (130, "nemo-care: interrupted\n")
 
 
-def test_starting_leaves_the_process_as_it_was():
-    from nemo_care.process import ending
+def test_signals_are_handled_as_soon_as_the_thread_runs(monkeypatch):
+    handled = []
 
+    class Noting(threading.Thread):
+        def start(self):
+            handled.extend(signal.getsignal(number) for number in ending.ASKING)
+            super().start()
+
+    monkeypatch.setattr(threading, "Thread", Noting)
+    with ending.starting(lambda number: None):
+        assert handled == [ending._heard] * len(ending.ASKING)
+
+
+def test_starting_leaves_the_process_as_it_was():
     before = [signal.getsignal(number) for number in ending.ASKING]
     with ending.starting(lambda number: None):
         assert os.environ[ending.STARTER.name] == str(os.getpid())

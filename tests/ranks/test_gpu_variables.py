@@ -19,7 +19,7 @@ from nemo_care.ranks.gpu_variables import (
     set_gpu_variables,
 )
 from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
-from nemo_care.recipe.rollout import ROLLOUT_RANGES
+from nemo_care.recipe.schema import RANGES
 from nemo_care.recipe.vllm import VLLMConfig
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "environment.sh"
@@ -76,5 +76,5 @@ def test_a_rank_starts_with_whole_float32_products_and_bounded_attention_kernels
 
 
 def test_an_engine_that_is_late_is_reported_before_a_collective_that_waits_for_it():
-    _, longest = ROLLOUT_RANGES["rollout.vllm.timeout_seconds"]
+    _, longest = RANGES["rollout.vllm.timeout_seconds"]
     assert VLLMConfig().timeout_seconds <= longest < TIMEOUT.total_seconds()

@@ -1,13 +1,14 @@
 """A rank that dies ends the run with its name and traceback, not with a hang."""
 
+import contextlib
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from forked_ranks import ForkedProgram
 
 from nemo_care.process.cores import available_cores
 
@@ -15,7 +16,7 @@ STARTER = """
 import sys
 from nemo_care.ranks.launch import start_ranks
 if __name__ == "__main__":
-    sys.exit(start_ranks(2, [sys.argv[1]]))
+    sys.exit(start_ranks(2, sys.argv[1:]))
 """
 DYING = """
 import os, time
@@ -46,22 +47,25 @@ def test_one_dying_rank_ends_all(rank_server, tmp_path: Path, how, status, messa
         assert "ValueError: broken on purpose" in done.stderr
 
 
-def test_ranks_share_the_cores_and_meet_on_this_machine(tmp_path, monkeypatch):
+def test_ranks_share_the_cores_and_meet_on_this_machine(rank_server, tmp_path):
     """The host's name need not resolve to any address."""
     program, starter = tmp_path / "program.py", tmp_path / "starter.py"
     program.write_text(
         "import os\nprint(os.environ['OMP_NUM_THREADS'], os.environ['MASTER_ADDR'], flush=True)\n"
     )
-    starter.write_text(STARTER)
-    for given, threads in ((None, max(1, available_cores() // 2)), ("7", 7)):
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        if given:
-            monkeypatch.setenv("OMP_NUM_THREADS", given)
-        done = subprocess.run(
-            [sys.executable, str(starter), str(program)],
-            capture_output=True, text=True, timeout=120, check=True,
-        )  # fmt: skip
-        assert done.stdout.splitlines() == [f"{threads} localhost"] * 2
+    starter.write_text(f"""
+import os
+from nemo_care.ranks.launch import start_ranks
+if __name__ == "__main__":
+    for given in ({{}}, {{"OMP_NUM_THREADS": "7"}}):
+        os.environ.pop("OMP_NUM_THREADS", None)
+        os.environ.update(given)
+        start_ranks(2, [{str(program)!r}])
+""")
+    done = rank_server.run([starter])
+    shared = max(1, available_cores() // 2)
+    threads = [shared, shared, 7, 7]
+    assert done.stdout.splitlines() == [f"{number} localhost" for number in threads], done.stderr
 
 
 # Notes what it hears and ends with that, as a run that has saved; with an argument it never ends.
@@ -81,41 +85,29 @@ noted.wait(0.5)  # would be the same signal once more
 print(f"rank {os.environ['RANK']} heard {heard}", file=sys.stderr, flush=True)
 os._exit(ending.status_of(heard[0]))
 """
-STARTING = """
-import sys
-from nemo_care.ranks.launch import start_ranks
-if __name__ == "__main__":
-    sys.exit(start_ranks(2, sys.argv[1:]))
-"""
 
 
 @pytest.fixture
-def hearing(tmp_path: Path, monkeypatch):
-    """A starter with two ranks that hear signals, and the ranks."""
+def hearing(rank_server, tmp_path: Path):
+    """Starts a starter of two ranks that hear signals; gives it, and the ranks."""
     program, starter = tmp_path / "program.py", tmp_path / "starter.py"
     program.write_text(HEARING)
-    starter.write_text(STARTING)
-    monkeypatch.setenv("HEARD", str(tmp_path))
+    starter.write_text(STARTER)
     made = []
 
-    def start(*arguments: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
-        command = [sys.executable, str(starter), str(program), *arguments]
-        # A group of its own, as a terminal's foreground job.
-        process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        made.append(process)
+    def start(*arguments: str) -> tuple[ForkedProgram, list[psutil.Process]]:
+        command = [starter, program, *arguments]
+        made.append(rank_server.begin(command, environment={"HEARD": str(tmp_path)}))
         deadline = time.monotonic() + 60
         while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.2)  # for the last one's number
-        return process, psutil.Process(process.pid).children()
+        return made[-1], psutil.Process(made[-1].pid).children()
 
     yield start
     for process in made:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -129,46 +121,46 @@ def hearing(tmp_path: Path, monkeypatch):
 )
 def test_a_signal_to_the_starter_reaches_each_rank_once(hearing, number, status):
     starter, _ = hearing()
-    starter.send_signal(number)
-    _, errors = starter.communicate(timeout=60)
-    assert starter.returncode == status, errors
-    assert sorted(errors.splitlines()) == [f"rank {rank} heard [{number:d}]" for rank in (0, 1)]
+    os.kill(starter.pid, number)
+    done = starter.wait()
+    assert done.returncode == status, done.stderr
+    assert sorted(done.stderr.splitlines()) == [
+        f"rank {rank} heard [{number:d}]" for rank in (0, 1)
+    ]
 
 
 def test_a_second_ctrl_c_ends_ranks_that_do_not(hearing):
     starter, ranks = hearing("deaf")
     assert len(ranks) == 2
-    starter.send_signal(signal.SIGINT)
+    os.kill(starter.pid, signal.SIGINT)
     time.sleep(0.5)
-    assert starter.poll() is None
+    assert all(rank.is_running() for rank in ranks)
     asked = time.monotonic()
-    starter.send_signal(signal.SIGINT)
-    _, errors = starter.communicate(timeout=60)
+    os.kill(starter.pid, signal.SIGINT)
+    done = starter.wait()
     assert time.monotonic() - asked < 10
-    assert starter.returncode == 130, errors
-    assert errors == "nemo-care: ended at once: SIGINT was received\n"
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "nemo-care: ended at once: SIGINT was received\n"
     assert not psutil.wait_procs(ranks, timeout=10)[1]
 
 
-def test_a_signal_before_there_are_ranks_ends_the_starter(hearing, tmp_path):
+def test_a_signal_before_there_are_ranks_ends_the_starter(rank_server, tmp_path):
     """A machine waits long for the others of its job."""
     program = tmp_path / "alone.py"
     program.write_text("""
 from nemo_care.ranks.launch import start_ranks
 from nemo_care.ranks.slurm import Node
 if __name__ == "__main__":
-    print("ready", flush=True)
     start_ranks(2, ["-c", "pass"], Node(0, 2, "here", "localhost", 0, "the run"))
 """)
-    process = subprocess.Popen(
-        [sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
+    starter = rank_server.begin([program])
+    status = Path(f"/proc/{starter.pid}/status")
+    while "Threads:\t1\n" in status.read_text():  # one more hears the signals
+        time.sleep(0.01)
+    time.sleep(1)
+    os.kill(starter.pid, signal.SIGTERM)
+    done = starter.wait()
+    assert done.returncode == 75, done.stderr
 
 
 ABORTED = """
@@ -192,9 +184,13 @@ leave(guarded(main))
 """
 
 
-def test_a_failed_rank_has_its_own_status_whatever_aborts_the_interpreters_end():
+def test_a_failed_rank_has_its_own_status_whatever_aborts_the_interpreters_end(
+    rank_server, tmp_path
+):
     """As gloo's threads do where the other ranks are gone."""
-    done = subprocess.run([sys.executable, "-c", ABORTED], capture_output=True, text=True)
+    program = tmp_path / "program.py"
+    program.write_text(ABORTED)
+    done = rank_server.run([program])
     assert done.returncode == 1, done.stderr
     assert "ValueError: broken on purpose" in done.stderr
     assert done.stdout == "others were told\n"

@@ -1,13 +1,14 @@
 """Starters of several machines, of which each starts its own ranks, as srun starts them."""
 
+import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked_ranks import ForkedProgram, RankServer
 
 from nemo_care.errors import InputError
 from nemo_care.ranks.slurm import node_to_start, rendezvous_address
@@ -39,7 +40,12 @@ dist.all_reduce(total)
 place = os.environ["MASTER_ADDR"]
 print(f"rank {os.environ['RANK']} of {int(total)} at {place}", flush=True)
 """
-DONE = "dist.destroy_process_group()"
+# Without torch, whose import takes each rank seconds.
+SAYING = """
+import os
+name, size, place = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+print(f"rank {name} of {size} at {place}", flush=True)
+"""
 FAILING = "if os.environ['RANK'] == '3': raise ValueError('broken on purpose')\ntime.sleep(600)"
 STOPPING = """
 asked = []
@@ -97,54 +103,50 @@ def test_the_machines_meet_on_the_first_at_a_port_of_the_job(step):
     assert rendezvous_address() == ("10.0.0.7", 29500)
 
 
-def start_both(folder: Path, then: str) -> list[subprocess.Popen]:
-    """Two starters of two ranks each, on "machines" that are this one."""
-    program, starter = folder / "program.py", folder / "starter.py"
-    program.write_text(RANK + then)
-    starter.write_text(STARTER)
-    job = str(60_000 + os.getpid() % 10_000)
-    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(starter), str(program)],
-            env=environment
-            | STEP
-            | {
-                "SLURM_JOB_ID": job,
-                "SLURM_NODEID": str(place),
-                "SLURMD_NODENAME": f"node0{7 + place}",
-                "MASTER_ADDR": "127.0.0.1",
-                "NEMO_CARE_RANK_LOGS": str(folder / "ranks"),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for place in range(2)
-    ]
+@pytest.fixture
+def start_both(rank_server: RankServer, tmp_path: Path) -> Callable[[str], list[ForkedProgram]]:
+    """Starts two starters of two ranks each, on "machines" that are this one."""
+
+    def start(code: str) -> list[ForkedProgram]:
+        program, starter = tmp_path / "program.py", tmp_path / "starter.py"
+        program.write_text(code)
+        starter.write_text(STARTER)
+        step = STEP | {
+            "SLURM_JOB_ID": str(60_000 + os.getpid() % 10_000),
+            "MASTER_ADDR": "127.0.0.1",
+            "NEMO_CARE_RANK_LOGS": str(tmp_path / "ranks"),
+        }
+        places = [
+            {"SLURM_NODEID": str(place), "SLURMD_NODENAME": f"node0{7 + place}"}
+            for place in range(2)
+        ]
+        return [rank_server.begin([starter, program], environment=step | place) for place in places]
+
+    return start
 
 
-def test_two_starters_make_one_world_with_a_log_for_each_rank(tmp_path):
-    starters = start_both(tmp_path, DONE)
-    outputs = [starter.communicate(timeout=120) for starter in starters]
-    assert [starter.returncode for starter in starters] == [0, 0], outputs
+def test_two_starters_make_one_world_with_a_log_for_each_rank(start_both, tmp_path):
+    done = [starter.wait() for starter in start_both(SAYING)]
+    assert [one.returncode for one in done] == [0, 0], done
     logs = [(tmp_path / f"ranks/rank_{rank:04d}.out").read_text() for rank in range(4)]
     assert logs == [f"rank {rank} of 4 at 127.0.0.1\n" for rank in range(4)]
     # The screen shows one of them.
-    assert "".join(out for out, _ in outputs) == "rank 0: rank 0 of 4 at 127.0.0.1\n"
+    assert "".join(one.stdout for one in done) == "rank 0: rank 0 of 4 at 127.0.0.1\n"
 
 
 @pytest.mark.slow
-def test_a_failing_rank_is_named_with_its_machine_and_traceback(tmp_path):
-    starters = start_both(tmp_path, FAILING)
+def test_a_failing_rank_is_named_with_its_machine_and_traceback(start_both):
+    starters = start_both(RANK + FAILING)
     began = time.monotonic()
-    while all(starter.poll() is None for starter in starters) and time.monotonic() - began < 100:
+    while time.monotonic() - began < 100:
+        if any("failed with" in starter.errors.read_text() for starter in starters):
+            break
         time.sleep(0.1)
     # What srun --kill-on-bad-exit does to the others; here it must end their ranks too.
     for starter in starters:
-        if starter.poll() is None:
-            starter.send_signal(signal.SIGINT)
-    outputs = [starter.communicate(timeout=20)[1] for starter in starters]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(starter.pid, signal.SIGINT)
+    outputs = [starter.wait().stderr for starter in starters]
     failed = [text for text in outputs if "rank 3 on node0" in text]
     assert len(failed) == 1, outputs
     # With exit status 1, or a signal: gloo's threads may abort a process that leaves by an error.
@@ -153,8 +155,10 @@ def test_a_failing_rank_is_named_with_its_machine_and_traceback(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_each_starter_reaches_all_ranks_and_their_status_comes_back(tmp_path):
-    starters = start_both(tmp_path, STOPPING)
+def test_a_signal_to_each_starter_reaches_all_ranks_and_their_status_comes_back(
+    start_both, tmp_path
+):
+    starters = start_both(RANK + STOPPING)
     logs = [tmp_path / f"ranks/rank_{rank:04d}.out" for rank in range(4)]
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
@@ -162,6 +166,6 @@ def test_a_signal_to_each_starter_reaches_all_ranks_and_their_status_comes_back(
             break
         time.sleep(0.1)
     for starter in starters:
-        starter.send_signal(signal.SIGUSR1)
-    errors = [starter.communicate(timeout=60)[1] for starter in starters]
-    assert [starter.returncode for starter in starters] == [75, 75], errors
+        os.kill(starter.pid, signal.SIGUSR1)
+    done = [starter.wait() for starter in starters]
+    assert [one.returncode for one in done] == [75, 75], done

@@ -4,6 +4,7 @@ import math
 import re
 from copy import deepcopy
 from functools import cache
+from operator import attrgetter
 
 import pytest
 from transformers import Qwen2_5_VLConfig
@@ -45,13 +46,6 @@ def changes(old: Recipe, new: Recipe) -> list[str]:
     """What differs, but for the run's name."""
     changes = recipe_changes(old, new).items()
     return [f"{key}: {a} -> {b}" for key, (a, b) in changes if not key.startswith("exp_manager.")]
-
-
-def value(recipe: Recipe, key: str) -> object:
-    found: object = recipe
-    for part in key.split("."):
-        found = getattr(found, part)
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +161,7 @@ def test_7b_recipe_has_the_settings_of_the_paper():
         "trainer.max_steps": 1500,
     }
     recipe = composed(PAPER)
-    assert {key: value(recipe, key) for key in paper} == paper
+    assert {key: attrgetter(key)(recipe) for key in paper} == paper
 
 
 def test_video_r1_recipe_changes_data_steps_margin_and_frames_of_validation():
@@ -215,11 +209,10 @@ ABLATIONS = {
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_ablation_changes_what_it_says_and_nothing_else(ablation):
-    for base in (PAPER, "grpo_care_qwen2_5_vl_72b"):
-        recipe = composed(base, f"+ablation={ablation}")
-        assert changes(composed(base), recipe) == ABLATIONS[ablation]
-        # In a run directory of its own.
-        assert recipe.exp_manager.name == f"{base}_{ablation}"
+    recipe = composed(PAPER, f"+ablation={ablation}")
+    assert changes(composed(PAPER), recipe) == ABLATIONS[ablation]
+    # In a run directory of its own.
+    assert recipe.exp_manager.name == f"{PAPER}_{ablation}"
 
 
 @pytest.mark.parametrize("model", ["qwen2_5_vl_32b", "qwen2_5_vl_72b", "qwen3_vl_32b"])
@@ -246,11 +239,8 @@ def test_big_recipes_sample_with_vllm_where_it_samples_their_family():
 
 
 ROLLOUTS = [
-    *(
-        (f"qwen2_5_vl_{size}", kind)
-        for size in SIZES
-        for kind in ("megatron", "vllm", "vllm_async")
-    ),
+    ("qwen2_5_vl_7b", "megatron"),
+    *((f"qwen2_5_vl_{size}", kind) for size in SIZES for kind in ("vllm", "vllm_async")),
     *((f"qwen3_vl_{size}", kind) for size in ("4b", "8b") for kind in ("vllm", "vllm_async")),
     *(("qwen3_vl_30b_a3b", kind) for kind in ("vllm", "vllm_async")),
     # Its engines have no room on the training GPUs.

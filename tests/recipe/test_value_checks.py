@@ -1,5 +1,6 @@
 """Values that no key takes: numbers that are not finite, empty texts, lone braces."""
 
+import re
 from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
 
@@ -81,18 +82,55 @@ def test_sources_and_names_of_levels_are_looked_at_too():
         check_recipe(recipe)
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "-1e999"])
+@pytest.mark.parametrize("text", ["nan", "-1e999"])
 def test_numbers_of_the_command_line_that_are_not_finite(text):
     with pytest.raises(InputError, match=r"rollout\.temperature=.*finite"):
         compose_recipe(["--config-name", "tiny_cpu", f"rollout.temperature={text}"])
 
 
-@pytest.mark.parametrize("text", [".nan", ".inf", "-.inf", "1.0e999"])
+@pytest.mark.parametrize("text", ["-.inf", "1.0e999"])
 def test_numbers_of_a_file_that_are_not_finite(text):
     config = OmegaConf.create(
         f"{{trainer: {{max_steps: 1}}, model: {{hf_path: m}}, optimizer: {{lr: {text}}}}}"
     )
     with pytest.raises(InputError, match=r"optimizer\.lr=.*finite"):
+        to_recipe(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("algorithm.group_size", 1, ["algorithm.group_size=1", "at least 2"]),
+        ("rollout.top_p", 1.5, ["rollout.top_p=1.5", "between"]),
+        ("algorithm.consistency.kind", "sparse", ["kind=sparse", "or dense or counterfactual"]),
+        ("data.validation.max_frames", 2, ["data.video.min_frames", "data.validation.max_frames"]),
+        ("trainer.resume", "maybe", ["trainer.resume=maybe", "auto or never"]),
+        ("data.train.kind", "parquet", ["data.train.kind=parquet", "seed_bench_r1", "video_r1"]),
+        ("model.sequence_parallel", True, ["model.sequence_parallel"]),
+        ("data.train.sources", SourceConfig(root="x", weight=0), ["sources[0].weight=0", "above"]),
+        ("data.train.sources", SourceConfig(root="x", kind="csv"), ["sources[0].kind=csv"]),
+    ],
+)
+def test_a_value_that_its_key_does_not_take_is_named_with_those_it_takes(key, value, parts):
+    with pytest.raises(InputError) as raised:
+        check_recipe(with_value(key, value))
+    assert all(part in str(raised.value) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("sources", "part"),
+    [
+        ("[]", "data.train.sources is empty"),
+        ("[{kind: jsonl}]", "data.train.sources[0].root"),
+        ("[{root: x, wait: 1}]", "wait"),
+    ],
+)
+def test_sources_of_a_file_that_are_not_whole_are_named(sources, part):
+    given = (
+        f"trainer: {{max_steps: 1}}\nmodel: {{hf_path: m}}\ndata: {{train: {{sources: {sources}}}}}"
+    )
+    config = OmegaConf.create(given)
+    with pytest.raises(InputError, match=re.escape(part)):
         to_recipe(config)
 
 
