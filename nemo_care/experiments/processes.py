@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nemo_care.process.cores import available_cores
 from nemo_care.process.environment import STARTER
@@ -96,24 +96,17 @@ def _end(children: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
             child.wait()
 
 
-class _Running:
-    """A started job."""
-
-    def __init__(self, job: Job, environment: dict[str, str]) -> None:
-        self.job = job
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        self._log: IO[bytes] = job.log.open("wb")
-        try:
-            self.child = subprocess.Popen(
-                list(job.command),
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-        finally:
-            self._log.close()
+def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("wb") as log:
+        return subprocess.Popen(
+            list(job.command),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def run_jobs(
@@ -136,23 +129,22 @@ def run_jobs(
         STARTER.name: str(os.getpid()),
     }
     waiting = list(jobs)
-    running: list[_Running] = []
+    running: list[tuple[Job, subprocess.Popen[bytes]]] = []
     next_tick = 0.0
     with _ended_by_signals():
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
-                    running.append(_Running(waiting.pop(0), environment))
-                for one in [one for one in running if one.child.poll() is not None]:
-                    running.remove(one)
+                    running.append((waiting[0], _start(waiting.pop(0), environment)))
+                for job, child in [one for one in running if one[1].poll() is not None]:
+                    running.remove((job, child))
                     failure = None
-                    if one.child.returncode:
-                        lines = last_lines(one.job.log)
-                        failure = Failure(one.job.name, one.child.returncode, one.job.log, lines)
-                    done(one.job, failure)
+                    if child.returncode:
+                        failure = Failure(job.name, child.returncode, job.log, last_lines(job.log))
+                    done(job, failure)
                 if time.monotonic() >= next_tick:
-                    tick([one.job.name for one in running])
+                    tick([job.name for job, _ in running])
                     next_tick = time.monotonic() + 1.0
                 time.sleep(0.1 if running else 0.0)
         finally:
-            _end([one.child for one in running], grace)
+            _end([child for _, child in running], grace)

@@ -9,7 +9,7 @@ from typing import Any
 from nemo_care.errors import InputError
 from nemo_care.experiments.config import Study
 from nemo_care.experiments.training_runs import TrainingRun
-from nemo_care.files.json_lines import Kinds, complete_lines, replace_lines
+from nemo_care.files.json_lines import Kinds, complete_lines
 from nemo_care.reporting.tables import known
 from nemo_care.runs.metrics import ACCURACY, ANSWER_LIKELIHOOD, CONSISTENCY, STEP_TIME
 from nemo_care.runs.reader import Levels, RunRecord, number, read_run
@@ -88,29 +88,6 @@ def _thinned(record: RunRecord) -> dict[str, list[float | None]]:
     means = frame.groupby(part).mean().round(_DIGITS).dropna(axis="columns", how="all")
     curves = {key: [known(value) for value in means[key]] for key in means}
     return {"step": steps.groupby(part).last().tolist(), **curves}
-
-
-class ResultsFile:
-    """The results of the completed runs, written to disk after each of them."""
-
-    def __init__(self, file: Path, runs: Mapping[str, Sequence[TrainingRun]]) -> None:
-        """Create it for all runs of the study, by variant, in the order of the lines."""
-        self.file = file
-        self._runs = runs
-        self._known: dict[Path, Result] = {}
-
-    def refresh(self) -> list[Result]:
-        """Read the runs that have finished since the last call, and rewrite the file."""
-        found: list[Result] = []
-        for variant, runs in self._runs.items():
-            for run in runs:
-                if run.folder not in self._known and run.is_done():
-                    self._known[run.folder] = read_result(variant, run)
-                if run.folder in self._known:
-                    found.append(self._known[run.folder])
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        replace_lines(self.file, [vars(result) for result in found])
-        return found
 
 
 def read_results(file: Path) -> list[Result]:

@@ -8,9 +8,9 @@ from typing import Any
 from nemo_care.errors import InputError
 from nemo_care.experiments.config import Study
 from nemo_care.experiments.processes import Failure
-from nemo_care.experiments.results import RESULTS, Result, ResultsFile
+from nemo_care.experiments.results import RESULTS, Result, read_result
 from nemo_care.experiments.training_runs import TrainingRun, train_runs
-from nemo_care.files.json_lines import read_object, replace_file
+from nemo_care.files.json_lines import read_object, replace_file, replace_lines
 from nemo_care.recipe.compose import compose_recipe
 
 _MADE_WITH = "study.json"
@@ -95,17 +95,23 @@ def train_variants(
 
     The runs' output is written to `out/logs/`; `out/results.jsonl` has a line per finished run.
     """
-    results = ResultsFile(out / RESULTS, runs)
-    results.refresh()
-    failures = train_runs(
-        asked,
-        command,
-        out / "logs",
-        jobs,
-        # A killed study keeps its results so far.
-        ended=lambda run: results.refresh(),
-    )
-    return results.refresh(), failures
+    known: dict[TrainingRun, Result] = {}
+
+    def results() -> list[Result]:
+        """Read the runs that have finished since the last call, and rewrite the file."""
+        for variant, made in runs.items():
+            for run in made:
+                if run not in known and run.is_done():
+                    known[run] = read_result(variant, run)
+        found = [known[run] for made in runs.values() for run in made if run in known]
+        replace_lines(out / RESULTS, [vars(result) for result in found])
+        return found
+
+    out.mkdir(parents=True, exist_ok=True)
+    results()
+    # A killed study keeps its results so far.
+    failures = train_runs(asked, command, out / "logs", jobs, ended=results)
+    return results(), failures
 
 
 def _made_with(run: TrainingRun) -> dict[str, Any]:

@@ -104,13 +104,13 @@ def train_runs(
     command: Sequence[str],
     logs: Path,
     jobs: int,
-    ended: Callable[[TrainingRun], object] = lambda run: None,
+    ended: Callable[[], object],
 ) -> list[Failure]:
     """Train the unfinished runs, at most `jobs` at once; a failing run does not stop the rest.
 
     The same command in the same directory resumes from the newest checkpoint there. `command` is
-    the result of `training_command`; each run's output is written to `logs`. `ended` is called with
-    each run that finishes now.
+    the result of `training_command`; each run's output is written to `logs`. `ended` is called
+    after each run that finishes now.
 
     Returns the runs that failed.
     """
@@ -143,7 +143,7 @@ def train_runs(
                 said = f"failed (exit status {failure.status}), log {failure.log}{lines}"
             else:
                 said = f"done, {last_step(run.folder)} steps"
-                ended(run)
+                ended()
             tqdm.write(printable(f"{job.name}: {said}"), file=sys.stderr)
             bar.update()
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from nemo_care.errors import InputError
 from nemo_care.planning.engines import beside
 from nemo_care.planning.gpus import GIB
-from nemo_care.planning.measured import recipe_key
 from nemo_care.planning.plan import (
     GRANULARITIES,
     Plan,
@@ -95,7 +95,7 @@ def _variant(plan: Plan, keys: dict[str, Any]) -> Recipe | None:
     changed = deepcopy(plan.recipe)
     for key, value in keys.items():
         group, _, name = key.rpartition(".")
-        setattr(recipe_key(group)(changed), name, value)
+        setattr(attrgetter(group)(changed), name, value)
     try:
         check_recipe(changed)
         check_plannable(changed, plan.shape, plan.question.gpu)

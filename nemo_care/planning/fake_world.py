@@ -9,6 +9,8 @@ pinned.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -59,17 +61,14 @@ def _collectives_on_meta() -> torch.library.Library:
     return library
 
 
-@contextmanager
-def _no_gloo() -> Iterator[None]:
-    """Skip Megatron's additional gloo groups, since gloo would wait for the missing ranks."""
-    create_group = parallel_state.create_group
-    parallel_state.create_group = lambda *args, backend=None, **kwargs: create_group(
-        *args, backend="fake", **kwargs
-    )
-    try:
-        yield
-    finally:
-        parallel_state.create_group = create_group
+def _no_gloo() -> Any:
+    """Replace Megatron's additional gloo groups, since gloo would wait for the missing ranks."""
+    create = parallel_state.create_group
+
+    def fake(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        return create(*args, backend="fake", **kwargs)
+
+    return patch.object(parallel_state, "create_group", fake)
 
 
 @contextmanager
@@ -100,16 +99,7 @@ def stage_rank(layout: Layout, stage: int, world_size: int) -> int:
     return stage * (world_size // layout.pipeline)
 
 
-@contextmanager
-def exchanged_shape(shape: Sequence[int]) -> Iterator[None]:
+def exchanged_shape(shape: Sequence[int]) -> Any:
     """Set the shape of the tensors that stages receive, since no neighbour sends it."""
-    real = P2PCommunicator._communicate_shapes
-
-    def shapes(self: P2PCommunicator, *args: object) -> tuple[list[int], list[int]]:
-        return list(shape), list(shape)
-
-    P2PCommunicator._communicate_shapes = shapes
-    try:
-        yield
-    finally:
-        P2PCommunicator._communicate_shapes = real
+    both = list(shape), list(shape)
+    return patch.object(P2PCommunicator, "_communicate_shapes", lambda *args: both)

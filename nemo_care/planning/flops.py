@@ -118,7 +118,7 @@ def step_flops(recipe: Recipe, family: Family, lengths: Lengths) -> dict[str, fl
     algorithm, model = recipe.algorithm, family.architecture
     size, shared = algorithm.group_size, algorithm.shared_prompt
     tokens = size * lengths.completion
-    prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
+    prompt_only = lengths.prompt_only
     # vLLM caches prefixes: a prompt is computed once, with any training layout.
     engines = recipe.rollout.backend == "vllm"
     prefill = language_flops(model, prompt_only, size, shared=shared or engines, rows=size)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_care.planning.counts import in_flight, prompts_of
 from nemo_care.planning.shapes import ModelShape, longest_lengths
-from nemo_care.planning.stage import Stage, StageBuild, StageUse, built_stage, patch_bytes
+from nemo_care.planning.stage import Stage, StageBuild, StageUse, built_stage
 from nemo_care.recipe.schema import Recipe
 
 _LENGTHS = ("data.max_prompt_tokens",)
@@ -42,11 +42,6 @@ _PARTS_OF = {
     "update": ("passes", "step"),
 }
 PHASES = tuple(_PARTS_OF)
-
-
-def recipe_key(name: str) -> attrgetter:
-    """Return a getter for a recipe key, such as optimizer.offload."""
-    return attrgetter(name)
 
 
 class Measurements:
@@ -131,7 +126,7 @@ class Measurements:
         if name == "build" and recipe.model.precision.fp8.enabled:
             # The copies depend on bf16 layers at the model's ends and on recomputation.
             place = (number, recipe.model.recompute_granularity)
-        values = (recipe_key(key)(recipe) for key in (*_LAYOUT, *_DEPENDS[name]))
+        values = (attrgetter(key)(recipe) for key in (*_LAYOUT, *_DEPENDS[name]))
         return (name, place, *values)
 
     def _measured(self, name: str, stage: Stage) -> Any:
@@ -174,6 +169,7 @@ def _engines_see_validation(recipe: Recipe) -> bool:
 
 
 def _inputs(recipe: Recipe, shape: ModelShape) -> int:
-    """Return the bytes of one micro-batch's patches."""
-    lengths = longest_lengths(recipe, shape.family)
-    return recipe.algorithm.groups_per_micro_batch * patch_bytes(lengths, shape)
+    """Return the bytes of one micro-batch's patches, float32."""
+    patches = longest_lengths(recipe, shape.family).patches
+    numbers = patches * shape.family.prompt.patching.values
+    return 4 * numbers * recipe.algorithm.groups_per_micro_batch

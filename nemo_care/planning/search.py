@@ -13,7 +13,7 @@ from nemo_care.errors import InputError
 from nemo_care.models.architecture import Architecture
 from nemo_care.planning.counts import in_flight, prompts_of
 from nemo_care.planning.engines import EnginePlan, beside
-from nemo_care.planning.gpus import GIB, Gpu
+from nemo_care.planning.gpus import Gpu
 from nemo_care.planning.measured import Measurements
 from nemo_care.planning.plan import (
     GRANULARITIES,
@@ -298,29 +298,27 @@ def search_report(
         )
     shared = any(item.recipe.model.expert_model_parallel_size > 1 for item in found)
     columns = ["TP", "PP", *(["EP", "ETP"] if shared else []), "DP", "recomputation", "offload"]
-    columns += ["groups", "peak GiB", "in"]
-    table = markdown_table([*columns, "rollout s", "scoring s", "update s", "step s"])
+    times = (f"{phase} s" for phase in found[0].seconds.as_json())
+    table = markdown_table([*columns, "groups", "peak GiB", "in", *times])
     for item in found:
-        model, algorithm, seconds = item.recipe.model, item.recipe.algorithm, item.seconds
-        times = (seconds.rollout, seconds.scoring, seconds.update, seconds.total)
+        model, algorithm = item.recipe.model, item.recipe.algorithm
+        experts = (model.expert_model_parallel_size, expert_tensor_size(model))
         table.add_row(
             str(model.tensor_model_parallel_size),
             str(model.pipeline_model_parallel_size),
-            *([str(model.expert_model_parallel_size)] if shared else []),
-            *([str(expert_tensor_size(model))] if shared else []),
+            *(map(str, experts) if shared else ()),
             str(replicas_of(item.recipe)),
             model.recompute_granularity,
             _offloaded(item.recipe),
             str(algorithm.groups_per_micro_batch),
             gib(item.peak),
             item.phase,
-            *(f"{value:.1f}" for value in times),
+            *(f"{value:.1f}" for value in item.seconds.as_json().values()),
         )
-    budget = question.budget / GIB
     return Group(
         Text(
-            f"Layouts that fit {gpus} x {question.gpu.name} ({budget:.1f} GiB each with the "
-            "margin), fastest estimate first; groups are per micro-batch"
+            f"Layouts that fit {gpus} x {question.gpu.name} ({gib(question.budget)} GiB each with "
+            "the margin), fastest estimate first; groups are per micro-batch"
         ),
         table,
         Text(f"the first one: {found[0].overrides}"),

@@ -1,7 +1,7 @@
 """The inputs of a plan: the model's shape, and the lengths of prompts and completions."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,6 +70,16 @@ class Lengths:
     def patches(self) -> int:
         """Patches of all videos of the prompt."""
         return sum(t * h * w for t, h, w in self.grids)
+
+    @property
+    def prompt_only(self) -> "Lengths":
+        """The prompt without completions."""
+        return replace(self, completion=0)
+
+    @property
+    def text_only(self) -> "Lengths":
+        """As many tokens, none of them of a video."""
+        return replace(self, vision=0, grids=())
 
 
 def frame_bytes(lengths: Lengths, family: Family) -> int:

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -118,7 +119,7 @@ class Stage:
     @contextmanager
     def exchanging(self, lengths: Lengths, *, answer_pairs: bool = False) -> Iterator[None]:
         """Set the shape of a micro-batch's hidden states between the stages."""
-        groups = self.groups(_without_videos(lengths), 1)
+        groups = self.groups(lengths.text_only, 1)
         batch = self.layout.batches(groups, answer_pairs=answer_pairs)[0]
         with exchanged_shape(self._hidden(batch).shape):
             yield
@@ -226,7 +227,8 @@ class Stage:
             # The last token, with the cache full.
             decoding.cache.tokens = lengths.completion - 1
             with exchanged_shape((rows, 1, hidden)):
-                logits = decoding.decode(torch.zeros_like(token, device="cpu"), _positions(rows))
+                positions = torch.zeros(3, rows, dtype=torch.long)
+                logits = decoding.decode(torch.zeros_like(token, device="cpu"), positions)
             decoding.choose(logits, torch.zeros(rows))
             cache = decoding.cache.nbytes
         return found[0], cache
@@ -235,7 +237,7 @@ class Stage:
         """Return the peak bytes of one micro-batch's log-probabilities, forward and backward."""
         if not self.ranks.is_last_stage:
             return 0
-        batch = self.layout.batches(self.groups(_without_videos(lengths), 1))[0]
+        batch = self.layout.batches(self.groups(lengths.text_only, 1))[0]
         with self.peak() as found:
             hidden = self._hidden(batch)
             batch.log_probs(self.model, hidden, batch.mask).sum().backward()
@@ -269,36 +271,21 @@ class Stage:
 
     @contextmanager
     def _vision_bytes(self) -> Iterator[list[int]]:
-        """Measure what the vision tower keeps of its first forward."""
+        """Measure what the vision tower keeps of each forward."""
         found: list[int] = []
         if not self.ranks.is_first_stage:
             yield found
             return
-        before = []
-        handles = [
-            self.model.visual.register_forward_pre_hook(
-                lambda *_: before.append(self.memory.current)
-            ),
-            self.model.visual.register_forward_hook(
-                lambda *_: found.append(self.memory.current - before[-1])
-            ),
-        ]
-        yield found
-        for handle in handles:
-            handle.remove()
+        forward = self.model.visual.forward
 
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            before = self.memory.current
+            out = forward(*args, **kwargs)
+            found.append(self.memory.current - before)
+            return out
 
-def patch_bytes(lengths: Lengths, shape: ModelShape) -> int:
-    """Return the bytes of one prompt's float32 patches."""
-    return lengths.patches * shape.family.prompt.patching.values * 4
-
-
-def _without_videos(lengths: Lengths) -> Lengths:
-    return replace(lengths, vision=0, grids=())
-
-
-def _positions(rows: int) -> torch.Tensor:
-    return torch.zeros(3, rows, dtype=torch.long)
+        with patch.object(self.model.visual, "forward", measured):
+            yield found
 
 
 def _attend_windows(

@@ -12,7 +12,7 @@ from nemo_care.planning.engines import EnginePlan
 from nemo_care.planning.flops import busiest_vision_flops
 from nemo_care.planning.gpus import GIB
 from nemo_care.planning.measured import PHASES
-from nemo_care.planning.plan import GRANULARITIES, Plan, StagePlan
+from nemo_care.planning.plan import GRANULARITIES, Plan
 from nemo_care.planning.precision import precision_in_words
 from nemo_care.process.screen import console
 from nemo_care.recipe.schema import Recipe, replicas_of
@@ -50,19 +50,25 @@ def markdown_table(columns: Sequence[str]) -> Table:
 
 def plan_report(plan: Plan, remedies: Sequence[str]) -> RenderableType:
     """Report everything from top to bottom: configuration, memory, time, verdict."""
+    question, beside = plan.question, ""
+    if plan.seconds.asynchronous:
+        beside = "; the rollout is the next step's, beside scoring and update"
     return Group(
         Text(_headline(plan)),
         "",
         Text("Held by a GPU of each stage, GiB"),
         _held_table(plan),
-        Text(_phase_title(plan)),
+        Text(
+            f"Peak of each phase on a GPU, GiB, everything included; {gib(question.gpu.memory)} "
+            f"are available, {gib(question.budget)} with the margin"
+        ),
         _phase_table(plan),
         *([Text(_engine_line(plan.engine, plan.recipe))] if plan.engine is not None else []),
         Text("Buffers, GiB; and the update's peak under each model.recompute_granularity"),
         _detail_table(plan),
         Text("CPU memory of a machine, GiB, at most"),
         _host_table(plan),
-        Text(_time_title(plan)),
+        Text(f"One step: FLOPs of all GPUs together, and estimated time{beside}"),
         _time_table(plan),
         Text(_sharing(plan)),
         Text(_verdict(plan)),
@@ -92,20 +98,6 @@ def _engine_line(engine: EnginePlan, recipe: Recipe) -> str:
         f"{gib(engine.weights)} GiB are weights; {left} {engine.cache_tokens} tokens, "
         f"{engine.cache_sequences} full-length sequence(s) of {engine.sequence_tokens}"
     )
-
-
-def _phase_title(plan: Plan) -> str:
-    question = plan.question
-    return (
-        f"Peak of each phase on a GPU, GiB, everything included; {gib(question.gpu.memory)} are "
-        f"available, {gib(question.budget)} with the margin"
-    )
-
-
-def _time_title(plan: Plan) -> str:
-    title = "One step: FLOPs of all GPUs together, and estimated time"
-    beside = "; the rollout is the next step's, beside scoring and update"
-    return title + beside if plan.seconds.asynchronous else title
 
 
 def _headline(plan: Plan) -> str:
@@ -152,11 +144,8 @@ def _held_table(plan: Plan) -> Table:
         table.add_row(
             str(stage.stage),
             f"{build.parameters / 1e9:.2f} B",
-            gib(build.weights),
-            gib(build.gradients),
-            gib(build.optimizer),
-            gib(build.reference_average),
-            gib(build.reference_weights),
+            *map(gib, (build.weights, build.gradients, build.optimizer)),
+            *map(gib, (build.reference_average, build.reference_weights)),
             *([gib(build.fp8_copies)] if quantised else []),
             gib(stage.held),
         )
@@ -184,21 +173,14 @@ def _detail_table(plan: Plan) -> Table:
         + [f"{'*' if name == own else ''}{name}" for name in GRANULARITIES],
     )
     for stage in plan.stages:
-        table.add_row(*_details(stage))
+        use, updates = stage.use, stage.update_by_recomputation
+        table.add_row(
+            str(stage.stage),
+            str(stage.in_flight),
+            *map(gib, (use.micro_batch, use.vision, use.key_value_cache, use.output_layer)),
+            *(gib(updates.get(name, 0)) for name in GRANULARITIES),
+        )
     return table
-
-
-def _details(stage: StagePlan) -> list[str]:
-    use = stage.use
-    return [
-        str(stage.stage),
-        str(stage.in_flight),
-        gib(use.micro_batch),
-        gib(use.vision),
-        gib(use.key_value_cache),
-        gib(use.output_layer),
-        *(gib(stage.update_by_recomputation.get(name, 0)) for name in GRANULARITIES),
-    ]
 
 
 def _host_table(plan: Plan) -> Table:
@@ -208,13 +190,10 @@ def _host_table(plan: Plan) -> Table:
 
 
 def _time_table(plan: Plan) -> Table:
-    table = markdown_table(["", "rollout", "scoring", "update", "step"])
-    flops = plan.flops
-    values = [*flops.values(), sum(flops.values())]
-    table.add_row("PFLOP", *(f"{value / 1e15:.1f}" for value in values))
-    seconds = plan.seconds
-    times = (seconds.rollout, seconds.scoring, seconds.update, seconds.total)
-    table.add_row("seconds", *(f"{value:.1f}" for value in times))
+    seconds, flops = plan.seconds.as_json(), plan.flops.values()
+    table = markdown_table(["", *seconds])
+    table.add_row("PFLOP", *(f"{value / 1e15:.1f}" for value in (*flops, sum(flops))))
+    table.add_row("seconds", *(f"{value:.1f}" for value in seconds.values()))
     return table
 
 
@@ -263,6 +242,4 @@ def _footnote(plan: Plan) -> str:
 def print_report(report: RenderableType) -> None:
     """Print to the terminal; in a file, lines are as long as needed."""
     screen = console()
-    if not screen.is_terminal:
-        screen = console(width=160)
-    screen.print(report)
+    (screen if screen.is_terminal else console(width=160)).print(report)

@@ -128,6 +128,21 @@ class Clock:
             asynchronous=engines and rollout.asynchronous,
         )
 
+    def _link(self, inside_a_machine: bool) -> float:
+        """Return the bytes per second of collectives, per GPU."""
+        assumed = self.efficiency
+        return 1e9 * (assumed.nvlink_gb_s if inside_a_machine else assumed.network_gb_s)
+
+    @property
+    def _host_link(self) -> float:
+        """Bytes per second between CPU and GPU memory, per GPU."""
+        return 1e9 * self.efficiency.host_gb_s
+
+    @property
+    def _bandwidth(self) -> float:
+        """Bytes per second that are read from the GPU's memory."""
+        return self.gpu.bytes_per_second * self.efficiency.bandwidth
+
     def _forward(
         self, tokens: int, attention: float, head_rows: int, copies: int, fp8: bool, phase: str
     ) -> _Forward:
@@ -143,12 +158,11 @@ class Clock:
         if self.tensor > 1:
             # Two all-gathers and two reduce-scatters of the hidden states per layer.
             moved = 4 * tokens * self.model.hidden_size * 2 * (self.tensor - 1) / self.tensor
-            fast = self.tensor <= self.recipe.trainer.devices
-            link = self.efficiency.nvlink_gb_s if fast else self.efficiency.network_gb_s
-            layers += moved * self.model.layers / self.pipeline / (link * 1e9)
+            link = self._link(self.tensor <= self.recipe.trainer.devices)
+            layers += moved * self.model.layers / self.pipeline / link
             if self.recipe.model.vision.shard and vision:
                 # One all-gather of the features.
-                vision += moved / 4 * copies * self.lengths.vision / tokens / (link * 1e9)
+                vision += moved / 4 * copies * self.lengths.vision / tokens / link
         layers += self._dispatch(tokens) / self.pipeline
         head = head_flops(self.model, head_rows) / self.tensor / speed
         ends = vision + head if self.pipeline == 1 else max(vision, head)
@@ -164,11 +178,11 @@ class Clock:
             return 0.0
         sent = tokens / self.tensor * experts.active * self.model.hidden_size * 2
         inside = layout.expert * layout.expert_tensor_size <= self.recipe.trainer.devices
-        link = self.efficiency.nvlink_gb_s if inside else self.efficiency.network_gb_s
-        seconds = 2 * sent * (layout.expert - 1) / layout.expert / (link * 1e9)
+        link = self._link(inside)
+        seconds = 2 * sent * (layout.expert - 1) / layout.expert / link
         # The ranks of an expert's matrices gather each other's tokens, and add up their results.
         gathered = 2 * sent * (layout.expert_tensor_size - 1)
-        seconds += gathered / (self.efficiency.nvlink_gb_s * 1e9)
+        seconds += gathered / self._link(inside_a_machine=True)
         return self.model.layers * seconds
 
     def _micro_batch(self, head_rows: int, fp8: bool, phase: str) -> _Forward:
@@ -190,8 +204,7 @@ class Clock:
         groups = min(self.recipe.rollout.groups_per_batch, prompts)
         batches = -(-prompts // groups)
         copies = groups if algorithm.shared_prompt else groups * algorithm.group_size
-        prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
-        attention = attention_flops(self.model, prompt_only, 1, shared=True)
+        attention = attention_flops(self.model, lengths.prompt_only, 1, shared=True)
         one = self._forward(lengths.prompt, attention, 1, 1, self.fp8.rollout, "rollout")
         # The prompts follow each other through the stages.
         prefill = one.all + (copies - 1) * one.slowest
@@ -200,7 +213,7 @@ class Clock:
         cached += groups * algorithm.group_size * lengths.completion // 2
         per_token = 2 * model.kv_size * 2 * model.layers / self.tensor
         read = sum(build.weights for build in builds) + cached * per_token
-        token = read / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
+        token = read / self._bandwidth
         token += model.layers * self._launching(self.recipe.rollout.cuda_graphs)
         return batches * (prefill + lengths.completion * token)
 
@@ -216,12 +229,11 @@ class Clock:
         assert engine is not None, "only called where vLLM samples"
         steps = max(steps_ahead(self.recipe), 1)
         size, prompts = vllm.tensor_parallel_size, steps * most_prompts(self.recipe)
-        prompt_only = Lengths(lengths.prompt, 0, lengths.vision, lengths.grids)
-        flops = group_flops(self.family, prompt_only, group, shared=True, rows=1)
+        flops = group_flops(self.family, lengths.prompt_only, group, shared=True, rows=1)
         prefill = flops / size / (self.gpu.flops * self.efficiency.flops)
         # Two all-reduces of the hidden states per layer; an engine is inside a machine.
         moved = 4 * lengths.prompt * model.hidden_size * 2 * (size - 1) / size
-        prefill += moved * model.layers / (self.efficiency.nvlink_gb_s * 1e9)
+        prefill += moved * model.layers / self._link(inside_a_machine=True)
         # The number of groups decoded together is limited by the cache.
         own = lengths.prompt + group * lengths.completion
         together = min(max(engine.cache_tokens // own, 1), prompts)
@@ -230,7 +242,7 @@ class Clock:
         # are cached once, but vLLM's attention reads them for each) and half of its own.
         cached = together * group * (lengths.prompt + lengths.completion // 2)
         read = engine.weights + cached * engine.bytes_per_token
-        token = read / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
+        token = read / self._bandwidth
         token += model.layers * self._launching(not vllm.enforce_eager)
         decoding = turns * lengths.completion * token
         return (prompts * prefill + decoding + self._sending(engine, parameters)) / steps
@@ -243,10 +255,10 @@ class Clock:
     def _sending(self, engine: EnginePlan, parameters: int) -> float:
         """Return the seconds to send all weights to the engines, once per step."""
         inside = engine.placement == "colocated" and replica_in_a_machine(self.recipe)
-        link = self.efficiency.nvlink_gb_s if inside else self.efficiency.network_gb_s
+        link = self._link(inside)
         # A sleeping engine copies these bytes to CPU memory and back.
-        kept = 2 * engine.host / (self.efficiency.host_gb_s * 1e9)
-        return parameters * bytes_of_number(self.recipe) / (link * 1e9) + kept
+        kept = 2 * engine.host / self._host_link
+        return parameters * bytes_of_number(self.recipe) / link + kept
 
     def _pipelined(self, forward: _Forward, times: float) -> float:
         """Return the seconds of a step's micro-batches, including filling the pipeline."""
@@ -262,7 +274,7 @@ class Clock:
         seconds = self._pipelined(scored, 1)
         if algorithm.reference.offload:
             largest = max(build.reference_average for build in builds)
-            seconds += largest / (self.efficiency.host_gb_s * 1e9)
+            seconds += largest / self._host_link
         return seconds
 
     def _update(self, builds: list[StageBuild]) -> float:
@@ -279,14 +291,14 @@ class Clock:
         seconds = self._pipelined(forward, times)
         if self.replicas > 1:
             inside = self.tensor * self.replicas <= self.recipe.trainer.devices
-            link = self.efficiency.nvlink_gb_s if inside else self.efficiency.network_gb_s
+            link = self._link(inside)
             # Gradients in float32 are summed and weights in two bytes gathered.
-            seconds += largest * 1.5 * (self.replicas - 1) / self.replicas / (link * 1e9)
+            seconds += largest * 1.5 * (self.replicas - 1) / self.replicas / link
         # AdamW reads and writes gradient, master weight and two moments.
         state = largest * 4 * 2 / self.replicas
-        seconds += state / (self.gpu.bytes_per_second * self.efficiency.bandwidth)
+        seconds += state / self._bandwidth
         if self.recipe.optimizer.offload:
             # To the GPU and back.
             moved = 2 * max(build.optimizer for build in builds)
-            seconds += moved / (self.efficiency.host_gb_s * 1e9)
+            seconds += moved / self._host_link
         return algorithm.updates_per_rollout * seconds

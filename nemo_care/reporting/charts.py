@@ -4,14 +4,21 @@ They are SVG without a program: the browser shows the values of a step where the
 and colours follow the page, light, dark or printed.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
+from nemo_care.reporting.curves import by_step, time_layers, usual
 from nemo_care.reporting.figures import COLOURS, OTHER
 from nemo_care.runs import metrics as m
 from nemo_care.runs.reader import RunRecord
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # Pixels of a telephone's screen, on which the text must be readable.
 WIDTH, HEIGHT = 400, 170
@@ -53,78 +60,63 @@ class Chart:
 
 
 def draw_charts(run: RunRecord) -> list[Chart]:
-    """Accuracy, consistency, likelihood, selection, length, and the time of a step, where known."""
-    charts = []
-    for title, metric, share in _SHOWN:
-        values = run.series(metric)
-        if any(map(math.isfinite, values)):
-            top = 1.0 if share else max(value for value in values if math.isfinite(value))
-            charts.append(_chart(title, run.steps(), {metric.label: values}, top))
-    phases = {metric.short: run.series(metric) for metric in m.PHASES}
-    whole = run.series(m.STEP_TIME)
-    phases = {name: values for name, values in phases.items() if any(map(math.isfinite, values))}
-    if phases and any(map(math.isfinite, whole)):
-        parts = [[value if math.isfinite(value) else 0.0 for value in v] for v in phases.values()]
-        used = [sum(part) for part in zip(*parts, strict=True)]
-        rest = [max(0.0, all_of - some) if math.isfinite(all_of) else 0.0
-                for all_of, some in zip(whole, used, strict=True)]  # fmt: skip
-        layers = dict(zip(phases, parts, strict=True)) | {"other": rest}
-        totals = [sum(part) for part in zip(*layers.values(), strict=True)]
-        # One slow step (the first, a checkpoint) must not flatten all others.
-        usual = sorted(totals)[int(0.95 * (len(totals) - 1))]
-        charts.append(_chart("Time of a step, seconds", run.steps(), layers, usual, stacked=True))
+    """Draw accuracy, consistency, likelihood, selection, length and time per step, where known."""
+    values = by_step(run, [metric for _, metric, _ in _SHOWN])
+    charts = [
+        _chart(title, values[[metric]], 1.0 if is_share else values[metric].max())
+        for title, metric, is_share in _SHOWN
+        if metric in values
+    ]
+    layers = time_layers(run)
+    if not layers.empty:
+        top = usual(layers.sum(axis="columns"))
+        charts.append(_chart("Time of a step, seconds", layers, top, stacked=True))
     return charts
 
 
-def _chart(
-    title: str,
-    steps: Sequence[int],
-    lines: dict[str, Sequence[float]],
-    top: float,
-    *,
-    stacked: bool = False,
-) -> Chart:
-    size = math.ceil(len(steps) / _MOST_POINTS)
-    buckets = [range(at, min(at + size, len(steps))) for at in range(0, len(steps), size)]
-    means = {
-        name: [_mean([values[i] for i in bucket]) for bucket in buckets]
-        for name, values in lines.items()
-    }
-    ticks = _ticks(top)
-    top = max(top, ticks[-1])
-    first, last = steps[0], steps[-1]
+def _chart(title: str, lines: DataFrame, top: float, *, stacked: bool = False) -> Chart:
+    """Draw each column by step, or all of them one above the other."""
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    bucket = np.arange(len(lines)) // math.ceil(len(lines) / _MOST_POINTS)
+    means = lines.groupby(bucket).mean()
+    spans = lines.index.to_series().groupby(bucket).agg(["first", "last"])
+    first, last = lines.index[0], lines.index[-1]
     across = (WIDTH - _LEFT - _RIGHT) / max(1, last - first)
-    xs = [_LEFT + (steps[b[0]] + steps[b[-1]] - 2 * first) / 2 * across for b in buckets]
+    xs = (_LEFT + (spans.mean(axis="columns") - first) * across).tolist()
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top or 1.0)
+    top = max(top, ticks[-1])
 
     def y(value: float) -> float:
         return round(_TOP + (HEIGHT - _TOP - _BOTTOM) * (1 - min(value, top * 1.05) / top), 1)
 
-    drawn, base = [], [0.0] * len(buckets)
-    for place, (name, values) in enumerate(means.items()):
+    tops = means.cumsum(axis="columns")
+    bases = tops.shift(axis="columns", fill_value=0.0)
+    drawn = []
+    for place, name in enumerate(means):
         colour = OTHER if name == "other" else COLOURS[place % len(COLOURS)]
         if stacked:
-            tops = [under + value for under, value in zip(base, values, strict=True)]
-            edge = [*zip(xs, tops, strict=True), *reversed(list(zip(xs, base, strict=True)))]
+            edge = [*zip(xs, tops[name], strict=True)]
+            edge += reversed([*zip(xs, bases[name], strict=True)])
             path = "M" + "L".join(f"{x:.1f} {y(value)}" for x, value in edge) + "Z"
-            base = tops
         else:
             path = _path([(x, y(v)) if math.isfinite(v) else None
-                          for x, v in zip(xs, values, strict=True)])  # fmt: skip
-        drawn.append(Line(name, colour, path, stacked))
+                          for x, v in zip(xs, means[name], strict=True)])  # fmt: skip
+        drawn.append(Line(str(name), colour, path, stacked))
     edges = [_LEFT, *((a + b) / 2 for a, b in pairwise(xs)), WIDTH - _RIGHT]
     columns = []
-    for at, bucket in enumerate(buckets):
-        many = f"steps {steps[bucket[0]]} to {steps[bucket[-1]]}, mean"
-        where = f"step {steps[bucket[0]]}" if len(bucket) == 1 else many
-        parts = [f"{name} {_digits(values[at])}" for name, values in means.items()]
-        text = f"{where}: " + (
-            ", ".join(parts) if stacked else _digits(means[next(iter(means))][at])
-        )
-        columns.append((round(edges[at], 1), round(edges[at + 1] - edges[at], 1), text))
-    newest = [values[-1] for values in lines.values()]
+    for at, (begin, end) in enumerate(spans.itertuples(index=False)):
+        where = f"step {begin}" if begin == end else f"steps {begin} to {end}, mean"
+        parts = [
+            f"{name} {_digits(value)}" if stacked else _digits(value)
+            for name, value in means.iloc[at].items()
+        ]
+        width = round(edges[at + 1] - edges[at], 1)
+        columns.append((round(edges[at], 1), width, f"{where}: {', '.join(parts)}"))
     return Chart(
         title,
-        _digits(sum(newest)),
+        _digits(lines.iloc[-1].sum(skipna=False)),
         drawn,
         [(y(tick), f"{tick:g}") for tick in ticks],
         [(xs[0], f"step {first}"), (xs[-1], str(last))][: 1 + (last > first)],
@@ -145,20 +137,6 @@ def _path(points: Sequence[tuple[float, float] | None]) -> str:
             parts.append("h.1")
         draws = True
     return "".join(parts)
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if math.isfinite(value)]
-    return sum(known) / len(known) if known else math.nan
-
-
-def _ticks(top: float) -> list[float]:
-    """0 and at most four round numbers above it."""
-    if top <= 0:
-        return [0.0, 1.0]
-    widths = (factor * 10.0**power for power in range(-9, 12) for factor in (1, 2, 2.5, 5))
-    width = next(width for width in widths if top / width <= 4)
-    return [width * number for number in range(math.ceil(top / width) + 1)]
 
 
 def _digits(value: float) -> str:

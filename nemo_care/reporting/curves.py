@@ -11,12 +11,12 @@ from nemo_care.reporting.figures import (
     AXES,
     COLOURS,
     LEFT,
-    OTHER,
     RIGHT,
     Curve,
     finish,
     new_sheet,
     save,
+    stack,
 )
 from nemo_care.reporting.tables import numbers
 from nemo_care.runs import metrics as m
@@ -40,12 +40,28 @@ _VALIDATION = {
 }
 
 
-def _frame(run: RunRecord, keys: Iterable[str]) -> DataFrame:
+def by_step(run: RunRecord, keys: Iterable[str]) -> DataFrame:
     """Return metrics by step, with a column for each that has a value in the run."""
     import pandas as pd
 
     series = {key: run.series(key) for key in keys}
     return pd.DataFrame(series, run.steps(), dtype=float).dropna(axis="columns", how="all")
+
+
+def time_layers(run: RunRecord) -> DataFrame:
+    """Return the seconds of each phase by step, and in "other" the rest of the step."""
+    frame = by_step(run, [*m.PHASES, m.STEP_TIME])
+    # A stack needs numbers everywhere; a phase that a step did not time counts as 0.
+    layers = frame[[phase for phase in m.PHASES if phase in frame]].fillna(0)
+    if m.STEP_TIME in frame:
+        rest = frame[m.STEP_TIME] - layers.sum(axis="columns")
+        layers["other"] = rest.clip(lower=0).fillna(0)
+    return layers.rename(columns={phase: phase.short for phase in m.PHASES})
+
+
+def usual(heights: Series) -> float:
+    """Return the usual height of a stack: one slow step (the first, a save) must not flatten it."""
+    return heights.quantile(0.95, interpolation="lower")
 
 
 def _line(axes: Axes, values: Series, label: str, colour: str, *, smooth: bool) -> None:
@@ -62,7 +78,7 @@ def _metric_sheet(run: RunRecord, sheet: Sheet, folder: Path) -> Curve | None:
     recorded = dict.fromkeys(key for record in run.metrics for key in record)
     panels = []
     for panel, lines in m.panels_of(sheet, recorded).items():
-        frame = _frame(run, lines)
+        frame = by_step(run, lines)
         shown = (frame > 0).any(axis=None) if panel.needs_more_than_zero else not frame.empty
         # Without a coefficient the KL is not computed: a line at 0 would suggest that the policy
         # has not moved.
@@ -87,34 +103,19 @@ def _metric_sheet(run: RunRecord, sheet: Sheet, folder: Path) -> Curve | None:
 
 
 def _time_sheet(run: RunRecord, folder: Path) -> Curve | None:
-    frame = _frame(run, [*m.PHASES, m.STEP_TIME])
-    # A stack needs numbers everywhere; a phase that a step did not time counts as 0.
-    layers = frame[[key for key in m.PHASES if key in frame]].fillna(0)
-    if m.STEP_TIME in frame:
-        rest = frame[m.STEP_TIME] - layers.sum(axis="columns")
-        layers["other"] = rest.clip(lower=0).fillna(0)
+    layers = time_layers(run)
     if layers.empty:
         return None
     figure, (axes,) = new_sheet(1, axes_width=2 * AXES[0] + LEFT + RIGHT)
-    tops = layers.cumsum(axis="columns")
-    bases = tops.shift(axis="columns", fill_value=0.0)
-    for place, key in enumerate(layers):
-        label = getattr(key, "short", key)
-        colour = OTHER if key == "other" else COLOURS[place]
-        base, top = bases[key], tops[key]
-        if len(layers) <= _MARKED_STEPS:
-            axes.bar(layers.index, layers[key], bottom=base, width=0.8, color=colour, label=label)
-        else:
-            axes.fill_between(
-                layers.index, base, top, color=colour, label=label, linewidth=0, step="mid"
-            )
-    # One slow step (the first, a checkpoint) must not flatten the rest.
-    longest, usual = top.max(), top.quantile(0.95, interpolation="lower")
-    cut = len(top) > _MARKED_STEPS and longest > 3 * usual > 0
+    many = len(layers) > _MARKED_STEPS
+    stack(axes, layers, width=None if many else 0.8)
+    heights = layers.sum(axis="columns")
+    longest, top = heights.max(), usual(heights)
+    cut = many and longest > 3 * top > 0
     title = "Time per step" + (f" (longest: {longest:.3g} s)" if cut else "")
     finish(axes, title, "seconds", share=False, from_zero=True, keys=len(layers.columns))
     if cut:
-        axes.set_ylim(0, 1.6 * usual)
+        axes.set_ylim(0, 1.6 * top)
     return save(figure, folder, "time", "Time")
 
 

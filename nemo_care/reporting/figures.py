@@ -13,6 +13,7 @@ from nemo_care.process.os_errors import naming
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 # Okabe and Ito's colours, which can be distinguished with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -78,6 +79,20 @@ def finish(
             handletextpad=0.5,
             columnspacing=1.0,
         )
+
+
+def stack(axes: Axes, layers: DataFrame, *, width: float | None) -> None:
+    """Draw the columns one above the other, as bars of that width or as filled areas."""
+    tops = layers.cumsum(axis="columns")
+    bases = tops.shift(axis="columns", fill_value=0.0)
+    for place, name in enumerate(layers):
+        look = {"color": OTHER if name == "other" else COLOURS[place], "label": name}
+        if width is None:
+            axes.fill_between(
+                layers.index, bases[name], tops[name], linewidth=0, step="mid", **look
+            )
+        else:
+            axes.bar(layers.index, layers[name], bottom=bases[name], width=width, **look)
 
 
 def new_sheet(count: int, axes_width: float = AXES[0]) -> tuple[Figure, list[Axes]]:

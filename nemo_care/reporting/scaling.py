@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_care.errors import InputError
-from nemo_care.reporting.figures import COLOURS, OTHER, Curve, finish, new_sheet, save
+from nemo_care.reporting.figures import COLOURS, Curve, finish, new_sheet, save, stack
 from nemo_care.reporting.page import write_page
 from nemo_care.runs import metrics as m
 from nemo_care.runs.reader import RunRecord, read_run
@@ -106,19 +107,12 @@ def scaling_lines(sizes: DataFrame) -> list[list[str]]:
 def _draw(sizes: DataFrame, folder: Path) -> Curve:
     figure, (speed, share, time) = new_sheet(3)
     _line(speed, sizes, "tokens/s per GPU")
-    finish(speed, "Speed", "tokens/s per GPU", share=False, from_zero=True, keys=1, x="GPUs")
+    by_gpus = partial(finish, share=False, from_zero=True, x="GPUs")
+    by_gpus(speed, "Speed", "tokens/s per GPU", keys=1)
     _line(share, sizes, "efficiency")
-    finish(
-        share, "Efficiency", "share of the smallest", share=False, from_zero=True, keys=1, x="GPUs"
-    )
-    phases = sizes[_PHASES]
-    bases = phases.cumsum(axis="columns").shift(axis="columns", fill_value=0.0)
-    for colour, name in zip((*COLOURS[: len(m.PHASES)], OTHER), _PHASES, strict=True):
-        label = name.removesuffix(" (s)")
-        time.bar(
-            sizes.index, phases[name], bottom=bases[name], width=0.6, color=colour, label=label
-        )
-    finish(time, "Time of a step", "seconds", share=False, from_zero=True, keys=5, x="GPUs")
+    by_gpus(share, "Efficiency", "share of the smallest", keys=1)
+    stack(time, sizes[_PHASES].rename(columns=lambda name: name.removesuffix(" (s)")), width=0.6)
+    by_gpus(time, "Time of a step", "seconds", keys=5)
     time.set_xticks(sizes.index, sizes["GPUs"].map(str))
     for axes in (speed, share):
         axes.set_xlim(0, 1.1 * sizes["GPUs"].max())

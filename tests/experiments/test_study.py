@@ -18,7 +18,7 @@ from nemo_care.experiments.docs import filled_page
 from nemo_care.experiments.figures import draw_curves
 from nemo_care.experiments.findings import Findings
 from nemo_care.experiments.results import check_results, read_result, read_results
-from nemo_care.experiments.tables import main_sheet
+from nemo_care.experiments.tables import contrasts_sheet, main_sheet, seeds_sheet
 from nemo_care.experiments.training_runs import TrainingRun
 from nemo_care.files.json_lines import complete_lines
 
@@ -120,18 +120,17 @@ def trained(tmp_path_factory):
     return world
 
 
-@pytest.fixture
-def published(made, trained):
-    """Publishes those results anew, which trains nothing."""
-
-    def publish(**options):
-        assert made.run(results_file=trained.out / "results.jsonl", **options) == []
-        return made.out
-
-    return publish
+def written(world: World, lines: list[dict]) -> Path:
+    file = world.folder / "some.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
 
 
-def test_failing_run_stops_no_other_and_is_the_only_one_to_run_again(made, capsys):
+def findings_of(world: World, lines: list[dict]) -> Findings:
+    return Findings(read_study(world.file), read_results(written(world, lines)))
+
+
+def test_failing_run_stops_no_other_and_unfinished_ones_alone_run_again(made, capsys):
     failures = made.run()
     assert [failure.name for failure in failures] == ["grpo-seed3"]
     assert "CUDA went home" in capsys.readouterr().err
@@ -139,15 +138,18 @@ def test_failing_run_stops_no_other_and_is_the_only_one_to_run_again(made, capsy
     assert done == [("grpo", 1), ("grpo", 2), ("care", 1), ("care", 2)]
     assert len(made.calls()) == 5
     (made.out / "runs/mended").touch()
+    (made.out / "runs/care-seed2/summary.json").unlink()
     assert made.run() == []
-    assert made.calls().count("grpo-seed3") == 2
-    assert len(made.calls()) == 6
+    calls = made.calls()
+    assert len(calls) == 7
+    assert calls.count("grpo-seed3") == calls.count("care-seed2") == 2
     assert [line["seed"] for line in made.lines()] == [1, 2, 3, 1, 2]
+    assert "trainer.seed=2" not in (made.out / "runs/care-seed2/study.json").read_text()
 
 
-def test_results_hold_what_tables_and_figures_need(made):
-    made.run(only=["care"])
-    first = made.lines()[0]
+def test_results_hold_what_tables_and_figures_need(trained):
+    first = trained.lines()[2]
+    assert (first["variant"], first["seed"]) == ("care", 1)
     assert first["overrides"] == ["trainer.max_steps=120"]
     assert (first["steps"], first["wall_seconds"], first["seconds_per_step"]) == (120, 61.0, 1.5)
     assert first["start"]["L1"]["probe_implied"] == 0.7
@@ -171,7 +173,7 @@ def test_finished_run_without_metrics_has_a_result(tmp_path):
 
 
 def test_variant_may_train_a_recipe_of_its_own(made):
-    made.edit("  care:\n", "  care: {recipe: tiny_cpu_grpo}\n")
+    made.edit("  care:\n", "  care: {recipe: tiny_cpu_grpo, seeds: [1]}\n")
     assert made.run(only=["care"]) == []
     made_with = json.loads((made.out / "runs/care-seed1/study.json").read_text())
     assert made_with["recipe"] == "tiny_cpu_grpo"
@@ -182,22 +184,14 @@ def test_variant_may_train_a_recipe_of_its_own(made):
         made.run(only=["care"])
 
 
-def test_unfinished_run_is_given_the_same_command_again(made):
-    made.run(only=["care"])
-    (made.out / "runs/care-seed2/summary.json").unlink()
-    made.run(only=["care"])
-    assert made.calls() == ["care-seed1", "care-seed2", "care-seed2"]
-    assert "trainer.seed=2" not in (made.out / "runs/care-seed2/study.json").read_text()
-
-
-def test_changed_variant_is_refused_by_name_and_leaves_everything(made):
-    made.run(only=["care"])
-    before = made.lines()
+def test_changed_variant_is_refused_by_name_and_leaves_everything(made, trained):
+    made.out = trained.out
+    before, calls = made.lines(), made.calls()
     made.edit("  care:\n", "  care:\n    overrides: [optimizer.lr=1.0e-3]\n")
     with pytest.raises(InputError, match=r"variant care has changed .*optimizer.lr=1.0e-3"):
         made.run()
     assert made.lines() == before
-    assert made.calls() == ["care-seed1", "care-seed2"]
+    assert made.calls() == calls
 
 
 def test_interrupted_study_ends_its_runs_keeps_what_is_done_and_goes_on(made):
@@ -299,8 +293,8 @@ def row(text: str, first: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_table_has_means_of_what_is_done(published):
-    text = (published() / "study.md").read_text().split("## Every seed")[0]
+def test_table_has_means_of_what_is_done(trained):
+    text = (trained.out / "study.md").read_text().split("## Every seed")[0]
     assert "4 of 5 runs are done." in text
     table = text.split("## Two ways")[1]
     heading = row(table, "variant")
@@ -324,8 +318,8 @@ def test_table_has_means_of_what_is_done(published):
     assert care[-1] == "2"
 
 
-def test_contrasts_are_paired_by_seed(published):
-    out = published()
+def test_contrasts_are_paired_by_seed(trained):
+    out = trained.out
     cells = row((out / "study.md").read_text(), "care − GRPO")
     # 0.98 - 0.50 and 0.94 - 0.40: mean 0.51, deviation 0.06 / sqrt(2).
     assert cells == [
@@ -346,17 +340,14 @@ def test_contrasts_are_paired_by_seed(published):
 
 def test_differences_below_zero_have_a_sign_and_unpaired_seeds_are_left_out(made, trained):
     # One seed of care is gone: a mean of one pair, without a deviation.
-    lines = complete_lines(trained.out / "results.jsonl")
-    results = made.folder / "some.jsonl"
-    results.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
     made.edit("{left: care, right: grpo,", "{left: grpo, right: care,")
-    made.run(results_file=results)
-    cells = row((made.out / "study.md").read_text(), "GRPO − care")
+    sheet = contrasts_sheet(findings_of(made, trained.lines()[:3]))
+    cells = row(sheet.markdown(), "GRPO − care")
     assert cells[4] == "−0.48 (0/1)"
 
 
-def test_every_seed_and_the_time_are_listed(published):
-    text = (published() / "study.md").read_text()
+def test_every_seed_and_the_time_are_listed(trained):
+    text = (trained.out / "study.md").read_text()
     seeds, time = text.split("## Every seed")[1].split("## Time")
     assert len([line for line in seeds.splitlines() if line.startswith("| GRPO |")]) == 2
     assert "| GRPO | 2 | 0.90 |" in seeds
@@ -364,10 +355,12 @@ def test_every_seed_and_the_time_are_listed(published):
     assert row(time, "care") == ["120", "1 min 2 s", "2.00 s", "2"]
 
 
-def test_page_is_whole_and_needs_no_other_file(published, made, capsys):
+def test_page_is_whole_and_needs_no_other_file(made, trained, capsys):
     made.edit("title: GRPO", "title: <b>GRPO</b>")
-    out = published()
-    page = (out / "study.html").read_text()
+    where = ["--config-path", str(made.folder), "--out", str(made.out)]
+    results = str(trained.out / "results.jsonl")
+    assert main(["--config-name", "mine", *where, "--results", results]) == 0
+    page = (made.out / "study.html").read_text()
     assert "&lt;b&gt;GRPO" in page
     assert "<b>" not in page
     assert page.count('src="data:image/png;base64,') == page.count("<img") == 2
@@ -380,38 +373,25 @@ def test_page_is_whole_and_needs_no_other_file(published, made, capsys):
     assert max(map(len, printed.splitlines()[:-1])) <= 80  # the last line is the page's path
 
 
-def test_figures_are_drawn_the_same_again(published):
-    figures = [published() / f"study_{name}.png" for name in ("dots", "curves")]
-    before = [figure.read_bytes() for figure in figures]
-    published()
-    assert [figure.read_bytes() for figure in figures] == before
-
-
 def test_variant_that_starts_elsewhere_is_named(made, trained):
-    lines = complete_lines(trained.out / "results.jsonl")
+    lines = trained.lines()
     lines[-1]["start"]["L1"]["accuracy"] = 0.1
-    results = made.folder / "some.jsonl"
-    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    made.run(results_file=results)
-    assert 'The row "start" is not the start of: care.' in (made.out / "study.md").read_text()
+    assert 'The row "start" is not the start of: care.' in findings_of(made, lines).notes()
 
 
 def test_each_recipe_has_a_start_of_its_own_if_they_train_different_models(made, trained):
     made.edit("  care:\n", "  care: {recipe: tiny_cpu_grpo}\n")
-    lines = complete_lines(trained.out / "results.jsonl")
+    lines = trained.lines()
     for line in lines:
         line["start"]["L1"]["accuracy"] = {"grpo": 0.25, "care": 0.125}[line["variant"]]
-    results = made.folder / "some.jsonl"
-    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    made.run(results_file=results)
-    text = (made.out / "study.md").read_text()
-    table, seeds = text.split("## Every seed")
+    findings = findings_of(made, lines)
+    table, seeds = (make(findings).markdown() for make in (main_sheet, seeds_sheet))
     first, second = (row(table, f"start of {name}") for name in ("tiny_cpu", "tiny_cpu_grpo"))
     assert (first[0], first[-1]) == ("0.25 ± 0.00", "2 of 3")
     assert (second[0], second[-1]) == ("0.12 ± 0.00", "2")
     assert row(seeds, "start of tiny_cpu_grpo | 2")[1] == "0.12"
-    assert "is not the start of" not in text
-    assert json.loads((made.out / "study.json").read_text())["start of tiny_cpu_grpo"]
+    assert not any("is not the start of" in note for note in findings.notes())
+    assert findings.as_json()["start of tiny_cpu_grpo"]
 
 
 def test_study_without_a_finished_run_publishes_nothing(made, capsys):
@@ -432,19 +412,21 @@ Between. <!-- study:table --> is no block within a line.
 """
 
 
-def test_docs_get_fresh_tables_figures_and_results(published, made):
+def test_docs_get_fresh_tables_figures_and_results(made, trained):
     docs = made.folder / "docs"
     docs.mkdir()
     page = docs / "tiny.md"
     page.write_text(PAGE)
-    out = published(docs=page)
+    assert made.run(results_file=trained.out / "results.jsonl", docs=page) == []
     text = page.read_text()
     assert text.startswith("# By hand\n\n<!-- study:table -->\n\n| variant |")
     assert "old" not in text
     assert "Between. <!-- study:table --> is" in text
     assert "](tiny_dots.png)\n\n<!-- /study:dots -->\n" in text
-    assert (docs / "tiny_dots.png").read_bytes() == (out / "study_dots.png").read_bytes()
-    assert (docs / "tiny_curves.png").is_file()
+    # Figures of the same results are the same files.
+    for name in ("dots", "curves"):
+        drawn = (docs / f"tiny_{name}.png").read_bytes()
+        assert drawn == (trained.out / f"study_{name}.png").read_bytes()
     # Again, from the results beside it: nothing changes.
     assert made.run(results_file=docs / "tiny.jsonl", docs=page) == []
     assert page.read_text() == text
@@ -485,21 +467,18 @@ def test_unusable_docs_are_refused_before_the_first_run(made, old, new, named):
     ],
 )
 def test_results_of_another_study_are_refused(made, trained, change, named):
-    lines = complete_lines(trained.out / "results.jsonl")
-    results = made.folder / "some.jsonl"
-    results.write_text("".join(json.dumps(line) + "\n" for line in [lines[0] | change, *lines[1:]]))
+    first, *lines = trained.lines()
+    results = written(made, [first | change, *lines])
     with pytest.raises(InputError, match=named):
         made.run(results_file=results)
 
 
 def test_command_line_prints_status_and_reason(made, trained, capsys):
     where = ["--config-path", str(made.folder), "--out", str(made.out)]
-    results = str(trained.out / "results.jsonl")
-    assert main(["--config-name", "mine", *where, "--results", results]) == 0
     assert main(["--config-name", "none", *where]) == 2
     assert "there is no study none" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
-        main(["--config-name", "mine", *where, "--results", results, "--jobs", "2"])
+        main(["--config-name", "mine", *where, "--results", "some.jsonl", "--jobs", "2"])
     assert end.value.code == 2
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from made_media import encode_video, picture
 from made_rollouts import ATTACK, ESCAPE, groups, make_rollouts, row
+from made_runs import make_run
 from PIL import Image
-from test_reporting import make_run
 
 from nemo_care.cli import main
 from nemo_care.errors import InputError

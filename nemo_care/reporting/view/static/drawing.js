@@ -112,12 +112,10 @@ function drawCompletion(group, completion, tinted) {
   const text = view.textOf(completion);
   if (text.length > LONG || text.split("\n").length > 10) {
     spoken.classList.add("long");
-    const unfold = make("button", { class: "unfold" }, "Whole text");
-    unfold.addEventListener("click", () => {
-      const folded = spoken.classList.toggle("long");
-      unfold.textContent = folded ? "Whole text" : "Less";
-    });
-    box.append(unfold);
+    const unfold = (event) => {
+      event.target.textContent = spoken.classList.toggle("long") ? "Whole text" : "Less";
+    };
+    box.append(make("button", { class: "unfold", onclick: unfold }, "Whole text"));
   }
   return box;
 }
@@ -161,9 +159,8 @@ function drawQuestion(group) {
 function drawElsewhere(group, openPrompt) {
   const steps = view.runs[group.run].prompts.get(group.id);
   if (!steps) return null;
-  const button = make("button", { class: "elsewhere" }, `same prompt in ${steps.length} steps`);
-  button.addEventListener("click", () => openPrompt(group.id));
-  return button;
+  return make("button", { class: "elsewhere", onclick: () => openPrompt(group.id) },
+    `same prompt in ${steps.length} steps`);
 }
 
 // `matching`: the places of the completions to show at once.
@@ -188,11 +185,10 @@ function drawGroup(group, matching, { tinted, label, showStep, openPrompt }) {
   matching.forEach((place) => box.append(drawCompletion(group, group.completions[place], tinted)));
   const rest = group.completions.map((_, place) => place).filter((place) => !matching.includes(place));
   if (rest.length) {
-    const button = make("button", { class: "others" }, `${rest.length} other completions`);
-    button.addEventListener("click", () => button.replaceWith(
+    const open = (event) => event.target.replaceWith(
       ...rest.map((place) => drawCompletion(group, group.completions[place], tinted)),
-    ));
-    box.append(button);
+    );
+    box.append(make("button", { class: "others", onclick: open }, `${rest.length} other completions`));
   }
   if (group.pairs) box.append(drawHeatMap(group));
   return box;

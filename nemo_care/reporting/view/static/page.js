@@ -153,14 +153,13 @@ function drawControls(now, columns) {
     ).length, 0);
     const pressed = now.filters.includes(filter);
     const unjudged = filter === "inconsistent" && !view.runs.some((run) => run.judged);
-    const button = make("button", {
+    return make("button", {
       "aria-pressed": String(pressed), "data-filter": filter, disabled: !count && !pressed,
       title: unjudged ? "only evaluation.judge=rule judges training's completions" : null,
+      onclick: () => go({
+        filters: pressed ? now.filters.filter((one) => one !== filter) : [...now.filters, filter],
+      }),
     }, `${name} ${count.toLocaleString("en")}`);
-    button.addEventListener("click", () => go({
-      filters: pressed ? now.filters.filter((one) => one !== filter) : [...now.filters, filter],
-    }));
-    return button;
   }));
   drawCurve(now);
 }
