@@ -110,7 +110,7 @@ def refused(folder: Path, *parts: str) -> None:
         ({"vision_config__num_heads": 3}, ["vision_config.hidden_size is 32", "4 * num_heads"]),
         ({"vision_config__window_size": 14}, ["window_size is 14", "28"]),
         ({"image_token_id": 151655}, ["image_token_id is 151655", "vocabulary of 51"]),
-        ({"image_token_id": 7}, ["image_token_id and video_token_id are both 7"]),
+        ({"image_token_id": 7}, ["image_token_id is 7, which another of image_token_id, video"]),
         ({"text_config__image_token_id": 9}, ["text_config.image_token_id is 9", "6"]),
         ({"dtype": "float7"}, ["config.json", "float7"]),
         # text_config wins in transformers; what the top says is dropped without a word.

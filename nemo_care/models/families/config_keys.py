@@ -7,7 +7,8 @@ unless they are switched off: a switch that is silently ignored trains another m
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -26,8 +27,43 @@ _NO_EFFECT = {
 }
 QUANTISED = "quantised weights can't be trained: use the checkpoint that they were made from"
 
+# Keys that may be there with a value that is computed here; None stands for a missing one.
+COMPUTED: dict[str, tuple[object, ...]] = {
+    "attention_dropout": (None, 0),
+    "hidden_act": (None, "silu", "swish"),
+    "mlp_bias": (None, False),
+    "partial_rotary_factor": (None, 1),
+    "use_sliding_window": (None, False),
+    "is_causal": (None, True),
+    "is_encoder_decoder": (None, False),
+    "use_bidirectional_attention": (None, False),
+    "quantization_config": (None, {}),
+}
+VISION_COMPUTED: dict[str, tuple[object, ...]] = {
+    # Frames have three colours.
+    "in_channels": (None, 3),
+    "quantization_config": (None, {}),
+}
+# What the blocks rope_scaling and rope_parameters may say, and with which values; (): any.
+ROPE: dict[str, tuple[object, ...]] = {
+    "type": (None, "default", "mrope"),
+    "rope_type": (None, "default", "mrope"),
+    "rope_theta": (),
+    "mrope_section": (),
+    "partial_rotary_factor": (None, 1),
+}
+
 Refuse = Callable[[str], NoReturn]
 C = TypeVar("C", bound=PretrainedConfig)
+
+
+def refusing(folder: Path, key: str) -> Refuse:
+    """Return what refuses the config.json in a folder, which the recipe's `key` names."""
+
+    def refuse(what: str) -> NoReturn:
+        raise InputError(f"{key}={folder}: in config.json {what}")
+
+    return refuse
 
 
 def check_keys(
@@ -106,6 +142,46 @@ def check_equal(places: Iterable[tuple[str, Any]], refuse: Refuse) -> None:
     for name, value in others:
         if value != wanted:
             refuse(f"{first} is {shown(wanted)}, but {name} is {shown(value)}; make them equal")
+
+
+def check_text_numbers(text: Any, refuse: Refuse) -> None:
+    """Refuse numbers of a language model that no model can have."""
+    for name, value in (
+        ("rms_norm_eps", text.rms_norm_eps),
+        ("rope_theta", text.rope_parameters["rope_theta"]),
+    ):
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            refuse(f"{name} is {shown(value)}; a positive number is needed")
+    divides("num_attention_heads", "num_key_value_heads", text, refuse)
+
+
+def check_mrope_section(text: Any, head_dim: int, refuse: Refuse, *, interleaved: bool) -> None:
+    """Refuse an mrope_section that does not divide a head's frequencies among three axes."""
+    section, half = text.rope_parameters.get("mrope_section"), head_dim / 2
+    if (
+        not isinstance(section, list)
+        or len(section) != 3
+        or not all(type(part) is int and part >= 0 for part in section)
+        or sum(section) != half
+        # Each third frequency turns with height, and each third with width.
+        or (interleaved and any(axis + 3 * (section[axis] - 1) >= half for axis in (1, 2)))
+    ):
+        bound = ", the last two at most a third of it" if interleaved else ""
+        refuse(
+            f"mrope_section is {'missing' if section is None else shown(section)}; three numbers "
+            "are needed, how many of a head's frequencies turn with time, height and width, whose "
+            f"sum is head_dim / 2 = {half:g}{bound}"
+        )
+
+
+def check_tokens(hf: Any, names: Sequence[str], refuse: Refuse) -> None:
+    """Refuse token ids of these names that are equal, or not in the vocabulary."""
+    ids = [getattr(hf, name) for name in names]
+    for name, token in zip(names, ids, strict=True):
+        if not 0 <= token < hf.text_config.vocab_size:
+            refuse(f"{name} is {token}, no token of a vocabulary of {hf.text_config.vocab_size}")
+        if ids.count(token) > 1:
+            refuse(f"{name} is {token}, which another of {', '.join(names)} is too")
 
 
 def check_tower(vision: Mapping[str, Any], refuse: Refuse) -> None:

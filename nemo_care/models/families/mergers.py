@@ -1,39 +1,44 @@
-"""A vision tower without its mergers, and the mergers alone.
+"""Models whose vision tower has mergers, which can run without it.
 
 A merger turns the states of the patches of a vision token, which are next to each other, into the
 token's features. With a frozen tower and trained mergers, only the latter run more than once.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from abc import abstractmethod
 
 import torch
 
-
-@contextmanager
-def not_merging(mergers: Sequence[torch.nn.Module], patches: int) -> Iterator[None]:
-    """Inside, the mergers of a tower return the states [patches, M] that they get, one row
-    [tokens, `patches` * M] for the patches of each token."""
-
-    def grouped(states: torch.Tensor) -> torch.Tensor:
-        return states.reshape(len(states) // patches, -1)
-
-    for merger in mergers:
-        merger.forward = grouped
-    try:
-        yield
-    finally:
-        for merger in mergers:
-            del merger.forward
+from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
 
 
-def merged_by(
-    mergers: Sequence[torch.nn.Module], patches: int, states: torch.Tensor
-) -> torch.Tensor:
-    """The features of the tokens by each of the mergers, one beside the other.
+class MergingModel(VideoLanguageModel):
+    """A model with a vision tower of transformers; its features are those of all mergers, one
+    beside the other."""
 
-    `states` are what the tower returned inside `not_merging`.
-    """
-    parts = states.chunk(len(mergers), dim=1)
-    of_patches = [part.reshape(len(part) * patches, -1) for part in parts]
-    return torch.cat([merger(own) for merger, own in zip(mergers, of_patches, strict=True)], dim=1)
+    @property
+    @abstractmethod
+    def mergers(self) -> list[torch.nn.Module]:
+        """The tower's mergers, in the order of the features."""
+
+    def merger_inputs(self, inputs: ModelInputs) -> torch.Tensor:
+        """As `VideoLanguageModel.merger_inputs`."""
+
+        def not_merged(states: torch.Tensor) -> torch.Tensor:
+            """One row for the patches of each token, of states [patches, M]."""
+            return states.reshape(len(states) // self.visual.spatial_merge_unit, -1)
+
+        for merger in self.mergers:
+            merger.forward = not_merged
+        try:
+            return self.vision_features(inputs)
+        finally:
+            for merger in self.mergers:
+                del merger.forward
+
+    def merged(self, states: torch.Tensor) -> torch.Tensor:
+        """As `VideoLanguageModel.merged`."""
+        parts = states.chunk(len(self.mergers), dim=1)
+        of_patches = [x.reshape(len(x) * self.visual.spatial_merge_unit, -1) for x in parts]
+        return torch.cat(
+            [merger(own) for merger, own in zip(self.mergers, of_patches, strict=True)], dim=1
+        )

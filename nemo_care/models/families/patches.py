@@ -5,7 +5,7 @@ own video processor needs it.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class PatchSize:
     side: int = 14
     merge: int = 2
     frames: int = 2
+
+    @classmethod
+    def of(cls, vision: Any) -> Self:
+        """Return what transformers' configuration of a vision tower says."""
+        return cls(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
     @property
     def values(self) -> int:
@@ -104,12 +109,8 @@ class PatchSize:
         missing = -len(images) % self.frames
         if missing:
             images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
-        t, h, w = (
-            size // cut
-            for size, cut in zip(
-                (len(images), *images.shape[2:]), (self.frames, self.side, self.side), strict=True
-            )
-        )
+        count, _, height, width = images.shape
+        t, h, w = count // self.frames, height // self.side, width // self.side
         cut = images.reshape(
             t,
             self.frames,

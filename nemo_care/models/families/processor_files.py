@@ -9,8 +9,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.errors import InputError
 from nemo_care.models.families.patches import PatchSize
@@ -19,6 +17,20 @@ _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "process
 # Blocks of processor_config.json that say what the other files say.
 _BLOCKS = ("image_processor", "video_processor", "feature_extractor")
 _BICUBIC = 3
+
+
+def processing(patching: PatchSize) -> dict[str, Any]:
+    """Return how `patching` normalises and cuts frames, as these files say it."""
+    return {
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": patching.mean.flatten().tolist(),
+        "image_std": patching.std.flatten().tolist(),
+        "patch_size": patching.side,
+        "temporal_patch_size": patching.frames,
+        "merge_size": patching.merge,
+    }
 
 
 def check_processor_files(folder: Path, patching: PatchSize, family: str, *, key: str) -> None:
@@ -30,20 +42,13 @@ def check_processor_files(folder: Path, patching: PatchSize, family: str, *, key
     Raises:
         InputError: names file, key and value.
     """
-    wanted: dict[str, Any] = {
+    wanted = {
         "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
         "do_convert_rgb": True,
         "do_center_crop": False,
         "do_pad": False,
-        "rescale_factor": 1 / 255,
         "resample": _BICUBIC,
-        "image_mean": _rounded(patching.mean),
-        "image_std": _rounded(patching.std),
-        "patch_size": patching.side,
-        "temporal_patch_size": patching.frames,
-        "merge_size": patching.merge,
+        **processing(patching),
     }
     for name in _FILES:
         file = folder / name
@@ -56,15 +61,13 @@ def check_processor_files(folder: Path, patching: PatchSize, family: str, *, key
             for setting, value in wanted.items():
                 said = block.get(setting)
                 if said is not None and not _equal(said, value):
+                    if isinstance(value, list):
+                        # As the files have them, without the digits that float32 adds.
+                        value = [round(number, 8) for number in value]
                     raise InputError(
                         f"{key}={folder}: {name} says {setting}={json.dumps(said)}; only "
                         f"{json.dumps(value)} is supported, with which {family} was trained"
                     )
-
-
-def _rounded(values: Tensor) -> list[float]:
-    """As the files have them, without the digits that float32 adds."""
-    return [round(value, 8) for value in values.flatten().tolist()]
 
 
 def _equal(said: Any, wanted: Any) -> bool:

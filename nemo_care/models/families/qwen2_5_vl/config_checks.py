@@ -1,18 +1,23 @@
 """What a Qwen2.5-VL's config.json may say (see `config_keys.py`)."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import Qwen2_5_VLConfig
 
 from nemo_care.models.families.config_keys import (
+    COMPUTED,
     QUANTISED,
+    ROPE,
+    VISION_COMPUTED,
     Refuse,
     check_equal,
     check_keys,
+    check_mrope_section,
     check_names,
     check_rope_block,
+    check_text_numbers,
+    check_tokens,
     check_tower,
     check_tower_sizes,
     divides,
@@ -20,6 +25,7 @@ from nemo_care.models.families.config_keys import (
     shown,
 )
 
+NAME = "Qwen2.5-VL"
 MODEL_TYPE = "qwen2_5_vl"
 _ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 
@@ -42,36 +48,13 @@ _VISION_TOKENS = ("image_token_id", "video_token_id")
 # Releases of transformers 4 repeat some of them in text_config.
 _TOKENS = {*_VISION_TOKENS, "vision_start_token_id", "vision_end_token_id", "vision_token_id"}
 _TOP = {"text_config", "vision_config", *_TOKENS, *_TEXT}
-# Keys that may be there with the value that is computed here; None stands for a missing one.
-_COMPUTED: dict[str, tuple[object, ...]] = {
-    "attention_dropout": (None, 0),
-    "hidden_act": (None, "silu", "swish"),
-    "partial_rotary_factor": (None, 1),
-    "use_sliding_window": (None, False),
+_COMPUTED = COMPUTED | {
     # Queries, keys and values have a bias, and nothing else has one.
     "attention_bias": (None,),
-    "mlp_bias": (None, False),
     "qkv_bias": (None, True),
-    "is_causal": (None, True),
-    "is_encoder_decoder": (None, False),
-    "use_bidirectional_attention": (None, False),
-    "quantization_config": (None, {}),
 }
-_VISION_COMPUTED: dict[str, tuple[object, ...]] = {
-    # Frames have three colours.
-    "in_channels": (None, 3),
-    "in_chans": (None, 3),
-    "quantization_config": (None, {}),
-}
+_VISION_COMPUTED = VISION_COMPUTED | {"in_chans": VISION_COMPUTED["in_channels"]}
 _ROPE_BLOCKS = ("rope_scaling", "rope_parameters")
-# What such a block may say, and with which values; (): any.
-_ROPE: dict[str, tuple[object, ...]] = {
-    "type": (None, "default", "mrope"),
-    "rope_type": (None, "default", "mrope"),
-    "rope_theta": (),
-    "mrope_section": (),
-    "partial_rotary_factor": (None, 1),
-}
 # Keys whose value at the top is compared in another way, has one value only, or says nothing,
 # because no window is used.
 _COMPARED_APART = {
@@ -89,7 +72,7 @@ _VISION_SIZES = (
 )
 _REMEDIES = {
     "quantization_config": QUANTISED,
-    "attention_bias": "a Qwen2.5-VL has biases at queries, keys and values alone: remove the key "
+    "attention_bias": f"a {NAME} has biases at queries, keys and values alone: remove the key "
     "if the weights have just those",
 }
 
@@ -106,7 +89,7 @@ def check_stated(raw: Mapping[str, Any], refuse: Refuse) -> None:
     """
     vision, nested = raw.get("vision_config"), raw.get("text_config")
     if not isinstance(vision, dict):
-        refuse("vision_config is missing; use the config.json of a Qwen2.5-VL checkpoint")
+        refuse(f"vision_config is missing; use the config.json of a {NAME} checkpoint")
     if nested is not None and not isinstance(nested, dict):
         refuse(f"text_config is {shown(nested)} where an object is needed")
     check_names(raw, _ARCHITECTURE, MODEL_TYPE, refuse)
@@ -115,7 +98,7 @@ def check_stated(raw: Mapping[str, Any], refuse: Refuse) -> None:
         ("text_config.", nested or {}, _TEXT | _TOKENS, _COMPUTED),
         ("vision_config.", vision, _VISION, _VISION_COMPUTED),
     ):
-        check_keys(prefix, part, known, computed, _REMEDIES, "Qwen2.5-VL", refuse)
+        check_keys(prefix, part, known, computed, _REMEDIES, NAME, refuse)
     _check_rope({"": raw, "text_config.": nested or {}}, refuse)
     check_tower(vision, refuse)
     side, stated_side = vision.get("patch_size", 14), vision.get("spatial_patch_size")
@@ -131,7 +114,7 @@ def _check_rope(texts: _Texts, refuse: Refuse) -> None:
             if rope is None:
                 continue
             remedy = "rope scaling is not supported, only mrope without it"
-            check_rope_block(name, rope, _ROPE, remedy, refuse)
+            check_rope_block(name, rope, ROPE, remedy, refuse)
     for part in ("rope_theta", "mrope_section"):
         check_equal(_stated_rope(texts, part), refuse)
 
@@ -160,24 +143,13 @@ def check_values(raw: Mapping[str, Any], hf: Qwen2_5_VLConfig, refuse: Refuse) -
     _check_agreement(raw, hf, refuse)
     _check_text(raw, hf.text_config, refuse)
     _check_vision(hf.vision_config, hf.text_config, refuse)
-    for name in _VISION_TOKENS:
-        token = getattr(hf, name)
-        if not 0 <= token < hf.text_config.vocab_size:
-            refuse(f"{name} is {token}, no token of a vocabulary of {hf.text_config.vocab_size}")
-    if hf.image_token_id == hf.video_token_id:
-        refuse(f"image_token_id and video_token_id are both {hf.image_token_id}")
+    check_tokens(hf, _VISION_TOKENS, refuse)
 
 
 def _check_text(raw: Mapping[str, Any], text: Any, refuse: Refuse) -> None:
     positive("text_config", text, _TEXT_SIZES, refuse)
-    for name, value in (
-        ("rms_norm_eps", text.rms_norm_eps),
-        ("rope_theta", text.rope_parameters["rope_theta"]),
-    ):
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            refuse(f"{name} is {shown(value)}; a positive number is needed")
     divides("hidden_size", "num_attention_heads", text, refuse)
-    divides("num_attention_heads", "num_key_value_heads", text, refuse)
+    check_text_numbers(text, refuse)
     head_dim = text.hidden_size // text.num_attention_heads
     for block in (raw, raw.get("text_config") or {}):
         if block.get("head_dim") not in (None, head_dim):
@@ -185,18 +157,7 @@ def _check_text(raw: Mapping[str, Any], text: Any, refuse: Refuse) -> None:
                 f"head_dim is {shown(block['head_dim'])}; only hidden_size / num_attention_heads "
                 f"= {head_dim} is supported"
             )
-    section = text.rope_parameters.get("mrope_section")
-    if (
-        not isinstance(section, list)
-        or len(section) != 3
-        or not all(type(part) is int and part >= 0 for part in section)
-        or 2 * sum(section) != head_dim
-    ):
-        refuse(
-            f"mrope_section is {'missing' if section is None else shown(section)}; three numbers "
-            "are needed, how many of a head's frequencies turn with time, height and width, whose "
-            f"sum is head_dim / 2 = {head_dim / 2:g}"
-        )
+    check_mrope_section(text, head_dim, refuse, interleaved=False)
     if set(text.layer_types) != {"full_attention"}:
         refuse(f"layer_types is {shown(text.layer_types)}; only full_attention is supported")
 

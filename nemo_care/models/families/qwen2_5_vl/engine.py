@@ -7,7 +7,8 @@ import torch
 
 from nemo_care.data.patches import Grid
 from nemo_care.errors import RunFailed
-from nemo_care.models.families.patches import CLIP_MEAN, CLIP_STD, PatchSize
+from nemo_care.models.families.patches import PatchSize
+from nemo_care.models.families.processor_files import processing
 from nemo_care.models.families.qwen2_5_vl.prompt import Qwen25VLPrompt
 
 _LEAST_PIXELS = 28 * 28
@@ -19,27 +20,14 @@ def processor_files(patching: PatchSize, max_pixels: int) -> dict[str, dict[str,
     """As `Family.processor_files`."""
     common = {
         # vLLM normalises on the GPU, and reads here alone how.
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": CLIP_MEAN.flatten().tolist(),
-        "image_std": CLIP_STD.flatten().tolist(),
+        **processing(patching),
         "size": {"shortest_edge": _LEAST_PIXELS, "longest_edge": max(max_pixels, _LEAST_PIXELS)},
-        "patch_size": patching.side,
-        "temporal_patch_size": patching.frames,
-        "merge_size": patching.merge,
+        "processor_class": "Qwen2_5_VLProcessor",
     }
     return {
-        "preprocessor_config.json": {
-            **common,
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
-        },
-        "video_preprocessor_config.json": {
-            **common,
-            "video_processor_type": "Qwen2VLVideoProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
-        },
+        "preprocessor_config.json": common | {"image_processor_type": "Qwen2VLImageProcessor"},
+        "video_preprocessor_config.json": common
+        | {"video_processor_type": "Qwen2VLVideoProcessor"},
     }
 
 

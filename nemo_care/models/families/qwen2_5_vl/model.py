@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from nemo_care.models.families.mergers import merged_by, not_merging
-from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
+from nemo_care.models.families.mergers import MergingModel
+from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.models.vision_tower import vision_tower
 
 if TYPE_CHECKING:
     from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
 
 
-class Qwen25VL(VideoLanguageModel):
+class Qwen25VL(MergingModel):
     """This rank's part of a Qwen2.5-VL."""
 
     def __init__(
@@ -44,15 +44,7 @@ class Qwen25VL(VideoLanguageModel):
         pixels = inputs.pixel_values.to(self.visual.dtype)
         return self.visual(pixels, grid_thw=inputs.grid_thw).pooler_output
 
-    def merger_inputs(self, inputs: ModelInputs) -> torch.Tensor:
-        """As `VideoLanguageModel.merger_inputs`."""
-        with not_merging(self._mergers, self.visual.spatial_merge_unit):
-            return self.vision_features(inputs)
-
-    def merged(self, states: torch.Tensor) -> torch.Tensor:
-        """As `VideoLanguageModel.merged`."""
-        return merged_by(self._mergers, self.visual.spatial_merge_unit, states)
-
     @property
-    def _mergers(self) -> list[torch.nn.Module]:
+    def mergers(self) -> list[torch.nn.Module]:
+        """As `MergingModel.mergers`."""
         return [self.visual.merger]

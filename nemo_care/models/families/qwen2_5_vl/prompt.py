@@ -1,42 +1,25 @@
 """How Qwen2.5-VL writes videos and images into a prompt: one token per merged patch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig
 
 from nemo_care.data.media import Media
 from nemo_care.data.patches import Grid
 from nemo_care.data.prompt_format import Encode
-from nemo_care.models.families.patches import PatchSize
 from nemo_care.models.families.positions import mrope_positions
+from nemo_care.models.families.qwen_vl import QwenVLPrompt
 
 
 @dataclass(frozen=True)
-class Qwen25VLPrompt:
+class Qwen25VLPrompt(QwenVLPrompt):
     """The family's `PromptFormat`: a placeholder is repeated once per vision token.
 
     `tokens_per_second` is how many positions a second of video takes.
     """
 
-    patching: PatchSize
-    vocab_size: int
-    eos_token_id: int | list[int] | None
-    placeholders: Mapping[str, int]
     tokens_per_second: int
-
-    @classmethod
-    def of(cls, hf: Qwen2_5_VLConfig) -> "Qwen25VLPrompt":
-        """As config.json says."""
-        vision = hf.vision_config
-        return cls(
-            PatchSize(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size),
-            vocab_size=hf.text_config.vocab_size,
-            eos_token_id=hf.text_config.eos_token_id,
-            placeholders={"video": hf.video_token_id, "image": hf.image_token_id},
-            tokens_per_second=vision.tokens_per_second,
-        )
 
     def expanded(self, token_ids: Sequence[int], media: Media, encode: Encode) -> list[int]:
         """As `PromptFormat.expanded`; no text is added."""
@@ -69,11 +52,6 @@ class Qwen25VLPrompt:
             merge_size=self.patching.merge,
             tokens_per_second=self.tokens_per_second,
         )
-
-    def is_vision(self, token_ids: Tensor) -> Tensor:
-        """As `PromptFormat.is_vision`."""
-        video, image = self.placeholders["video"], self.placeholders["image"]
-        return (token_ids == video) | (token_ids == image)
 
     def _stands_for_media(self, token: int) -> bool:
         return token in self.placeholders.values()

@@ -8,15 +8,20 @@ from typing import Any, TypeAlias
 from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
 from nemo_care.models.families.config_keys import (
+    COMPUTED,
     QUANTISED,
+    ROPE,
+    VISION_COMPUTED,
     Refuse,
     check_equal,
     check_keys,
+    check_mrope_section,
     check_names,
     check_rope_block,
+    check_text_numbers,
+    check_tokens,
     check_tower,
     check_tower_sizes,
-    divides,
     positive,
     shown,
 )
@@ -83,34 +88,9 @@ EXPERTS = Kind(
     },
 )
 _VISION = {*_VISION_SIZES, "hidden_act", "deepstack_visual_indexes", "rope_parameters"}
-# Keys that may be there with the value that is computed here; None stands for a missing one.
-_COMPUTED: dict[str, tuple[object, ...]] = {
-    "attention_bias": (None, False),
-    "attention_dropout": (None, 0),
-    "hidden_act": (None, "silu", "swish"),
-    "mlp_bias": (None, False),
-    "partial_rotary_factor": (None, 1),
-    "use_sliding_window": (None, False),
-    "is_causal": (None, True),
-    "is_encoder_decoder": (None, False),
-    "use_bidirectional_attention": (None, False),
-    "quantization_config": (None, {}),
-}
-# Frames have three colours.
-_VISION_COMPUTED: dict[str, tuple[object, ...]] = {
-    "in_channels": (None, 3),
-    "quantization_config": (None, {}),
-}
+_COMPUTED = COMPUTED | {"attention_bias": (None, False)}
 _REMEDIES = {"quantization_config": QUANTISED}
-# What the blocks rope_scaling and rope_parameters of text_config may say; (): any.
-_ROPE: dict[str, tuple[object, ...]] = {
-    "type": (None, "default", "mrope"),
-    "rope_type": (None, "default", "mrope"),
-    "rope_theta": (),
-    "mrope_section": (),
-    "mrope_interleaved": (None, True),
-    "partial_rotary_factor": (None, 1),
-}
+_ROPE = ROPE | {"mrope_interleaved": (None, True)}
 
 
 def check_stated(raw: Mapping[str, Any], kind: Kind, refuse: Refuse) -> None:
@@ -134,7 +114,7 @@ def check_stated(raw: Mapping[str, Any], kind: Kind, refuse: Refuse) -> None:
             {*_TEXT, *kind.sizes, *kind.known},
             {**_COMPUTED, **kind.computed},
         ),
-        ("vision_config.", vision, _VISION, _VISION_COMPUTED),
+        ("vision_config.", vision, _VISION, VISION_COMPUTED),
     ):
         check_keys(prefix, part, known, computed, _REMEDIES, NAME, refuse)
     _check_rope(text, refuse)
@@ -177,12 +157,7 @@ def check_values(raw: Mapping[str, Any], hf: Config, kind: Kind, refuse: Refuse)
         )
     _check_text(hf.text_config, kind, refuse)
     _check_vision(hf.vision_config, hf.text_config, refuse)
-    ids = [getattr(hf, name) for name in _TOKENS]
-    for name, token in zip(_TOKENS, ids, strict=True):
-        if not 0 <= token < hf.text_config.vocab_size:
-            refuse(f"{name} is {token}, no token of a vocabulary of {hf.text_config.vocab_size}")
-        if ids.count(token) > 1:
-            refuse(f"{name} is {token}, which another of {', '.join(_TOKENS)} is too")
+    check_tokens(hf, _TOKENS, refuse)
 
 
 def _check_text(text: Any, kind: Kind, refuse: Refuse) -> None:
@@ -192,25 +167,8 @@ def _check_text(text: Any, kind: Kind, refuse: Refuse) -> None:
             f"text_config.num_experts_per_tok is {text.num_experts_per_tok}; between 2 and "
             f"num_experts = {text.num_experts} is supported"
         )
-    theta = text.rope_parameters["rope_theta"]
-    for name, value in (("rms_norm_eps", text.rms_norm_eps), ("rope_theta", theta)):
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            refuse(f"{name} is {shown(value)}; a positive number is needed")
-    divides("num_attention_heads", "num_key_value_heads", text, refuse)
-    section, half = text.rope_parameters.get("mrope_section"), text.head_dim / 2
-    if (
-        not isinstance(section, list)
-        or len(section) != 3
-        or not all(type(part) is int and part >= 0 for part in section)
-        or sum(section) != half
-        # Each third frequency turns with height, and each third with width.
-        or any(axis + 3 * (section[axis] - 1) >= half for axis in (1, 2))
-    ):
-        refuse(
-            f"mrope_section is {'missing' if section is None else shown(section)}; three numbers "
-            "are needed, how many of a head's frequencies turn with time, height and width, whose "
-            f"sum is head_dim / 2 = {half:g}, the last two at most a third of it"
-        )
+    check_text_numbers(text, refuse)
+    check_mrope_section(text, text.head_dim, refuse, interleaved=True)
 
 
 def _check_vision(vision: Any, text: Any, refuse: Refuse) -> None:

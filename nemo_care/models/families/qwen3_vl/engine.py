@@ -2,26 +2,20 @@
 
 from typing import Any
 
-from nemo_care.models.families.qwen3_vl.patches import Qwen3PatchSize
+from nemo_care.models.families.patches import PatchSize
+from nemo_care.models.families.processor_files import processing
 
 # The published processor's limit for all frames of a video. vLLM reserves memory for a video of
 # this size; none is resized to it.
 _VIDEO_PIXELS = 25165824
 
 
-def processor_files(patching: Qwen3PatchSize, max_pixels: int) -> dict[str, dict[str, Any]]:
+def processor_files(patching: PatchSize, max_pixels: int) -> dict[str, dict[str, Any]]:
     """As `Family.processor_files`."""
     least = (patching.side * patching.merge) ** 2
     common = {
+        **processing(patching),
         "do_resize": False,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": patching.mean.flatten().tolist(),
-        "image_std": patching.std.flatten().tolist(),
-        "patch_size": patching.side,
-        "temporal_patch_size": patching.frames,
-        "merge_size": patching.merge,
         "processor_class": "Qwen3VLProcessor",
     }
     return {

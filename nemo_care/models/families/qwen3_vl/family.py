@@ -1,18 +1,27 @@
 """Qwen3-VL as a `Family`. Megatron is imported only to build a model."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from nemo_care.data.patches import Grid
-from nemo_care.models.architecture import Architecture, Experts, VisionArchitecture
+from nemo_care.models.architecture import Experts
+from nemo_care.models.families.config_keys import refusing, transformers_config
+from nemo_care.models.families.processor_files import check_processor_files
 from nemo_care.models.families.qwen3_vl import engine
-from nemo_care.models.families.qwen3_vl.config import read_config, signature
-from nemo_care.models.families.qwen3_vl.config_checks import DENSE, EXPERTS, NAME, Config, Kind
+from nemo_care.models.families.qwen3_vl.config_checks import (
+    DENSE,
+    EXPERTS,
+    NAME,
+    Config,
+    Kind,
+    check_stated,
+    check_values,
+)
+from nemo_care.models.families.qwen3_vl.patches import Qwen3PatchSize
 from nemo_care.models.families.qwen3_vl.prompt import Qwen3VLPrompt
 from nemo_care.models.families.qwen3_vl.weights import EXPERT_WEIGHTS, WEIGHTS
-from nemo_care.models.family import Family
+from nemo_care.models.families.qwen_vl import QwenVLFamily
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -20,83 +29,59 @@ if TYPE_CHECKING:
     from nemo_care.models.families.qwen3_vl.model import Qwen3VL
 
 
-class Qwen3VLFamily(Family):
+class Qwen3VLFamily(QwenVLFamily):
     """A Qwen3-VL of any size without experts; `hf` is transformers' configuration of it."""
 
     kind: ClassVar[Kind] = DENSE
     model_type = DENSE.model_type
     name = NAME
     weights = WEIGHTS
-    computes_frames_apart = True
+    own_text = ("head_dim", *DENSE.sizes)
+    own_vision = ("num_position_embeddings", "deepstack_visual_indexes")
     prompt: Qwen3VLPrompt
 
     def __init__(self, hf: Config) -> None:
         """`hf` is one that `read` has checked, or as good."""
-        self.hf = hf
-        self.prompt = Qwen3VLPrompt.of(hf)
-        text, vision = hf.text_config, hf.vision_config
+        text = hf.text_config
         experts = None
         if self.kind is EXPERTS:
             experts = Experts(text.num_experts, text.num_experts_per_tok)
-        self.architecture = Architecture(
-            layers=text.num_hidden_layers,
-            hidden_size=text.hidden_size,
+        super().__init__(
+            hf,
             head_dim=text.head_dim,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
             ffn_size=text.moe_intermediate_size if experts else text.intermediate_size,
-            vocab_size=text.vocab_size,
-            max_positions=text.max_position_embeddings,
-            tied=bool(hf.tie_word_embeddings),
-            vision=VisionArchitecture(vision.num_heads, vision.intermediate_size),
-            deep_levels=len(vision.deepstack_visual_indexes),
+            deep_levels=len(hf.vision_config.deepstack_visual_indexes),
             experts=experts,
+        )
+        self.prompt = Qwen3VLPrompt.of(
+            hf,
+            Qwen3PatchSize.of(hf.vision_config),
+            vision_start=hf.vision_start_token_id,
+            vision_end=hf.vision_end_token_id,
         )
 
     @classmethod
     def read(cls, folder: Path, raw: Mapping[str, Any], *, key: str) -> Self:
         """As `Family.read`."""
-        return cls(read_config(folder, raw, cls.kind, key=key))
+        refuse = refusing(folder, key)
+        check_stated(raw, cls.kind, refuse)
+        hf = transformers_config(cls.kind.config, folder, raw)
+        check_values(raw, hf, cls.kind, refuse)
+        check_processor_files(folder, Qwen3PatchSize.of(hf.vision_config), NAME, key=key)
+        return cls(hf)
 
-    def signature(self) -> dict[str, Any]:
-        """As `Family.signature`."""
-        return signature(self.hf, self.kind)
-
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """As `Family.tensor_shapes`: those of Hugging Face's own model."""
-        import torch
-        import transformers
-
-        whole = getattr(transformers, self.kind.architecture)
-        with torch.device("meta"):
-            model = whole._from_config(copy.deepcopy(self.hf))
-        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-    def vision_flops(self, grids: Sequence[Grid]) -> float:
-        """As `Family.vision_flops`: attention within each frame, and a merger per deep level."""
+    def block_flops(self) -> int:
+        """As `QwenVLFamily.block_flops`."""
         vision = self.hf.vision_config
-        width, patches = vision.hidden_size, sum(t * h * w for t, h, w in grids)
-        embed = 2 * patches * self.prompt.patching.values * width
-        block = patches * (8 * width + 4 * vision.intermediate_size) * width
-        attention = 4 * width * sum(t * (h * w) ** 2 for t, h, w in grids)
-        return float(embed + vision.depth * (block + attention)) + self.merger_flops(grids)
+        return (8 * vision.hidden_size + 4 * vision.intermediate_size) * vision.hidden_size
 
-    def merger_flops(self, grids: Sequence[Grid]) -> float:
-        """As `Family.merger_flops`."""
-        vision = self.hf.vision_config
-        merged = vision.spatial_merge_size**2 * vision.hidden_size
-        tokens = sum(map(self.prompt.patching.tokens, grids))
-        merge = 2 * tokens * merged * (merged + vision.out_hidden_size)
-        return float((1 + self.architecture.deep_levels) * merge)
+    def attended_pairs(self, grids: Sequence[Grid]) -> int:
+        """As `QwenVLFamily.attended_pairs`: within each frame."""
+        return self.hf.vision_config.depth * sum(t * (h * w) ** 2 for t, h, w in grids)
 
     def megatron_settings(self) -> dict[str, Any]:
         """As `Family.megatron_settings`."""
-        text = self.hf.text_config
-        return {
-            "qk_layernorm": True,
-            "layernorm_epsilon": text.rms_norm_eps,
-            "mrope_section": list(text.rope_parameters["mrope_section"]),
-        }
+        return super().megatron_settings() | {"qk_layernorm": True}
 
     def build(self, config: "TransformerConfig", backend: str = "auto") -> "Qwen3VL":
         """As `Family.build`."""
@@ -124,4 +109,5 @@ class Qwen3VLMoeFamily(Qwen3VLFamily):
     model_type = EXPERTS.model_type
     name = f"{NAME} with experts"
     weights = EXPERT_WEIGHTS
+    own_text = ("head_dim", *EXPERTS.sizes)
     engine_config: ClassVar[Mapping[str, Any]] = {"text_config": {"norm_topk_prob": True}}

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from nemo_care.models.families.mergers import merged_by, not_merging
+from nemo_care.models.families.mergers import MergingModel
 from nemo_care.models.families.qwen3_vl.rotary import InterleavedRotary
-from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
+from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.models.vision_tower import vision_tower
 
 if TYPE_CHECKING:
     from nemo_care.models.families.qwen3_vl.family import Qwen3VLFamily
 
 
-class Qwen3VL(VideoLanguageModel):
+class Qwen3VL(MergingModel):
     """This rank's part of a Qwen3-VL."""
 
     def __init__(
@@ -40,15 +40,7 @@ class Qwen3VL(VideoLanguageModel):
         output = self.visual(pixels, grid_thw=inputs.grid_thw)
         return torch.cat([output.pooler_output, *output.deepstack_features], dim=1)
 
-    def merger_inputs(self, inputs: ModelInputs) -> torch.Tensor:
-        """As `VideoLanguageModel.merger_inputs`."""
-        with not_merging(self._mergers, self.visual.spatial_merge_unit):
-            return self.vision_features(inputs)
-
-    def merged(self, states: torch.Tensor) -> torch.Tensor:
-        """As `VideoLanguageModel.merged`."""
-        return merged_by(self._mergers, self.visual.spatial_merge_unit, states)
-
     @property
-    def _mergers(self) -> list[torch.nn.Module]:
+    def mergers(self) -> list[torch.nn.Module]:
+        """As `MergingModel.mergers`."""
         return [self.visual.merger, *self.visual.deepstack_merger_list]

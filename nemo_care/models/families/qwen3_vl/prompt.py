@@ -1,6 +1,6 @@
 """How Qwen3-VL writes videos and images into a prompt: each temporal patch after its time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,13 +9,11 @@ from nemo_care.data.media import Media
 from nemo_care.data.patches import Grid
 from nemo_care.data.prompt_format import Encode
 from nemo_care.models.families.positions import mrope_positions
-from nemo_care.models.families.qwen3_vl.config import patching
-from nemo_care.models.families.qwen3_vl.config_checks import Config
-from nemo_care.models.families.qwen3_vl.patches import Qwen3PatchSize
+from nemo_care.models.families.qwen_vl import QwenVLPrompt
 
 
 @dataclass(frozen=True)
-class Qwen3VLPrompt:
+class Qwen3VLPrompt(QwenVLPrompt):
     """The family's `PromptFormat`.
 
     An image's placeholder is repeated once per vision token. A video's becomes, for each temporal
@@ -23,24 +21,8 @@ class Qwen3VLPrompt:
     `vision_end`; the chat template's own pair of these stays around all of it.
     """
 
-    patching: Qwen3PatchSize
-    vocab_size: int
-    eos_token_id: int | list[int] | None
-    placeholders: Mapping[str, int]
     vision_start: int
     vision_end: int
-
-    @classmethod
-    def of(cls, hf: Config) -> "Qwen3VLPrompt":
-        """As config.json says."""
-        return cls(
-            patching(hf),
-            vocab_size=hf.text_config.vocab_size,
-            eos_token_id=getattr(hf.text_config, "eos_token_id", None),
-            placeholders={"video": hf.video_token_id, "image": hf.image_token_id},
-            vision_start=hf.vision_start_token_id,
-            vision_end=hf.vision_end_token_id,
-        )
 
     def expanded(self, token_ids: Sequence[int], media: Media, encode: Encode) -> list[int]:
         """As `PromptFormat.expanded`."""
@@ -103,8 +85,3 @@ class Qwen3VLPrompt:
             video_token_id=self.placeholders["video"],
             merge_size=self.patching.merge,
         )
-
-    def is_vision(self, token_ids: Tensor) -> Tensor:
-        """As `PromptFormat.is_vision`."""
-        video, image = self.placeholders["video"], self.placeholders["image"]
-        return (token_ids == video) | (token_ids == image)
