@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_care.data.loader import PromptLoader
-from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.evaluation.agreement import check_agreement
 from nemo_care.evaluation.evaluator import Evaluator
 from nemo_care.evaluation.judges import Judge, LeaderJudge, NoJudge, RuleJudge
@@ -40,8 +39,7 @@ def build_evaluator(
     `folder` is the run directory. Without a `generator` of that model, one is created;
     `from_checkpoint`: the model's weights are those in model.hf_path.
     """
-    tokenizer = prompts.builder.tokenizer
-    evaluation = recipe.evaluation
+    evaluation, tokenizer = recipe.evaluation, prompts.builder.tokenizer
     generator = generator or build_generator(
         recipe,
         ranks,
@@ -52,11 +50,24 @@ def build_evaluator(
         folder=folder,
         from_checkpoint=from_checkpoint,
     )
+
+    def judge(name: str) -> Judge:
+        if name == "rule":
+            return RuleJudge()
+        if name == "likelihood":
+            assert likelihoods is not None, "check_training"
+            return LikelihoodJudge(likelihoods, tokenizer)
+        if name == "llm":
+            leads = ranks.is_model_leader
+            return LeaderJudge(build_llm_judge(recipe, folder) if leads else None, ranks)
+        return NoJudge()
+
+    further = [FurtherJudge(name, judge(name)) for name in evaluation.further_judges]
     return Evaluator(
         prompts,
         generator,
-        _build_judge(recipe, evaluation.judge, ranks, tokenizer, likelihoods, folder),
-        _measures(recipe, ranks, scorer, prompts, likelihoods, folder, generator),
+        judge(evaluation.judge),
+        [*further, *_measures(recipe, scorer, prompts, generator)],
         ranks,
         evaluation,
         max_tokens=recipe.rollout.max_completion_tokens,
@@ -75,20 +86,11 @@ def _agreement_check(recipe: Recipe, scorer: Scorer) -> Callable[[Sequence[Group
 
 
 def _measures(
-    recipe: Recipe,
-    ranks: Ranks,
-    scorer: Scorer,
-    prompts: PromptLoader,
-    likelihoods: Likelihoods | None,
-    folder: Path,
-    generator: Generator,
+    recipe: Recipe, scorer: Scorer, prompts: PromptLoader, generator: Generator
 ) -> list[Measure]:
-    """Return the recipe's measures besides its judge."""
+    """Return the recipe's measures besides judges."""
     evaluation, tokenizer = recipe.evaluation, prompts.builder.tokenizer
-    measures: list[Measure] = [
-        FurtherJudge(name, _build_judge(recipe, name, ranks, tokenizer, likelihoods, folder))
-        for name in evaluation.further_judges
-    ]
+    measures: list[Measure] = []
     if evaluation.forced_reasoning_probe:
         measures.append(ForcedReasoningProbe(scorer, tokenizer))
     if evaluation.option_shuffle:
@@ -104,26 +106,6 @@ def _measures(
         )
         measures.append(PeerProbe(generator, scorer, sampling))
     return measures
-
-
-def _build_judge(
-    recipe: Recipe,
-    name: str,
-    ranks: Ranks,
-    tokenizer: ChatTokenizer,
-    likelihoods: Likelihoods | None,
-    folder: Path,
-) -> Judge:
-    if name == "rule":
-        return RuleJudge()
-    if name == "likelihood":
-        assert likelihoods is not None, "check_training"
-        return LikelihoodJudge(likelihoods, tokenizer)
-    if name == "llm":
-        return LeaderJudge(
-            build_llm_judge(recipe, folder) if ranks.is_model_leader else None, ranks
-        )
-    return NoJudge()
 
 
 def build_llm_judge(recipe: Recipe, folder: Path) -> LLMJudge:
