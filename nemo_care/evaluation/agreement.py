@@ -7,7 +7,7 @@ import torch
 from nemo_care.errors import RunFailed
 from nemo_care.groups.batch import GroupBatch
 from nemo_care.groups.group import Group
-from nemo_care.scoring.scorer import Scorer, Table
+from nemo_care.scoring.scorer import Scorer, Table, per_group
 
 
 def check_agreement(scorer: Scorer, groups: Sequence[Group], bound: float) -> None:
@@ -21,8 +21,8 @@ def check_agreement(scorer: Scorer, groups: Sequence[Group], bound: float) -> No
     """
 
     def differences(batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
-        apart = torch.where(batch.mask, (batch.rollout_log_probs() - log_probs).abs(), 0.0).sum(1)
-        return list(apart[None].split([group.size for group in batch.groups], dim=1))
+        apart = torch.where(batch.mask, (batch.rollout_log_probs() - log_probs).abs(), 0.0)
+        return per_group(batch, apart.sum(1))
 
     tables = scorer.score(groups, differences, rows=1, all_tokens=True)
     tokens = sum(completion.length for group in groups for completion in group.completions)

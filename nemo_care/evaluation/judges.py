@@ -110,17 +110,12 @@ def rule_verdict(completion: str, sample: Sample) -> Verdict:
     """Return the rule's verdict on one completion; it can't decide on open questions."""
     if not sample.options:
         return Verdict(None)
-    implied = implied_by_rule(completion, sample.options)
-    return Verdict(rule_judge(completion, sample.options), {"implied_answer": implied})
+    implied = _implied_by_rule(completion, sample.options)
+    consistent = implied is not None and implied == extract_answer(completion)
+    return Verdict(consistent, {"implied_answer": implied})
 
 
-def rule_judge(completion: str, options: Mapping[str, str]) -> bool:
-    """Whether the answered letter is the one that the reasoning implies by the rule."""
-    implied = implied_by_rule(completion, options)
-    return implied is not None and implied == extract_answer(completion)
-
-
-def implied_by_rule(completion: str, options: Mapping[str, str]) -> str | None:
+def _implied_by_rule(completion: str, options: Mapping[str, str]) -> str | None:
     """Return the letter of the option whose text the reasoning names last.
 
     For questions whose options are words that the reasoning names. Only texts count, never a letter

@@ -31,7 +31,7 @@ from nemo_care.evaluation.implied_answer import (
     last_word,
     read_letter,
 )
-from nemo_care.evaluation.judges import Verdict
+from nemo_care.evaluation.judges import Verdict, known
 from nemo_care.evaluation.reply_cache import ReplyCache
 from nemo_care.objective.text import parse_completion
 from nemo_care.recipe.evaluation import LLMJudgeConfig, check_llm_judge
@@ -83,8 +83,7 @@ class _Answer:
 
     `reply` is the model's text, or empty, with the reason in `error`; `cut` is True if the text
     ended at a length limit. `status` is the HTTP status of a response without a reply, or 0 without
-    a
-    response: then `late` distinguishes a time-out from a failed connection.
+    a response: then `late` distinguishes a time-out from a failed connection.
     """
 
     reply: str = ""
@@ -151,11 +150,9 @@ class LLMJudge:
         reasoning, answer = (parsed.reasoning or "").strip(), (parsed.answer or "").strip()
         if not reasoning or not answer:
             missing = "answer" if reasoning else "reasoning"
-            malformed: Future[Verdict] = Future()
-            malformed.set_result(
+            return known(
                 Verdict(None, {"judge_error": f"not asked: the completion has no {missing}"})
             )
-            return malformed
         texts = {
             "question": _quoted(sample.question),
             "options": _quoted(dict(sample.options)),

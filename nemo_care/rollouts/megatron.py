@@ -105,22 +105,23 @@ class MegatronGenerator:
             records_routing=self.records_routing,
         )
         tokens, log_probs = decoding.run(uniforms)
-        routing = decoding.record.results() if decoding.record else None
-        groups = []
-        for number, prompt in enumerate(prompts):
-            rows = range(number * sampling.group_size, (number + 1) * sampling.group_size)
-            completions = [
-                completion_of(
-                    tokens[row],
-                    log_probs[row],
-                    self.tokenizer,
-                    None if routing is None else routing.completions[row],
-                )
-                for row in rows
-            ]
-            of_prompt = None if routing is None else routing.prompts[number * copies]
-            groups.append(Group(prompt, completions, prompt_routing=of_prompt))
-        return groups
+        of_prompts: Sequence[torch.Tensor | None] = [None] * len(prompts) * copies
+        routing: Sequence[torch.Tensor | None] | torch.Tensor = [None] * len(tokens)
+        if decoding.record:
+            of_prompts, routing = decoding.record.results()
+        completions = [
+            completion_of(token_ids, values, self.tokenizer, experts)
+            for token_ids, values, experts in zip(tokens, log_probs, routing, strict=True)
+        ]
+        size = sampling.group_size
+        return [
+            Group(
+                prompt,
+                completions[number * size : (number + 1) * size],
+                prompt_routing=of_prompts[number * copies],
+            )
+            for number, prompt in enumerate(prompts)
+        ]
 
     def rest(self) -> None:
         """Nothing is held between rollouts."""

@@ -1,21 +1,13 @@
 """The experts that tokens go to while a batch of completions is decoded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from nemo_care.models.decoding_cache import PromptPass
 from nemo_care.models.expert_routing import UNRECORDED, RecordedPass, of_all_stages
 from nemo_care.models.video_language_model import ModelInputs
-
-
-@dataclass(frozen=True)
-class RecordedRouting:
-    """Of B prompts int16 [P, layers, top_k] each, of N completions [N, C_max, layers, top_k]."""
-
-    prompts: list[torch.Tensor]
-    completions: torch.Tensor
 
 
 class RoutingRecord:
@@ -47,13 +39,14 @@ class RoutingRecord:
         assert self._completions is not None
         self._completions[rows, step] = self._passes.pop().experts()[: len(rows)]
 
-    def results(self) -> RecordedRouting:
-        """Return the experts of all layers, in CPU memory; collective over the stages."""
+    def results(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return the experts of all layers, in CPU memory; collective over the stages.
+
+        Of B prompts int16 [P, layers, top_k] each, of N completions [N, C_max, layers, top_k].
+        """
         assert self._completions is not None
         prompts = of_all_stages(torch.cat(self._prompts)).cpu()
         lengths = [len(experts) for experts in self._prompts]
-        return RecordedRouting(
-            # Of its own memory each, since a group can be sent to another replica.
-            [experts.clone() for experts in prompts.split(lengths)],
-            of_all_stages(self._completions).cpu(),
-        )
+        # Each has its own memory, since a group can be sent to another replica.
+        of_prompts = [experts.clone() for experts in prompts.split(lengths)]
+        return of_prompts, of_all_stages(self._completions).cpu()

@@ -14,7 +14,7 @@ from nemo_care.objective.consistency import answer_likelihood
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.recipe.algorithm import AlgorithmConfig
 from nemo_care.scoring.credit import needs_pairs
-from nemo_care.scoring.scorer import Scorer, Table
+from nemo_care.scoring.scorer import Scorer, Table, per_group
 
 PREFIX = "reference."
 
@@ -80,7 +80,7 @@ class Reference:
         vectors = batch.unpadded(torch.where(asked, log_probs, torch.nan))
         for group, scored in zip(batch.groups, vectors, strict=True):
             group.reference_log_probs = scored
-        return list(likelihood[None].split([group.size for group in batch.groups], dim=1))
+        return per_group(batch, likelihood)
 
     def track(
         self, policy: torch.nn.Module, step: int, selection_rate: float | None = None

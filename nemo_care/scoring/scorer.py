@@ -23,6 +23,11 @@ Table = torch.Tensor
 """Results of one group: float32 [K, G], a column per completion."""
 
 
+def per_group(batch: GroupBatch, values: torch.Tensor) -> list[Table]:
+    """Return a table of one row for each group from the values [N] of its completions."""
+    return list(values[None].split([group.size for group in batch.groups], dim=1))
+
+
 class Scorer:
     """Teacher-forced scoring of groups under one model; all ranks of the replica take part."""
 
@@ -45,8 +50,7 @@ class Scorer:
         """
 
         def likelihood(batch: GroupBatch, log_probs: torch.Tensor) -> list[Table]:
-            likelihoods = answer_likelihood(log_probs, batch.answer_mask)
-            return list(likelihoods[None].split([group.size for group in batch.groups], dim=1))
+            return per_group(batch, answer_likelihood(log_probs, batch.answer_mask))
 
         return [table[0] for table in self.score(groups, likelihood, rows=1)]
 

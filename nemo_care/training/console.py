@@ -42,7 +42,7 @@ class Console:
                 console(soft_wrap=True).print(text)
 
     def warn(self, text: str) -> None:
-        """Print a warning on one line."""
+        """Print a warning."""
         self._print(plain(text, style="yellow"))
 
     @contextmanager
@@ -75,9 +75,7 @@ class Console:
     ) -> None:
         """Show a finished step, and from time to time one of its completions."""
         for item in skipped:
-            self._print(
-                plain(one_line(f"skipped sample {item.sample_id}: {item.reason}"), "yellow")
-            )
+            self.warn(one_line(f"skipped sample {item.sample_id}: {item.reason}"))
         values = {
             short: f"{metrics[name]:.2f}"
             for short, name in _SHOWN.items()
@@ -113,12 +111,12 @@ class Console:
         """Report unusable lines of the annotations; a large file may have thousands."""
         if bad_lines:
             text = f"skipped {len(bad_lines)} lines of the annotations; the first: "
-            self._print(plain(one_line(text + bad_lines[0].reason), style="yellow"))
+            self.warn(one_line(text + bad_lines[0].reason))
 
     def bad_step(self, step: int, why: str, in_a_row: int, file: Path) -> None:
         """Report that a step was left out."""
         text = f"step {step} is left out, not finite: {why}; {in_a_row} in a row; inputs: {file}"
-        self._print(plain(text, style="yellow"))
+        self.warn(text)
 
     def difference(
         self, step: int, difference: float, bound: float, staleness: int, again: int
@@ -138,7 +136,7 @@ class Console:
             f"average, more than {limit} (repeated every {again} such steps; metric "
             f"{m.ROLLOUT_DIFFERENCE})"
         )
-        self._print(plain(text, style="yellow"))
+        self.warn(text)
 
     def uncorrected_rollouts(self) -> None:
         """Warn that completions of older weights are treated as the current policy's."""
@@ -147,7 +145,7 @@ class Console:
             "nothing corrects for it; rollout.importance_sampling.enabled=true (with "
             f"rollout.temperature=1) weights their tokens (metric {m.STALENESS})"
         )
-        self._print(plain(text, style="yellow"))
+        self.warn(text)
 
     def idle_bonus(self, step: int, rate: float, steps: int, again: int) -> None:
         """Warn that the consistency bonus no longer selects."""
@@ -158,7 +156,7 @@ class Console:
             f"consistency rate and forced-reasoning probe show which (metric {m.SELECTION_RATE}; "
             f"repeated every {again} such steps)"
         )
-        self._print(plain(text, style="yellow"))
+        self.warn(text)
 
     def no_signal(
         self, step: int, rows: Sequence[Mapping[str, Any]], steps: int, again: int
@@ -173,7 +171,7 @@ class Console:
             "rollout.temperature or algorithm.group_size makes completions differ more (metric "
             f"{m.WITHOUT_SIGNAL}; repeated every {again} such steps)"
         )
-        self._print(plain(text, style="yellow"))
+        self.warn(text)
 
     def resumed(self, step: int, checkpoint: Path) -> None:
         """Report where the run resumes."""
@@ -189,13 +187,13 @@ class Console:
             self._print(plain(f"recipe changed from step {step + 1} on: {changed}"))
         elif changed:
             text = f"no step is left to train, so changes of the recipe have no effect: {changed}"
-            self._print(plain(text, style="yellow"))
+            self.warn(text)
         if start["missing_steps"]:
             text = (
                 "metrics.jsonl lacks steps before the checkpoint: "
                 f"{_ranges(start['missing_steps'])}; a crash of the machine may have lost them"
             )
-            self._print(plain(text, style="yellow"))
+            self.warn(text)
 
     def damaged(self, reason: str, aside: Path) -> None:
         """Report that a checkpoint is unusable."""

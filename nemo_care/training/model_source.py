@@ -141,21 +141,19 @@ class ModelSource:
             model.load_state_dict({name.removeprefix(POLICY): t for name, t in state.items()})
 
     def _read(self, sharded: dict[str, Any]) -> dict[str, Any]:
-        with self._named_if_damaged():
-            return self._read_verified(sharded)
-
-    def _read_verified(self, sharded: dict[str, Any]) -> dict[str, Any]:
-        stored = stored_shapes(self.folder)
-        for entry in sharded.values():
-            if not isinstance(entry, ShardedTensor):
-                continue
-            shape, wanted = stored.get(entry.key), tuple(entry.global_shape)
-            if shape != wanted:
-                raise self._misfit(f"{entry.key} is {shape or 'missing'}, the model's is {wanted}")
         part = REFERENCE if self.is_reference else POLICY
-        return load_checkpoint(
-            self.folder, lambda: {"weights": sharded}, parts={part.removesuffix(".")}
-        )["weights"]
+        with self._named_if_damaged():
+            stored = stored_shapes(self.folder)
+            for entry in sharded.values():
+                if not isinstance(entry, ShardedTensor):
+                    continue
+                shape, wanted = stored.get(entry.key), tuple(entry.global_shape)
+                if shape != wanted:
+                    what = f"{entry.key} is {shape or 'missing'}, the model's is {wanted}"
+                    raise self._misfit(what)
+            return load_checkpoint(
+                self.folder, lambda: {"weights": sharded}, parts={part.removesuffix(".")}
+            )["weights"]
 
     @contextmanager
     def _named_if_damaged(self) -> Iterator[None]:

@@ -18,12 +18,7 @@ from nemo_care.runs import metrics as m
 from nemo_care.runs.files import RunFiles
 from nemo_care.runs.metric import Metric
 from nemo_care.training.console import Console
-from nemo_care.training.finite import (
-    NAMES,
-    BadSteps,
-    NotFinite,
-    asked_of_reference,
-)
+from nemo_care.training.finite import NAMES, BadSteps, NotFinite, asked_of_reference
 from nemo_care.training.records import Row
 from nemo_care.training.step import Step
 
@@ -70,12 +65,18 @@ class StepWatch:
         self._idle_steps = 0
 
     def after_update(self, step: Step) -> None:
-        """Count the step, store its inputs if it was left out, and add two metrics. Collective."""
+        """Count the step, store its inputs if it was left out, and check its numbers. Collective.
+
+        Raises:
+            RunFailed: see `check_differences`.
+        """
         self.bad_steps.note(step.number, bad=step.not_finite is not None)
         if step.not_finite is not None:
             self._store(step, step.not_finite)
         step.metrics[m.BAD_STEP] = int(step.not_finite is not None)
         step.metrics[m.BAD_STEPS] = self.bad_steps.total
+        self.check_differences(step)
+        self.check_selection(step.number, step.metrics[m.SELECTION_RATE])
 
     def _store(self, step: Step, bad: NotFinite) -> None:
         """Write the groups of all replicas, and where what was not finite."""

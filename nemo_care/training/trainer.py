@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -141,23 +140,23 @@ class GRPOCareTrainer:
     def run_training_step(self, step: Step) -> None:
         """Run one step of GRPO-CARE (arXiv 2506.16141)."""
         with step.timed(m.STEP_TIME):
-            # One round of sampling, or several with rollout.dynamic_sampling.
+            # G completions of each prompt, in several rounds with rollout.dynamic_sampling.
             for groups in self.sampling.rounds(step, self.next_rollouts):
                 with step.timed(m.REWARD_TIME):
                     self.rewards(groups)
                 with step.timed(m.SCORING_TIME):
                     if self.reference is not None:
                         self.reference.score_answers(groups)
+                    # Consistency bonus, total reward and advantage.
                     self.credit(groups)
             self.watch.check_answers(step.groups)
             step.metrics[m.SELECTION_RATE] = selection_rate(
                 step.groups, self.recipe.algorithm.consistency, self.ranks
             )
             with step.timed(m.UPDATE_TIME):
+                # The reference follows the policy after each optimizer step.
                 self.policy.update(step, after_step=self.track_policy)
         self.watch.after_update(step)
-        self.watch.check_differences(step)
-        self.watch.check_selection(step.number, step.metrics[m.SELECTION_RATE])
 
     def next_rollouts(self, step: Step) -> list[Group]:
         """Sample G completions of each of the next prompts (algorithm step 1)."""
@@ -255,10 +254,8 @@ class GRPOCareTrainer:
         """GiB of the frames that the ranks of this replica hold; all of them call it."""
         prompts = [group.prompt for group in step.groups] + self.rollouts.prompts_ahead
         held = sum(prompt.frame_bytes for prompt in prompts) + self.prompts.frame_bytes
-        return (
-            float(self.ranks.sum_over_model(torch.tensor(float(held), device=compute_device())))
-            / GIB
-        )
+        in_bytes = torch.tensor(float(held), device=compute_device())
+        return float(self.ranks.sum_over_model(in_bytes)) / GIB
 
     def _record(self, step: Step, rows: list[Row]) -> None:
         """On rank 0: write to the run directory, the loggers and the console."""
@@ -355,8 +352,7 @@ class GRPOCareTrainer:
         Raises:
             InputError: see `Checkpointing.resume`.
         """
-        found = self.checkpoints.resume(lambda: self.state_dict(is_loading=True))
-        if found is not None:
+        if found := self.checkpoints.resume(lambda: self.state_dict(is_loading=True)):
             state, path = found
             self.load_state_dict(state)
             self.console.resumed(self.step, path)
@@ -383,7 +379,8 @@ class GRPOCareTrainer:
         self.generator.close()
         export = self.files.export if self.recipe.checkpoint.export else None
         if export is not None:
-            self._export(export)
+            # Replaces an export of an earlier start.
+            export_hf(self.policy.model, self.recipe.model.hf_path, export, replace=True)
         if self.ranks.rank != 0:
             return {}
         validations = self.files.validations()
@@ -400,7 +397,3 @@ class GRPOCareTrainer:
         with self.files.writing("the summary"):
             self.files.write_summary(summary)
         return summary
-
-    def _export(self, target: Path) -> None:
-        """Write the policy's weights as a Hugging Face directory, replacing an earlier export."""
-        export_hf(self.policy.model, self.recipe.model.hf_path, target, replace=True)

@@ -29,6 +29,8 @@ from nemo_care.recipe.schema import recipe_yaml
 from nemo_care.rollouts.megatron import MegatronGenerator
 
 LEVELS = ("L1", "L2", "L3")
+# Overrides; each level takes a second.
+ONE_LEVEL = [f"~data.validation.annotations.{level}" for level in LEVELS[1:]]
 
 
 def results_of(folder: Path) -> dict:
@@ -125,7 +127,7 @@ def test_every_measure_is_in_the_results_and_in_one_table(evaluate, tmp_path):
     status, out, err = evaluate(
         tmp_path / "run",
         *("evaluation.further_judges=[likelihood]", "evaluation.option_shuffle=true"),
-        *("evaluation.peer_probe=4", "data.validation.samples_per_level=6"),
+        *("evaluation.peer_probe=4", "data.validation.samples_per_level=6", *ONE_LEVEL),
     )
     assert status == 0, err
     result = results_of(tmp_path / "run")["L1"]
@@ -153,7 +155,7 @@ def test_every_measure_is_in_the_results_and_in_one_table(evaluate, tmp_path):
         assert re.search(rf" {heading} ", table)
     assert f"{result['peer_probe']:.2f}" in table
     assert_refused(
-        evaluate(tmp_path / "run", "evaluation.further_judges=[likelihood]"),
+        evaluate(tmp_path / "run", "evaluation.further_judges=[likelihood]", *ONE_LEVEL),
         "evaluation.option_shuffle: True -> False",
         "evaluation.peer_probe: 4 -> 0",
     )
@@ -190,13 +192,13 @@ def test_an_untagged_reply_is_wrong_or_its_own_answer(evaluate, tmp_path, monkey
 
     monkeypatch.setattr(MegatronGenerator, "generate", untagged)
     for value, right in (("wrong", 0.0), ("whole_text", 1.0)):
-        status, _, err = evaluate(tmp_path / value, f"evaluation.untagged={value}")
+        status, _, err = evaluate(tmp_path / value, f"evaluation.untagged={value}", *ONE_LEVEL)
         assert status == 0, err
         rows = lines(tmp_path / value / "evaluation" / "L1.jsonl")
         assert [row["accuracy"] for row in rows] == [0.0, right] * 4
         assert {row["format"] for row in rows} == {0}
     assert_refused(
-        evaluate(tmp_path / "wrong", "evaluation.untagged=whole_text"),
+        evaluate(tmp_path / "wrong", "evaluation.untagged=whole_text", *ONE_LEVEL),
         "evaluation.untagged: 'wrong' -> 'whole_text'",
     )
     assert_refused(evaluate(tmp_path / "none", "evaluation.untagged=whole"), "evaluation.untagged")
@@ -234,9 +236,8 @@ def test_seed_bench_r1_lists_what_it_skips_and_counts_by_task_type(evaluate, tmp
 def test_video_r1_is_evaluated_for_every_answer_kind(evaluate, tmp_path):
     root = write_video_r1(tmp_path / "data", count=5)
     overrides = published(root, "video_r1", L1="Video-R1-260k.json")
-    drop = ["~data.validation.annotations.L2", "~data.validation.annotations.L3"]
     judge = "evaluation.judge=likelihood"
-    status, _, err = evaluate(tmp_path / "run", *overrides, *drop, judge)
+    status, _, err = evaluate(tmp_path / "run", *overrides, *ONE_LEVEL, judge)
     assert status == 0, err
     assert_results_follow_from_rows(tmp_path / "run", {})
     rows = lines(tmp_path / "run" / "evaluation" / "L1.jsonl")
@@ -249,8 +250,7 @@ def test_killed_evaluation_goes_on_where_it_was_and_equals_an_uninterrupted_one(
     rank_server, evaluate, world, tmp_path, generated
 ):
     overrides = [
-        *("data.validation.annotations.L1=train.jsonl", "evaluation.judge=likelihood"),
-        *("~data.validation.annotations.L2", "~data.validation.annotations.L3"),
+        *("data.validation.annotations.L1=train.jsonl", "evaluation.judge=likelihood", *ONE_LEVEL),
         *("data.validation.samples_per_level=18", "evaluation.samples_per_batch=2"),
     ]
     rows = tmp_path / "killed" / "evaluation" / "L1.jsonl"
@@ -314,11 +314,11 @@ def test_broken_files_of_an_evaluation_are_named(evaluate, tmp_path):
 def test_language_model_judges_and_is_not_asked_twice(evaluate, endpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     endpoint.answer = lambda request: says("The reasoning names it.\nCONSISTENT")
-    asked = ["evaluation.judge=llm", "evaluation.llm.model=judge-1"]
+    asked = ["evaluation.judge=llm", "evaluation.llm.model=judge-1", *ONE_LEVEL]
     asked.append(f"evaluation.llm.base_url={endpoint.url}")
     status, _, err = evaluate(tmp_path, *asked)
     assert status == 0, err
-    rows = [row for level in LEVELS for row in lines(tmp_path / f"evaluation/{level}.jsonl")]
+    rows = lines(tmp_path / "evaluation/L1.jsonl")
     assert {row["consistent"] for row in rows if row["format"]} == {True}
     assert rows[0]["judge_reply"] == "The reasoning names it.\nCONSISTENT"
     count = len(endpoint.requests)
@@ -337,12 +337,13 @@ def test_completions_that_an_outage_left_unjudged_are_judged_by_the_next_start(
     endpoint.answer = lambda request: next(answers, refuses(500))
     asked = ["evaluation.judge=llm", "evaluation.llm.model=judge-1", "evaluation.llm.max_retries=0"]
     asked += [f"evaluation.llm.base_url={endpoint.url}", "evaluation.llm.concurrency=1"]
+    asked += ONE_LEVEL[1:]
     assert evaluate(tmp_path, *asked)[0] == 0
     before = results_of(tmp_path)
     assert before["L1"]["unjudged"] > 1
     completions = {
         level: [row["completion"] for row in lines(tmp_path / f"evaluation/{level}.jsonl")]
-        for level in LEVELS
+        for level in before
     }
 
     def unexpected(*arguments):
@@ -352,7 +353,7 @@ def test_completions_that_an_outage_left_unjudged_are_judged_by_the_next_start(
     endpoint.answer = lambda request: says("INCONSISTENT")
     assert evaluate(tmp_path, *asked)[0] == 0
     after = results_of(tmp_path)
-    for level in LEVELS:
+    for level in before:
         rows = lines(tmp_path / f"evaluation/{level}.jsonl")
         assert [row["completion"] for row in rows] == completions[level]
         judged = [row for row in rows if row["format"]]
@@ -375,8 +376,7 @@ def test_ctrl_c_ends_an_evaluation_at_once_whatever_its_judge_does(
     endpoint.answer = lambda request: says("CONSISTENT") if endpoint.released.wait(100) else None
     asked = ["evaluation.judge=llm", "evaluation.llm.model=judge-1", "evaluation.llm.concurrency=2"]
     asked.append(f"evaluation.llm.base_url={endpoint.url}")
-    arguments = command(world, tmp_path, *asked)[1:]
-    ranks = rank_server.start(1, ["-m", "nemo_care", "evaluate", *arguments])
+    ranks = rank_server.start(1, ["-m", "nemo_care", *command(world, tmp_path, *asked)])
     assert endpoint.wait_for(lambda: endpoint.in_flight == 2)
     os.kill(ranks.pids[0], number)
     assert ranks.wait(10) == [status], ranks.output()
@@ -385,38 +385,38 @@ def test_ctrl_c_ends_an_evaluation_at_once_whatever_its_judge_does(
 
 
 def test_complete_evaluation_only_shows_its_table_again(evaluate, tmp_path, monkeypatch):
-    _, first, _ = evaluate(tmp_path)
+    _, first, _ = evaluate(tmp_path, *ONE_LEVEL)
 
     def unexpected(*arguments):
         raise AssertionError("no model is needed")
 
     monkeypatch.setattr("nemo_care.training.build.build_model", unexpected)
-    status, again, _ = evaluate(tmp_path)
+    status, again, _ = evaluate(tmp_path, *ONE_LEVEL)
     assert (status, again) == (0, first)
     # What can't change a row may change.
     other = ["evaluation.samples_per_batch=3", "evaluation.llm.concurrency=2"]
-    assert evaluate(tmp_path, *other)[0] == 0
+    assert evaluate(tmp_path, *ONE_LEVEL, *other)[0] == 0
 
 
 def test_rows_that_two_evaluations_wrote_count_once(evaluate, tmp_path, generated):
     """Older versions let two work in one directory."""
-    assert evaluate(tmp_path / "run")[0] == 0
+    assert evaluate(tmp_path / "run", *ONE_LEVEL)[0] == 0
     before = results_of(tmp_path / "run")
-    file = tmp_path / "run/evaluation/L2.jsonl"
+    file = tmp_path / "run/evaluation/L1.jsonl"
     rows = lines(file)
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:5]]))
     doubled = json.loads(json.dumps(before))
-    doubled["L2"]["count"] += 5
+    doubled["L1"]["count"] += 5
     (tmp_path / "run/evaluation.json").write_text(json.dumps(doubled))
     generated.clear()
-    assert evaluate(tmp_path / "run")[0] == 0
+    assert evaluate(tmp_path / "run", *ONE_LEVEL)[0] == 0
     assert results_of(tmp_path / "run") == before
     assert lines(file) == rows
     assert generated == []
 
 
 def test_rows_of_other_settings_are_not_mixed(evaluate, tmp_path, copied_checkpoint):
-    overrides = [f"evaluation.checkpoint={copied_checkpoint}"]
+    overrides = [f"evaluation.checkpoint={copied_checkpoint}", *ONE_LEVEL]
     assert evaluate(tmp_path / "run", *overrides)[0] == 0
     remedy = ["exp_manager.explicit_log_dir", "remove the folder evaluation"]
     for override, changed in (
@@ -461,7 +461,7 @@ def trained(checkpoint, world, ranks, tmp_path_factory):
     recipe.trainer.max_steps = 2
     recipe.checkpoint.export = True
     recipe.algorithm.min_reasoning_words = 4
-    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl", "L2": "validation_L2.jsonl"}
+    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
     recipe.evaluation.judge = "likelihood"
     recipe.evaluation.forced_reasoning_probe = True
     trainer = small_trainer(recipe, ranks, folder)
@@ -474,13 +474,13 @@ def of_the_run(folder: Path) -> list[str]:
     return [
         *("trainer.seed=3", "evaluation.temperature=0", "rollout.max_completion_tokens=24"),
         *("evaluation.judge=likelihood", f"evaluation.reference={folder}"),
-        *("~data.validation.annotations.L3", "evaluation.samples_per_batch=8"),
+        *(*ONE_LEVEL, "evaluation.samples_per_batch=8"),
         # Other micro-batches would round otherwise.
         "algorithm.groups_per_micro_batch=1",
     ]
 
 
-@pytest.mark.parametrize("name", [".", "checkpoints/step_000002", "export"])
+@pytest.mark.parametrize("name", ["checkpoints/step_000002", "export"])
 def test_a_runs_last_checkpoint_shows_what_its_last_validation_showed(
     evaluate, trained, tmp_path, name
 ):
@@ -494,13 +494,14 @@ def test_a_runs_last_checkpoint_shows_what_its_last_validation_showed(
 
 
 def test_the_reference_of_a_run_is_its_moving_average(evaluate, trained, tmp_path):
-    folder, _ = trained
+    folder, summary = trained
     rows = []
     for reference in (folder, folder / "export"):
         overrides = [f"evaluation.checkpoint={folder}", *of_the_run(folder)]
         name = str(reference == folder)
         assert evaluate(tmp_path / name, *overrides, f"evaluation.reference={reference}")[0] == 0
         rows.append(lines(tmp_path / name / "evaluation" / "L1.jsonl"))
+    assert results_of(tmp_path / "True") == summary["end"]
     for average, policy in zip(*rows, strict=True):
         assert average["completion"] == policy["completion"]
         assert average["option_likelihoods"] != policy["option_likelihoods"]
@@ -577,7 +578,7 @@ def test_what_only_training_needs_is_not_asked_for(evaluate, tmp_path):
     result = evaluate(
         tmp_path,
         *("data.train.root=null", "algorithm.rewards=[no.such_reward]"),
-        "algorithm.prompts_per_step=3",
+        *("algorithm.prompts_per_step=3", "data.validation.samples_per_level=1", *ONE_LEVEL),
     )
     assert result[0] == 0, result[2]
 

@@ -14,7 +14,6 @@ from nemo_care.evaluation.judges import (
     Verdict,
     judge_class,
     known,
-    rule_judge,
     rule_verdict,
 )
 from nemo_care.evaluation.settings import evaluation_settings
@@ -39,17 +38,14 @@ OPTIONS = {"A": "left", "B": "right", "C": "up", "D": "down"}
 )
 def test_last_named_option_decides(reasoning, answer, consistent):
     completion = f"<think> {reasoning} </think> <answer> {answer} </answer>"
-    assert rule_judge(completion, OPTIONS) is consistent
+    assert rule_verdict(completion, Sample("1", "?", "B", options=OPTIONS)).consistent is consistent
+    # The rule can't decide on open questions.
+    assert rule_verdict(completion, Sample("1", "?", "B")).consistent is None
 
 
 def test_completion_without_an_answer_is_inconsistent():
-    assert not rule_judge("<think> it moves right </think>", OPTIONS)
-
-
-def test_rule_says_nothing_of_open_questions():
-    completion = "<think> it moves right </think> <answer> B </answer>"
-    assert rule_verdict(completion, Sample("1", "?", "B")).consistent is None
-    assert rule_verdict(completion, Sample("1", "?", "B", options=OPTIONS)).consistent is True
+    sample = Sample("1", "?", "B", options=OPTIONS)
+    assert rule_verdict("<think> it moves right </think>", sample).consistent is False
 
 
 class Seeded(Judge):

@@ -236,7 +236,7 @@ def test_own_reward_is_weighted_recorded_and_learned_from(module, recipe, ranks,
     recipe.trainer.max_steps = 2
     recipe.algorithm.rewards = ["own_rewards.letters", "accuracy", "format", "own_rewards.shout"]
     recipe.algorithm.reward_weights = [2.0, 1.0, 0.5, 0.0]
-    small_trainer(recipe, ranks, tmp_path / "run").fit()
+    small_trainer(recipe, ranks, tmp_path / "run", saves=False).fit()
     for record in lines(tmp_path / "run" / "metrics.jsonl"):
         file = tmp_path / "run" / "rollouts" / f"step_{record['step']:06d}.jsonl"
         rows = lines(file)
@@ -269,7 +269,7 @@ def test_weights_of_one_change_nothing(recipe, ranks, tmp_path):
     recipe.trainer.max_steps = 1
     for name, weights in (("null", None), ("ones", [1.0, 1.0])):
         recipe.algorithm.reward_weights = weights
-        small_trainer(recipe, ranks, tmp_path / name).fit()
+        small_trainer(recipe, ranks, tmp_path / name, saves=False).fit()
     plain, ones = (
         (tmp_path / name / "rollouts" / "step_000001.jsonl").read_text()
         for name in ("null", "ones")
@@ -303,7 +303,7 @@ def test_rewards_that_are_left_out_are_null_in_the_records(module, recipe, ranks
     recipe.trainer.max_steps = 1
     recipe.algorithm.rewards = ["own_rewards.letters"]
     recipe.algorithm.consistency.bonus_coefficient = 0.0
-    small_trainer(recipe, ranks, tmp_path / "run").fit()
+    small_trainer(recipe, ranks, tmp_path / "run", saves=False).fit()
     (record,) = lines(tmp_path / "run" / "metrics.jsonl")
     rows = lines(tmp_path / "run" / "rollouts" / "step_000001.jsonl")
     assert {(row["accuracy"], row["format"]) for row in rows} == {(None, None)}

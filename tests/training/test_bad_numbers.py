@@ -35,7 +35,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_trains(
     recipe, ranks, tmp_path, capsys, kind
 ):
     recipe.trainer.max_steps = 3
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     states = []
     inject_at(trainer, {2: kind})
     run = trainer.run_training_step
@@ -70,7 +70,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_trains(
 
 def test_what_was_stored_names_completions_and_parameters(recipe, ranks, tmp_path):
     recipe.trainer.max_steps = 3
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     inject_at(trainer, {1: "gradient", 2: "rollout", 3: "reference"})
     trainer.fit()
     rows = lines(tmp_path / "rollouts" / "step_000001.jsonl")
@@ -101,7 +101,7 @@ def test_no_likelihood_is_not_a_bad_number(recipe, ranks, tmp_path):
     """A completion without an answer has the likelihood NaN; a broken pass must not look alike."""
     recipe.trainer.max_steps = 1
     recipe.rollout.max_completion_tokens = 3
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     trainer.fit()
     (metrics,) = lines(tmp_path / "metrics.jsonl")
     assert metrics["care/missing_answer_rate"] == 1
@@ -137,7 +137,7 @@ def test_infinity_counts_like_nan_in_bf16_too(recipe, ranks, tmp_path):
 def test_a_bad_update_ends_the_updates_of_its_rollouts(recipe, ranks, tmp_path):
     recipe.trainer.max_steps = 2
     recipe.algorithm.updates_per_rollout = 3
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     tracked = []
     track = trainer.track_policy
     trainer.track_policy = lambda step: (tracked.append(step.number), track(step))
@@ -260,7 +260,7 @@ def test_first_good_step_compares_rollout_and_training(recipe, ranks, tmp_path):
 
 def test_later_differences_are_told_not_raised(recipe, ranks, tmp_path, capsys):
     recipe.trainer.max_steps = 3
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     check = trainer.watch.check_differences
 
     def lower_bound_later(step):

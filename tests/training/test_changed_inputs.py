@@ -24,6 +24,7 @@ def run_of_one_step(checkpoint, world, ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("begun")
     recipe = small_recipe(checkpoint, world)
     recipe.trainer.max_steps = 1
+    recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
     small_trainer(recipe, ranks, folder).fit()
     return folder
 
@@ -39,52 +40,45 @@ def repeat_first_line(file):
     file.write_text("".join([*lines, lines[0]]))
 
 
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("train.jsonl", ["(training data)", "48 lines then, 49 now", "order of the prompts"]),
-        ("validation_L1.jsonl", ["(validation data)", "8 lines then, 9 now", "can't be compared"]),
-    ],
-)
 def test_changed_annotations_are_reported_once_when_a_run_goes_on(
-    recipe, ranks, tmp_path, capsys, name, parts
+    recipe, ranks, begun, tmp_path, capsys
 ):
-    small_trainer(recipe, ranks, tmp_path / "run").fit()
     recipe.trainer.max_steps = 2
-    repeat_first_line(tmp_path / "world" / name)
-    capsys.readouterr()
-    small_trainer(recipe, ranks, tmp_path / "run").fit()
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "changed since" in line]
-    assert line.startswith(str(tmp_path / "world" / name))
-    for part in parts:
-        assert part in line
-    # The checkpoint of step 2 was made with the new file.
-    small_trainer(recipe, ranks, tmp_path / "run").resume()
+    changed = {
+        "train.jsonl": ["(training data)", "48 lines then, 49 now", "order of the prompts"],
+        "validation_L1.jsonl": ["(validation data)", "8 lines then, 9 now", "can't be compared"],
+    }
+    for name in changed:
+        repeat_first_line(tmp_path / "world" / name)
+    small_trainer(recipe, ranks, begun).fit()
+    told = [line for line in capsys.readouterr().out.splitlines() if "changed since" in line]
+    for line, (name, parts) in zip(told, changed.items(), strict=True):
+        assert line.startswith(str(tmp_path / "world" / name))
+        for part in parts:
+            assert part in line
+    # The checkpoint of step 2 was made with the new files.
+    small_trainer(recipe, ranks, begun).resume()
     assert "changed since" not in capsys.readouterr().out
 
 
 def test_the_same_annotations_and_those_of_a_changed_recipe_are_no_change(
-    recipe, ranks, tmp_path, capsys
+    recipe, ranks, begun, capsys
 ):
-    small_trainer(recipe, ranks, tmp_path / "run").fit()
-    # Copied elsewhere, the content is the same.
-    recipe.data.train.root = str(shutil.copytree(tmp_path / "world", tmp_path / "moved"))
+    """Copied elsewhere, the content is the same."""
     recipe.data.validation.annotations = {"L2": "validation_L2.jsonl"}
-    small_trainer(recipe, ranks, tmp_path / "run").resume()
+    small_trainer(recipe, ranks, begun).resume()
     assert "changed since" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key", ["consistency.bonus_coefficient", "kl_coefficient"])
-def test_a_reference_that_the_run_began_without_is_refused(recipe, ranks, tmp_path, key):
+def test_a_reference_that_the_run_began_without_is_refused(recipe, ranks, tmp_path):
     recipe.algorithm.consistency.bonus_coefficient = 0.0
     small_trainer(recipe, ranks, tmp_path / "run").fit()
-    if key == "kl_coefficient":
-        recipe.algorithm.kl_coefficient = 0.04
-    else:
-        recipe.algorithm.consistency.bonus_coefficient = 0.5
-    with pytest.raises(InputError, match=r"began without a reference.*set both to 0") as raised:
-        small_trainer(recipe, ranks, tmp_path / "run").resume()
-    assert "\n" not in str(raised.value)
+    for bonus, kl in ((0.5, 0.0), (0.0, 0.04)):
+        recipe.algorithm.consistency.bonus_coefficient = bonus
+        recipe.algorithm.kl_coefficient = kl
+        with pytest.raises(InputError, match=r"began without a reference.*set both to 0") as raised:
+            small_trainer(recipe, ranks, tmp_path / "run").resume()
+        assert "\n" not in str(raised.value)
 
 
 def test_a_reference_that_is_no_longer_needed_is_left(recipe, ranks, begun):

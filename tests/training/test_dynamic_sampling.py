@@ -53,7 +53,7 @@ def watched(trainer) -> list[list[int]]:
 
 def test_a_step_samples_on_until_enough_groups_have_a_signal(recipe, ranks, tmp_path):
     recipe.trainer.max_steps = 2
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     trained = watched(trainer)
     trainer.fit()
     # 0 to 3 and 4 to 7 hold three, 8 to 11 none, 12 to 15 one more. The next step begins there:
@@ -78,7 +78,7 @@ def test_a_step_samples_on_until_enough_groups_have_a_signal(recipe, ranks, tmp_
 def test_groups_without_a_signal_fill_the_step_up_at_the_bound(recipe, ranks, tmp_path):
     recipe.trainer.max_steps = 1
     recipe.rollout.dynamic_sampling.max_rounds = 2
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     trained = watched(trainer)
     trainer.fit()
     # The first without one fills up.
@@ -93,7 +93,7 @@ def test_without_any_signal_a_step_is_as_large_as_ever(recipe, ranks, tmp_path):
     recipe.trainer.max_steps = 1
     recipe.algorithm.rewards = ["made_rewards.all_equal"]
     recipe.rollout.dynamic_sampling.max_rounds = 3
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     trained = watched(trainer)
     trainer.fit()
     assert trained == [[0, 1, 2, 3]]
@@ -105,11 +105,11 @@ def test_without_any_signal_a_step_is_as_large_as_ever(recipe, ranks, tmp_path):
 
 def test_the_step_is_that_of_the_chosen_groups_alone(recipe, ranks, tmp_path):
     recipe.trainer.max_steps = 1
-    trainer = small_trainer(recipe, ranks, tmp_path / "dynamic")
+    trainer = small_trainer(recipe, ranks, tmp_path / "dynamic", saves=False)
     trainer.fit()
     (metrics,) = lines(tmp_path / "dynamic" / "metrics.jsonl")
     recipe.rollout.dynamic_sampling.enabled = False
-    plain = small_trainer(recipe, ranks, tmp_path / "plain")
+    plain = small_trainer(recipe, ranks, tmp_path / "plain", saves=False)
     groups = [group for _ in range(4) for group in plain.next_rollouts(Step(1))]
     plain.rewards(groups)
     plain.credit(groups)
@@ -126,7 +126,7 @@ def test_right_answers_that_the_bonus_tells_apart_are_a_signal(recipe, ranks, tm
     recipe.algorithm.consistency.kind = "dense"
     recipe.algorithm.consistency.bonus_coefficient = 0.5
     recipe.algorithm.consistency.likelihood_clip = 1.0
-    small_trainer(recipe, ranks, tmp_path).fit()
+    small_trainer(recipe, ranks, tmp_path, saves=False).fit()
     (metrics,) = lines(tmp_path / "metrics.jsonl")
     assert metrics["rollout/rounds"] == 1
     assert metrics["rollout/groups_set_aside"] == 0
@@ -170,7 +170,7 @@ def test_what_earlier_rounds_skipped_is_listed_when_a_later_one_ends_the_run(
 def test_a_group_that_is_not_finite_is_never_set_aside(recipe, ranks, tmp_path):
     """Its completions are empty and so without a signal: the update has to hear of it."""
     recipe.trainer.max_steps = 1
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     sample, rounds = trainer.next_rollouts, []
 
     def bad_in_the_second_round(step):
@@ -202,7 +202,7 @@ def test_what_is_set_aside_holds_no_media(recipe, ranks, tmp_path):
 def test_switched_off_it_leaves_no_trace(recipe, ranks, tmp_path):
     recipe.trainer.max_steps = 1
     recipe.rollout.dynamic_sampling.enabled = False
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     trained = watched(trainer)
     trainer.fit()
     assert trained == [[0, 1, 2, 3]]
@@ -223,7 +223,7 @@ def two_steps(ranks: Ranks, job: tuple) -> dict:
     recipe.algorithm.consistency.bonus_coefficient = 0.0
     recipe.algorithm.rewards = ["made_rewards.told_apart"]
     recipe.rollout.dynamic_sampling.enabled = True
-    trainer = small_trainer(recipe, ranks, folder)
+    trainer = small_trainer(recipe, ranks, folder, saves=False)
     trained: list[list[int]] = []
     update = trainer.policy.update
 

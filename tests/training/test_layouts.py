@@ -1,6 +1,7 @@
 """Every parallel layout computes what one process computes, and that is what the paper says.
 
-The oracle is plain Hugging Face and torch (golden.py). Each layout really starts its ranks.
+The oracle is plain Hugging Face and torch (golden.py). Each layout really starts its ranks. Other
+families import the classes of tests, and define `checkpoint`, `job` and the layouts.
 """
 
 import json
@@ -182,17 +183,38 @@ def golden(job, checkpoint, world):
     return golden_step(checkpoint, job["groups"], small_recipe(checkpoint, world))
 
 
+# The layouts of runs: every way to divide the model and the data.
+RUNS = ("tp1", "dp2", "tp2_pp2_sequence_parallel")
+
+
+@pytest.fixture(scope="module")
+def in_layout(on_ranks, job, base):
+    """Returns name and results of a layout, which computes all or `only` a part."""
+
+    @cache
+    def found(name: str, only: str | None) -> tuple[str, dict]:
+        if name == "tp1":
+            return name, base
+        layout, replicas = {**LAYOUTS, **EXPERT_LAYOUTS}[name]
+        work = job | {"name": name, "only": job["only"] or only}
+        return name, on_ranks(layout, computed, work, replicas=replicas)[0]
+
+    return found
+
+
 @pytest.fixture(scope="module", params=list(LAYOUTS))
-def layout(on_ranks, request, job, base):
-    return in_layout(on_ranks, request.param, job, base)
+def layout(request, in_layout):
+    return in_layout(request.param, None if request.param in RUNS else "parity")
 
 
-def in_layout(on_ranks, name, job, base):
-    """Name and results of one layout."""
-    if name == "tp1":
-        return name, base
-    layout, replicas = {**LAYOUTS, **EXPERT_LAYOUTS}[name]
-    return name, on_ranks(layout, computed, job | {"name": name}, replicas=replicas)[0]
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if name in RUNS else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS
+    ],
+)
+def run_layout(request, in_layout):
+    return in_layout(request.param, None if request.param in RUNS else "runs")
 
 
 def assert_close(ours: dict, wanted: dict, *, absolute: float, what: str) -> None:
@@ -200,20 +222,6 @@ def assert_close(ours: dict, wanted: dict, *, absolute: float, what: str) -> Non
     for name, tensor in wanted.items():
         difference = (ours[name] - tensor).abs().max().item()
         assert difference <= absolute, f"{what} of {name} differs by {difference}"
-
-
-def test_logits_equal_hugging_face(layout, job, checkpoint):
-    _, result = layout
-    inputs = job["inputs"]
-    with torch.no_grad():
-        wanted = hf_model(checkpoint)(
-            input_ids=inputs.token_ids,
-            position_ids=inputs.position_ids,
-            pixel_values_videos=inputs.pixel_values,
-            video_grid_thw=inputs.grid_thw,
-        ).logits
-    ours = result["logits"][..., : wanted.shape[-1]]
-    assert (ours - wanted).abs().max() <= 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -243,93 +251,6 @@ def greedy(job, checkpoint):
     return found
 
 
-def test_greedy_tokens_equal_hugging_face_given_the_same_positions(layout, greedy):
-    _, result = layout
-    assert result["greedy"] == [[wanted, wanted] for wanted in greedy]
-
-
-def test_sampled_tokens_are_the_same_in_every_layout(layout, base):
-    name, result = layout
-    assert result["sampled"] == base["sampled"], name
-    # Also in steps of a fixed shape, where stages exchange tensors without their shapes.
-    assert result.get("fixed", base["sampled"]) == base["sampled"], name
-    # Two completions of a prompt are samples of their own.
-    assert any(first != second for first, second in base["sampled"])
-
-
-def test_export_is_bit_equal_to_the_original(layout, folder, checkpoint):
-    name, _ = layout
-    wanted = load_file(checkpoint / "model.safetensors")
-    ours: dict = {}
-    for file in (folder / f"{name}-export").glob("*.safetensors"):
-        ours.update(load_file(file))
-    assert set(ours) == set(wanted)
-    assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
-
-
-def test_exported_directory_loads_in_transformers(layout, folder, checkpoint):
-    name, _ = layout
-    ours = hf_model(folder / f"{name}-export").state_dict()
-    wanted = hf_model(checkpoint).state_dict()
-    assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
-
-
-def test_whole_step_equals_plain_torch(layout, golden):
-    _, result = layout
-    ours = result["golden"]
-    for row, p, bonus, advantage in zip(
-        ours["rows"], golden.answer_likelihood, golden.bonus, golden.advantage, strict=True
-    ):
-        assert row[0] == pytest.approx(p, abs=1e-5, nan_ok=True)
-        assert row[1] == pytest.approx(bonus, abs=1e-6)
-        assert row[2] == pytest.approx(advantage, abs=1e-4)
-    assert ours["loss"] == pytest.approx(golden.loss, abs=1e-5)
-    assert ours["grad_norm"] == pytest.approx(golden.grad_norm, rel=1e-4)
-    assert_close(ours["gradients"], golden.gradients, absolute=1e-5, what="gradient")
-    # AdamW's first step is lr * sign(gradient): where a gradient is rounding noise around zero
-    # (the key biases' are, exactly), its sign is too, and eps decides. Compare the others.
-    lr = 1e-3
-    for key, tensor in golden.weights.items():
-        solid = golden.gradients[key].abs() > 1e-6
-        difference = (ours["weights"][key] - tensor).abs()
-        if solid.any():
-            assert difference[solid].max() <= 2e-5, key
-        assert difference.max() <= 2.1 * lr, key
-        average = (ours["average"][key] - golden.average[key]).abs()
-        if solid.any():
-            assert average[solid].max() <= 2e-6, key
-
-
-def test_golden_step_exercises_every_mechanism(golden):
-    """The comparison means something only if bonuses, missing answers and signals are there."""
-    assert any(math.isnan(p) for group in golden.answer_likelihood for p in group)
-    bonuses = [bonus for group in golden.bonus for bonus in group]
-    assert 0 < sum(bonus > 0 for bonus in bonuses) < len(bonuses)
-    assert golden.grad_norm > small_recipe(Path(), Path()).optimizer.clip_grad
-    assert all(
-        gradient.abs().max() > 0
-        for name, gradient in golden.gradients.items()
-        if not name.endswith("k_proj.bias")
-    )
-
-
-def test_step_with_a_kl_term_is_the_same_in_every_layout(layout, base):
-    ours, wanted = layout[1]["with_kl"], base["with_kl"]
-    assert wanted["train/kl"] > 1e-5
-    for key in ("train/kl", "train/loss", "train/grad_norm", "care/logprob_difference"):
-        # An AdamW step of lr * sign(gradient) lies before it: rounding differs a little more.
-        assert ours[key] == pytest.approx(wanted[key], abs=1e-5, rel=5e-3), key
-
-
-def test_step_with_importance_weights_is_the_same_in_every_layout(layout, base):
-    ours, wanted = layout[1]["weighted"], base["weighted"]
-    assert 0.05 < wanted["rollout/importance_truncated"] < 0.95
-    keys = [f"rollout/importance_{name}" for name in ("mean", "max", "truncated")]
-    for key in ("train/loss", "train/grad_norm", *keys):
-        # Two AdamW steps lie before it.
-        assert ours[key] == pytest.approx(wanted[key], abs=1e-5, rel=5e-3), key
-
-
 def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -345,36 +266,6 @@ def assert_same_metrics(ours: dict, base: dict, tolerance: float) -> None:
             assert ours[key] < 1e-4
         else:
             assert ours[key] == pytest.approx(value, abs=tolerance, rel=tolerance), key
-
-
-def test_first_training_step_is_the_same_in_every_layout(layout, folder):
-    _, result = layout
-    ours, base = read_metrics(Path(result["files"])), read_metrics(folder / "tp1-step")
-    assert len(ours) == 1
-    assert_same_metrics(ours[0], base[0], 1e-4)
-    rollouts = "rollouts/step_000001.jsonl"
-    texts = [
-        [json.loads(line)["completion"] for line in (run / rollouts).read_text().splitlines()]
-        for run in (Path(result["files"]), folder / "tp1-step")
-    ]
-    assert texts[0] == texts[1]
-
-
-def test_frames_take_the_same_memory_in_every_layout_of_a_replica(layout):
-    """One rank's, in bytes: frames of 8 x 28 x 28 pixels of each of the replica's prompts."""
-    name, result = layout
-    (metrics,) = read_metrics(Path(result["files"]))
-    prompts = small_recipe("", "").algorithm.prompts_per_step // (2 if name == "dp2" else 1)
-    assert metrics["memory/media_gib"] * 2**30 == prompts * 8 * 28 * 28 * 3
-
-
-def test_a_run_of_one_process_resumes_in_every_layout(layout, folder):
-    name, _ = layout
-    ours, base = read_metrics(folder / f"{name}-resumed"), read_metrics(folder / "tp1-resumed")
-    assert [line["step"] for line in ours] == [1, 2]
-    # An AdamW step of lr * sign(gradient) lies between; rounding differs a little more.
-    for mine, wanted in zip(ours, base, strict=True):
-        assert_same_metrics(mine, wanted, 5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -400,10 +291,138 @@ def loaded(folder, ranks, checkpoint, world):
     return load
 
 
-def test_what_every_layout_saves_one_process_loads(layout, loaded):
-    ours, wanted = loaded(layout[0]), loaded("tp1")
-    assert sum(key.startswith("exp_avg_sq") for key in wanted) > 50
-    # Two AdamW steps of lr * sign(gradient): where the gradient is rounding noise, so is its sign.
-    assert_close(ours, wanted, absolute=4.3e-3, what="checkpointed state")
-    moved = sum(((ours[key] - wanted[key]).abs() > 1e-4).sum() for key in wanted)
-    assert moved < 0.01 * sum(tensor.numel() for tensor in wanted.values())
+class TestParity:
+    """What a layout computes is what Hugging Face and plain torch compute."""
+
+    def test_logits_equal_hugging_face(self, layout, job, checkpoint):
+        _, result = layout
+        inputs = job["inputs"]
+        with torch.no_grad():
+            wanted = hf_model(checkpoint)(
+                input_ids=inputs.token_ids,
+                position_ids=inputs.position_ids,
+                pixel_values_videos=inputs.pixel_values,
+                video_grid_thw=inputs.grid_thw,
+            ).logits
+        ours = result["logits"][..., : wanted.shape[-1]]
+        assert (ours - wanted).abs().max() <= 1e-4
+
+    def test_greedy_tokens_equal_hugging_face_given_the_same_positions(self, layout, greedy):
+        _, result = layout
+        assert result["greedy"] == [[wanted, wanted] for wanted in greedy]
+
+    def test_sampled_tokens_are_the_same_in_every_layout(self, layout, base):
+        name, result = layout
+        assert result["sampled"] == base["sampled"], name
+        # Also in steps of a fixed shape, where stages exchange tensors without their shapes.
+        assert result.get("fixed", base["sampled"]) == base["sampled"], name
+        # Two completions of a prompt are samples of their own.
+        assert any(first != second for first, second in base["sampled"])
+
+    def test_export_is_bit_equal_to_the_original(self, layout, folder, checkpoint):
+        name, _ = layout
+        wanted = load_file(checkpoint / "model.safetensors")
+        ours: dict = {}
+        for file in (folder / f"{name}-export").glob("*.safetensors"):
+            ours.update(load_file(file))
+        assert set(ours) == set(wanted)
+        assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
+
+    def test_exported_directory_loads_in_transformers(self, layout, folder, checkpoint):
+        name, _ = layout
+        ours = hf_model(folder / f"{name}-export").state_dict()
+        wanted = hf_model(checkpoint).state_dict()
+        assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
+
+    def test_whole_step_equals_plain_torch(self, layout, golden):
+        _, result = layout
+        ours = result["golden"]
+        for row, p, bonus, advantage in zip(
+            ours["rows"], golden.answer_likelihood, golden.bonus, golden.advantage, strict=True
+        ):
+            assert row[0] == pytest.approx(p, abs=1e-5, nan_ok=True)
+            assert row[1] == pytest.approx(bonus, abs=1e-6)
+            assert row[2] == pytest.approx(advantage, abs=1e-4)
+        assert ours["loss"] == pytest.approx(golden.loss, abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(golden.grad_norm, rel=1e-4)
+        assert_close(ours["gradients"], golden.gradients, absolute=1e-5, what="gradient")
+        # AdamW's first step is lr * sign(gradient): where a gradient is rounding noise around zero
+        # (the key biases' are, exactly), its sign is too, and eps decides. Compare the others.
+        lr = 1e-3
+        for key, tensor in golden.weights.items():
+            solid = golden.gradients[key].abs() > 1e-6
+            difference = (ours["weights"][key] - tensor).abs()
+            if solid.any():
+                assert difference[solid].max() <= 2e-5, key
+            assert difference.max() <= 2.1 * lr, key
+            average = (ours["average"][key] - golden.average[key]).abs()
+            if solid.any():
+                assert average[solid].max() <= 2e-6, key
+
+    def test_golden_step_exercises_every_mechanism(self, golden):
+        """The comparison means something only if bonuses, missing answers and signals are there."""
+        assert any(math.isnan(p) for group in golden.answer_likelihood for p in group)
+        bonuses = [bonus for group in golden.bonus for bonus in group]
+        assert 0 < sum(bonus > 0 for bonus in bonuses) < len(bonuses)
+        assert golden.grad_norm > small_recipe(Path(), Path()).optimizer.clip_grad
+        assert all(
+            gradient.abs().max() > 0
+            for name, gradient in golden.gradients.items()
+            if not name.endswith("k_proj.bias")
+        )
+
+
+class TestRuns:
+    """A run does not depend on the layout."""
+
+    def test_step_with_a_kl_term_is_the_same_in_every_layout(self, run_layout, base):
+        ours, wanted = run_layout[1]["with_kl"], base["with_kl"]
+        assert wanted["train/kl"] > 1e-5
+        for key in ("train/kl", "train/loss", "train/grad_norm", "care/logprob_difference"):
+            # An AdamW step of lr * sign(gradient) lies before it: rounding differs a little more.
+            assert ours[key] == pytest.approx(wanted[key], abs=1e-5, rel=5e-3), key
+
+    def test_first_training_step_is_the_same_in_every_layout(self, run_layout, folder):
+        _, result = run_layout
+        ours, base = read_metrics(Path(result["files"])), read_metrics(folder / "tp1-step")
+        assert len(ours) == 1
+        assert_same_metrics(ours[0], base[0], 1e-4)
+        rollouts = "rollouts/step_000001.jsonl"
+        texts = [
+            [json.loads(line)["completion"] for line in (run / rollouts).read_text().splitlines()]
+            for run in (Path(result["files"]), folder / "tp1-step")
+        ]
+        assert texts[0] == texts[1]
+
+    def test_a_run_of_one_process_resumes_in_every_layout(self, run_layout, folder):
+        name, _ = run_layout
+        ours, base = read_metrics(folder / f"{name}-resumed"), read_metrics(folder / "tp1-resumed")
+        assert [line["step"] for line in ours] == [1, 2]
+        # An AdamW step of lr * sign(gradient) lies between; rounding differs a little more.
+        for mine, wanted in zip(ours, base, strict=True):
+            assert_same_metrics(mine, wanted, 5e-3)
+
+    def test_what_every_layout_saves_one_process_loads(self, run_layout, loaded):
+        ours, wanted = loaded(run_layout[0]), loaded("tp1")
+        assert sum(key.startswith("exp_avg_sq") for key in wanted) > 50
+        # Two AdamW steps of lr * sign(gradient): if the gradient is rounding noise, so is its sign.
+        assert_close(ours, wanted, absolute=4.3e-3, what="checkpointed state")
+        moved = sum(((ours[key] - wanted[key]).abs() > 1e-4).sum() for key in wanted)
+        assert moved < 0.01 * sum(tensor.numel() for tensor in wanted.values())
+
+
+def test_step_with_importance_weights_is_the_same_in_every_layout(run_layout, base):
+    ours, wanted = run_layout[1]["weighted"], base["weighted"]
+    assert 0.05 < wanted["rollout/importance_truncated"] < 0.95
+    keys = [f"rollout/importance_{name}" for name in ("mean", "max", "truncated")]
+    for key in ("train/loss", "train/grad_norm", *keys):
+        # Two AdamW steps lie before it.
+        assert ours[key] == pytest.approx(wanted[key], abs=1e-5, rel=5e-3), key
+
+
+def test_frames_take_the_same_memory_in_every_layout_of_a_replica(run_layout):
+    """One rank's, in bytes: frames of 8 x 28 x 28 pixels of each of the replica's prompts."""
+    name, result = run_layout
+    (metrics,) = read_metrics(Path(result["files"]))
+    prompts = small_recipe("", "").algorithm.prompts_per_step // LAYOUTS[name][1]
+    assert metrics["memory/media_gib"] * 2**30 == prompts * 8 * 28 * 28 * 3

@@ -24,7 +24,7 @@ from nemo_care.scoring.credit import Credit
 
 pytestmark = pytest.mark.numeric
 
-NAMES = ["tp1", "tp2_sequence_parallel", "pp2", "dp2"]
+NAMES = ["tp2_sequence_parallel", "pp2", "dp2", pytest.param("tp1", marks=pytest.mark.slow)]
 CASES = [
     ("grpo", "grpo", "grpo", "keep", 0.2, True),
     ("grpo, masked", "grpo", "rloo", "mask", 0.2, False),

@@ -1,23 +1,14 @@
-"""A tiny Qwen3-VL in every parallel layout computes what transformers computes.
-
-The checks are those of the other family, in `test_layouts.py`.
-"""
+"""A tiny Qwen3-VL in every parallel layout computes what transformers computes."""
 
 import pytest
 from test_layouts import (  # noqa: F401
+    TestParity,
     base,
     folder,
     golden,
     greedy,
     in_layout,
     made_job,
-    test_export_is_bit_equal_to_the_original,
-    test_exported_directory_loads_in_transformers,
-    test_golden_step_exercises_every_mechanism,
-    test_greedy_tokens_equal_hugging_face_given_the_same_positions,
-    test_logits_equal_hugging_face,
-    test_sampled_tokens_are_the_same_in_every_layout,
-    test_whole_step_equals_plain_torch,
 )
 from tiny_qwen3_vl import write_tiny_qwen3
 
@@ -42,5 +33,5 @@ def job(checkpoint, world, folder):  # noqa: F811
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2", "dp2")),
     ],
 )
-def layout(on_ranks, request, job, base):  # noqa: F811
-    return in_layout(on_ranks, request.param, job, base)
+def layout(request, in_layout):  # noqa: F811
+    return in_layout(request.param, "parity")

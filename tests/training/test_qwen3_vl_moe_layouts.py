@@ -1,34 +1,25 @@
-"""A tiny Qwen3-VL with experts in every parallel layout computes what transformers computes.
-
-The checks are those of the other families, in `test_layouts.py`.
-"""
+"""A tiny Qwen3-VL with experts in every parallel layout computes what transformers computes."""
 
 import pytest
 from test_layouts import (  # noqa: F401
+    TestParity,
     base,
     folder,
     golden,
     greedy,
     in_layout,
     made_job,
-    test_export_is_bit_equal_to_the_original,
-    test_exported_directory_loads_in_transformers,
-    test_golden_step_exercises_every_mechanism,
-    test_greedy_tokens_equal_hugging_face_given_the_same_positions,
-    test_logits_equal_hugging_face,
-    test_sampled_tokens_are_the_same_in_every_layout,
-    test_whole_step_equals_plain_torch,
 )
 from tiny_qwen3_vl import EXPERTS, write_tiny_qwen3
 
 pytestmark = pytest.mark.numeric
 
 NAMES = [
-    *("tp1", "pp2", "ep2", "tp2_ep2_etp2_sequence_parallel"),
-    # The last one has tensor parallelism and two replicas too.
+    *("tp1", "ep2", "tp2_ep2_etp2_sequence_parallel"),
+    # The last one has tensor parallelism and two replicas too; test_routing_replay.py has stages.
     *(
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("tp2_sequence_parallel", "dp2", "tp2_ep2_sequence_parallel")
+        for name in ("tp2_sequence_parallel", "pp2", "dp2", "tp2_ep2_sequence_parallel")
     ),
 ]
 
@@ -45,5 +36,5 @@ def job(checkpoint, world, folder):  # noqa: F811
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def layout(on_ranks, request, job, base):  # noqa: F811
-    return in_layout(on_ranks, request.param, job, base)
+def layout(request, in_layout):  # noqa: F811
+    return in_layout(request.param, "parity")

@@ -37,7 +37,7 @@ def recipe(checkpoint, world):
 
 
 def test_answers_without_tokens_end_the_first_step_with_one_of_them(recipe, ranks, tmp_path):
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     lose_answers(trainer)
     with pytest.raises(
         RunFailed, match="well-formed answers of the first step that has any"
@@ -51,7 +51,7 @@ def test_answers_without_tokens_end_the_first_step_with_one_of_them(recipe, rank
 
 def test_a_few_answers_without_tokens_are_counted_apart(recipe, ranks, tmp_path, monkeypatch):
     monkeypatch.setattr(step_watch, "_MAX_UNSCORED", 0.5)
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     lose_answers(trainer, keep=0.75)
     trainer.fit()
     for metrics in lines(tmp_path / "metrics.jsonl"):
@@ -67,7 +67,7 @@ def test_a_few_answers_without_tokens_are_counted_apart(recipe, ranks, tmp_path,
 
 def test_without_a_bonus_no_answer_needs_tokens(recipe, ranks, tmp_path):
     recipe.algorithm.consistency.bonus_coefficient = 0.0
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     lose_answers(trainer)
     trainer.fit()
     assert lines(tmp_path / "metrics.jsonl")[0]["care/unscored_answer_rate"] > 0.5
@@ -111,7 +111,7 @@ def test_a_run_whose_rewards_are_all_equal_says_so(recipe, ranks, tmp_path, caps
     monkeypatch.setattr(step_watch, "_SILENT_STEPS", 2)
     recipe.algorithm.consistency.bonus_coefficient = 0.0
     recipe.rollout.temperature = 0.0
-    small_trainer(recipe, ranks, tmp_path).fit()
+    small_trainer(recipe, ranks, tmp_path, saves=False).fit()
     groups = [line["rollout/groups_without_signal"] for line in lines(tmp_path / "metrics.jsonl")]
     assert groups == [4, 4]
     assert capsys.readouterr().out.count("no group had a signal") == 1

@@ -45,7 +45,7 @@ class AskedAfter(StopRequest):
 
 def test_a_stopped_run_goes_on_as_if_it_had_never_been(recipe, ranks, tmp_path):
     recipe.trainer.max_steps = 3
-    small_trainer(recipe, ranks, tmp_path / "whole").fit()
+    small_trainer(recipe, ranks, tmp_path / "whole", saves=False).fit()
     trainer = small_trainer(recipe, ranks, tmp_path / "parts")
     trainer.stop = AskedAfter(2)
     with pytest.raises(RunStopped, match="stopped after step 2 because SIGUSR1 was received"):
@@ -78,7 +78,7 @@ def test_a_validation_is_left_between_two_batches_and_comes_again(recipe, ranks,
     recipe.trainer.max_steps = 1
     recipe.data.validation.annotations = {"L1": "validation_L1.jsonl"}
     recipe.evaluation.samples_per_batch = 3  # of 8
-    whole = small_trainer(recipe, ranks, tmp_path / "whole").fit()
+    whole = small_trainer(recipe, ranks, tmp_path / "whole", saves=False).fit()
     # The second batch before the first step; then the step; then the first batch behind it.
     for asked, steps in ((2, 0), (5, 1)):
         trainer = small_trainer(recipe, ranks, tmp_path / "parts")
@@ -188,10 +188,6 @@ def test_sigterm_while_importing_has_its_own_status(world, tmp_path, after):
     "arguments",
     [
         ["train", "--config-name", "tiny_cpu"],
-        ["evaluate", "--config-name", "tiny_cpu"],
-        ["data", "check", "--config-name", "tiny_cpu"],
-        ["plan", "--config-name", "tiny_cpu"],
-        ["compare", "--seeds", "1"],
         ["study", "--config-name", "miniature"],
         ["doctor"],
     ],

@@ -17,7 +17,7 @@ def test_the_warm_started_model_of_a_recipe_answers_and_trains(name, ranks, worl
             *("checkpoint.save_interval=1000", "checkpoint.export=false"),
         ]
     )
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     trainer.fit()
     steps = lines(tmp_path / "metrics.jsonl")
     assert len(steps) == 2

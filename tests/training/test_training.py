@@ -95,7 +95,7 @@ def test_the_optimizer_of_a_resumed_run_is_the_recipes(recipe, ranks, tmp_path, 
     optimizer.lr, optimizer.min_lr, optimizer.weight_decay = 3e-3, 1e-3, 0.3
     optimizer.beta1, optimizer.beta2, optimizer.eps = 0.7, 0.8, 1e-3
     optimizer.schedule, optimizer.decay_steps = "cosine", 3
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     trainer.resume()
     before = adamw_state(trainer)
     trainer.recipe.trainer.max_steps = 2
@@ -158,7 +158,7 @@ def test_grpo_baseline_pays_no_bonus_and_leaves_its_reference_alone(recipe, rank
     recipe.algorithm.kl_coefficient = 0.04
     recipe.algorithm.reference.ema_update_every = 0
     recipe.trainer.max_steps = 2
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     before = {n: p.clone() for n, p in trainer.reference.average.model.named_parameters()}
     trainer.fit()
     metrics = lines(tmp_path / "metrics.jsonl")
@@ -175,7 +175,7 @@ def test_several_updates_per_rollout_start_from_the_same_old_policy(recipe, rank
     recipe.algorithm.updates_per_rollout = 3
     recipe.optimizer.lr = 5e-3
     recipe.algorithm.clip_low = recipe.algorithm.clip_high = 0.01
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     trainer.fit()
     (metrics,) = lines(tmp_path / "metrics.jsonl")
     assert metrics["train/clipped_fraction"] > 0
@@ -188,7 +188,7 @@ def test_micro_batches_of_any_size_give_the_same_step(recipe, ranks, tmp_path):
     results = []
     for size in (1, 4):
         recipe.algorithm.groups_per_micro_batch = size
-        trainer = small_trainer(recipe, ranks, tmp_path / str(size))
+        trainer = small_trainer(recipe, ranks, tmp_path / str(size), saves=False)
         trainer.fit()
         results.append(lines(tmp_path / str(size) / "metrics.jsonl")[0])
     for key in ("train/loss", "train/grad_norm", "care/answer_likelihood"):
@@ -205,7 +205,7 @@ def recipe_with_kl(checkpoint, world):
 @pytest.fixture(scope="module")
 def run_without_switches(checkpoint, world, ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    small_trainer(recipe_with_kl(checkpoint, world), ranks, folder).fit()
+    small_trainer(recipe_with_kl(checkpoint, world), ranks, folder, saves=False).fit()
     return lines(folder / "metrics.jsonl")
 
 
@@ -227,7 +227,7 @@ def test_switches_of_speed_and_memory_leave_the_run_as_it_is(
     for part in path:
         owner = getattr(owner, part)
     setattr(owner, last, value)
-    small_trainer(recipe, ranks, tmp_path).fit()
+    small_trainer(recipe, ranks, tmp_path, saves=False).fit()
     switched_lines = lines(tmp_path / "metrics.jsonl")
     for plain, switched in zip(run_without_switches, switched_lines, strict=True):
         for metric, wanted in plain.items():
@@ -296,7 +296,7 @@ def test_rollout_that_disagrees_with_training_stops_the_first_step(recipe, ranks
 
 
 def test_resume_never_refuses_a_used_run_directory(recipe, ranks, tmp_path):
-    recipe.trainer.max_steps = 2
+    recipe.trainer.max_steps = 1
     small_trainer(recipe, ranks, tmp_path).fit()
     recipe.trainer.resume = "never"
     with pytest.raises(InputError, match=r"trainer\.resume"):
@@ -336,7 +336,7 @@ def test_unreadable_video_is_skipped_counted_and_listed(recipe, ranks, tmp_path,
     recipe.data.train.root = str(root)
     recipe.data.train.shuffle = False
     recipe.trainer.max_steps = 1
-    summary = small_trainer(recipe, ranks, tmp_path / "run").fit()
+    summary = small_trainer(recipe, ranks, tmp_path / "run", saves=False).fit()
     (skipped,) = lines(tmp_path / "run" / "skipped.jsonl")
     assert skipped["sample_id"] == broken
     assert "video not readable" in skipped["reason"]
@@ -388,7 +388,7 @@ def test_reference_and_schedule_count_optimizer_steps(recipe, ranks, tmp_path):
     recipe.algorithm.updates_per_rollout = 2
     recipe.algorithm.reference.ema_update_every = 3
     recipe.optimizer.schedule = "cosine"
-    trainer = small_trainer(recipe, ranks, tmp_path)
+    trainer = small_trainer(recipe, ranks, tmp_path, saves=False)
     updates = []
     update = trainer.reference.average.update
     trainer.reference.average.update = lambda policy: (

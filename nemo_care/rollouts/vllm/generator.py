@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from nemo_care.data.prompts import Prompt
@@ -172,12 +173,11 @@ class VLLMGenerator:
                     torch.tensor(sampled.token_ids, dtype=torch.long),
                     torch.from_numpy(sampled.log_probs),
                     self.tokenizer,
-                    None if sampled.routing is None else torch.from_numpy(sampled.routing),
+                    _experts(sampled.routing),
                 )
                 for sampled in reply.completions * begun.copies
             ]
-            routing = reply.prompt_routing
-            of_prompt = None if routing is None else torch.from_numpy(routing)
+            of_prompt = _experts(reply.prompt_routing)
             groups.append(Group(prompt, completions, prompt_routing=of_prompt))
         return groups
 
@@ -328,6 +328,10 @@ class VLLMGenerator:
             "or the vision settings of model.hf_path differently; sample with "
             "rollout.backend=megatron"
         )
+
+
+def _experts(routing: np.ndarray | None) -> torch.Tensor | None:
+    return None if routing is None else torch.from_numpy(routing)
 
 
 class _NothingToSend:
