@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from made_commands import world_overrides
 from records import lines
 from small_runs import small_recipe, small_trainer
 
@@ -81,8 +82,7 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(
         [
             *(command, "--config-name", "tiny_cpu", "trainer.max_steps=1"),
             f"exp_manager.explicit_log_dir={tmp_path / 'mine'}",
-            *(f"data.{part}.root={world}" for part in ("train", "validation")),
-            *(f"data.{part}.kind=jsonl" for part in ("train", "validation")),
+            *world_overrides(world),
         ]
     )
     (message,) = capfd.readouterr().err.splitlines()
