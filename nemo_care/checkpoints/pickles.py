@@ -3,9 +3,8 @@
 torch's distributed checkpoints have an index, `.metadata`, that `pickle.load` reads, and objects
 that torch loads without restriction. A pickle can call anything that Python can import. Therefore
 the index is only read with a list of the classes that occur in an index, and every object as
-tensors and
-plain values: before loading, which names the fault in one line, and by the loading itself (`load`),
-since another process can change the files in between.
+tensors and plain values: before loading, which names the fault in one line, and by the loading
+itself (`load`), since another process can change the files in between.
 """
 
 import io
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 
-from nemo_care.errors import DamagedCheckpoint, InputError
+from nemo_care.errors import DamagedCheckpoint, InputError, first_line
 
 _INDEX = ".metadata"
 _COMMON = "common.pt"
@@ -157,12 +156,12 @@ def _load_tensors_only(file: Path, offset: int | None, length: int | None) -> An
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{file} holds more than tensors and plain values: not a checkpoint that nemo-care "
-            f"wrote ({_first_line(error)})"
+            f"wrote ({_cause(error)})"
         ) from error
     except OSError as error:
         raise DamagedCheckpoint(f"{file}: {error.strerror}") from error
     except (RuntimeError, EOFError, ValueError) as error:
-        raise DamagedCheckpoint(f"{file}: not what torch wrote ({_first_line(error)})") from error
+        raise DamagedCheckpoint(f"{file}: not what torch wrote ({_cause(error)})") from error
 
 
 # ---------------------------------------------------------------------- loading
@@ -224,7 +223,7 @@ def _restricted_reading() -> Iterator[None]:
         mcore_torch._get_filesystem_reader, mcore_torch.MCoreLoadPlanner = reader, planner
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    unsupported = [line for line in lines if "GLOBAL" in line]
-    return (unsupported or lines)[0].strip()
+def _cause(error: Exception) -> str:
+    """Return the line that names what is not allowed, otherwise the first."""
+    named = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
+    return named[0] if named else first_line(error)

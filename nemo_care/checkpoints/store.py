@@ -30,7 +30,7 @@ from nemo_care.checkpoints.pickles import check_pickles, load, read_index
 from nemo_care.errors import DamagedCheckpoint, InputError
 from nemo_care.ranks.process_groups import Ranks
 
-_NAME = re.compile(r"step_(\d+)")
+_NAME = re.compile(r"step_\d+")
 _LEFT_OVER = re.compile(r"step_\d+\.(partial|removed)-[0-9a-f]+")
 _DAMAGED = re.compile(r"step_\d+\.damaged(-[0-9a-f]+)?")
 _REFERENCE = "reference"
@@ -74,8 +74,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _match(path))]
-    return [path for _, path in sorted(found)]
+    found = (path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=step_of)
 
 
 def list_damaged(folder: Path) -> list[Path]:
@@ -83,10 +83,6 @@ def list_damaged(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _DAMAGED.fullmatch(path.name))
-
-
-def _match(path: Path) -> re.Match[str] | None:
-    return _NAME.fullmatch(path.name) if path.is_dir() else None
 
 
 # ---------------------------------------------------------------------- removing

@@ -7,11 +7,7 @@ from nemo_care.recipe.schema import Recipe
 
 
 def check_world_size(recipe: Recipe, world_size: int) -> None:
-    """Reject a number of started ranks that differs from the recipe's.
-
-    Raises:
-        InputError: names the keys.
-    """
+    """Reject a number of started ranks that differs from the recipe's."""
     expected = recipe.trainer.world_size
     if world_size != expected:
         raise InputError(
@@ -27,9 +23,7 @@ def check_training_inputs(recipe: Recipe) -> RunData:
     Returns the run's samples, which the checks have read.
 
     Raises:
-        InputError: a missing or unsupported checkpoint or tokenizer, a layout that does not divide
-        model and ranks, kernels that are not available, rewards that can't be imported or called,
-        unusable annotations or prompt template.
+        InputError: the first problem that a probe for training has found.
     """
     return _refuse(TRAIN, recipe)
 
@@ -40,8 +34,7 @@ def check_evaluation_inputs(recipe: Recipe) -> RunData:
     Returns the samples of the levels, which the checks have read.
 
     Raises:
-        InputError: no validation data, a missing or unsupported model or tokenizer, a layout that
-        does not divide the model, unusable annotations or prompt template.
+        InputError: the first problem that a probe for evaluations has found.
     """
     return _refuse(EVALUATE, recipe)
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_care.errors import InputError
-from nemo_care.experiments.config import Study, check_name, find_study, read_study
+from nemo_care.experiments.config import check_name, find_study, read_study
 from nemo_care.experiments.docs import read_page, update_docs
 from nemo_care.experiments.findings import Findings
 from nemo_care.experiments.page import BLOCKS, publish, show
 from nemo_care.experiments.processes import Failure
-from nemo_care.experiments.results import Result, check_results, read_results
+from nemo_care.experiments.results import check_results, read_results
 from nemo_care.experiments.runs import check_unchanged, claim, study_runs, train_variants
 from nemo_care.experiments.training_runs import training_command
 from nemo_care.process.cores import available_cores
@@ -62,36 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train_study(
-    study: Study,
-    out: Path,
-    *,
-    config_dir: str | None = None,
-    jobs: int | None = None,
-    only: Sequence[str] = (),
-    train_command: Sequence[str] | None = None,
-) -> tuple[list[Result], list[Failure]]:
-    """Train what is not trained yet, and return the results of all completed runs.
-
-    Runs are in `out/runs/VARIANT-seedSEED`. `train_command` replaces
-    `python -m nemo_care.train`.
-
-    Raises:
-        InputError: a variant's recipe can't be used, or runs in `out` were made with other
-            overrides.
-    """
-    if jobs is not None and jobs < 1:
-        raise InputError(f"--jobs={jobs}: must be at least 1")
-    for variant in only:
-        check_name(study, variant, "--only")
-    every = study_runs(study, out, config_dir)
-    check_unchanged(every)
-    asked = [run for variant, runs in every.items() if variant in (only or every) for run in runs]
-    claim(asked)
-    command = training_command(train_command, config_dir)
-    return train_variants(every, asked, command, out, jobs or available_cores())
-
-
 def run_study(
     name: str,
     out: Path,
@@ -103,12 +73,16 @@ def run_study(
     docs: Path | None = None,
     train_command: Sequence[str] | None = None,
 ) -> list[Failure]:
-    """Train a study, or read its results, and publish them.
+    """Train what is not trained yet of a study, or read its results, and publish them.
+
+    Runs are in `out/runs/VARIANT-seedSEED`. `train_command` replaces
+    `python -m nemo_care.train`.
 
     Returns the runs that failed. The remaining runs continue; the command line then exits with 1.
 
     Raises:
-        InputError: a study, results or a page that can't be used; see also `train_study`.
+        InputError: a study, results, a page or a variant's recipe that can't be used, or runs in
+        `out` were made with other overrides.
     """
     file = find_study(name, config_dir)
     study = read_study(file)
@@ -119,14 +93,17 @@ def run_study(
         results = read_results(results_file)
         check_results(study, results, results_file)
     else:
-        results, failures = train_study(
-            study,
-            out,
-            config_dir=config_dir,
-            jobs=jobs,
-            only=only,
-            train_command=train_command,
-        )
+        if jobs is not None and jobs < 1:
+            raise InputError(f"--jobs={jobs}: must be at least 1")
+        for variant in only:
+            check_name(study, variant, "--only")
+        every = study_runs(study, out, config_dir)
+        check_unchanged(every)
+        chosen = only or every
+        asked = [run for variant, runs in every.items() if variant in chosen for run in runs]
+        claim(asked)
+        command = training_command(train_command, config_dir)
+        results, failures = train_variants(every, asked, command, out, jobs or available_cores())
     if not results:
         say("no run is complete yet", file=sys.stderr)
         return failures

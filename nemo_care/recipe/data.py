@@ -133,11 +133,7 @@ def for_validation(data: DataConfig) -> DataConfig:
 
 
 def check_data(data: DataConfig) -> None:
-    """Check the keys under `data` against each other; their ranges are in schema.py.
-
-    Raises:
-        InputError: names the key, its value and the allowed values.
-    """
+    """Check the keys under `data` against each other; their ranges are in schema.py."""
     if data.prompt_template is not None:
         fields = ("question", "options", "answer_hint")
         problem = template_problem(data.prompt_template, fields, fields[:1])

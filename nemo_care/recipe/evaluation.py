@@ -94,11 +94,7 @@ class EvaluationConfig:
 
 
 def check_evaluation(evaluation: EvaluationConfig) -> None:
-    """Check the keys under `evaluation` against each other; their ranges are in schema.py.
-
-    Raises:
-        InputError: names the key and the allowed values.
-    """
+    """Check the keys under `evaluation` against each other; their ranges are in schema.py."""
     if evaluation.judge == "llm":
         check_llm_judge(evaluation.llm)
     further = evaluation.further_judges
@@ -125,11 +121,7 @@ def judged_by(evaluation: EvaluationConfig, name: str) -> bool:
 
 
 def check_llm_judge(llm: LLMJudgeConfig) -> None:
-    """Reject an endpoint or a prompt with which no request is possible.
-
-    Raises:
-        InputError: names the key and the allowed values.
-    """
+    """Reject an endpoint or a prompt with which no request is possible."""
     for key in ("base_url", "model"):
         if not getattr(llm, key):
             raise InputError(f"evaluation.judge=llm needs evaluation.llm.{key}")

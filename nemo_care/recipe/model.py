@@ -143,11 +143,7 @@ class OptimizerConfig:
 
 
 def check_model(model: ModelConfig) -> None:
-    """Check the keys under `model` against each other; their ranges are in schema.py.
-
-    Raises:
-        InputError: names the key, its value and the allowed values.
-    """
+    """Check the keys under `model` against each other; their ranges are in schema.py."""
     for part in model.freeze:
         if part not in PARTS:
             raise InputError(f"model.freeze has {part}: choose among {', '.join(PARTS)}")

@@ -103,11 +103,7 @@ class RolloutConfig:
 
 
 def check_rollout(rollout: RolloutConfig) -> None:
-    """Check the keys under `rollout` against each other.
-
-    Raises:
-        InputError: names the keys and the allowed values.
-    """
+    """Check the keys under `rollout` against each other."""
     # The generator's log-probabilities are at temperature 1. At any other temperature the tokens
     # come from different distributions, for which their ratio is wrong.
     if rollout.importance_sampling.enabled and rollout.temperature != 1:
@@ -130,9 +126,6 @@ def check_asynchronous(rollout: RolloutConfig) -> None:
 
     An evaluation with the recipe of such a run can use any backend, so this is not part of
     `check_rollout`.
-
-    Raises:
-        InputError: names the keys and the allowed values.
     """
     if not rollout.asynchronous:
         return

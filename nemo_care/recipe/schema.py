@@ -2,8 +2,9 @@
 
 A recipe is a YAML file (see `recipes/`) merged over these dataclasses by Hydra and OmegaConf, so
 an unknown key or a value of the wrong type is rejected before anything starts. `check_recipe` then
-checks ranges and the keys against each other. Sizes are counts and lengths are tokens unless
-stated. Each file beside this one holds the keys of one part, such as `algorithm.py`.
+checks ranges and the keys against each other. Each `check_...` raises an InputError that names the
+key, its value and the allowed values. Sizes are counts and lengths are tokens unless stated. Each
+file beside this one holds the keys of one part, such as `algorithm.py`.
 """
 
 import math
@@ -196,11 +197,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check values, ranges, and keys against each other.
-
-    Raises:
-        InputError: names the key, its value and the allowed values.
-    """
+    """Check values, ranges, and keys against each other."""
     check_values(recipe)
     for key, choices in CHOICES.items():
         value = attrgetter(key)(recipe)
@@ -277,11 +274,7 @@ def replicas_of(recipe: Recipe) -> int:
 
 
 def check_world(recipe: Recipe) -> None:
-    """Check that the number of ranks is a multiple of a model replica's ranks.
-
-    Raises:
-        InputError: names the keys and values that fit.
-    """
+    """Check that the number of ranks is a multiple of a model replica's ranks."""
     trainer, model = recipe.trainer, recipe.model
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     world, ranks = trainer.world_size, tensor * pipeline
@@ -311,11 +304,7 @@ def check_world(recipe: Recipe) -> None:
 
 
 def check_training(recipe: Recipe) -> None:
-    """Check what only a training run requires, beyond `check_recipe` and `check_world`.
-
-    Raises:
-        InputError: names the key, its value and the allowed values.
-    """
+    """Check what only a training run requires, beyond `check_recipe` and `check_world`."""
     replicas = replicas_of(recipe)
     if recipe.algorithm.prompts_per_step % replicas:
         raise InputError(

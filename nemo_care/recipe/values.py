@@ -19,9 +19,6 @@ def check_values(recipe: Any) -> None:
 
     A NaN passes every comparison with a bound. An empty text is mostly an unset shell variable, and
     would mean the working directory, the built-in text or a different model.
-
-    Raises:
-        InputError: names the key.
     """
     for key, value in _values(recipe, ""):
         if isinstance(value, float) and not math.isfinite(value):

@@ -50,11 +50,7 @@ class VLLMConfig:
 
 
 def check_vllm(vllm: VLLMConfig) -> None:
-    """Check the keys under `rollout.vllm` against each other; their ranges are in schema.py.
-
-    Raises:
-        InputError: names the key, its value and the allowed values.
-    """
+    """Check the keys under `rollout.vllm` against each other; their ranges are in schema.py."""
     prefix = "rollout.vllm."
     if vllm.placement == "colocated":
         for name in ("gpus", "ray_address", "engines"):

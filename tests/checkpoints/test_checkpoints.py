@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import threading
@@ -264,14 +265,17 @@ def truncate(file: Path) -> None:
         (NAME, truncate, "not a manifest"),
     ],
 )
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
-    recipe, ranks, run, capsys, name, damage, said
-):
+def test_a_damaged_checkpoint_is_found_with_the_file(ranks, run, name, damage, said):
     newest = run / "checkpoints" / "step_000002"
     file = newest / name if name else largest(newest)
     damage(file)
-    with pytest.raises(DamagedCheckpoint, match=said):
+    with pytest.raises(DamagedCheckpoint, match=rf"{re.escape(str(file))}.*{said}"):
         verify_checkpoint(newest)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_taken(recipe, ranks, run, capsys):
+    file = largest(run / "checkpoints" / "step_000002")
+    flip_a_bit(file)
     trainer = small_trainer(recipe, ranks, run)
     trainer.resume()
     assert trainer.step == 1
@@ -279,10 +283,10 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
     (record,) = lines(run / "damaged_checkpoints.jsonl")
     assert record["checkpoint"] == "step_000002"
     assert record["set_aside_as"] == "step_000002.damaged"
-    told = capsys.readouterr().out
+    said = capsys.readouterr().out
     assert str(file) in record["reason"]
-    assert record["reason"] in told
-    assert "resumed after step 1" in told
+    assert record["reason"] in said
+    assert "resumed after step 1" in said
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(recipe, ranks, run):
@@ -452,17 +456,27 @@ def sign(path: Path) -> None:
     (path / NAME).write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("place", [".metadata", "common.pt", "object"])
-def test_a_pickle_that_would_run_code_is_refused(ranks, tmp_path, place):
-    evil = Evil(tmp_path / "mark")
+def state_with_object(value: object) -> dict:
     state = made_state()
-    if place == "object":
-        state["policy"]["object"] = ShardedObject("policy.object", evil, (1,), (0,))
-    path = save(tmp_path / "checkpoints", 1, state)
+    state["policy"]["object"] = ShardedObject("policy.object", value, (1,), (0,))
+    return state
+
+
+def checkpoint_with(evil: Evil, place: str, folder: Path) -> tuple[Path, dict]:
+    """A checkpoint that holds this in a file or as an object, and the state of that form."""
+    state = state_with_object(evil if place == "object" else "plain")
+    path = save(folder, 1, state)
     if place == ".metadata":
         (path / place).write_bytes(pickle.dumps(evil))
     elif place == "common.pt":
         torch.save({"evil": evil}, path / place)
+    return path, state
+
+
+@pytest.mark.parametrize("place", [".metadata", "common.pt", "object"])
+def test_a_pickle_that_would_run_code_is_refused(ranks, tmp_path, place):
+    evil = Evil(tmp_path / "mark")
+    path, state = checkpoint_with(evil, place, tmp_path / "checkpoints")
     sign(path)
     file = "distcp" if place == "object" else place
     with pytest.raises(InputError, match=rf"{file}.*mkdir"):
@@ -486,15 +500,9 @@ def with_index(path: Path, change) -> None:
     sign(path)
 
 
-def state_with_object(value: object) -> dict:
-    state = made_state()
-    state["policy"]["object"] = ShardedObject("policy.object", value, (1,), (0,))
-    return state
-
-
-def place_of_object(index) -> tuple:
-    ((key, place),) = [(k, p) for k, p in index.storage_data.items() if "object" in k.fqn]
-    return key, place
+def with_first_place(path: Path, **changed: object) -> None:
+    """Change where the index finds its first tensor."""
+    with_index(path, lambda index: vars(next(iter(index.storage_data.values()))).update(changed))
 
 
 class Decoder:
@@ -523,7 +531,8 @@ def test_an_object_that_would_be_decoded_before_it_is_loaded_is_refused(
     path = save(tmp_path / "checkpoints", 1, state)
 
     def decode(index):
-        place_of_object(index)[1].transform_descriptors = ["stream.zstd/1"]
+        (place,) = [p for key, p in index.storage_data.items() if "object" in key.fqn]
+        place.transform_descriptors = ["stream.zstd/1"]
 
     with_index(path, decode)
     with pytest.raises(InputError, match=r"\.metadata names policy.object.* to be decoded"):
@@ -549,22 +558,20 @@ def test_an_object_that_would_be_decoded_before_it_is_loaded_is_refused(
 )
 def test_an_index_that_points_elsewhere_is_refused(ranks, tmp_path, changed, said):
     path = save(tmp_path / "checkpoints", 1)
-    with_index(path, lambda index: vars(next(iter(index.storage_data.values()))).update(changed))
+    with_first_place(path, **changed)
     with pytest.raises(InputError, match=rf"\.metadata names policy\..*{said}"):
         load_checkpoint(path, made_state)
 
 
 def test_a_tensor_after_the_end_of_its_file_is_refused(ranks, tmp_path):
     path = save(tmp_path / "checkpoints", 1)
-    with_index(path, lambda index: vars(next(iter(index.storage_data.values()))).update(length=1e9))
+    with_first_place(path, length=1e9)
     with pytest.raises(InputError, match="at bytes"):
         load_checkpoint(path, made_state)
-    far = {"length": 10**9}
-    with_index(path, lambda index: vars(next(iter(index.storage_data.values()))).update(far))
+    with_first_place(path, length=10**9)
     with pytest.raises(InputError, match="bytes after the end of"):
         load_checkpoint(path, made_state)
-    other = {"relative_path": "__9_9.distcp", "length": 1}
-    with_index(path, lambda index: vars(next(iter(index.storage_data.values()))).update(other))
+    with_first_place(path, relative_path="__9_9.distcp", length=1)
     with pytest.raises(DamagedCheckpoint, match=r"__9_9\.distcp: No such file"):
         load_checkpoint(path, made_state)
 
@@ -575,12 +582,7 @@ def test_the_loading_itself_runs_no_code(ranks, tmp_path, monkeypatch, place):
     # What torch.load would listen to where it isn't said.
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     evil = Evil(tmp_path / "mark")
-    state = state_with_object(evil if place == "object" else "plain")
-    path = save(tmp_path / "checkpoints", 1, state)
-    if place == ".metadata":
-        (path / place).write_bytes(pickle.dumps(evil))
-    elif place == "common.pt":
-        torch.save({"evil": evil}, path / place)
+    path, state = checkpoint_with(evil, place, tmp_path / "checkpoints")
     with pytest.raises((CheckpointException, pickle.UnpicklingError), match="mkdir"):
         load(state, path)
     assert not evil.mark.exists()

@@ -415,15 +415,6 @@ def test_an_unusable_command_is_refused_in_one_line(capfd, tmp_path, world, argu
     assert not (tmp_path / "report.json").exists()
 
 
-def test_help_names_the_options(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["data", "check", "--help"])
-    assert end.value.code == 0
-    printed = capsys.readouterr().out
-    for part in ("--workers", "--sizes-only", "--limit", "--out", "--config-name", "status 0"):
-        assert part in printed
-
-
 _PROGRAM = """
 import sys
 from nemo_care.cli import main

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_commands import world_overrides
 from safetensors.torch import save_file
 
 from nemo_care.cli import main
@@ -44,17 +45,16 @@ def run_directory(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name", ["report.html", "report/loss.png"])
-def test_a_report_on_a_full_disk(run, run_directory, name):
+def test_a_report_on_a_full_disk(run, run_directory):
     main(["report", str(run_directory)])
-    file = run_directory / name
-    if not file.exists():
-        file = next(file.parent.glob("*.png"))
-    file.unlink()
-    file.symlink_to(FULL)
-    status, line = run("report", run_directory)
-    assert status == 1
-    assert line.startswith(f"nemo-care: {file}: No space left on device; make room on that disk")
+    # The pictures are written before the page.
+    for name in ("report.html", "report/training.png"):
+        file = run_directory / name
+        file.unlink()
+        file.symlink_to(FULL)
+        status, line = run("report", run_directory)
+        assert status == 1
+        assert line.startswith(f"nemo-care: {file}: No space left on device; make room on that")
 
 
 def test_a_report_where_no_folder_can_be_made(run, run_directory):
@@ -75,14 +75,9 @@ def test_a_miniature_where_no_folder_can_be_made(run, tmp_path):
 def test_a_data_check_whose_report_finds_no_room(run, world, tmp_path):
     out = tmp_path / "out.json"
     out.with_name("out.json.partial").symlink_to(FULL)
-    keys = [
-        f"data.{part}.{key}"
-        for part in ("train", "validation")
-        for key in ("kind=jsonl", f"root={world}")
-    ]
     status, line = run(
         *("data", "check", "--config-name", "tiny_cpu", "--workers", 0, "--limit", 1),
-        *("--out", out, *keys),
+        *("--out", out, *world_overrides(world)),
     )
     assert status == 1
     assert line.startswith(f"nemo-care: {out}: No space left on device")
@@ -92,11 +87,9 @@ def test_a_data_check_whose_report_finds_no_room(run, world, tmp_path):
 def test_a_run_directory_that_can_not_be_made(rank_server, world, tmp_path, command):
     """In a process of its own: a rank stays one for the rest of its life."""
     (tmp_path / "file").write_text("")
-    keys = [f"data.{part}.root={world}" for part in ("train", "validation")]
     done = rank_server.run(
         [
-            *("-m", "nemo_care", command, "--config-name", "tiny_cpu"),
-            *("data.train.kind=jsonl", "data.validation.kind=jsonl", *keys),
+            *("-m", "nemo_care", command, "--config-name", "tiny_cpu", *world_overrides(world)),
             f"exp_manager.explicit_log_dir={tmp_path}/file/run",
         ]
     )
@@ -167,12 +160,12 @@ def test_a_low_limit_of_open_files_is_raised_or_refused(monkeypatch):
     assert len(given) == 2
 
 
+@pytest.mark.slow  # the test before has the limits
 def test_a_run_under_ulimit_64_is_one_line(world, tmp_path):
-    keys = [f"data.{part}.root={world}" for part in ("train", "validation")]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "nemo_care.cli", "train", "--config-name", "tiny_cpu"),
-            *("data.train.kind=jsonl", "data.validation.kind=jsonl", *keys, "trainer.devices=2"),
+            *("trainer.devices=2", *world_overrides(world)),
             f"exp_manager.explicit_log_dir={tmp_path}/run",
         ],
         capture_output=True,

@@ -15,7 +15,7 @@ from fault_runs import STEPS, assert_equal_runs
         pytest.param("DP 2", 0, "scoring", marks=pytest.mark.slow),
         pytest.param("PP 2", 1, "scoring", marks=pytest.mark.slow),
         pytest.param("TP 2", 0, "update", marks=pytest.mark.slow),
-        ("DP 2", 1, "update"),
+        pytest.param("DP 2", 1, "update", marks=pytest.mark.slow),
         ("DP 2", 0, "checkpoint"),
         pytest.param("TP 2", 1, "checkpoint", marks=pytest.mark.slow),
     ],

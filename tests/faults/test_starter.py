@@ -41,11 +41,7 @@ def test_killed_rank_is_named_and_nothing_is_left_running(run, undisturbed, repo
     "step", [pytest.param(0, id="while its ranks start", marks=pytest.mark.slow), 3]
 )
 def test_killed_starter_leaves_nothing_running(run, report, step):
-    command = [
-        sys.executable,
-        *run.command("DP 2", "checkpoint.save_interval=100"),
-    ]
-    starter = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    starter = run.server.begin(run.command("DP 2", "checkpoint.save_interval=100"))
     me = psutil.Process(starter.pid)
     deadline = time.monotonic() + PATIENCE
     if step:
@@ -54,9 +50,9 @@ def test_killed_starter_leaves_nothing_running(run, report, step):
         time.sleep(0.02)
     everyone = me.children(recursive=True)
     assert len(everyone) >= 2
-    starter.kill()
+    me.kill()
     killed = time.monotonic()
-    starter.wait()
+    assert starter.wait().returncode == -signal.SIGKILL
     assert not psutil.wait_procs(everyone, timeout=25)[1]
     ended = time.monotonic() - killed
     if not step:

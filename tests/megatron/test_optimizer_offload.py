@@ -102,17 +102,6 @@ def test_run_and_its_resumption_equal_those_with_the_state_on_the_gpu(
         assert_equal_states(state_of(trainer), state_of(trainers[0]))
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_a_checkpoint_loads_into_a_run_with_the_state_elsewhere(recipe, ranks, tmp_path, offload):
-    recipe.optimizer.offload = offload
-    trainer = small_trainer(recipe, ranks, tmp_path)
-    trainer.fit()
-    recipe.optimizer.offload = not offload
-    resumed = small_trainer(recipe, ranks, tmp_path)
-    resumed.resume()
-    assert_equal_states(state_of(resumed), state_of(trainer))
-
-
 def test_state_is_in_cpu_memory_except_in_the_optimizers_step(recipe, ranks, tmp_path, given_out):
     recipe.optimizer.offload = True
     recipe.checkpoint.save_interval = 1
@@ -168,7 +157,7 @@ def test_cpu_memory_is_taken_once_and_used_again(recipe, ranks, tmp_path, given_
     assert sum(tensor.numel() for tensor in given_out) == sum(sizes)
 
 
-@pytest.mark.parametrize("kind", ["rollout", "gradient"])
+@pytest.mark.parametrize("kind", [pytest.param("rollout", marks=pytest.mark.slow), "gradient"])
 def test_a_step_that_is_left_out_moves_nothing(recipe, ranks, tmp_path, kind, monkeypatch):
     recipe.optimizer.offload = True
     trainer = small_trainer(recipe, ranks, tmp_path)

@@ -165,8 +165,8 @@ def random_texts(seed: int, characters: str, count: int) -> list[str]:
 def test_free_form_equals_the_library_with_its_own_tokenizer_on_ascii():
     library = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     # Few letters, so that words recur and are stemmed; every ASCII character, too.
-    texts = random_texts(1, "abdeginrsy XY12,.'_-\n\t  ", 3000)
-    texts += random_texts(2, "".join(map(chr, range(128))) + " " * 30, 1000)
+    texts = random_texts(1, "abdeginrsy XY12,.'_-\n\t  ", 1000)
+    texts += random_texts(2, "".join(map(chr, range(128))) + " " * 30, 400)
     texts += ["running dogs' relational happiness", "The dogs ran; relate happily!", "", "a"]
     some = 0
     for answer, solution in zip(texts, texts[1:] + texts[:1], strict=True):
@@ -176,7 +176,7 @@ def test_free_form_equals_the_library_with_its_own_tokenizer_on_ascii():
         expected = sum(score.fmeasure for score in scores.values()) / 3
         assert accuracy_reward("free-form", complete(answer), solution) == min(1.0, expected)
         some += 0 < expected < 1
-    assert some > 1000
+    assert some > 300
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ LONG_ANSWERS = {
     "sentence": "the quick brown fox jumps " * 4_000,
     "numbers": " ".join(map(str, range(17_000))),
     "one word": "y" * 100_000,
-    "Chinese": "猫在树上" * 25_000,
+    "Chinese": "猫在树上" * 5_000,
     "blanks": "a" + " " * 100_000 + "b",
     "digits": "9" * 100_000,
     "powers": "9^" * 50_000 + "9",
@@ -365,14 +365,14 @@ def test_format_equals_the_regular_expression():
     draw = random.Random(1)
     parts = ["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "\u2003", "x", "<", ">"]
     right = 0
-    for number in range(40_000):
+    for number in range(10_000):
         text = "".join(draw.choices(parts, k=draw.randrange(9)))
         if number % 2:
             text = f"<think>{text}</answer>"
         expected = float(FORMAT.fullmatch(text) is not None)
         assert format_reward(text) == expected, text
         right += expected
-    assert right > 500
+    assert right > 100
     # With pieces of tags at every place where two parts could overlap.
     for cut in range(len("<think></think><answer></answer>")):
         text = "<think></think><answer></answer>"
