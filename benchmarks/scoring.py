@@ -9,8 +9,7 @@ separate  also G sequences, but the output layer on the answers' tokens only
 fused     `Scorer.answer_likelihoods` as training runs it: video and prompt once per group
 
 All give the same likelihoods, which is checked. The ideal ratios to the fused pass are computed
-from
-FLOPs, attention, vision tower and output layer included.
+from FLOPs, attention, vision tower and output layer included.
 """
 
 import argparse

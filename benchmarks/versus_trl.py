@@ -6,7 +6,6 @@
 
 The same random Qwen2.5-VL checkpoint, one image prompt (TRL takes no videos), the same G and
 lengths, one process each, one after the other, float32, no recomputation. beta = 0.04 makes both
-lengths, one process each, one after the other, float32, no recomputation. beta = 0.04 makes both
 compute a reference's log-probabilities of all completion tokens; with beta = 0 neither does.
 Rewards are made up in both. A time is the shortest over the steps; TRL's work besides rollout,
 reference and update (tokenising, image processing) is in no column.

@@ -182,7 +182,7 @@ def recipes(tmp_path, monkeypatch) -> None:
     folder = tmp_path / "my_recipes"
     (folder / "data").mkdir(parents=True)
     (folder / "mine.yaml").write_text("defaults: [grpo_care_qwen2_5_vl_7b, _self_]\n")
-    shown = blocks((ROOT / "docs" / "recipes.md").read_text())
+    shown = blocks((ROOT / "README.md").read_text())
     choice = next(block for block in shown if block.startswith("# @package _global_"))
     (folder / "data" / "mine.yaml").write_text(choice.split("\n\n")[0])
     monkeypatch.chdir(tmp_path)

@@ -136,11 +136,11 @@ def _main(arguments: Sequence[str]) -> None:
         return
     plan = make_plan(recipe, question, compare=not options.dry_run)
     if options.dry_run:
-        from nemo_care.planning.dry_run import dry_run, dry_run_as_json, dry_run_report
+        from nemo_care.planning.dry_run import dry_run, dry_run_report
 
         runs = dry_run(plan)
         if options.json:
-            say(json.dumps(dry_run_as_json(runs)))
+            say(json.dumps([vars(run) for run in runs]))
         else:
             print_report(dry_run_report(plan, runs))
         return

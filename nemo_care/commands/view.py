@@ -75,7 +75,7 @@ def _main(options: argparse.Namespace) -> None:
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Serves a folder to this machine's own browser, and draws frames that nobody has drawn yet."""
+    """Serves a folder to this machine's own browser, and draws missing frames on request."""
 
     def __init__(self, view: "View", drawing: Lock, *arguments: Any) -> None:
         self.view = view
@@ -84,7 +84,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def send_head(self) -> Any:
         """Answer GET and HEAD."""
-        # Pages of the internet can't read along by giving this address a name of theirs.
+        # A page of the internet may not read this by resolving its own name to this address.
         host = self.headers.get("Host", "").split(":")[0]
         if host not in (_ADDRESS, "localhost"):
             self.send_error(403, "this server answers to localhost and 127.0.0.1")
@@ -96,7 +96,7 @@ class _Handler(SimpleHTTPRequestHandler):
         return super().send_head()
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nobody reads a list of requests."""
+        """Print no requests."""
 
 
 def serve(view: "View", port: int) -> None:

@@ -42,8 +42,16 @@ class TrainingRun:
 
     def is_done(self) -> bool:
         """Whether it has reached the requested end."""
+        return self.missing() is None
+
+    def missing(self) -> str | None:
+        """Return why it has not reached the requested end, None if it has."""
         summary = read_summary(self.folder)
-        return summary is not None and self.steps in (None, summary.get("steps"))
+        if summary is None:
+            return "the command ended without writing summary.json"
+        if self.steps not in (None, summary.get("steps")):
+            return f"ended with {summary.get('steps')} steps instead of {self.steps}"
+        return None
 
     def arguments(self) -> list[str]:
         """Arguments for `nemo-care train`."""
@@ -89,16 +97,6 @@ def training_command(given: Sequence[str] | None, config_dir: str | None) -> lis
     return [*command, "--config-path", str(Path(config_dir).absolute())] if config_dir else command
 
 
-def _wrong(run: TrainingRun) -> str | None:
-    """Return what is wrong with a run whose command succeeded."""
-    summary = read_summary(run.folder)
-    if summary is None:
-        return "the command ended without writing summary.json"
-    if run.steps not in (None, summary.get("steps")):
-        return f"ended with {summary.get('steps')} steps instead of {run.steps}"
-    return None
-
-
 def train_runs(
     runs: Sequence[TrainingRun],
     command: Sequence[str],
@@ -134,7 +132,7 @@ def train_runs(
 
         def done(job: Job, failure: Failure | None) -> None:
             run = by_name[job.name]
-            wrong = None if failure else _wrong(run)
+            wrong = None if failure else run.missing()
             if wrong:
                 failure = Failure(job.name, 0, job.log, [*last_lines(job.log), wrong])
             if failure:

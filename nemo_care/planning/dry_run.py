@@ -148,8 +148,3 @@ def dry_run_report(plan: Plan, runs: list[StageRun]) -> RenderableType:
 
 def _cell(calls: int, size: int) -> str:
     return f"{calls} ({size / GIB:.2f})" if calls else "–"
-
-
-def dry_run_as_json(runs: list[StageRun]) -> list[dict[str, Any]]:
-    """Return the same as plain values."""
-    return [vars(run) for run in runs]

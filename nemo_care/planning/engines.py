@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_care.models.architecture import Architecture
 from nemo_care.planning.counts import prompts_of
-from nemo_care.planning.gpus import GIB, Gpu
+from nemo_care.planning.gpus import GIB, Gpu, gib
 from nemo_care.recipe.schema import Recipe, replicas_of
 from nemo_care.rollouts.vllm.placement import Share, share
 
@@ -76,22 +76,22 @@ class EnginePlan:
         sequence = f"one sequence of {self.sequence_tokens} tokens"
         if self.kv_cache_gib is not None and self.sequence > self.cache:
             return (
-                f"{sequence} needs {_gib(self.sequence)} GiB of an engine's cache on each GPU, and "
+                f"{sequence} needs {gib(self.sequence)} GiB of an engine's cache on each GPU, and "
                 f"{_KEY}.kv_cache_gib={self.kv_cache_gib:g}: raise or omit it, or raise "
                 f"{_KEY}.tensor_parallel_size"
             )
         if self.share > self.gpu_memory:
             return (
-                f"an engine's weights ({_gib(self.weights)} GiB) and {_KEY}.kv_cache_gib="
-                f"{self.kv_cache_gib:g} do not fit a GPU of {_gib(self.gpu_memory)} GiB: lower it "
+                f"an engine's weights ({gib(self.weights)} GiB) and {_KEY}.kv_cache_gib="
+                f"{self.kv_cache_gib:g} do not fit a GPU of {gib(self.gpu_memory)} GiB: lower it "
                 f"or raise {_KEY}.tensor_parallel_size"
             )
         if self.need > self.share:
             return (
-                f"an engine needs {_gib(self.need)} GiB of each of its GPUs (weights "
-                f"{_gib(self.weights)}, {sequence} {_gib(self.sequence)}), and "
+                f"an engine needs {gib(self.need)} GiB of each of its GPUs (weights "
+                f"{gib(self.weights)}, {sequence} {gib(self.sequence)}), and "
                 f"{_KEY}.gpu_memory_utilization="
-                f"{self.gpu_memory_utilization:g} gives it {_gib(self.share)} GiB: raise that or "
+                f"{self.gpu_memory_utilization:g} gives it {gib(self.share)} GiB: raise that or "
                 f"{_KEY}.tensor_parallel_size"
             )
         return ""
@@ -100,10 +100,6 @@ class EnginePlan:
         """Return plain values; the keys are part of the command's contract."""
         counted = ("cache_tokens", "cache_sequences", "need", "fits")
         return asdict(self) | {name: getattr(self, name) for name in counted}
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f}"
 
 
 def engine_plan(

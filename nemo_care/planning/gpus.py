@@ -7,6 +7,11 @@ from nemo_care.errors import InputError
 GIB = 2**30
 
 
+def gib(size: float) -> str:
+    """Format bytes in GiB with one digit; an en dash for zero."""
+    return f"{size / GIB:.1f}" if size else "–"
+
+
 @dataclass(frozen=True)
 class Gpu:
     """Memory in bytes as torch reports it, dense bf16 and 8-bit FLOPs (0 without 8 bits), memory

@@ -8,10 +8,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from nemo_care.errors import InputError
+from nemo_care.planning.gpus import gib
 from nemo_care.planning.measured import Measurements
 from nemo_care.planning.plan import Plan, Question, make_plan
 from nemo_care.planning.shapes import read_model_shape
-from nemo_care.planning.tables import gib, markdown_table
+from nemo_care.planning.tables import markdown_table
 from nemo_care.recipe.schema import Recipe
 
 _PHASES = ("rollout", "scoring", "update")

@@ -13,7 +13,7 @@ from nemo_care.errors import InputError
 from nemo_care.models.architecture import Architecture
 from nemo_care.planning.counts import in_flight, prompts_of
 from nemo_care.planning.engines import EnginePlan, beside
-from nemo_care.planning.gpus import Gpu
+from nemo_care.planning.gpus import Gpu, gib
 from nemo_care.planning.measured import Measurements
 from nemo_care.planning.plan import (
     GRANULARITIES,
@@ -25,7 +25,7 @@ from nemo_care.planning.plan import (
 )
 from nemo_care.planning.shapes import ModelShape, longest_lengths, read_model_shape, typical_lengths
 from nemo_care.planning.stage import StageBuild, built_stage
-from nemo_care.planning.tables import gib, markdown_table
+from nemo_care.planning.tables import markdown_table
 from nemo_care.planning.work import Clock, StepTime
 from nemo_care.ranks.process_groups import Layout
 from nemo_care.recipe.model import expert_tensor_size

@@ -10,7 +10,7 @@ from rich.text import Text
 from nemo_care.planning.counts import micro_batches_of
 from nemo_care.planning.engines import EnginePlan
 from nemo_care.planning.flops import busiest_vision_flops
-from nemo_care.planning.gpus import GIB
+from nemo_care.planning.gpus import GIB, gib
 from nemo_care.planning.measured import PHASES
 from nemo_care.planning.plan import GRANULARITIES, Plan
 from nemo_care.planning.precision import precision_in_words
@@ -33,11 +33,6 @@ _FP8_FOOTNOTE = (
     "transposed; of one layer with full recomputation); activations are counted as in bf16. The "
     "layers' products in 8 bits are taken at {fp8_flops:.0%} of the GPU's dense 8-bit peak."
 )
-
-
-def gib(size: float) -> str:
-    """Format bytes in GiB with one digit; an en dash for zero."""
-    return f"{size / GIB:.1f}" if size else "–"
 
 
 def markdown_table(columns: Sequence[str]) -> Table:

@@ -1,7 +1,7 @@
-"""The few curves by which one sees how a run goes: drawn in the page, with their values on hover.
+"""The most important curves, drawn in the page with their values on hover.
 
-They are SVG without a program: the browser shows the values of a step where the mouse is over it,
-and colours follow the page, light, dark or printed.
+They are SVG without a program: the browser shows the values of the step under the mouse, and
+colours follow the page, light, dark or printed.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from nemo_care.runs.reader import number
 
 _COMPLETION: Kinds = {"prompt_index": int, "completion": str, "reward": float | None}
 _LONGEST_COMPLETION = 4000  # characters
+_SHOWN_GROUPS = 2
 _PARTS = {
     "accuracy": "accuracy",
     "format": "format",
@@ -44,8 +45,8 @@ def _spread(group: Sequence[Record]) -> float:
     return max(rewards) - min(rewards)
 
 
-def choose_samples(rows: Sequence[Record], groups: int = 2) -> list[Record]:
-    """Return the completions with best and worst reward of the groups whose rewards differ most.
+def choose_samples(rows: Sequence[Record]) -> list[Record]:
+    """Return the best and worst completion of the two groups whose rewards differ most.
 
     A group whose rewards are all equal gives one completion.
     """
@@ -54,7 +55,7 @@ def choose_samples(rows: Sequence[Record], groups: int = 2) -> list[Record]:
         if not math.isnan(number(row.get("reward"))):
             by_prompt.setdefault(row.get("prompt_index"), []).append(row)
     chosen: list[Record] = []
-    for group in sorted(by_prompt.values(), key=_spread, reverse=True)[:groups]:
+    for group in sorted(by_prompt.values(), key=_spread, reverse=True)[:_SHOWN_GROUPS]:
         chosen.append(max(group, key=lambda row: row["reward"]))
         if _spread(group) > 0:
             chosen.append(min(group, key=lambda row: row["reward"]))

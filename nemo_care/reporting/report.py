@@ -77,7 +77,7 @@ def _facts(run: RunRecord) -> dict[str, Any]:
 
 
 def _headline(run: RunRecord) -> str:
-    """What the run is, in one line."""
+    """Describe the run in one line."""
     model = run.setting("model.hf_path")
     kind = run.setting("algorithm.consistency.kind")
     coefficient = run.setting("algorithm.consistency.bonus_coefficient")

@@ -36,10 +36,10 @@ MEASURES: Mapping[str, str] = {
 }
 
 _PROBE_NOTE = (
-    "Consistency is agreement: the reasoning supports the answer given. Whether the reasoning "
-    "causes the answer is what the probe asks: a wrong reasoning is forced on the model, and "
-    '"probe implied" is the mean probability of the letter which it implies, "probe true" that '
-    "of the true letter."
+    "Consistency is agreement: the reasoning supports the answer given. The probe tests whether "
+    "the reasoning causes the answer: a wrong reasoning is forced on the model. "
+    '"probe implied" is the mean probability of the letter that it implies, "probe true" that of '
+    "the true letter."
 )
 _MINIATURE_NOTE = (
     "The miniature's short cut from video to answer, and so the inconsistency of plain GRPO, was "

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-import subprocess
+import signal
 import sys
 import time
 
@@ -191,19 +191,19 @@ def test_last_lines_shows_a_progress_bar_once(tmp_path):
     assert last_lines(tmp_path / "none") == []
 
 
-def test_ending_compare_ends_its_children(tmp_path, fake):
-    out = tmp_path / "out"
-    code = (
-        "from pathlib import Path; from nemo_care.experiments.compare import compare; "
-        f"compare(['slow'], [1], Path({str(out)!r}), [], 1, None, train_command={fake!r})"
+def test_ending_compare_ends_its_children(tmp_path, fake, rank_server):
+    out, script = tmp_path / "out", tmp_path / "compare.py"
+    script.write_text(
+        "from pathlib import Path; from nemo_care.experiments.compare import compare\n"
+        f"compare(['slow'], [1], Path({str(out)!r}), [], 1, None, train_command={fake!r})\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    parent = rank_server.start(1, [str(script)])
     pid_file = out / "slow-seed1" / "pid"
     until = time.monotonic() + 60
     while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < until:
         time.sleep(0.05)
     child = int(pid_file.read_text())
-    parent.terminate()
-    assert parent.wait(60) == 143
+    os.kill(parent.pids[0], signal.SIGTERM)
+    assert parent.wait() == [143]
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)

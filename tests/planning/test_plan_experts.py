@@ -18,6 +18,7 @@ from nemo_care.planning.stage import built_stage
 from nemo_care.planning.work import Clock, Efficiency
 from nemo_care.ranks.process_groups import Layout
 
+LAYERS = 2
 # TP, PP, EP, replicas.
 LAYOUTS = {
     "alone": (1, 1, 1, 1),
@@ -26,6 +27,12 @@ LAYOUTS = {
     "shared by two replicas of two ranks": (2, 1, 4, 2),
     "of two stages": (1, 2, 2, 2),
 }
+
+
+def config_of(experts=EXPERTS["num_experts"]):
+    config = tiny_qwen3_config(EXPERTS | {"num_experts": experts, "num_hidden_layers": LAYERS})
+    config.vision_config.deepstack_visual_indexes = [1]
+    return config
 
 
 def recipe_of(folder, tensor, pipeline, expert, replicas):
@@ -79,20 +86,20 @@ def planned(folder):
 @pytest.fixture(scope="module")
 def plans(on_ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shape")
-    (folder / "config.json").write_text(json.dumps(tiny_qwen3_config(EXPERTS).to_dict()))
+    (folder / "config.json").write_text(json.dumps(config_of().to_dict()))
     return on_ranks(None, planned, str(folder))[0]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_expert_is_counted_once(plans, name):
-    model = Qwen3VLMoeForConditionalGeneration(tiny_qwen3_config(EXPERTS))
+    model = Qwen3VLMoeForConditionalGeneration(config_of())
     padding = (128 - len(model.lm_head.weight)) * 2 * model.config.text_config.hidden_size
     count = sum(parameter.numel() for parameter in model.parameters())
     assert plans[name]["parameters"] == count + padding
 
 
 def test_a_rank_has_its_share_of_the_experts(plans):
-    experts = 6 * 8 * 3 * 64 * 48
+    experts = LAYERS * 8 * 3 * 64 * 48
     saved = plans["alone"]["gradients"] - plans["shared by two replicas"]["gradients"]
     # Buffers are padded.
     assert saved == pytest.approx(4 * experts / 2, rel=0.01)
@@ -102,13 +109,13 @@ def test_a_rank_has_its_share_of_the_experts(plans):
 def test_a_micro_batch_keeps_at_least_the_hidden_states_of_its_layers(plans, name):
     tensor, pipeline, _, _ = LAYOUTS[name]
     tokens = LENGTHS[0] + 4 * LENGTHS[1]
-    least = 4 * tokens * 64 * 6 // pipeline // tensor
+    least = 4 * tokens * 64 * LAYERS // pipeline // tensor
     assert all(kept > least for kept in plans[name]["micro_batches"])
 
 
 def test_tokens_travel_in_every_layer(plans):
     # Tokens and weights, to the experts and the tokens back, forward and backward.
-    assert plans["sent"]["all-to-all"] >= 6 * 3 * 2
+    assert plans["sent"]["all-to-all"] >= LAYERS * 3 * 2
     assert plans["shared by two replicas"]["seconds"] > 0
 
 
@@ -125,8 +132,7 @@ def test_search_distributes_experts_too(plans):
     ],
 )
 def test_search_cuts_experts_only_where_there_are_too_few(tmp_path, experts, wanted):
-    sizes = tiny_qwen3_config(EXPERTS | {"num_experts": experts}).to_dict()
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    (tmp_path / "config.json").write_text(json.dumps(config_of(experts).to_dict()))
     recipe, shape = recipe_of(str(tmp_path), 1, 1, 1, 4), read_model_shape(str(tmp_path))
     found = map(Layout.of, _layouts(recipe, shape, 1, 4, read_gpu("h100-80gb", None)))
     of_two = {(it.expert, it.expert_tensor_size) for it in found if it.tensor == 2}
@@ -134,7 +140,7 @@ def test_search_cuts_experts_only_where_there_are_too_few(tmp_path, experts, wan
 
 
 def test_experts_that_are_cut_send_more(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(tiny_qwen3_config(EXPERTS).to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(config_of().to_dict()))
     shape, gpu = read_model_shape(str(tmp_path)), read_gpu("h100-80gb", None)
     seconds = []
     for expert, expert_tensor in ((4, None), (2, 2)):

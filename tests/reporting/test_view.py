@@ -2,10 +2,11 @@
 
 import http.client
 import json
+import os
 import random
 import re
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -196,35 +197,38 @@ def test_what_can_not_be_viewed_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_server_listens_on_this_machine_alone_and_draws_on_demand(tmp_path):
+def test_the_server_listens_on_this_machine_alone_and_draws_on_demand(tmp_path, rank_server):
     frames = np.stack([picture(28, 28, seed) for seed in range(8)])
     video = encode_video(tmp_path / "a.mp4", frames, 2)
     rows = groups(0, [0], 1, videos=[str(video)], frame_times=[[0.0, 1.0]])
     run = make_rollouts(tmp_path / "run", {1: rows})
-    command = [sys.executable, "-m", "nemo_care", "view", str(run), "--media", "0", "--serve", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        lines = [process.stdout.readline() for _ in range(3)]
-        port = int(re.match(r"http://127\.0\.0\.1:(\d+)/ ", lines[2])[1])
-        assert "1 not drawn yet" in lines[0]
-        try:
-            addresses = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
-            listening = [line.split()[1] for line in addresses.splitlines() if " 0A " in line]
-            assert [one for one in listening if one.endswith(f":{port:04X}")] == [
-                f"0100007F:{port:04X}"
-            ]
-            sheet = next(iter(written(run / "view/steps/media.js")[0]))
+    arguments = ["-m", "nemo_care", "view", str(run), "--media", "0", "--serve", "0"]
+    server = rank_server.start(1, arguments)
+    end = time.monotonic() + 60
+    while "http://" not in server.text(0) and time.monotonic() < end:
+        time.sleep(0.05)
+    lines = server.text(0).splitlines()
+    port = int(re.match(r"http://127\.0\.0\.1:(\d+)/ ", lines[2])[1])
+    assert "1 not drawn yet" in lines[0]
+    try:
+        addresses = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+        listening = [line.split()[1] for line in addresses.splitlines() if " 0A " in line]
+        assert [one for one in listening if one.endswith(f":{port:04X}")] == [
+            f"0100007F:{port:04X}"
+        ]
+        sheet = next(iter(written(run / "view/steps/media.js")[0]))
 
-            def get(path: str, host: str = f"localhost:{port}") -> tuple[int, bytes]:
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-                connection.request("GET", path, headers={"Host": host})
-                answer = connection.getresponse()
-                return answer.status, answer.read()
+        def get(path: str, host: str = f"localhost:{port}") -> tuple[int, bytes]:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            connection.request("GET", path, headers={"Host": host})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
 
-            assert get("/index.html")[0] == 200
-            status, content = get(f"/media/{sheet}")
-            assert (status, content[:3]) == (200, b"\xff\xd8\xff")
-            assert get("/../../recipe.yaml")[0] == 404
-            assert get("/index.html", host="evil.example")[0] == 403
-        finally:
-            process.send_signal(2)
-    assert process.returncode == 130
+        assert get("/index.html")[0] == 200
+        status, content = get(f"/media/{sheet}")
+        assert (status, content[:3]) == (200, b"\xff\xd8\xff")
+        assert get("/../../recipe.yaml")[0] == 404
+        assert get("/index.html", host="evil.example")[0] == 403
+    finally:
+        os.kill(server.pids[0], signal.SIGINT)
+    assert server.wait() == [130]

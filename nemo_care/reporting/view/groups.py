@@ -1,4 +1,4 @@
-"""A step's rows as groups, ready to be drawn: all text is harmless, all numbers are finite."""
+"""Turn the rows of a step into groups for the page: text is harmless, and numbers are finite."""
 
 import math
 import re
@@ -43,13 +43,13 @@ _ROW: Kinds = {
 
 
 def step_groups(file: Path, accuracy_threshold: float) -> list[Record]:
-    """The groups of a file of `rollouts/`, in the order of the data.
+    """Return the groups in a file of `rollouts/`, in the order of the data.
 
-    Completions are sorted by reward, the best first. `accuracy_threshold` is the recipe's: an
-    answer with a higher accuracy counts as right.
+    Completions are sorted by reward, the best first. An answer with an accuracy above
+    `accuracy_threshold`, the recipe's, counts as right.
 
     Raises:
-        InputError: a broken line.
+        InputError: a line is damaged.
     """
     by_prompt: dict[Any, list[Record]] = {}
     for place, row in enumerate(complete_lines(file, optional=_ROW)):
@@ -58,14 +58,14 @@ def step_groups(file: Path, accuracy_threshold: float) -> list[Record]:
 
 
 def sheets_of(group: Record) -> list[Sheet]:
-    """The videos and images that the model saw."""
+    """Return the sheets of the videos and images that the model saw."""
     row = group["first_row"]
     times = row.get("frame_times", [])
     videos = row.get("videos", [])
     return [
         *(
             Sheet("video", path, tuple(number(time) for time in seconds))
-            # Without times nobody knows which frames these were.
+            # Without times, the frames are unknown.
             for path, seconds in zip(videos, [*times, *[[]] * len(videos)], strict=False)
         ),
         *(Sheet("image", path) for path in row.get("images", [])),
@@ -143,9 +143,9 @@ def _finite(value: Any) -> float | None:
 
 
 def _mean_likelihood(completions: Sequence[Record]) -> tuple[float | None, bool]:
-    """Mean likelihood of the right answers, which is what the bonus compares with, and True.
+    """Return the mean likelihood of the right answers, with which the bonus compares, and True.
 
-    Of all answers, and False, where no right one has a likelihood.
+    If no right one has a likelihood: that of all answers, and False.
     """
     known = [one for one in completions if one["likelihood"] is not None]
     right = [one["likelihood"] for one in known if one["right"]]
@@ -156,32 +156,28 @@ def _mean_likelihood(completions: Sequence[Record]) -> tuple[float | None, bool]
 def _parts(
     text: str, token_texts: Sequence[str], log_probs: Sequence[float | None]
 ) -> list[list[Any]]:
-    """A completion cut into [kind, text], or [kind, [[text, log-probability], ...]] with tokens.
+    """Cut a completion into [kind, text], or [kind, [[text, log-probability], ...]] with tokens.
 
     Kinds are reasoning, answer, tags (with white space between them) and other.
     """
     whole = "".join(token_texts)
-    # Its end has a token, which the text leaves out.
+    # The end of a completion has a token, but no text.
     has_tokens = bool(token_texts) and len(token_texts) == len(log_probs)
-    tokens = (
-        list(zip(token_texts, log_probs, strict=True))
-        if has_tokens and whole.startswith(text)
-        else None
-    )
+    is_tokenised = has_tokens and whole.startswith(text)
+    written = whole if is_tokenised else text
     parts: list[list[Any]] = []
-    written = whole if tokens else text
     for kind, start, end in _sections(text, len(written)):
         if not kind:
             kind = "tags" if _TAGS.fullmatch(written, start, end) else "other"
-        if tokens is None:
-            parts.append([kind, printable(written[start:end])])
+        if is_tokenised:
+            parts.append([kind, list(_within(token_texts, log_probs, start, end))])
         else:
-            parts.append([kind, list(_within(tokens, start, end))])
+            parts.append([kind, printable(written[start:end])])
     return parts
 
 
 def _sections(text: str, end: int) -> list[tuple[str, int, int]]:
-    """Kind, start and end of each section that is not empty; `end` is that of the last."""
+    """Return kind, start and end of each non-empty section; the last one reaches to `end`."""
     named: list[tuple[CharacterSpan, str]] = []
     reasoning, answer = find_reasoning(text), find_answer(text)
     if answer is not None:
@@ -194,11 +190,11 @@ def _sections(text: str, end: int) -> list[tuple[str, int, int]]:
 
 
 def _within(
-    tokens: Sequence[tuple[str, float | None]], start: int, end: int
+    texts: Sequence[str], log_probs: Sequence[float | None], start: int, end: int
 ) -> Iterator[tuple[str, float | None]]:
-    """What of the tokens is between two places of the text; a cut token counts on both sides."""
+    """Yield the tokens between two places of the text; a token across a place is cut there."""
     place = 0
-    for token, log_prob in tokens:
+    for token, log_prob in zip(texts, log_probs, strict=True):
         begin, place = place, place + len(token)
         piece = token[max(0, start - begin) : max(0, end - begin)]
         if piece:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FRAME = (160, 120)
-"""Width and height that a frame of a video is drawn into, in pixels."""
+"""Width and height of the box that a frame of a video is drawn into, in pixels."""
 _PICTURE = (480, 360)  # a single image has more room
 _MOST_FRAMES = 64
 
@@ -32,21 +32,21 @@ class Sheet:
 
     @property
     def name(self) -> str:
-        """The name of its file: other frames of the same video have another one."""
+        """The name of its file, which depends on path and times."""
         about = f"{self.kind}\0{self.path}\0{self.times}"
         digest = hashlib.sha256(about.encode("utf-8", errors="surrogatepass"))
         return f"{digest.hexdigest()[:20]}.jpg"
 
     @property
     def shown_times(self) -> tuple[float, ...]:
-        """The frames that are drawn: of very many, some that are evenly spread."""
+        """The times of the frames that are drawn: at most 64, evenly spread."""
         count = len(self.times)
         if count <= _MOST_FRAMES:
             return self.times
         return tuple(self.times[at * count // _MOST_FRAMES] for at in range(_MOST_FRAMES))
 
     def record(self) -> dict[str, Any]:
-        """What a page has to know of it."""
+        """Return what the page needs to show it."""
         return {
             "kind": self.kind,
             "path": one_line(self.path),
@@ -56,7 +56,7 @@ class Sheet:
         }
 
     def problem(self) -> str | None:
-        """Why it can't be drawn, as far as can be seen without reading the file."""
+        """Return why it can't be drawn, as far as is known without reading the file."""
         if not Path(self.path).is_file():
             return "missing: there is no such file on this machine"
         if self.kind == "video" and not (self.times and all(map(math.isfinite, self.times))):
@@ -64,7 +64,7 @@ class Sheet:
         return None
 
     def draw(self, folder: Path) -> str | None:
-        """Write its file, where it is not there yet; the reason where the media can't be read."""
+        """Write its file if it does not exist; return the reason if the media can't be read."""
         target = folder / self.name
         if target.exists():
             return None
@@ -95,7 +95,7 @@ class Sheet:
         for frame in frames:
             image = Image.fromarray(frame.numpy())
             image.thumbnail(room)
-            # The miniature's frames have 28 pixels.
+            # Enlarge small frames: those of the miniature have 28 pixels.
             larger = min(room[0] // image.width, room[1] // image.height, 3)
             yield image.resize(
                 (larger * image.width, larger * image.height), Image.Resampling.NEAREST
@@ -103,7 +103,7 @@ class Sheet:
 
 
 def _side_by_side(frames: "Sequence[Image]") -> "Image":
-    """Frames of one size in a row."""
+    """Join frames of one size in a row."""
     from PIL import Image
 
     width, height = frames[0].size

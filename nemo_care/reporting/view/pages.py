@@ -1,10 +1,10 @@
-"""The folder of pages that `nemo-care view` writes.
+"""Write the folder of pages of `nemo-care view`.
 
 index.html            the page; opens from a file, in any browser
 view.css, *.js        its style and its program
 steps/index.js        the runs, their steps, and in which steps each prompt was sampled
 steps/run0/step_N.js  the groups of a step, loaded when the page shows it (run1: the other run)
-steps/media.js        why the frames of a video are not there, by the name of their sheet
+steps/media.js        why the frames of a video are missing, by the name of their sheet
 media/*.jpg           the frames that the model saw, drawn once (see media.py)
 """
 
@@ -38,9 +38,9 @@ class View:
     folder: Path
     completions: int = 0
     drawn: int = 0
-    """Sheets of frames that are there."""
+    """Number of sheets of frames that exist."""
     missing: int = 0
-    """Videos and images that can't be drawn."""
+    """Number of videos and images that can't be drawn."""
     left: dict[str, Sheet] = field(default_factory=dict)
     """Sheets that were not drawn because of the limit, by the names of their files."""
 
@@ -51,14 +51,14 @@ class View:
 
 
 def write_view(run: Path, other: Path | None, out: Path, most_media: int) -> View:
-    """Write the pages of a run, or of two side by side, into `out`, which is made when missing.
+    """Write the pages of a run, or of two side by side, into `out`, which is created if missing.
 
-    The frames of at most `most_media` videos and images are drawn, those of the newest steps first;
-    those that an earlier call has drawn are kept.
+    The frames of at most `most_media` videos and images are drawn, those of the newest steps first,
+    in addition to those of earlier calls.
 
     Raises:
-        InputError: not a run directory, one without completions, or a broken file in it; or `out`
-            holds something else.
+        InputError: not a run directory, one without completions, or a file in it is damaged; or
+            `out` contains something else.
     """
     records = [read_run(path) for path in (run, other) if path is not None]
     for record in records:
@@ -78,10 +78,10 @@ def write_view(run: Path, other: Path | None, out: Path, most_media: int) -> Vie
 
 
 def _claim(out: Path) -> None:
-    """Make the folder, or empty it of the data of an earlier call.
+    """Create the folder, or remove the data of an earlier call.
 
     Raises:
-        InputError: it holds what no call of ours has written.
+        InputError: it contains files that no call has written.
     """
     if out.exists() and not (out / _MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
@@ -93,7 +93,7 @@ def _claim(out: Path) -> None:
 
 
 def _write_run(view: View, place: int, run: RunRecord, sheets: dict[str, Sheet]) -> Record:
-    """Write a run's steps; returns what the index says of it. Adds its media, oldest step first."""
+    """Write a run's steps; return its entry in the index. Adds its media, oldest step first."""
     threshold = run.setting("algorithm.consistency.accuracy_threshold")
     if not isinstance(threshold, int | float):
         threshold = _THRESHOLD
@@ -129,7 +129,7 @@ def _write_run(view: View, place: int, run: RunRecord, sheets: dict[str, Sheet])
 
 
 def _means(groups: Sequence[Record]) -> Record:
-    """Of a step, for the list of steps."""
+    """Return a step's share of right answers and mean reward, for the list of steps."""
     completions = [one for group in groups for one in group["completions"]]
     right = [one["right"] for one in completions if one["right"] is not None]
     rewards = [one["reward"] for one in completions if one["reward"] is not None]
@@ -140,7 +140,7 @@ def _means(groups: Sequence[Record]) -> Record:
 
 
 def _draw(view: View, sheets: dict[str, Sheet], most: int) -> dict[str, str]:
-    """Draw the frames of the newest steps; returns why others are not there, by their file."""
+    """Draw the frames of the newest steps; return why others are missing, by their file."""
     reasons: dict[str, str] = {}
     drawn_now = 0
     for name, sheet in reversed(sheets.items()):

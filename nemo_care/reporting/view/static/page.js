@@ -102,7 +102,7 @@ async function show() {
   byId("groups").replaceChildren();
   drawn = 0;
   drawMore();
-  document.body.dataset.shown = call;  // for whoever waits for a page
+  document.body.dataset.shown = call;  // for tests, which wait for it
 }
 
 function drawMore() {
