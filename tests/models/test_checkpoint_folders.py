@@ -282,7 +282,7 @@ def test_a_template_that_can_t_be_used_is_named(folder, refused, name, template)
 
 def test_a_template_that_is_not_text_is_named(folder, refused):
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe\xff")
-    refused(str(folder / "chat_template.jinja"), "not a text file", "utf-8")
+    refused(str(folder / "chat_template.jinja"), "not UTF-8")
     (folder / "chat_template.jinja").unlink()
     change_json(folder / "chat_template.json", chat_template=[1])
     refused(str(folder / "chat_template.json"), "no text chat_template")
