@@ -154,10 +154,10 @@ def _grid(file: VideoFile | ImageFile, bounds: PixelBounds, patching: Patching) 
 
 
 def measure_media(request: MediaRequest) -> Media:
-    """As `load_media`, for who asks whether files can be read, and not what is in them.
+    """As `load_media`, for checks of whether files can be read.
 
-    Frames are large and would have to travel between processes: they are left out. So is what
-    ffmpeg writes to stderr about files that are broken.
+    Frames, which would have to travel between processes, are left out, and so is what ffmpeg writes
+    to stderr about broken files.
 
     Raises:
         UnreadableMedia: a file can't be decoded.

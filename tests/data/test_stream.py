@@ -13,7 +13,7 @@ SAMPLES = [Sample(str(number), "?", "A") for number in range(10)]
 
 
 class Loader:
-    """Prompts without content; remembers what was announced and what was asked for."""
+    """Prompts without content; remembers what was announced and loaded."""
 
     def __init__(self, broken=()):
         self.broken = broken

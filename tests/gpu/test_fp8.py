@@ -24,7 +24,7 @@ SAME_SCALES = {"mean": 0.03, "largest": 0.6, "gradient": 0.15}
 @pytest.fixture(autouse=True)
 def _transformer_engine(monkeypatch):
     needs_transformer_engine()
-    # Recent ones ask for it before they load delayed scales; no checkpoint is loaded here.
+    # Recent ones require it to load delayed scales; no checkpoint is loaded here.
     monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
 
 

@@ -225,7 +225,7 @@ def trainer(checkpoint, world, ranks, tmp_path_factory):
 def test_padded_groups_give_the_same_gradients_and_likelihoods(
     trainer, checkpoint, world, tmp_path
 ):
-    """With pads behind them the tokens are computed as without."""
+    """Padding after the tokens does not change their results."""
     groups = make_groups(make_prompts(checkpoint, world, tmp_path), checkpoint)
     found = []
     for multiple in (16, 256):
