@@ -26,6 +26,7 @@ from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.group import Group
 from nemo_care.groups.separate import separate_sequences
 from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
+from nemo_care.models.transformer_config import transformer_config
 from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.models.weights import load_hf_weights
 from nemo_care.objective.consistency import answer_likelihood
@@ -78,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), size)
         family = Qwen25VLFamily(config)
-        model = family.build(family.transformer_config(Layout(), torch.float32)).eval()
+        model = family.build(transformer_config(family, Layout(), torch.float32)).eval()
         load_hf_weights(model, folder)
     fused, separate = (
         Scorer(model, ranks, BatchLayout.of(Layout(), 1, pad_id=0, shared_prompt=shared))

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_care.groups.batch import Rows
 from nemo_care.models.families.qwen2_5_vl.family import Qwen25VLFamily
+from nemo_care.models.transformer_config import transformer_config
 from nemo_care.ranks.process_groups import Layout, RankEnvironment, Ranks
 from nemo_care.training.step import Step
 
@@ -39,7 +40,7 @@ def measured(ranks: Ranks, prompt_tokens: int, repeats: int, *, shard: bool) -> 
     """Seconds, peak bytes and FLOPs, each of the rank that has most of it."""
     family = Qwen25VLFamily(hf_config(_SIZE))
     torch.manual_seed(0)
-    model = family.build(family.transformer_config(ranks.layout, torch.float32)).train()
+    model = family.build(transformer_config(family, ranks.layout, torch.float32)).train()
     if shard:
         model.deal_vision()
     prompt = video_prompt(family.hf, prompt_tokens)

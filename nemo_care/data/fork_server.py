@@ -20,9 +20,6 @@ _PRELOADED = [
     # A request contains the family's rule for cutting patches.
     "nemo_care.models.families",
 ]
-# Ctrl-C, a closed terminal, Slurm and others send these to a whole process group, but they are
-# meant for the training process.
-_NOT_FOR_CHILDREN = ASKING
 
 
 def fork_context() -> ForkServerContext:
@@ -36,13 +33,14 @@ def fork_context() -> ForkServerContext:
 def deaf_children() -> Iterator[None]:
     """Block the signals that stop a run in the processes that this thread starts inside.
 
-    These processes continue while the run completes its step, and end with the training process.
-    The thread itself receives a signal that arrives inside afterwards.
+    Ctrl-C, a closed terminal, Slurm and others send them to a whole process group, but they are
+    meant for the training process. Its children continue while the run completes its step, and end
+    with it. The thread itself receives a signal that arrives inside afterwards.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:
         resource_tracker.ensure_running()  # would be started with the server, and unblocks signals
-        signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -22,8 +22,15 @@ _TO_16_BITS = ("PNG", "PPM")
 class ImageFile:
     """An image whose size is known but whose pixels have not been decoded yet.
 
-    It is the first picture of an animation or a file with several pages.
+    It is the first picture of an animation or a file with several pages. The attributes that an
+    image lacks have the values that say so (see `VideoFile`).
     """
+
+    count = 1
+    seconds_per_grid = 0.0
+    frame_times: tuple[float, ...] = ()
+    prompt_times: tuple[float, ...] = ()
+    by_pyav = False
 
     def __init__(self, path: str | Path) -> None:
         """Open the file.
@@ -51,6 +58,10 @@ class ImageFile:
             # Copies of the image lose the file's tags.
             depth = _Depth.of(image)
             return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(image), depth)))
+
+    def frames(self) -> Iterator[Tensor]:
+        """Yield the only frame."""
+        yield self.frame()
 
     @contextmanager
     def _readable(self) -> Iterator[None]:

@@ -42,7 +42,7 @@ class PromptLoader:
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of the frames that were decoded ahead and are not asked for yet."""
+        """Bytes of the frames that were decoded ahead and have not been loaded yet."""
         done = [future for _, future in self._begun.values() if future.done()]
         media = [future.result() for future in done if not future.exception()]
         return sum(frames.nbytes for item in media for frames in item.frames)

@@ -1,11 +1,9 @@
 """The videos and images of one prompt, from files to resized frames: what decoding processes do."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from nemo_care.data.frame_cache import CacheSettings, DecodedFile, FrameCache, open_cache
 from nemo_care.data.images import ImageFile
@@ -82,12 +80,13 @@ def load_media(request: MediaRequest) -> Media:
         *(_MediaFile(path, settings, is_video=True) for path in request.videos),
         *(_MediaFile(path, settings, is_video=False) for path in request.images),
     ]
-    media = Media([file.grid for file in files], [file.seconds_per_grid for file in files])
+    media = Media([file.grid for file in files], [file.source.seconds_per_grid for file in files])
     if sum(map(settings.patching.tokens, media.grids)) <= request.room:
         media.frames = [file.frames() for file in files]
-    media.videos_by_pyav = sum(file.by_pyav for file in files)
-    media.frame_times = [file.frame_times for file in files if file.is_video]
-    media.prompt_times = [file.prompt_times for file in files]
+    # Read last: some videos are handed over to PyAV on the way.
+    media.videos_by_pyav = sum(file.source.by_pyav for file in files)
+    media.frame_times = [file.source.frame_times for file in files if file.is_video]
+    media.prompt_times = [file.source.prompt_times for file in files]
     return media
 
 
@@ -97,85 +96,68 @@ class _MediaFile:
     def __init__(self, path: Path, settings: MediaSettings, *, is_video: bool) -> None:
         """Raises as `load_media`."""
         self.is_video = is_video
-        self.frame_times: tuple[float, ...] = ()
-        self.prompt_times: tuple[float, ...] = ()
-        self._settings = settings
+        self._patching = settings.patching
         self._bounds = settings.video_pixels if is_video else settings.image_pixels
-        self._entry: DecodedFile | None = None
-        self._cache, self._name = None, None
+        self._cache, self._name, entry = None, None, None
         if settings.cache is not None:
             self._cache = open_cache(settings.cache)
             choice = settings.frames if is_video else None
             self._name = FrameCache.name(path, choice, self._bounds, settings.patching)
-            self._entry = self._cache.get(self._name) if self._name else None
-        if self._entry is not None:
-            self.grid, self.seconds_per_grid = self._entry.grid, self._entry.seconds_per_grid
-            self.frame_times = self._entry.frame_times
-            self.prompt_times = self._entry.prompt_times
-            return
-        self._file = VideoFile(path, settings.frames) if is_video else ImageFile(path)
-        self._count = self._file.count if isinstance(self._file, VideoFile) else 1
-        self.grid = _grid(self._file, self._count, self._bounds, settings.patching)
-        self.seconds_per_grid = 0.0
-        if isinstance(self._file, VideoFile):
-            self.seconds_per_grid = self._file.seconds_per_grid
-            self.frame_times = self._file.frame_times
-            self.prompt_times = self._file.times
-
-    @property
-    def by_pyav(self) -> bool:
-        """Whether PyAV decodes it; some videos are handed over to it on the way."""
-        if self._entry is not None:
-            return self._entry.by_pyav
-        return isinstance(self._file, VideoFile) and self._file.by_pyav
+            entry = self._cache.get(self._name) if self._name else None
+        self.source: DecodedFile | VideoFile | ImageFile
+        if entry is not None:
+            self.source, self.grid = entry, entry.grid
+        else:
+            self.source = VideoFile(path, settings.frames) if is_video else ImageFile(path)
+            self.grid = _grid(self.source, self._bounds, settings.patching)
 
     def frames(self) -> np.ndarray:
         """The resized frames, uint8 [count, H, W, 3]; raises UnreadableMedia."""
-        if self._entry is not None:
-            return self._entry.frames
-        file = self._file
-        frames = self._resized(file.frames() if isinstance(file, VideoFile) else [file.frame()])
+        source = self.source
+        if isinstance(source, DecodedFile):
+            return source.frames
+        frames = self._resized(source)
         if self._cache is not None and self._name is not None:
             entry = DecodedFile(
                 self.grid,
-                self.seconds_per_grid,
+                source.seconds_per_grid,
                 frames,
-                self.by_pyav,
-                self.frame_times,
-                self.prompt_times,
+                source.by_pyav,
+                source.frame_times,
+                source.prompt_times,
             )
             self._cache.put(self._name, entry)
         return frames
 
-    def _resized(self, decoded: Iterable[Tensor]) -> np.ndarray:
+    def _resized(self, file: VideoFile | ImageFile) -> np.ndarray:
         """Resizes frame by frame: no two of full size are in memory, nor two copies of the rest."""
         frames = None
-        for place, frame in enumerate(decoded):
-            resized = self._settings.patching.resize(frame, self._bounds).numpy()
+        for place, frame in enumerate(file.frames()):
+            resized = self._patching.resize(frame, self._bounds).numpy()
             if frames is None:
-                frames = np.empty((self._count, *resized.shape), dtype=np.uint8)
+                frames = np.empty((file.count, *resized.shape), dtype=np.uint8)
             frames[place] = resized
         assert frames is not None, "a file has at least one frame"
         return frames
 
 
-def _grid(file: VideoFile | ImageFile, count: int, bounds: PixelBounds, patching: Patching) -> Grid:
-    """The grid of `count` frames of a file.
+def _grid(file: VideoFile | ImageFile, bounds: PixelBounds, patching: Patching) -> Grid:
+    """The grid of a file's frames.
 
     Raises:
         InputError: names the file, whose frames are too narrow to resize.
     """
     try:
-        return patching.grid(count, file.height, file.width, bounds)
+        return patching.grid(file.count, file.height, file.width, bounds)
     except InputError as error:
         raise InputError(f"{one_line(str(file.path))}: {error}") from error
 
 
 def measure_media(request: MediaRequest) -> Media:
-    """As `load_media`, for who asks whether files can be read, and not what is in them.
+    """As `load_media`, for checks of whether files can be read.
 
-    Frames are large and would have to travel between processes: they are left out. So is what
-    ffmpeg writes to stderr about files that are broken.
+    Frames, which would have to travel between processes, are left out, and so is what ffmpeg writes
+    to stderr about broken files.
 
     Raises:
         UnreadableMedia: a file can't be decoded.

@@ -1,8 +1,8 @@
 """How frames become patches, in two parts: what a model family does for the data pipeline.
 
 Frames are resized where they are decoded and stay uint8. The first pipeline stage cuts them into
-patches, which are four times as large, one micro-batch at a time. A family implements `Patching`;
-the pipeline gets it from outside and knows no family.
+patches, which are four times as large, one micro-batch at a time. A family implements `Patching`,
+which the pipeline gets from its callers.
 """
 
 from dataclasses import dataclass

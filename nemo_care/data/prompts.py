@@ -133,7 +133,7 @@ class PromptBuilder:
         return self.finish(draft, load_media(draft.request))
 
     def draft(self, index: int, sample: Sample) -> Draft:
-        """The text, and what to ask for to finish the prompt."""
+        """Return the text, and the request for the media that finish the prompt."""
         token_ids, problem = [], None
         try:
             token_ids = self._token_ids(sample)

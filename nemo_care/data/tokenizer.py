@@ -11,6 +11,7 @@ from nemo_care.data.chat import ChatEncoder, Content
 from nemo_care.data.checkpoint_files import read_checkpoint_json
 from nemo_care.data.prompt_format import PromptFormat
 from nemo_care.errors import InputError, first_line
+from nemo_care.files.json_lines import read_text
 
 _JSON_FILES = (
     "tokenizer_config.json",
@@ -70,7 +71,8 @@ def load_tokenizer(
     for name in _JSON_FILES:
         if (path / name).is_file():
             read_checkpoint_json(path / name)
-    _check_text(path / _TEMPLATE)
+    if (path / _TEMPLATE).is_file():
+        read_text(path / _TEMPLATE, remedy="copy it from the checkpoint again")
     try:
         base = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # The library tokenizers raises plain Exceptions.
@@ -90,16 +92,6 @@ def _unusable(key: str, path: Path, reason: str) -> InputError:
         f"{key}={path}: no usable tokenizer there ({reason}); copy the checkpoint's tokenizer "
         "files beside it"
     )
-
-
-def _check_text(file: Path) -> None:
-    try:
-        if file.is_file():
-            file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{file}: not a text file ({first_line(error)}); copy it from the checkpoint again"
-        ) from error
 
 
 def _check_tokenizer_json(file: Path) -> None:

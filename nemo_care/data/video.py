@@ -79,9 +79,9 @@ class VideoFile:
     """A video whose first frame has been decoded, and no other yet.
 
     `count` frames of `height` x `width` pixels, turned as the file's rotation says, will be read;
-    `seconds_per_grid` is the time that one temporal patch covers, `times` are the seconds from the
-    first frame of the file to each of those that are read. `by_pyav` says that PyAV decodes the
-    frames, because decord can't or would return the wrong ones.
+    `seconds_per_grid` is the time that one temporal patch covers, `prompt_times` are the seconds
+    from the first frame of the file to each of those that are read. `by_pyav` says that PyAV
+    decodes the frames, because decord can't or would return the wrong ones.
     """
 
     def __init__(self, path: str | Path, choice: FrameChoice | FrameTimes) -> None:
@@ -116,9 +116,9 @@ class VideoFile:
         self.count = len(self._indices)
         if self._timeline.constant:
             # The starts are rounded to the file's time base.
-            self.times = tuple(index / rate for index in self._indices)
+            self.prompt_times = tuple(index / rate for index in self._indices)
         else:
-            self.times = tuple((starts[self._indices] - starts[0]).tolist())
+            self.prompt_times = tuple((starts[self._indices] - starts[0]).tolist())
         self.seconds_per_grid = FRAME_FACTOR / (self.count / total * rate)
         self.by_pyav = not self._timeline.plain
         self._reader: DecordReader | PyavReader | None = None

@@ -54,23 +54,21 @@ class StoredGroup:
     @classmethod
     def of(cls, group: Group, policy_log_probs: Sequence[torch.Tensor] | None) -> "StoredGroup":
         """Return a group's; `policy_log_probs` are the update's, one [C] per completion."""
-        tensors = {"prompt_token_ids": group.prompt.token_ids}
-        tensors |= {name: known(getattr(group, name)) for name in _PER_COMPLETION}
-        tensors |= {f"rewards.{name}": values for name, values in known(group.rewards).items()}
-        if group.answer_likelihood is not None:
-            tensors["answer_likelihood"] = group.answer_likelihood
-        if group.prompt_routing is not None:
-            tensors["prompt_routing"] = group.prompt_routing
-        for number, completion in enumerate(group.completions):
-            tensors[f"completions.{number}.token_ids"] = completion.token_ids
-            tensors[f"completions.{number}.log_probs"] = completion.log_probs
-            if completion.routing is not None:
-                tensors[f"completions.{number}.routing"] = completion.routing
-        for key, vectors in (
-            ("reference_log_probs", group.reference_log_probs),
-            ("policy_log_probs", policy_log_probs),
-        ):
-            for number, values in enumerate(vectors or ()):
+        tensors = {
+            "prompt_token_ids": group.prompt.token_ids,
+            **{name: known(getattr(group, name)) for name in _PER_COMPLETION},
+            **{f"rewards.{name}": values for name, values in known(group.rewards).items()},
+            "answer_likelihood": group.answer_likelihood,
+            "prompt_routing": group.prompt_routing,
+        }
+        per_completion = {
+            **{key: [getattr(c, key) for c in group.completions] for key in _PER_TOKEN},
+            "routing": [completion.routing for completion in group.completions],
+            "reference_log_probs": group.reference_log_probs or (),
+            "policy_log_probs": policy_log_probs or (),
+        }
+        for key, vectors in per_completion.items():
+            for number, values in enumerate(vectors):
                 tensors[f"completions.{number}.{key}"] = values
         record = {
             "prompt_index": group.prompt.index,
@@ -81,7 +79,7 @@ class StoredGroup:
             ],
         }
         # Copies, because tensors that share memory can't be written to one file.
-        return cls(record, {key: tensor.detach().clone() for key, tensor in tensors.items()})
+        return cls(record, {key: t.detach().clone() for key, t in tensors.items() if t is not None})
 
     @property
     def prompt_index(self) -> int:
@@ -105,17 +103,12 @@ class StoredGroup:
         ]
         scored = [tensors.get(f"completions.{n}.reference_log_probs") for n in range(count)]
         all_scored = [values for values in scored if values is not None]
-        rewards = {
-            key.removeprefix("rewards."): values
-            for key, values in tensors.items()
-            if key.startswith("rewards.")
-        }
         vectors: dict[str, Any] = {name: tensors[name] for name in _PER_COMPLETION}
         return Group(
             prompt,
             completions,
             prompt_routing=tensors.get("prompt_routing"),
-            rewards=rewards,
+            rewards=_inside("rewards.", tensors),
             answer_likelihood=tensors.get("answer_likelihood"),
             reference_log_probs=all_scored if len(all_scored) == count else None,
             **vectors,
@@ -162,16 +155,21 @@ def read_groups(file: Path) -> tuple[dict[str, Any], list[StoredGroup]]:
         for place, completion in enumerate(record["completions"]):
             where = f"{file}: completion {place} of group {number}"
             check_record(where, completion, _COMPLETION, remedy=_REMEDY)
-        own = {
-            key.removeprefix(prefix): tensor
-            for key, tensor in tensors.items()
-            if key.startswith(prefix)
-        }
+        own = _inside(prefix, tensors)
         missing = [key for key in _needed_tensors(len(record["completions"])) if key not in own]
         if missing:
             raise InputError(f"{target}: {prefix}{missing[0]} is missing; {_REMEDY}")
         groups.append(StoredGroup(record, own))
     return about, groups
+
+
+def _inside(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors whose names begin with `prefix`, which is removed."""
+    return {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(prefix)
+    }
 
 
 def _needed_tensors(completions: int) -> list[str]:

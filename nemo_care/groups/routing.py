@@ -7,7 +7,8 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_care.megatron.cpu import compute_device
-from nemo_care.models.expert_routing import UNRECORDED, TrainingPass
+from nemo_care.models.architecture import UNRECORDED
+from nemo_care.models.expert_routing import TrainingPass
 from nemo_care.models.video_language_model import VideoLanguageModel
 
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+UNRECORDED = -1
+"""In place of the experts of a token that has none recorded: the router chooses them."""
+
 
 @dataclass(frozen=True)
 class VisionArchitecture:

@@ -82,7 +82,7 @@ class DecodingCache(PackedSeqParams):
         apart: bool = False,
         fixed: bool = False,
     ) -> None:
-        """Of B prompts of these lengths, with `group_size` completions each.
+        """Create the cache of B prompts with `group_size` completions each.
 
         Args:
             lengths: tokens of the prompts.
@@ -90,7 +90,7 @@ class DecodingCache(PackedSeqParams):
             max_tokens: the most that a completion has.
             device: where the cache is; None: the CPU.
             multiple: what a pass is padded to a multiple of.
-            apart: each prompt is a pass by itself, or else all of them are one.
+            apart: whether each prompt is a pass by itself; otherwise all of them are one.
             fixed: all rows stay, and the step's number is on the device: no shape, address or
                 value that the CPU gives changes from one step to the next.
         """
@@ -117,7 +117,7 @@ class DecodingCache(PackedSeqParams):
         self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def passes(self) -> list[PromptPass]:
-        """How the prompts are forwarded; each goes into the cache as it passes the layers."""
+        """Return the passes that forward the prompts, and fill the cache as they do."""
         sizes = [1] * len(self._lengths) if self._apart else [len(self._lengths)]
         made = []
         for first in range(0, len(self._lengths), sizes[0]):
@@ -157,7 +157,7 @@ class DecodingCache(PackedSeqParams):
                 memory[place, :, : segment.length] = own
 
     def begin_step(self, dtype: torch.dtype) -> None:
-        """Of a fixed shape, before each forward: hide what the completions have not got yet."""
+        """Before each forward pass of a fixed shape: hide tokens that are not sampled yet."""
         assert self.step is not None
         later = torch.arange(self.max_tokens, device=self.device) > self.step
         self._later = torch.zeros_like(later, dtype=dtype).masked_fill(later, float("-inf"))
@@ -180,7 +180,7 @@ class DecodingCache(PackedSeqParams):
         """Store the new tokens' keys and values and attend to prompt and own completion.
 
         `query` is [R, 1, heads, head_dim], `key` and `value` [R, 1, key heads, head_dim]; padding
-        may lie behind the R rows. Returns [R, 1, heads * head_dim], zero at the padding.
+        may follow the R rows. Returns [R, 1, heads * head_dim], zero at the padding.
         """
         rows, _, heads, width = query.shape
         padding, rows = rows - self._rows, self._rows
@@ -195,7 +195,7 @@ class DecodingCache(PackedSeqParams):
         return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows only (ascending); prompts without rows are let go too."""
+        """Continue with these rows only (ascending); prompts without rows are dropped too."""
         self._places = self._places[rows]
         for memories in self._own.values():
             for memory in memories:
@@ -212,16 +212,16 @@ class DecodingCache(PackedSeqParams):
         self._count()
 
     def _count(self) -> None:
-        """How many rows there are, and how many places: those of ended completions are free."""
+        """Count the rows, and the places, of which those of ended completions are free."""
         self._rows = len(self._places)
         self._all_rows = len(self._hidden) * self._group_size
 
     def _store(
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the tokens' keys and values [R, key heads, head_dim]; all that there are.
+        """Keep the tokens' keys and values [R, key heads, head_dim]; return all so far.
 
-        [R, key heads, T, head_dim], of a fixed shape T = C_max.
+        They are [R, key heads, T, head_dim], with T = C_max for fixed shapes.
         """
         if layer not in self._own:
             rows, key_heads, width = key.shape

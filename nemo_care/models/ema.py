@@ -93,7 +93,7 @@ class WeightAverage:
         for name, parameter in self.model.named_parameters():
             target = theta[name].float()
             if name not in self.state:
-                squares += _squares(theta[name], target, target)
+                squares += _squares(theta[name], target, None)
                 continue
             average = self.state[name]
             # Offloaded: one parameter at a time moves to the compute device for the arithmetic.
@@ -118,9 +118,8 @@ class WeightAverage:
         """
         squares = self._no_squares()
         for name, theta in policy.named_parameters():
-            value = theta.float()
-            average = self.state[name].to(theta.device) if name in self.state else value
-            squares += _squares(theta, value, average)
+            average = self.state[name].to(theta.device) if name in self.state else None
+            squares += _squares(theta, theta.float(), average)
         return squares
 
     def _no_squares(self) -> torch.Tensor:
@@ -152,17 +151,19 @@ class WeightAverage:
             self._show(name, parameter)
 
 
-def _squares(parameter: torch.nn.Parameter, theta: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+def _squares(
+    parameter: torch.nn.Parameter, theta: torch.Tensor, phi: torch.Tensor | None
+) -> torch.Tensor:
     """Return the sums of (theta - phi)^2 and theta^2 in their row of `squared_distance`, [2, 2].
 
-    They are 0 for a parameter that is not counted on this rank.
-
-    `theta` and `phi` are float32; `theta` has the values of the policy's `parameter`.
+    They are 0 for a parameter that is not counted on this rank. `theta` has the values of the
+    policy's `parameter` as float32. A frozen parameter has no average `phi`, and no distance.
     """
     squares = torch.zeros(2, 2, dtype=torch.float64, device=theta.device)
     if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
         row = squares[int(is_distributed_expert(parameter))]
-        row[0] = (theta - phi).square_().sum(dtype=torch.float64)
+        if phi is not None:
+            row[0] = (theta - phi).square_().sum(dtype=torch.float64)
         row[1] = theta.square().sum(dtype=torch.float64)
     return squares
 

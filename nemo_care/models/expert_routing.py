@@ -19,8 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-UNRECORDED = -1
-"""In place of the experts of a token that has none recorded: the router chooses them."""
+from nemo_care.models.architecture import UNRECORDED
 
 # An argument of Megatron's layers that reaches them unchanged, also when they are recomputed, and
 # that no layer of ours uses.

@@ -16,12 +16,9 @@ from nemo_care.models.weight_table import WeightTable
 
 if TYPE_CHECKING:
     # Some commands need a checkpoint's sizes and prompts, but not Megatron.
-    import torch
     from megatron.core.transformer import TransformerConfig
 
     from nemo_care.models.video_language_model import VideoLanguageModel
-    from nemo_care.ranks.process_groups import Layout
-    from nemo_care.recipe.model import FP8Config
 
 
 class Family(ABC):
@@ -79,25 +76,6 @@ class Family(ABC):
     @abstractmethod
     def megatron_settings(self) -> dict[str, Any]:
         """Return arguments of Megatron's `TransformerConfig` that only this family sets."""
-
-    def transformer_config(
-        self,
-        layout: "Layout",
-        dtype: "torch.dtype",
-        recompute_granularity: str = "none",
-        fp8: "FP8Config | None" = None,
-    ) -> "TransformerConfig":
-        """Return Megatron's configuration of the language model.
-
-        `recompute_granularity`: none, selective (the inside of attention) or full (whole layers).
-        `fp8`: how the layers compute in 8 bits; None disables it.
-
-        Raises:
-            InputError: the model or the layout does not fit 8-bit products.
-        """
-        from nemo_care.models.transformer_config import transformer_config
-
-        return transformer_config(self, layout, dtype, recompute_granularity, fp8)
 
     @abstractmethod
     def build(self, config: "TransformerConfig", backend: str = "auto") -> "VideoLanguageModel":

@@ -2,9 +2,9 @@
 
 In a packed sequence (see `segments.py`) every segment attends to its context and causally to
 itself. The result and all gradients equal those of separate sequences. A masked attention over the
-whole packed sequence would compute all pairs of completions only to throw them away. What the
-kernels are given holds a prompt's keys and values once per completion; backward keeps these copies
-unless `model.recompute_granularity` is selective or full.
+whole packed sequence would compute all pairs of completions only to throw them away. The kernels'
+inputs contain a prompt's keys and values once per completion; backward keeps these copies unless
+`model.recompute_granularity` is selective or full.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from nemo_care.models.segments import Bucket, PackedSegments
 class GroupAttention(torch.nn.Module):
     """`core_attention` with torch's scaled-dot-product kernels, on CPU and GPU.
 
-    Megatron's stock core attention builds the full score matrix and knows no groups.
+    Megatron's stock core attention builds the full score matrix and has no notion of groups.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class GroupAttention(torch.nn.Module):
                 rows,
                 keys,
                 values,
-                # Padding lies behind a segment's own tokens, where the mask hides it.
+                # Padding follows a segment's own tokens, where the mask hides it.
                 attn_mask=causal_lower_right(bucket.length, keys.shape[2]),
                 scale=self.softmax_scale,
                 enable_gqa=heads != keys.shape[1],

@@ -2,11 +2,10 @@
 
 `local` runs everywhere: Megatron's parallel linear layers, torch's norms and attention.
 `transformer_engine` is Megatron's own spec for TransformerEngine (norms fused into the linear
-layers behind them, 8-bit products) with its variable-length kernels for packed groups. It is not
-run on a GPU yet; `tests/models/test_te_layers.py` holds it against `local`, with a stand-in for
-TransformerEngine.
+layers after them, 8-bit products) with its variable-length kernels for packed groups.
+`tests/models/test_te_layers.py` compares it with `local`, with a stand-in for TransformerEngine.
 Both store the same tensors: the norms' weights are called `input_layernorm.weight` and
-`pre_mlp_layernorm.weight`, or `layer_norm_weight` of the linear layer behind them.
+`pre_mlp_layernorm.weight`, or `layer_norm_weight` of the linear layer after them.
 """
 
 from typing import Any
@@ -19,7 +18,6 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
-from nemo_care.errors import InputError
 from nemo_care.megatron.experts import route_without_transformer_engine
 from nemo_care.megatron.te_import import why_unusable
 from nemo_care.models.group_attention import GroupAttention
@@ -80,21 +78,17 @@ def _transformer_engine(config: TransformerConfig) -> tuple[ModuleSpec, type]:
     return layer, TENorm
 
 
-_BACKENDS = {"local": _local, "transformer_engine": _transformer_engine}
-# What "auto" means everywhere: transformer_engine has not been run on a GPU yet.
-_AUTO = "local"
+# "auto" is local everywhere, because transformer_engine has not been run on a GPU yet.
+_BACKENDS = {"auto": _local, "local": _local, "transformer_engine": _transformer_engine}
 
 
-def layer_spec(config: TransformerConfig, backend: str = "auto") -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage for a backend ("auto" is `_AUTO`: local).
+def layer_spec(config: TransformerConfig, backend: str) -> TransformerBlockSubmodules:
+    """Return the layers of this pipeline stage for a backend.
 
     Raises:
-        InputError: an unknown backend, or one that can't be imported here.
+        InputError: the backend can't be imported here.
     """
-    name = _AUTO if backend == "auto" else backend
-    if name not in _BACKENDS:
-        raise InputError(f"model.backend={backend}: choose auto or {', '.join(_BACKENDS)}")
-    layer, norm = _BACKENDS[name](config)
+    layer, norm = _BACKENDS[backend](config)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm
     )

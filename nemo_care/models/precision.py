@@ -7,7 +7,7 @@ in 8 bits. Not yet run on a GPU: the rules are read from TransformerEngine 2.4 t
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -192,18 +192,16 @@ def check_gpu(fp8: FP8Config, capability: tuple[int, int], cuda: str | None) -> 
 
 
 @contextmanager
-def _without_fp8(config: TransformerConfig) -> Iterator[None]:
-    fp8, config.fp8 = config.fp8, None
-    try:
-        yield
-    finally:
-        config.fp8 = fp8
-
-
-def computing(config: TransformerConfig, *, fp8: bool) -> Any:
+def computing(config: TransformerConfig, *, fp8: bool) -> Iterator[None]:
     """Run a model's passes inside in bf16, or in 8 bits if `fp8` and its configuration say so.
 
     Megatron's layers share the configuration and read it at each forward. Weights are stored in
     bf16 in both cases; TransformerEngine quantises them again at the next pass in 8 bits.
     """
-    return nullcontext() if fp8 else _without_fp8(config)
+    configured = config.fp8
+    if not fp8:
+        config.fp8 = None
+    try:
+        yield
+    finally:
+        config.fp8 = configured

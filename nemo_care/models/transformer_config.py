@@ -110,10 +110,17 @@ def transformer_config(
     family: Family,
     layout: Layout,
     dtype: torch.dtype,
-    recompute_granularity: str,
-    fp8: FP8Config | None,
+    recompute_granularity: str = "none",
+    fp8: FP8Config | None = None,
 ) -> TransformerConfig:
-    """Implement `Family.transformer_config`."""
+    """Return Megatron's configuration of a family's language model.
+
+    `recompute_granularity`: none, selective (the inside of attention) or full (whole layers).
+    `fp8`: how the layers compute in 8 bits; None disables it.
+
+    Raises:
+        InputError: the model or the layout does not fit 8-bit products.
+    """
     model = family.architecture
     if fp8 is not None:
         check_fp8(fp8, model, layout)

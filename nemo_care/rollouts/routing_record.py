@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import torch
 
+from nemo_care.models.architecture import UNRECORDED
 from nemo_care.models.decoding_cache import PromptPass
-from nemo_care.models.expert_routing import UNRECORDED, RecordedPass, of_all_stages
+from nemo_care.models.expert_routing import RecordedPass, of_all_stages
 from nemo_care.models.video_language_model import ModelInputs
 
 

@@ -18,6 +18,7 @@ from nemo_care.groups.batching import BatchLayout
 from nemo_care.models.families import read_family
 from nemo_care.models.family import Family
 from nemo_care.models.precision import check_transformer_engine
+from nemo_care.models.transformer_config import transformer_config
 from nemo_care.models.video_language_model import VideoLanguageModel
 from nemo_care.models.weights import load_hf_weights
 from nemo_care.ranks.process_groups import Ranks
@@ -48,7 +49,8 @@ def build_model(
     """
     check_transformer_engine(recipe.model)
     family = family or read_family(recipe.model.hf_path)
-    config = family.transformer_config(
+    config = transformer_config(
+        family,
         ranks.layout,
         _DTYPES[recipe.model.precision.dtype],
         recompute_granularity=recipe.model.recompute_granularity,

@@ -50,15 +50,23 @@ def test_an_image_without_colour_is_read_as_rgb(tmp_path):
     assert ImageFile(tmp_path / "a.png").frame().unique().tolist() == [7]
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not an image", "cut off"])
-def test_an_unreadable_image_is_named_with_its_cause(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (None, "there is no such file"),
+        (b"", "the file is empty"),
+        (b"not an image", "it can't be decoded as an image"),
+        ("cut off", r"it can't be decoded as an image \(image file is truncated"),
+    ],
+)
+def test_an_unreadable_image_is_named_with_its_cause(tmp_path, content, cause):
     path = tmp_path / "a.png"
     if content == "cut off":
         Image.fromarray(picture(60, 60)).save(path)
         content = path.read_bytes()[:5000]
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UnreadableMedia, match=r"a\.png: image not readable"):
+    with pytest.raises(UnreadableMedia, match=rf"a\.png: image not readable: {cause}"):
         ImageFile(path).frame()
 
 
@@ -153,16 +161,6 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, kind):
     np.testing.assert_allclose(frame, expected, atol=0.5 + 1e-6)
 
 
-def test_a_ramp_of_all_sixteen_bit_greys_has_all_eight_bit_greys():
-    frame = read(FILES / "gray16_ramp.png")
-    assert frame[0, 0].tolist() == [0, 0, 0]
-    assert frame.max() == 255
-    np.testing.assert_array_equal(frame[..., 0], frame[..., 2])
-    with Image.open(FILES / "gray16_ramp.png") as image:
-        expected = np.asarray(image) / 65535 * 255
-    np.testing.assert_allclose(frame[..., 0], expected, atol=0.5 + 1e-6)
-
-
 def test_twelve_bits_of_a_tiff_are_scaled_by_their_own_range(tmp_path):
     values = np.linspace(0, 4095, 600).astype(int)
     pairs = zip(values[::2].tolist(), values[1::2].tolist(), strict=True)
@@ -220,10 +218,3 @@ def test_the_first_picture_of_several_is_the_image(tmp_path, name):
     first, second = (Image.new("RGB", (30, 20), colour) for colour in ("red", "blue"))
     first.save(tmp_path / name, save_all=True, append_images=[second], lossless=True)
     assert np.abs(read(tmp_path / name).astype(int) - (255, 0, 0)).max() <= 1
-
-
-def test_the_reason_that_pil_gives_is_kept(tmp_path):
-    Image.fromarray(picture(60, 60)).save(tmp_path / "a.png")
-    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
-    with pytest.raises(UnreadableMedia, match=r"decoded as an image \(image file is truncated"):
-        read(tmp_path / "a.png")

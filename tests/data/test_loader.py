@@ -1,4 +1,4 @@
-"""The loader: prompts in the order asked for, decoded ahead, never more than announced."""
+"""The loader: prompts in the requested order, decoded ahead, never more than announced."""
 
 from concurrent.futures import Future
 
@@ -17,7 +17,7 @@ from nemo_care.models.families import read_family
 
 
 class Workers:
-    """Decodes when it is told to, so that a test sees what is under way."""
+    """Decodes on request, so that a test sees what is under way."""
 
     count = 1
 
@@ -49,7 +49,7 @@ def numbered(world):
     return list(enumerate(read_made(world, "train.jsonl").samples[:6]))
 
 
-def test_announced_samples_are_decoded_once_and_given_in_the_order_asked_for(builder, numbered):
+def test_announced_samples_are_decoded_once_and_given_in_the_requested_order(builder, numbered):
     workers = Workers()
     loader = PromptLoader(builder, workers)
     loader.prefetch(numbered[:4])
@@ -66,7 +66,7 @@ def test_announced_samples_are_decoded_once_and_given_in_the_order_asked_for(bui
         assert all(map(torch.equal, prompt.frames, expected.frames))
 
 
-def test_frames_decoded_ahead_are_counted_until_they_are_asked_for(builder, numbered):
+def test_frames_decoded_ahead_are_counted_until_they_are_loaded(builder, numbered):
     workers = Workers()
     loader = PromptLoader(builder, workers)
     loader.prefetch(numbered[:3])

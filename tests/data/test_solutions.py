@@ -202,10 +202,10 @@ def test_reading_many_lines_stays_quick(tmp_path):
     """A line more costs what its JSON costs, not a start of a library or a process."""
     kinds = ["multiple choice", "numerical", "OCR", "free-form", "regression", "quantity", "math"]
     with (tmp_path / "a.jsonl").open("w") as file:
-        for number in range(7_000):
+        for number in range(2_100):
             fields = {"options": {"A": "x", "B": "y"}, "solution": "A"} if number % 7 == 0 else {}
             record = line(kinds[number % 7], f"{number + 1}") | fields
             file.write(json.dumps(record) + "\n")
     start = time.process_time()
-    assert len(read_made(tmp_path, "a.jsonl").samples) == 7_000
-    assert time.process_time() - start < 10
+    assert len(read_made(tmp_path, "a.jsonl").samples) == 2_100
+    assert time.process_time() - start < 3

@@ -13,7 +13,7 @@ SAMPLES = [Sample(str(number), "?", "A") for number in range(10)]
 
 
 class Loader:
-    """Prompts without content; remembers what was announced and what was asked for."""
+    """Prompts without content; remembers what was announced and loaded."""
 
     def __init__(self, broken=()):
         self.broken = broken
@@ -62,15 +62,6 @@ def test_order_depends_on_the_seed_alone(ranks):
     assert take(make_stream(ranks), 3) == take(make_stream(ranks), 3)
     assert take(make_stream(ranks), 3) != take(make_stream(ranks, seed=2), 3)
     assert take(make_stream(ranks, shuffle=False), 2) == list("01234567")
-
-
-def test_position_is_all_that_a_resumed_run_needs(ranks):
-    whole = take(make_stream(ranks), 4)
-    first = make_stream(ranks)
-    take(first, 2)
-    second = make_stream(ranks)
-    second.position = first.position
-    assert take(second, 2) == whole[8:]
 
 
 def test_broken_samples_give_way_to_the_next_ones(ranks):

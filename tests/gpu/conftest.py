@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def on_gpu() -> None:
-    """For tests that say nothing on a CPU, whatever is asked for."""
+    """For tests that say nothing on a CPU, whatever the environment says."""
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
 

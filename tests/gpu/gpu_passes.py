@@ -59,7 +59,7 @@ def passes_of(
 ) -> Passes:
     """One forward and backward of the recipe's model over all groups.
 
-    `multiple` pads sequences further than the recipe asks for. The loss weighs every token by
+    `multiple` pads sequences further than the recipe requires. The loss weighs every token by
     another factor, of both signs. `seed` moves the weights a little, the same for every caller.
     """
     wrapped = wrap_data_parallel(load_model(recipe, job.ranks))
@@ -109,7 +109,7 @@ def _move(model, seed: int) -> None:
 
 
 def _plain(name: str) -> str:
-    """One name for a norm that is a module of its own or part of the layer behind it."""
+    """One name for a norm that is a module of its own or part of the layer after it."""
     for fused, own in (
         ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
         ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),

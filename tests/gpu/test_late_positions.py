@@ -8,10 +8,7 @@ from tiny_qwen3_vl import write_tiny_qwen3
 pytestmark = pytest.mark.gpu
 
 
-def test_angles_of_qwen2_5_vl_are_exact(job: Job):
-    assert largest_error(job.checkpoint, job.world, job.ranks, QWEN2_5_AXES) <= BOUND
-
-
-def test_angles_of_qwen3_vl_are_exact(job: Job, tmp_path):
-    checkpoint = write_tiny_qwen3(tmp_path / "qwen3")
-    assert largest_error(checkpoint, job.world, job.ranks, QWEN3_AXES) <= BOUND
+@pytest.mark.parametrize("axes", [QWEN2_5_AXES, QWEN3_AXES], ids=["qwen2_5_vl", "qwen3_vl"])
+def test_angles_at_position_16000_are_exact(job: Job, axes, tmp_path):
+    checkpoint = write_tiny_qwen3(tmp_path / "qwen3") if axes == QWEN3_AXES else job.checkpoint
+    assert largest_error(checkpoint, job.world, job.ranks, axes) <= BOUND

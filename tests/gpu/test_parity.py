@@ -9,11 +9,12 @@ away from the truth, so twice that is allowed.
 """
 
 import copy
+import threading
 
 import pytest
 import torch
 from bad_numbers import everything, inject, unchanged
-from golden import golden_step, hf_model, parameters_on_disk
+from golden import golden_step, hf_model, parameters_on_disk, vision_inputs
 from gpu_passes import Job, assert_same, needs_transformer_engine, passes_of
 from layouts import gather_weights, record_gradients
 from records import lines
@@ -55,7 +56,6 @@ def hf_logits(model, prompt) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_logits_equal_hugging_face_on_the_same_device(job: Job, dtype):
-
     prompt = job.prompts[0]
     device = compute_device()
     inputs = ModelInputs(
@@ -130,24 +130,19 @@ def test_whole_step_equals_that_of_plain_torch_on_the_cpu(job: Job, golden, tmp_
             assert (weights[name].cpu() - wanted).abs()[solid].max() <= 1e-4, name
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
-def test_a_step_in_either_precision_stays_near_the_golden_one(job: Job, golden, tmp_path, dtype):
-    trainer = small_trainer(job.recipe(dtype), job.ranks, tmp_path)
+def test_a_step_in_bf16_stays_near_the_golden_one(job: Job, golden, tmp_path):
+    trainer = small_trainer(job.recipe("bf16"), job.ranks, tmp_path)
     groups = copy.deepcopy(job.groups)
     trainer.reference.score_answers(groups)
     trainer.credit(groups)
     metrics = updated(trainer.policy, groups)
-    assert metrics["train/grad_norm"] is not None
     for group, p in zip(groups, golden.answer_likelihood, strict=True):
-        bound = 1e-4 if dtype == "fp32" else 0.1
-        assert group.answer_likelihood.tolist() == pytest.approx(p, abs=bound, nan_ok=True)
+        assert group.answer_likelihood.tolist() == pytest.approx(p, abs=0.1, nan_ok=True)
     assert metrics["train/grad_norm"] > 0
 
 
 def test_greedy_tokens_equal_hugging_face_given_the_same_positions(job: Job, tmp_path):
     """Step by step without a cache, on the same device and in float32."""
-    from golden import vision_inputs
-
     trainer = small_trainer(job.recipe(), job.ranks, tmp_path)
     sampling = Sampling(group_size=2, temperature=0.0, top_p=0.95, max_tokens=12, seed=(7,))
     groups = trainer.generator.generate(job.prompts, sampling)
@@ -207,8 +202,6 @@ def test_training_on_while_a_checkpoint_is_written_does_not_change_it(
     job: Job, tmp_path, monkeypatch
 ):
     """The copy is taken when saving begins: a run that goes on equals one that waits."""
-    import threading
-
     event, write = threading.Event(), _StateWriter.write
 
     def wait_and_write(writer):

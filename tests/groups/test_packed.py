@@ -24,7 +24,7 @@ def written_group(answers: list[list[int]]) -> Group:
         index=0,
         sample=Sample("x", "?", "A"),
         token_ids=torch.arange(1, 6),
-        # The last token lies at position 8 on every axis, as behind a video.
+        # The last token is at position 8 on every axis, as after a video.
         position_ids=(torch.arange(5) + 4).expand(3, -1),
         is_vision=torch.zeros(5, dtype=torch.bool),
         frames=(),
@@ -88,7 +88,7 @@ def test_vision_of_a_prompt_is_there_once_and_whole(groups):
     assert int(batch.rows.is_vision.sum()) == sum(int(p.is_vision.sum()) for p in prompts)
 
 
-def test_one_token_answers_behind_every_reasoning_add_nothing():
+def test_one_token_answers_after_every_reasoning_add_nothing():
     group = written_group([[20], [21], [20]])
     plain, packed = pack_group(group), pack_group(group, answer_pairs=True)
     assert packed.length == plain.length
@@ -106,14 +106,14 @@ def test_one_token_answers_behind_every_reasoning_add_nothing():
 def test_longer_answers_add_their_tokens_but_the_last_once_per_other_reasoning():
     group = written_group([[20, 21, 22], [20, 21, 22], [30, 31]])
     plain, packed = pack_group(group), pack_group(group, answer_pairs=True)
-    # Behind the first two reasonings [30], behind the third [20, 21]: equal answers are shared.
+    # After the first two reasonings [30], after the third [20, 21]: equal answers are shared.
     assert packed.length == plain.length + 1 + 1 + 2
     branches = packed.segments[len(plain.segments) :]
     assert [packed.token_ids[b.start : b.stop].tolist() for b in branches] == [[30], [30], [20, 21]]
     for branch, j in zip(branches, (0, 1, 2), strict=True):
         own = packed.segments[1 + j]
         assert branch.context == ((0, 5), (own.start, own.start + 2))
-        # Two tokens of reasoning lie between the prompt's last position, 8, and the answer.
+        # Two tokens of reasoning are between the prompt's last position, 8, and the answer.
         assert packed.position_ids[0, branch.start] == 8 + 1 + 2
 
 

@@ -93,10 +93,8 @@ def merged(word: bytes) -> list[int]:
 
 
 def test_the_fixture_encodes_as_tiktoken_s_algorithm_does(tokenizer):
-    texts = [
-        before + frame.format(inner) for before in BEFORE for frame in FRAMES for inner in INNER
-    ]
-    for text in texts:
+    texts = [frame.format(inner) for frame in FRAMES for inner in INNER]
+    for text in [*texts, *BEFORE]:
         normal = qwen_tokenizer().backend_tokenizer.normalizer.normalize_str(text)
         words = regex.findall(PRETOKENIZE_REGEX, normal)
         assert "".join(words) == normal
@@ -134,24 +132,22 @@ def overlapping(text: str, start: int, end: int) -> list[int]:
 
 @pytest.mark.parametrize("frame", FRAMES)
 def test_the_span_is_every_token_that_holds_a_character_of_the_answer(tokenizer, frame):
-    for inner in INNER:
-        for before in BEFORE:
-            for after in ("<|im_end|>", "", ".", "\n\n"):
-                head = f"{before}<answer>"
-                # Offsets are those of the normalised text, which is what the model writes.
-                normalize = qwen_tokenizer().backend_tokenizer.normalizer.normalize_str
-                text = normalize(f"{head}{frame.format(inner)}</answer>{after}")
-                answer = normalize(inner)
-                start = text.index(answer, len(head))
-                expected = overlapping(text, start, start + len(answer))
-                ids = tokenizer.encode(text)
-                found = find_answer_tokens(tokenizer.base, ids)
-                assert list(range(*found.span)) == expected, (text, pieces(ids))
-                assert found.text == answer
-                whole = tokenizer.base.decode(ids[slice(*found.span)])
-                if "\ufffd" not in whole:
-                    assert whole == found.before + answer + found.after
-                assert answer_token_span(tokenizer.base, torch.tensor(ids)) == found.span
+    # Offsets are those of the normalised text, which is what the model writes.
+    normalize = qwen_tokenizer().backend_tokenizer.normalizer.normalize_str
+    around = [*zip(BEFORE, itertools.cycle(("<|im_end|>", "", ".", "\n\n")), strict=False)]
+    for inner, (before, after) in itertools.product(INNER, around):
+        head = f"{before}<answer>"
+        text = normalize(f"{head}{frame.format(inner)}</answer>{after}")
+        answer = normalize(inner)
+        start = text.index(answer, len(head))
+        expected = overlapping(text, start, start + len(answer))
+        ids = tokenizer.encode(text)
+        found = find_answer_tokens(tokenizer.base, ids)
+        assert list(range(*found.span)) == expected, (text, pieces(ids))
+        assert found.text == answer
+        whole = tokenizer.base.decode(ids[slice(*found.span)])
+        if "\ufffd" not in whole:
+            assert whole == found.before + answer + found.after
 
 
 @pytest.mark.parametrize("inner", EMPTY)

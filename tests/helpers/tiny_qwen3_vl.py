@@ -7,73 +7,47 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    GenerationConfig,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
-)
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from nemo_care.miniature.tokenizer import build_tokenizer
-from nemo_care.miniature.vocabulary import END, IMAGE_PAD, PAD, TOKEN_ID, VIDEO_PAD, WORDS
+from nemo_care.miniature.vocabulary import END, PAD, WORDS
+from tiny_model import tiny_config
 
 DEEP_LEVELS = 3
 FUSED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
-def tiny_qwen3_config(experts=None, **top) -> Qwen3VLConfig | Qwen3VLMoeConfig:
-    """Queries wider than the hidden states, and layers enough for the deep features on the first of
-    two stages. A frame of 28 x 28 pixels becomes 2 x 2 vision tokens. `experts` are keys of
+def tiny_qwen3_config(experts=None, *, tie_word_embeddings=False):
+    """The miniature's with a third level of deep features, layers enough for them on the first of
+    two stages, and frames of 28 x 28 pixels as 2 x 2 vision tokens. `experts` are keys of
     text_config, such as `EXPERTS`."""
-    kind = Qwen3VLMoeConfig if experts else Qwen3VLConfig
-    return kind(
-        architectures=[f"Qwen3VL{'Moe' if experts else ''}ForConditionalGeneration"],
-        text_config={
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2 * DEEP_LEVELS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "vocab_size": len(WORDS),
-            "max_position_embeddings": 256,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [6, 5, 5],
-                "mrope_interleaved": True,
-            },
-            "bos_token_id": PAD,
-            "eos_token_id": END,
-            "pad_token_id": PAD,
-            **(experts or {}),
-        },
-        vision_config={
+    config = tiny_config("qwen3_vl_moe" if experts else "qwen3_vl")
+    config.architectures = [f"Qwen3VL{'Moe' if experts else ''}ForConditionalGeneration"]
+    config.tie_word_embeddings = tie_word_embeddings
+    sizes = {
+        "vocab_size": len(WORDS),
+        "intermediate_size": 96,
+        "num_hidden_layers": 2 * DEEP_LEVELS,
+    }
+    config.text_config.update(sizes | (experts or {}))
+    config.vision_config.update(
+        {
             "depth": 4,
-            "hidden_size": 32,
             "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
             "patch_size": 7,
-            "num_position_embeddings": 9,
             "deepstack_visual_indexes": [0, 1, 3],
-        },
-        image_token_id=IMAGE_PAD,
-        video_token_id=VIDEO_PAD,
-        vision_start_token_id=TOKEN_ID["<|vision_start|>"],
-        vision_end_token_id=TOKEN_ID["<|vision_end|>"],
-        **top,
+        }
     )
+    return config
 
 
-def write_tiny_qwen3(folder: Path, experts=None, seed=0, **top) -> Path:
+def write_tiny_qwen3(folder: Path, experts=None, seed=0, **settings) -> Path:
     """A checkpoint in which every parameter, norms and biases too, is random and matters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        whole = Qwen3VLMoeForConditionalGeneration if experts else Qwen3VLForConditionalGeneration
-        model = whole(tiny_qwen3_config(experts, **top)).float()
+        config = tiny_qwen3_config(experts, **settings)
+        model = AutoModelForImageTextToText.from_config(config).float()
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 # A matrix, or one for each expert.

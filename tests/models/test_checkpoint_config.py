@@ -249,14 +249,6 @@ def test_what_is_honoured_is_computed_as_hugging_face_does(
     torch.testing.assert_close(our_logits(folder, world, ranks), wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("layout", [flat_config, doubled_config])
-def test_older_layouts_are_computed_alike(folder, checkpoint, layout, world, ranks):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(layout(config)))
-    wanted = their_logits(checkpoint)
-    torch.testing.assert_close(our_logits(folder, world, ranks), wanted, atol=1e-4, rtol=0)
-
-
 def test_tokens_per_second_spread_a_video_s_positions(folder, world):
     data = small_recipe(folder, world).data
     sample = read_training(data, seed=1).sources[0].samples[0]

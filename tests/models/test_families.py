@@ -6,6 +6,7 @@ import pytest
 import torch
 from made_family import TIME_WORDS, VIDEO_PAD, ToyFamily, write_toy
 from small_runs import one_step, small_recipe, small_trainer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from nemo_care.checks.recipe import check_training_inputs
 from nemo_care.data.media import Media
@@ -18,6 +19,7 @@ from nemo_care.models.weights import iterate_hf_weights
 from nemo_care.planning.shapes import lengths_of
 from nemo_care.planning.work import group_flops, layer_flops
 from nemo_care.ranks.process_groups import Layout
+from tiny_model import CHECKPOINTS
 
 
 @pytest.fixture
@@ -119,11 +121,10 @@ def test_a_layout_is_held_against_the_family_s_sizes(toy, world):
         check_training_inputs(recipe)
 
 
-def test_hugging_face_s_processor_cuts_as_we_do_with_the_files_that_vllm_gets(checkpoint):
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_hugging_face_s_processor_cuts_as_we_do_with_the_files_that_vllm_gets(name):
     """vLLM reads these files with transformers' classes: frames are cut alike, and not resized."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    family = read_family(checkpoint)
+    family = read_family(CHECKPOINTS[name])
     files = family.processor_files(56 * 84)
     generator = torch.Generator().manual_seed(0)
     frame = torch.randint(0, 256, (56, 84, 3), generator=generator, dtype=torch.uint8)

@@ -59,25 +59,6 @@ def test_padding_is_zero_and_touches_nothing(attention):
     assert all(bool((gradient[77:] == 0).all()) for gradient in gradients(out, inputs))
 
 
-def test_variable_length_rows_describe_the_same_attention(attention):
-    """What a variable-length kernel is given; the kernel is written out here."""
-    q, k, v = made_inputs()
-    packed = PackedSegments(segments=SEGMENTS, length=LENGTH)
-    rows = packed.variable_lengths
-    outputs = []
-    for row in range(len(SEGMENTS)):
-        queries = slice(rows.query_starts[row], rows.query_starts[row + 1])
-        keys = rows.keys[rows.key_starts[row] : rows.key_starts[row + 1]]
-        count, total = queries.stop - queries.start, len(keys)
-        mask = torch.ones(count, total).tril(total - count).bool()
-        part = [x[:, 0].transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys])]
-        outputs.append(F.scaled_dot_product_attention(*part, attn_mask=mask, enable_gqa=True))
-    ours = torch.cat([out[0].transpose(0, 1).flatten(1) for out in outputs])
-    torch.testing.assert_close(ours, separately(q, k, v)[: packed.used, 0], atol=1e-6, rtol=1e-5)
-    assert (rows.longest_query, rows.longest_key) == (49, 56)
-    assert rows.query_starts.dtype == rows.key_starts.dtype == torch.int32
-
-
 def test_completions_are_not_padded_to_the_longest():
     lengths = [768, 760, 700, 300, 290, 40, 30, 25]
     segments, end = [Segment(0, 100)], 100

@@ -1,7 +1,7 @@
 """Packed groups equal separate sequences in every parallel layout: values and gradients.
 
-Both are computed in the same ranks, with each way of recomputing activations. The prompts are a
-video, two videos, a video with an image, and text; completions differ in length.
+Both are computed in the same ranks; packed groups with each way of recomputing activations. The
+prompts are a video, two videos, a video with an image, and text; completions differ in length.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from layouts import (
 )
 from made_groups import make_groups, make_prompts
 from small_runs import small_recipe
+from tiny_qwen3_vl import EXPERTS, write_tiny_qwen3
 
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.megatron.optimizer import wrap_data_parallel
@@ -30,7 +31,16 @@ from nemo_care.training.build import load_model
 
 pytestmark = pytest.mark.numeric
 
-NAMES = ["tp1", "tp2", "tp2_sequence_parallel", "pp2"]
+# What tests of the first family cover for the others is slow.
+CASES = [
+    *(("qwen2_5_vl", name) for name in ("tp1", "tp2", "tp2_sequence_parallel", "pp2")),
+    *(("qwen3_vl", name) for name in ("tp1", "tp2_sequence_parallel", "pp2")),
+    *(("qwen3_vl_moe", name) for name in ("tp1", "tp2_ep2_sequence_parallel")),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in (("qwen3_vl", "tp2"), ("qwen3_vl_moe", "pp2"), ("qwen3_vl_moe", "ep2"))
+    ),
+]
 RECOMPUTE = ["none", "selective", "full"]
 VALUES = ["logits", "log_probs", "likelihood"]
 # Log-probabilities and likelihoods are made of logits: the rounding errors of all three grow with
@@ -87,9 +97,9 @@ def _last_of(passes: list, count: int) -> list:
 
 
 def computed(ranks: Ranks, job: tuple) -> dict:
-    """For each way of recomputation, and for packed groups and separate sequences: logits that
-    predict the completions, log-probabilities, answer likelihoods and gradients; then packed groups
-    under a plain causal mask, the negative control."""
+    """Logits that predict the completions, log-probabilities, answer likelihoods and gradients: of
+    packed groups for each way of recomputation, of separate sequences, and of packed groups under a
+    plain causal mask, the negative control."""
     checkpoint, world, groups = job
     groups = held_by_leader(groups, ranks)
     recipe = small_recipe(checkpoint, world)
@@ -99,14 +109,13 @@ def computed(ranks: Ranks, job: tuple) -> dict:
         for shared in (True, False)
     )
     results: dict = {}
-    for recompute in ("none", "selective", "full"):
+    for recompute in RECOMPUTE:
         recipe.model.recompute_granularity = recompute
         wrapped = wrap_data_parallel(load_model(recipe, ranks))
         reduce_whole_gradients(wrapped.config)
-        results[recompute] = {
-            "packed": compute(wrapped, packed.batches(groups), ranks),
-            "separate": compute(wrapped, separate.batches(groups), ranks),
-        }
+        results[recompute] = compute(wrapped, packed.batches(groups), ranks)
+        if recompute == "none":
+            results["separate"] = compute(wrapped, separate.batches(groups), ranks)
     control = [causal(batch) for batch in packed.batches(groups)]
     results["control"] = compute(wrapped, control, ranks)
     results["pairs"] = Scorer(wrapped.module, ranks, packed).pair_likelihoods(groups)
@@ -120,29 +129,45 @@ def computed(ranks: Ranks, job: tuple) -> dict:
 
 
 @pytest.fixture(scope="module")
-def job(checkpoint, world, tmp_path_factory):
-    prompts = make_prompts(checkpoint, world, tmp_path_factory.mktemp("packed"))
-    groups = make_groups(prompts, checkpoint)
-    assert len({c.length for group in groups for c in group.completions}) > 2
-    return checkpoint, world, groups
+def computed_by(on_ranks, checkpoint, world, tmp_path_factory):
+    """What the tiny model of a family computes in a layout; each once."""
+    jobs, found = {}, {}
+
+    def made_job(family):
+        folder = tmp_path_factory.mktemp(family)
+        path = checkpoint
+        if family != "qwen2_5_vl":
+            experts = EXPERTS if family == "qwen3_vl_moe" else None
+            path = write_tiny_qwen3(folder / "checkpoint", experts)
+        groups = make_groups(make_prompts(path, world, folder), path)
+        assert len({c.length for group in groups for c in group.completions}) > 2
+        return path, world, groups
+
+    def get(family, name):
+        if family not in jobs:
+            jobs[family] = made_job(family)
+        if (family, name) not in found:
+            layout, replicas = (LAYOUTS | EXPERT_LAYOUTS)[name]
+            found[family, name] = on_ranks(layout, computed, jobs[family], replicas=replicas)[0]
+        return found[family, name]
+
+    return get
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def base(on_ranks, job):
+def results(computed_by, case):
+    return computed_by(*case)
+
+
+@pytest.fixture(scope="module")
+def base(computed_by, case):
     """Of one process: the others are compared with it."""
-    layout, _ = LAYOUTS["tp1"]
-    return on_ranks(layout, computed, job)[0]
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def results(on_ranks, request, job, base):
-    return in_layout(on_ranks, request.param, job, base)
-
-
-def in_layout(on_ranks, name, job, base):
-    """What one layout computes."""
-    layout, replicas = {**LAYOUTS, **EXPERT_LAYOUTS}[name]
-    return base if name == "tp1" else on_ranks(layout, computed, job, replicas=replicas)[0]
+    return computed_by(case[0], "tp1")
 
 
 def largest_difference(ours, wanted) -> float:
@@ -153,37 +178,33 @@ def largest_difference(ours, wanted) -> float:
     return max((a - b).nan_to_num(0).abs().max().item() for a, b in zip(ours, wanted, strict=True))
 
 
-def value_bound(ways) -> float:
+def value_bound(results) -> float:
     """Largest difference that rounding explains."""
-    return RELATIVE_ERROR * max(t.abs().max().item() for t in ways["separate"]["logits"])
+    return RELATIVE_ERROR * max(t.abs().max().item() for t in results["separate"]["logits"])
+
+
+def largest_gradient(results) -> float:
+    return max(tensor.abs().max().item() for tensor in results["separate"]["gradients"].values())
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("what", VALUES)
-def test_values_of_packed_groups_equal_those_of_separate_sequences(results, recompute, what):
-    ways = results[recompute]
-    difference = largest_difference(ways["packed"][what], ways["separate"][what])
-    assert difference <= value_bound(ways)
-
-
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_gradients_of_packed_groups_equal_those_of_separate_sequences(results, recompute):
-    ways = results[recompute]
-    largest = max(tensor.abs().max().item() for tensor in ways["separate"]["gradients"].values())
-    difference = largest_difference(ways["packed"]["gradients"], ways["separate"]["gradients"])
-    assert difference <= 1e-5 * largest
+def test_packed_groups_equal_separate_sequences(results, recompute):
+    packed, separate = results[recompute], results["separate"]
+    for what in VALUES:
+        assert largest_difference(packed[what], separate[what]) <= value_bound(results), what
+    difference = largest_difference(packed["gradients"], separate["gradients"])
+    assert difference <= 1e-5 * largest_gradient(results)
 
 
 def test_a_plain_causal_mask_gives_something_else(results):
     """The negative control: without its segments the packed sequence must fail every comparison."""
-    separate = results["none"]["separate"]
+    control, separate = results["control"], results["separate"]
     for what in VALUES:
         # Likelihoods of a model that has learned nothing are small.
         size = min(1.0, max(t.nan_to_num(0).abs().max().item() for t in separate[what]))
-        assert largest_difference(results["control"][what], separate[what]) > 1e-2 * size, what
-    largest = max(tensor.abs().max().item() for tensor in separate["gradients"].values())
-    difference = largest_difference(results["control"]["gradients"], separate["gradients"])
-    assert difference > 1e-2 * largest
+        assert largest_difference(control[what], separate[what]) > 1e-2 * size, what
+    difference = largest_difference(control["gradients"], separate["gradients"])
+    assert difference > 1e-2 * largest_gradient(results)
 
 
 def test_groups_without_any_answer_are_scored_too(results):
@@ -191,10 +212,9 @@ def test_groups_without_any_answer_are_scored_too(results):
 
 
 def test_values_and_gradients_do_not_depend_on_the_layout(results, base):
+    ours = results["full"]
     for what in VALUES:
-        ours, wanted = results["full"]["packed"][what], base["none"]["packed"][what]
-        assert largest_difference(ours, wanted) <= value_bound(base["none"])
-    wanted = base["none"]["separate"]["gradients"]
-    largest = max(tensor.abs().max().item() for tensor in wanted.values())
-    assert largest_difference(results["full"]["packed"]["gradients"], wanted) <= 1e-5 * largest
+        assert largest_difference(ours[what], base["none"][what]) <= value_bound(base)
+    difference = largest_difference(ours["gradients"], base["separate"]["gradients"])
+    assert difference <= 1e-5 * largest_gradient(base)
     assert largest_difference(results["pairs"], base["pairs"]) <= 1e-5

@@ -18,6 +18,7 @@ from nemo_care.models.precision import (
     computing,
     token_multiple,
 )
+from nemo_care.models.transformer_config import transformer_config
 from nemo_care.planning.gpus import read_gpu
 from nemo_care.planning.precision import check_planned
 from nemo_care.planning.shapes import read_model_shape
@@ -44,14 +45,14 @@ def shape(size: str = "7B") -> Architecture:
 
 def config(precision: FP8Config | None, **keys):
     layout = Layout(tensor=4, pipeline=2)
-    return family().transformer_config(layout, torch.bfloat16, fp8=precision, **keys)
+    return transformer_config(family(), layout, torch.bfloat16, fp8=precision, **keys)
 
 
 def test_bf16_is_megatrons_bf16():
     made = config(None)
     assert (made.bf16, made.params_dtype, made.fp8) == (True, torch.bfloat16, None)
     assert config(FP8Config()).fp8 is None
-    plain = family().transformer_config(Layout(), torch.float32)
+    plain = transformer_config(family(), Layout(), torch.float32)
     assert (plain.bf16, plain.params_dtype) == (False, torch.float32)
 
 
@@ -224,7 +225,7 @@ def trainer(checkpoint, world, ranks, tmp_path_factory):
 def test_padded_groups_give_the_same_gradients_and_likelihoods(
     trainer, checkpoint, world, tmp_path
 ):
-    """With pads behind them the tokens are computed as without."""
+    """Padding after the tokens does not change their results."""
     groups = make_groups(make_prompts(checkpoint, world, tmp_path), checkpoint)
     found = []
     for multiple in (16, 256):
@@ -260,12 +261,6 @@ def test_padded_decoding_samples_the_same_tokens(trainer, checkpoint, world, tmp
         assert all(count % 16 == 0 for count in rows) is (precision is not None)
     hook.remove()
     assert found[0] == found[1]
-
-
-def test_eight_bits_are_refused_for_a_model_with_experts():
-    model = read_model_shape("models/Qwen3-VL-30B-A3B-Instruct").architecture
-    with pytest.raises(InputError, match="not supported for a model with experts"):
-        check_fp8(fp8(), model, Layout(tensor=4, expert=16, sequence_parallel=True))
 
 
 def test_a_pass_in_bf16_puts_the_precision_back():

@@ -181,22 +181,6 @@ def test_a_first_stage_with_fewer_layers_than_deep_features_is_refused():
         check_layout(architecture, Layout(pipeline=18))
 
 
-def test_hugging_face_cuts_images_as_we_do_with_the_files_that_vllm_gets(folder):
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    family = read_family(folder)
-    patching = family.prompt.patching
-    content = family.processor_files(56 * 84)["preprocessor_config.json"]
-    frame = torch.randint(0, 256, (56, 84, 3), generator=torch.Generator().manual_seed(0))
-    frame = frame.to(torch.uint8)
-    theirs = Qwen2VLImageProcessorPil(**content)(
-        frame.numpy(), return_tensors="pt", input_data_format="channels_last"
-    )
-    assert theirs["image_grid_thw"].tolist() == [[1, 56 // patching.side, 84 // patching.side]]
-    ours = patching.patches(frame[None])
-    torch.testing.assert_close(theirs["pixel_values"], ours, atol=1e-5, rtol=0)
-
-
 def test_vllm_gets_the_seconds_of_a_video_s_frames(folder):
     family = read_family(folder)
     times = (0.0, 0.41, 0.83, 1.2, 1.7)

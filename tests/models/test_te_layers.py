@@ -68,36 +68,27 @@ def step(trainer, job, ranks: Ranks) -> dict:
     }
 
 
-def products_of(passes) -> dict[str, list]:
-    """What each pass multiplied."""
-    found = {}
-    for name, run in passes.items():
-        PRODUCTS.clear()
-        run()
-        found[name] = list(PRODUCTS)
-    return found
-
-
-def in_eight_bits(job, ranks: Ranks, folder: Path, **keys) -> dict[str, list]:
+def in_eight_bits(
+    job, ranks: Ranks, folder: Path, *, samples=False, count=None, **keys
+) -> dict[str, list]:
+    """What each pass of a step of `count` groups multiplies, with a rollout if `samples`."""
     recipe = made_recipe(job, "transformer_engine")
     recipe.model.recompute_granularity = keys.pop("recompute_granularity", "none")
     recipe.model.precision.fp8.enabled = True
     for key, value in keys.items():
         setattr(recipe.model.precision.fp8, key, value)
     trainer = small_trainer(recipe, ranks, folder)
-    groups = share_of(job["groups"], ranks)
-
-    def score() -> None:
-        trainer.reference.score_answers(groups)
-        trainer.credit(groups)
-
-    found = products_of(
-        {
-            "rollout": lambda: generate(trainer, job["prompts"], 1.0, ranks),
-            "scoring": score,
-            "update": lambda: updated(trainer.policy, groups),
-        }
-    )
+    groups = share_of(job["groups"], ranks)[:count]
+    passes = {
+        "rollout": lambda: samples and generate(trainer, job["prompts"][:count], 1.0, ranks),
+        "scoring": lambda: (trainer.reference.score_answers(groups), trainer.credit(groups)),
+        "update": lambda: updated(trainer.policy, groups),
+    }
+    found = {}
+    for name, run in passes.items():
+        PRODUCTS.clear()
+        run()
+        found[name] = list(PRODUCTS)
     state = trainer.policy.model.sharded_state_dict("", metadata=sharding_metadata())
     found["states"] = [key for key in state if key.endswith("_extra_state")]
     return found
@@ -131,15 +122,15 @@ def computed(ranks: Ranks, job: dict) -> dict:
         trainer = small_trainer(made_recipe(job, backend), ranks, folder / f"{name}-{backend}")
         export_hf(trainer.policy.model, job["checkpoint"], folder / f"{name}-{backend}-export")
         result[backend] = step(trainer, job, ranks)
-    result["fp8"] = in_eight_bits(job, ranks, folder / f"{name}-fp8")
+    result["fp8"] = in_eight_bits(job, ranks, folder / f"{name}-fp8", samples=True)
     if name != "tp1":
         return result
     variants = {
-        "ends": {"bf16_first_layers": 1, "bf16_last_layers": 2},
-        "everywhere": {"scoring": True, "rollout": True},
-        "delayed": {"recipe": "delayed"},
+        "ends": {"bf16_first_layers": 1, "bf16_last_layers": 2, "count": 1},
+        "everywhere": {"samples": True, "scoring": True, "rollout": True, "count": 1},
+        "delayed": {"recipe": "delayed", "count": 1},
         "recomputed": {"recompute_granularity": "full"},
-        "mxfp8": {"recipe": "mxfp8"},
+        "mxfp8": {"recipe": "mxfp8", "count": 1},
     }
     for variant, keys in variants.items():
         result[f"fp8_{variant}"] = in_eight_bits(job, ranks, folder / f"fp8-{variant}", **keys)

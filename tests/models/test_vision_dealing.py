@@ -88,31 +88,31 @@ def computed(ranks, job) -> dict:
     """Values and gradients of some groups, the vision tower dealt to ranks and not."""
     result: dict = {}
     for shard in (False, True):
-        for recompute in ("none", "full"):
-            recipe = small_recipe(job["checkpoint"], job["world"])
-            recipe.model.vision.shard = shard
-            recipe.model.recompute_granularity = recompute
-            # Every parameter has to get a gradient then, on every rank.
-            recipe.optimizer.overlap_grad_reduce = ranks.data_size > 1
-            model = load_model(recipe, ranks)
-            layout = BatchLayout.of_recipe(recipe, ranks.layout, pad_id=0)
-            policy = Policy(model, recipe, ranks, layout)
-            reduce_whole_gradients(policy.wrapped.config)
-            seen = patches_seen(model)
-            for case, groups in job["cases"].items():
-                if case == "text" and ranks.data_size > 1:
-                    continue
-                seen.clear()
-                batches = layout.batches(groups)
-                losses = policy.forward_backward(batches, policy.loss_count(batches))
-                everyone = [None] * dist.get_world_size()
-                dist.all_gather_object(everyone, list(seen))
-                result[shard, recompute, case] = {
-                    "log_probs": [found.log_probs.detach() for found in losses],
-                    "patches": everyone,
-                    "gradients": gather_gradients(model),
-                    "norm": policy.gradient_norm(),
-                }
+        recipe = small_recipe(job["checkpoint"], job["world"])
+        recipe.model.vision.shard = shard
+        # Each way with one of the layouts.
+        recipe.model.recompute_granularity = "none" if ranks.data_size > 1 else "full"
+        # Every parameter has to get a gradient then, on every rank.
+        recipe.optimizer.overlap_grad_reduce = ranks.data_size > 1
+        model = load_model(recipe, ranks)
+        layout = BatchLayout.of_recipe(recipe, ranks.layout, pad_id=0)
+        policy = Policy(model, recipe, ranks, layout)
+        reduce_whole_gradients(policy.wrapped.config)
+        seen = patches_seen(model)
+        for case, groups in job["cases"].items():
+            if case == "text" and ranks.data_size > 1:
+                continue
+            seen.clear()
+            batches = layout.batches(groups)
+            losses = policy.forward_backward(batches, policy.loss_count(batches))
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, list(seen))
+            result[shard, case] = {
+                "log_probs": [found.log_probs.detach() for found in losses],
+                "patches": everyone,
+                "gradients": gather_gradients(model),
+                "norm": policy.gradient_norm(),
+            }
     return result
 
 
@@ -129,32 +129,31 @@ def _built(checkpoint, world, sample):
 def test_dealt_frames_change_neither_values_nor_gradients(on_ranks, job, name):
     layout, replicas = LAYOUTS["tp2" if name == "tp2_dp2" else name]
     result = on_ranks(layout, computed, job, replicas=2 if name == "tp2_dp2" else replicas)[0]
-    cases = {case for _, _, case in result}
+    cases = {case for _, case in result}
     assert cases == (
         {"frames", "one_frame"} if name == "tp2_dp2" else {"frames", "one_frame", "text"}
     )
-    for recompute in ("none", "full"):
-        for case in cases:
-            whole, dealt = (result[shard, recompute, case] for shard in (False, True))
-            for ours, wanted in zip(dealt["log_probs"], whole["log_probs"], strict=True):
-                torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-6)
-            assert dealt["norm"] == pytest.approx(whole["norm"], rel=1e-6)
-            for key, wanted in whole["gradients"].items():
-                scale = max(1.0, wanted.abs().max().item())
-                difference = (dealt["gradients"][key] - wanted).abs().max().item()
-                assert difference <= 1e-6 * scale, f"{case}, {key}: {difference}"
-            learns = [g for key, g in whole["gradients"].items() if key.startswith("visual.")]
-            assert any(bool(g.any()) for g in learns) == (case != "text")
+    for case in cases:
+        whole, dealt = (result[shard, case] for shard in (False, True))
+        for ours, wanted in zip(dealt["log_probs"], whole["log_probs"], strict=True):
+            torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-6)
+        assert dealt["norm"] == pytest.approx(whole["norm"], rel=1e-6)
+        for key, wanted in whole["gradients"].items():
+            scale = max(1.0, wanted.abs().max().item())
+            difference = (dealt["gradients"][key] - wanted).abs().max().item()
+            assert difference <= 1e-6 * scale, f"{case}, {key}: {difference}"
+        learns = [g for key, g in whole["gradients"].items() if key.startswith("visual.")]
+        assert any(bool(g.any()) for g in learns) == (case != "text")
     _assert_shares(result)
 
 
 def _assert_shares(result) -> None:
     """Ranks 0 and 1 are on the first stage; each has half of the frames, or the only one."""
-    first, second = result[False, "none", "frames"]["patches"][:2]
+    first, second = result[False, "frames"]["patches"][:2]
     assert first == second
-    dealt = result[True, "none", "frames"]["patches"][:2]
+    dealt = result[True, "frames"]["patches"][:2]
     assert [a + b for a, b in zip(*dealt, strict=True)] == first
     assert max(map(max, dealt)) <= 0.6 * max(first)
-    assert result[True, "none", "one_frame"]["patches"][:2] == [[16], [16]]
-    if (True, "none", "text") in result:
-        assert result[True, "none", "text"]["patches"][:2] == [[], []]
+    assert result[True, "one_frame"]["patches"][:2] == [[16], [16]]
+    if (True, "text") in result:
+        assert result[True, "text"]["patches"][:2] == [[], []]

@@ -69,7 +69,7 @@ def no_fused_attention() -> enum.IntEnum:
 
 
 class _ByName(type):
-    """An enumeration whose members are numbered as they are asked for."""
+    """An enumeration whose members are numbered at first use."""
 
     def __getattr__(cls, name: str) -> int:
         if name.startswith("__"):

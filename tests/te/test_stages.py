@@ -10,6 +10,7 @@ import torch
 
 from nemo_care.checkpoints.store import sharding_metadata
 from nemo_care.models.expert_weights import named_weights
+from nemo_care.models.transformer_config import transformer_config
 from nemo_care.models.weights import _source
 from nemo_care.planning.fake_world import fake_world
 from nemo_care.planning.shapes import read_model_shape
@@ -81,7 +82,7 @@ def built(name: str, backend: str, fp8: FP8Config | None = None) -> Stage:
     family = family_of(size)
     with fake_world(layout, rank, world):
         with as_on_a_gpu():
-            config = family.transformer_config(layout, torch.bfloat16, "none", fp8)
+            config = transformer_config(family, layout, torch.bfloat16, "none", fp8)
             assert not config.use_cpu_initialization
             model = family.build(config, backend)
         parameters, sharded = {}, defaultdict(set)
@@ -124,8 +125,8 @@ def test_megatron_makes_transformer_engines_recipe_and_enters_it(recipe):
 
     with fake_world(Layout(), 0, 1):
         fp8 = FP8Config(enabled=True, recipe=recipe)
-        config = family_of("Qwen2.5-VL-3B").transformer_config(
-            Layout(), torch.bfloat16, "none", fp8
+        config = transformer_config(
+            family_of("Qwen2.5-VL-3B"), Layout(), torch.bfloat16, "none", fp8
         )
         made = get_fp8_recipe(config)
         names = [kind.__name__ for kind in type(made).__mro__]

@@ -24,7 +24,7 @@ from nemo_care.data.tokenizer import load_tokenizer
 from nemo_care.errors import InputError
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.files import StoredGroup, read_groups, restore_groups, write_groups
-from nemo_care.models.expert_routing import UNRECORDED
+from nemo_care.models.architecture import UNRECORDED
 from nemo_care.models.families import read_family
 from nemo_care.ranks.process_groups import Ranks
 from nemo_care.rollouts.build import check_rollouts, replays_routing

@@ -89,7 +89,7 @@ class Sheet:
         from nemo_care.data.video import FrameTimes, VideoFile
 
         if self.kind == "image":
-            frames, room = iter([ImageFile(self.path).frame()]), _PICTURE
+            frames, room = ImageFile(self.path).frames(), _PICTURE
         else:
             frames, room = VideoFile(self.path, FrameTimes(self.shown_times)).frames(), FRAME
         for frame in frames:

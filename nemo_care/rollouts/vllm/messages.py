@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from nemo_care.models.architecture import UNRECORDED
+
 # The name, among vLLM's, of the loader for checkpoints whose experts are stored output first.
 OUTPUT_FIRST = "nemo_care_output_first"
 
@@ -107,5 +109,5 @@ def split_routing(rows: np.ndarray, prompt: int) -> tuple[np.ndarray, np.ndarray
     Returns those of the `prompt` tokens P, and of the completion's C tokens (see `Sampled`).
     """
     experts = rows.astype(np.int16)
-    unrecorded = np.full_like(experts[:1], -1)
+    unrecorded = np.full_like(experts[:1], UNRECORDED)
     return experts[:prompt], np.concatenate([experts[prompt:], unrecorded])
