@@ -1,4 +1,4 @@
-"""Rollouts: groups of sampled completions and what is read off their tokens."""
+"""Rollouts: sampling groups of completions."""
 
 from nemo_care.groups.answer_span import answer_token_span
 

@@ -1,4 +1,4 @@
-"""The generator that a recipe asks for."""
+"""Build the generator of a recipe, and check what it needs."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,8 +21,8 @@ from nemo_care.rollouts.vllm.placement import check_placement, check_tensor_para
 from nemo_care.rollouts.vllm.weight_sync import transfer_backend
 
 _INSTALL = (
-    "install it with pip install -e '.[vllm]' into an environment of its own (it asks for exactly "
-    "one version of torch), or set rollout.backend=megatron, which needs nothing"
+    "install it with pip install -e '.[vllm]' into an environment of its own (it requires "
+    "exactly one version of torch), or set rollout.backend=megatron, which needs nothing"
 )
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -40,19 +40,11 @@ def build_generator(
     from_checkpoint: bool,
     records_routing: bool = False,
 ) -> Generator:
-    """A generator of this model's completions; collective over all ranks.
+    """Build the generator of rollout.backend; collective over all ranks.
 
-    Args:
-        recipe: says which, in rollout.backend.
-        ranks: this rank.
-        model: its part of the policy.
-        tokenizer: the checkpoint's.
-        groups_per_batch: see `MegatronGenerator`.
-        shared_prompt: see there too.
-        folder: of the run; vLLM's output goes into its logs.
-        version: changes whenever the weights have changed.
-        from_checkpoint: the weights of version 0 are those in model.hf_path.
-        records_routing: the groups have the experts that their tokens went to.
+    `groups_per_batch` and `shared_prompt` are those of `MegatronGenerator`, `version` and
+    `from_checkpoint` those of `VLLMGenerator`, whose engines write their output to the logs in
+    `folder`, the run directory. With `records_routing`, groups have the experts of their tokens.
     """
     if recipe.rollout.backend == "megatron":
         return MegatronGenerator(
@@ -78,11 +70,11 @@ def build_generator(
 
 
 def check_rollouts(recipe: Recipe) -> None:
-    """Refuse rollouts that can be seen to fail before any rank starts.
+    """Refuse rollouts that would fail, before any rank starts.
 
     Raises:
         InputError: vLLM or Ray is missing, the recipe's engines do not fit its ranks, its
-            precision or the model, or a model without experts is to replay their choice.
+            precision or the model, or routing is to be replayed without experts.
     """
     family = read_family(recipe.model.hf_path)
     if recipe.model.moe.routing_replay and family.architecture.experts is None:
@@ -114,17 +106,17 @@ def replays_routing(recipe: Recipe, architecture: Architecture) -> bool:
 
 def _is_installed(package: str) -> bool:
     found = find_spec(package)
-    # A folder of that name, in the working directory for example, is none.
+    # A folder of that name, for example in the working directory, has no origin.
     return found is not None and found.origin is not None
 
 
 def check_engines(recipe: Recipe, architecture: Architecture) -> None:
     """Refuse engines that fit neither the recipe's ranks, its precision nor the model.
 
-    Looks at nothing of this machine but CUDA_VISIBLE_DEVICES.
+    Of this machine, only CUDA_VISIBLE_DEVICES matters.
 
     Raises:
-        InputError: names the key and what it may be.
+        InputError: names the key and its valid values.
     """
     if recipe.rollout.backend == "megatron":
         return
@@ -148,7 +140,7 @@ def check_engines(recipe: Recipe, architecture: Architecture) -> None:
 def engine_settings(
     recipe: Recipe, model: VideoLanguageModel, *, returns_routing: bool = False
 ) -> EngineSettings:
-    """What the recipe says about engines; `returns_routing` as in `EngineSettings`."""
+    """Return the settings of the recipe's engines; `returns_routing` as in `EngineSettings`."""
     vllm, data = recipe.rollout.vllm, recipe.data
     longest = data.max_prompt_tokens + recipe.rollout.max_completion_tokens
     folder = str(Path(recipe.model.hf_path).resolve())

@@ -1,4 +1,4 @@
-"""What a generator has sampled becomes completions, the same way whoever sampled."""
+"""Turn sampled tokens into a completion, the same way for every generator."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Tokens one after another, for several prompts with several completions each."""
+"""Sample token after token, for several prompts with several completions each."""
 
 from collections.abc import Sequence
 
@@ -35,10 +35,10 @@ class Decoding:
         multiple: int = 1,
         records_routing: bool = False,
     ) -> None:
-        """Nothing is computed yet; `run` does everything, or `prefill`, `choose` and `decode`.
+        """Compute nothing yet; `run` does everything, or `prefill`, `choose` and `decode`.
 
-        What the layers see is padded to a multiple of `multiple` tokens. With `records_routing`,
-        `run` fills the `record` of a model with experts.
+        The inputs of the layers are padded to a multiple of `multiple` tokens. With
+        `records_routing`, `run` fills the `record` of a model with experts.
         """
         self.multiple = multiple
         self.model = model
@@ -63,7 +63,7 @@ class Decoding:
         )
 
     def run(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [N, C_max] (padding after the end) and log-probabilities float32 [N, C_max].
+        """Return tokens [N, C_max] (padded after the end) and log-probabilities float32 [N, C_max].
 
         `uniforms` [N, C_max] are the random numbers to sample with. Results are on the CPU.
         """
@@ -71,7 +71,7 @@ class Decoding:
         tokens, log_probs = self._results()
         positions = self._first_positions()
         count, longest = tokens.shape
-        # Rows that have not ended; the batch holds nothing else.
+        # Rows that have not ended; the batch contains only these.
         rows = torch.arange(count, device=self.device)
         logits = self.prefill().repeat_interleave(self.group_size, dim=0)
         for step in range(longest):
@@ -90,13 +90,13 @@ class Decoding:
         return tokens.cpu(), log_probs.cpu()
 
     def _results(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and log-probabilities [N, C_max] before any is sampled."""
+        """Return tokens and log-probabilities [N, C_max] before any is sampled."""
         shape = (len(self.prompts) * self.group_size, self.sampling.max_tokens)
         tokens = torch.full(shape, self.pad_id, device=self.device)
         return tokens, torch.zeros(shape, device=self.device)
 
     def _first_positions(self) -> torch.Tensor:
-        """Positions [3, N] of each completion's first token."""
+        """Return positions [3, N] of each completion's first token."""
         first = [prompt.continued_positions(1)[:, 0] for prompt in self.prompts]
         positions = torch.stack(first, dim=1).repeat_interleave(self.group_size, dim=1)
         return positions.to(self.device)
@@ -105,7 +105,7 @@ class Decoding:
         return -(-tokens // self.multiple) * self.multiple
 
     def prefill(self) -> torch.Tensor:
-        """Compute the prompts; logits float32 [B, V] of their completions' first token."""
+        """Compute the prompts; return logits float32 [B, V] of their completions' first token."""
         passes = self.cache.passes()
         logits = forward_only(
             self.model,
@@ -122,21 +122,21 @@ class Decoding:
 
     def _prompt_inputs(self, packed: PromptPass) -> ModelInputs:
         prompts = self.prompts[packed.first : packed.first + len(packed.segments)]
-        behind = (0, packed.length - packed.used)
+        padding = (0, packed.length - packed.used)
         ids = torch.cat([prompt.token_ids for prompt in prompts])
         positions = torch.cat([prompt.position_ids for prompt in prompts], dim=1)
         is_vision = torch.cat([prompt.is_vision for prompt in prompts])
         rows = Rows(
             prompts,
-            F.pad(ids, behind, value=self.pad_id)[None],
-            F.pad(positions, behind)[:, None],
-            F.pad(is_vision, behind)[None],
+            F.pad(ids, padding, value=self.pad_id)[None],
+            F.pad(positions, padding)[:, None],
+            F.pad(is_vision, padding)[None],
             packed,
         )
         return self._recorded(rows.inputs(self.model))
 
     def decode(self, token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """One token [R] of each row, at `positions` [3, R]; logits float32 [R, V] of the next."""
+        """Compute a token [R] of each row at `positions` [3, R]; return the next logits [R, V]."""
         logits = forward_only(
             self.model,
             [self._recorded(self._token_inputs(token, positions))],
@@ -147,10 +147,10 @@ class Decoding:
         return logits[0] if logits else self._no_logits(len(token))
 
     def _token_inputs(self, token: torch.Tensor, positions: torch.Tensor) -> ModelInputs:
-        behind = (0, self._padded(len(token)) - len(token))
+        padding = (0, self._padded(len(token)) - len(token))
         return ModelInputs(
-            token_ids=F.pad(token, behind, value=self.pad_id)[None],
-            position_ids=F.pad(positions, behind)[:, None],
+            token_ids=F.pad(token, padding, value=self.pad_id)[None],
+            position_ids=F.pad(positions, padding)[:, None],
             packed=self.cache,
         )
 
@@ -161,16 +161,15 @@ class Decoding:
         return self.model.next_token_logits(hidden, torch.arange(rows, device=self.device))
 
     def _no_logits(self, rows: int) -> torch.Tensor:
-        """What stages but the last have in place of logits [rows, V]."""
+        """Return what stages other than the last have instead of logits [rows, V]."""
         return torch.zeros(rows, self.model.vocab_size, device=self.device)
 
     def choose(
         self, logits: torch.Tensor, uniforms: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next token [R] and its log-probability [R], equal on all ranks of the replica.
+        """Return the next tokens and their log-probabilities [R]; all ranks of the replica agree.
 
-        One rank samples. Where the logits are not finite the token is EOS and its log-probability
-        NaN.
+        One rank samples. If logits are not finite, the token is EOS and its log-probability NaN.
         """
         if self.ranks.is_loss_leader:
             token, log_prob = self._chosen(logits, uniforms)
@@ -186,6 +185,6 @@ class Decoding:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         token = sample_tokens(logits, uniforms, self.sampling.temperature, self.sampling.top_p)
         log_prob = torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
-        # Nothing can be sampled from logits that are not finite. The completion ends, and its
-        # log-probability tells the update, which leaves the step out.
+        # Nothing can be sampled from logits that are not finite. The completion ends, and because
+        # of its log-probability the update leaves the step out.
         return token.masked_fill(log_prob.isnan(), self.end_id), log_prob

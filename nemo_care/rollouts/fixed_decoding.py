@@ -1,10 +1,10 @@
-"""Decoding by steps that are all alike, so that a CUDA graph can replay them.
+"""Decode in steps that are all alike, so that a CUDA graph can replay them.
 
 Launching a step's kernels one by one takes the CPU longer than the GPU needs to run them. A graph
-launches them all at once, but it can only repeat: the same shapes at the same addresses, nothing
+launches them all at once, but it only repeats: the same shapes at the same addresses, and nothing
 that the CPU reads or writes in between. So completions that have ended stay in the batch and are
-masked, the cache of a completion has its full length with the step's number on the GPU, and the
-CPU looks only every few tokens whether all have ended. On a CPU the same steps run as they are.
+masked, each completion's cache has its full length, the step's number is on the GPU, and the CPU
+checks only every few tokens whether all have ended. Without CUDA the same steps run one by one.
 """
 
 from collections.abc import Callable
@@ -14,25 +14,24 @@ import torch
 
 from nemo_care.rollouts.decoding import Decoding
 
-# Tokens between two looks at what has ended: the CPU waits for the GPU at each.
+# Tokens between two checks of whether all have ended; at each, the CPU waits for the GPU.
 LOOK_EVERY = 16
 
 
 class FixedDecoding(Decoding):
-    """As `Decoding`; `run` samples the same tokens, without a wait or an upload between looks.
+    """A `Decoding` that samples the same tokens, without a wait or an upload between checks.
 
-    A graph is captured for each batch: its prompts' lengths are part of it. With pipeline stages
-    each captures its own part, and hidden states and tokens travel between the graphs.
+    A graph is captured for each batch, since its prompts' lengths are part of it. Each pipeline
+    stage captures its own part, and hidden states and tokens are sent between the graphs.
     """
 
     fixed = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        """As `Decoding`."""
+        """Allocate everything that a step reads or writes; arguments as for `Decoding`."""
         super().__init__(*arguments, **options)
         rows = len(self.prompts) * self.group_size
         config = self.model.config
-        # Everything that a step reads or writes has its place from here on.
         self.token = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.log_prob = torch.zeros(rows, device=self.device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=self.device)
@@ -46,7 +45,7 @@ class FixedDecoding(Decoding):
         self.sent = self.received
 
     def run(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Decoding.run`."""
+        """Return tokens and log-probabilities (see `Decoding.run`)."""
         self.uniforms = uniforms.to(self.device)
         self.tokens, self.log_probs = self._results()
         self.positions = self._first_positions()
@@ -67,9 +66,9 @@ class FixedDecoding(Decoding):
         return self.tokens.cpu(), self.log_probs.cpu()
 
     def step(self) -> None:
-        """Write this token down, put it through this stage and, after the last, choose the next.
+        """Record this token, compute it in this stage and, in the last one, choose the next.
 
-        What a graph captures: no value on the CPU may depend on one on the GPU or change.
+        A graph captures this: no value on the CPU may change, or depend on one on the GPU.
         """
         number = self._write()
         self.cache.begin_step(self.model.config.params_dtype)
@@ -82,7 +81,7 @@ class FixedDecoding(Decoding):
             self.sent = hidden
 
     def _write(self) -> torch.Tensor:
-        """Put the token of each row that goes on into the results; its number, long [1]."""
+        """Write the token of each row that has not ended; return its number, long [1]."""
         number = self.cache.step
         assert number is not None
         token = self.token.masked_fill(self.ended, self.pad_id)
@@ -93,7 +92,7 @@ class FixedDecoding(Decoding):
         return number
 
     def _take(self, logits: torch.Tensor) -> None:
-        """Choose the next token of each row, on the rank that samples."""
+        """On the rank that samples: choose the next token of each row."""
         if not self.ranks.is_loss_leader:
             return
         assert self.cache.step is not None
@@ -103,25 +102,25 @@ class FixedDecoding(Decoding):
         self.log_prob.copy_(log_prob)
 
     def _share(self) -> None:
-        """Give the tokens to all ranks of the replica."""
+        """Send the tokens to all ranks of the replica."""
         self.ranks.broadcast_from_loss_leader(self.token)
         self.ranks.broadcast_from_loss_leader(self.log_prob)
 
 
 class Replayed:
-    """A function without arguments, replayed from its third call on where there is CUDA.
+    """A function without arguments that, with CUDA, is replayed from its third call on.
 
-    The first call makes what is made once; the second is captured, and then replayed.
+    The first call allocates what is needed once; the second is captured, and then replayed.
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
-        """Nothing is called yet."""
+        """Call nothing yet."""
         self._function = function
         self._called = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
-        """Call or replay."""
+        """Call, capture or replay it."""
         if self._graph is not None:
             self._graph.replay()
         elif not self._called or not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What any generator of completions offers."""
+"""The interface of all generators of completions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from nemo_care.groups.group import Group
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: `temperature` 0 is greedy; `seed` tells uses of the same prompts apart."""
+    """How to sample: `temperature` 0 is greedy; `seed` distinguishes uses of the same prompts."""
 
     group_size: int
     temperature: float
@@ -22,39 +22,44 @@ class Sampling:
 class Generator(Protocol):
     """Samples completions from the policy.
 
-    All ranks call it alike. Where it fails with InputError or RunFailed, it does on all of them.
+    All ranks call it alike. InputError and RunFailed are raised on all of them.
     """
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """One group per prompt. The same prompts and sampling give the same completions in every
-        parallel layout (up to logits that differ by rounding)."""
+        """Return one group per prompt.
+
+        The same prompts and sampling give the same completions in every parallel layout, up to
+        logits that differ by rounding.
+        """
         ...
 
     def rest(self) -> None:
-        """Give back what is only needed while sampling; `generate` takes it again. Collective."""
+        """Free what is only needed while sampling, until `generate` needs it. Collective."""
         ...
 
     def close(self) -> None:
-        """End what was started for sampling."""
+        """End processes that were started for sampling."""
         ...
 
 
 @runtime_checkable
 class BackgroundGenerator(Generator, Protocol):
-    """A generator that samples while its caller does something else."""
+    """A generator that can sample while its caller continues."""
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling) -> Any:
-        """Begin to sample, with the policy's weights as they are now; what `collect` wants to have.
+        """Begin to sample with the policy's current weights; return the handle for `collect`.
 
-        Nothing may be in flight when these are not the weights of the last `submit`.
+        Nothing may be in flight if the weights have changed since the last `submit`.
         """
         ...
 
     def collect(self, begun: Any) -> list[Group]:
-        """Wait for the groups of a `submit`; `generate` is both."""
+        """Wait for the groups of a `submit`; `generate` does both."""
         ...
 
     def take_deaths(self) -> list[str]:
-        """How engines have died since the last call, which were then started again; equal on all
-        ranks."""
+        """Return how engines have died since the last call; they have been started again.
+
+        Equal on all ranks.
+        """
         ...

@@ -2,8 +2,8 @@
 
 The prompts of a batch are computed once each, as one packed sequence (or, with pipeline stages, one
 after another, so that no stage waits for all of them), and cached once for all their completions. A
-completion that has ended leaves the batch, so that it costs nothing more; with
-`rollout.cuda_graphs` it stays, and nothing changes its shape (`fixed_decoding.py`).
+completion that has ended leaves the batch; with `rollout.cuda_graphs` it stays, so that no shape
+changes (`fixed_decoding.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from nemo_care.rollouts.sampling import uniform_numbers
 
 
 class MegatronGenerator:
-    """Samples from the model that is being trained, where it is."""
+    """Samples from the shards of the model that is being trained."""
 
     def __init__(
         self,
@@ -41,12 +41,12 @@ class MegatronGenerator:
         cuda_graphs: bool = False,
         records_routing: bool = False,
     ) -> None:
-        """`groups_per_batch` bounds the key-value cache: that many prompts, and G completions each.
+        """Sample `groups_per_batch` prompts together, which bounds the key-value cache.
 
-        Without `shared_prompt` every completion computes and caches the prompt for itself. `fp8`
-        says whether to sample in 8 bits (`rollout`); in bf16 else. `cuda_graphs`: by steps of one
-        shape, replayed where there is CUDA. `records_routing`: the groups have the experts that
-        their tokens went to, of a model with experts.
+        Without `shared_prompt` every completion computes and caches the prompt for itself. With
+        `fp8` and its `rollout`, it samples in 8 bits. `cuda_graphs`: in steps of one shape, which
+        CUDA can replay. `records_routing`: groups have the experts of their tokens, if the model
+        has experts.
         """
         self.decoding: type[Decoding] = FixedDecoding if cuda_graphs else Decoding
         self.fp8 = fp8
@@ -58,7 +58,7 @@ class MegatronGenerator:
         self.records_routing = records_routing
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """One group per prompt; all ranks of the model replica call it with equal prompts.
+        """Return one group per prompt; all ranks of the replica call it with equal prompts.
 
         Replicas that share experts call it equally often, also without prompts.
         """
@@ -72,7 +72,7 @@ class MegatronGenerator:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode without sequence parallelism, in the rollout's precision, and back."""
+        """Compute without sequence parallelism, in evaluation mode and the rollout's precision."""
         was_training = self.model.training
         rollout = self.fp8 is not None and self.fp8.rollout
         self.model.eval()
@@ -124,7 +124,7 @@ class MegatronGenerator:
         ]
 
     def rest(self) -> None:
-        """Nothing is held between rollouts."""
+        """Do nothing: nothing is kept between rollouts."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: no process was started."""

@@ -1,4 +1,4 @@
-"""The experts that tokens go to while a batch of completions is decoded."""
+"""Record the experts that tokens go to while a batch of completions is decoded."""
 
 from collections.abc import Sequence
 from dataclasses import replace

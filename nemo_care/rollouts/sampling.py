@@ -1,8 +1,8 @@
-"""Choosing the next token: temperature, top-p, and randomness that no layout changes.
+"""Choose the next token: temperature, top-p, and randomness that is the same in every layout.
 
-Each completion has its own row of uniform numbers, made from (seed, prompt index, completion,
-token). Sampling by the inverse of the cumulative distribution then gives the same completion
-whichever rank, batch or parallel layout computes the logits.
+Each completion has its own row of uniform numbers, drawn for (seed, prompt index, completion,
+token). Sampling by the inverse of the cumulative distribution then gives the same completion in
+every rank, batch and parallel layout.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ import torch
 def uniform_numbers(
     seed: Sequence[int], prompt_indices: Sequence[int], group_size: int, tokens: int
 ) -> torch.Tensor:
-    """Uniform numbers in [0, 1): float64 [B * G, C], rows in group order.
+    """Return uniform numbers in [0, 1): float64 [B * G, C], rows in group order.
 
-    `seed` holds whatever tells this use of the prompts from another, such as (run seed, epoch).
+    `seed` distinguishes this use of the prompts from others.
     """
     rows = [
         np.random.default_rng([*seed, index]).random((group_size, tokens))
@@ -28,12 +28,12 @@ def uniform_numbers(
 def sample_tokens(
     logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float
 ) -> torch.Tensor:
-    """One token per row.
+    """Choose one token per row.
 
     Args:
         logits: [N, V] of the next token.
-        uniforms: [N] in [0, 1); not read when greedy.
-        temperature: 0 takes the most likely token.
+        uniforms: [N] in [0, 1); unused if greedy.
+        temperature: 0 chooses the most likely token.
         top_p: keep the fewest most likely tokens whose probability reaches this.
 
     Returns:
@@ -43,7 +43,7 @@ def sample_tokens(
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
     if top_p < 1.0:
-        # The logits in float32 have the same order, and are half of what a sort has to move.
+        # The float32 logits have the same order, and are half the data to sort.
         order = logits.argsort(dim=-1, descending=True, stable=True)
         ordered = probabilities.gather(-1, order)
         # A token stays if the ones before it have not reached top_p; the first always does.
@@ -53,6 +53,6 @@ def sample_tokens(
     cumulative = probabilities.cumsum(dim=-1)
     threshold = uniforms.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    # A threshold equal to the total by rounding would fall off the end, past the last kept token.
+    # A threshold that rounding makes equal to the total would be past the last kept token.
     last_kept = probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(dim=-1)
     return torch.minimum(chosen, last_kept)

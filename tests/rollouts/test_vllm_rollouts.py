@@ -99,9 +99,9 @@ def test_seeds_differ_by_prompt_and_use_and_leave_room_for_the_group():
 
 
 def test_a_replica_shares_its_gpus_with_as_many_engines_as_fit():
-    blocks = colocate(VLLMConfig(tensor_parallel_size=8), [*range(8), *range(16, 24)], 8).blocks
+    blocks = colocate(VLLMConfig(tensor_parallel_size=8), [*range(8), *range(16, 24)], 8)
     assert blocks == (tuple(range(8)), tuple(range(16, 24)))
-    assert colocate(VLLMConfig(), [4, 5], 8).blocks == ((4,), (5,))
+    assert colocate(VLLMConfig(), [4, 5], 8) == ((4,), (5,))
 
 
 @pytest.mark.parametrize(

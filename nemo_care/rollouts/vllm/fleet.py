@@ -123,10 +123,10 @@ class Fleet:
     # ------------------------------------------------------------------ the three kinds
 
     def _colocate(self) -> None:
-        placed = colocate(self.vllm, self.ranks.model_ranks, self.devices)
+        blocks = colocate(self.vllm, self.ranks.model_ranks, self.devices)
         gpus = dict(self.ranks.gather_in_replica((self.ranks.rank, _gpu())))
-        self.count = len(placed.blocks)
-        for place, block in enumerate(placed.blocks):
+        self.count = len(blocks)
+        for place, block in enumerate(blocks):
             if block[0] == self.ranks.rank:
                 visible = [gpu for rank in block if (gpu := gpus[rank]) is not None]
                 name = f"{self.ranks.data_rank}.{place}"

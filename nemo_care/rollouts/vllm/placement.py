@@ -10,13 +10,6 @@ from nemo_care.recipe.vllm import VLLMConfig
 
 
 @dataclass(frozen=True)
-class Colocated:
-    """The engines of one replica: for each, the ranks whose GPUs it shares; the first owns it."""
-
-    blocks: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
 class Share:
     """One replica's share of engines on separate GPUs.
 
@@ -28,8 +21,10 @@ class Share:
     sharers: tuple[int, ...]
 
 
-def colocate(vllm: VLLMConfig, replica: Sequence[int], devices: int) -> Colocated:
-    """Assign a replica's ranks (ascending) to engines; `devices` is the ranks per machine.
+def colocate(vllm: VLLMConfig, replica: Sequence[int], devices: int) -> tuple[tuple[int, ...], ...]:
+    """Return for each engine of a replica the ranks whose GPUs it shares; the first owns it.
+
+    `replica` are its ranks (ascending), `devices` is the ranks per machine.
 
     Raises:
         InputError: the ranks do not fill whole engines, or an engine would span two machines.
@@ -49,7 +44,7 @@ def colocate(vllm: VLLMConfig, replica: Sequence[int], devices: int) -> Colocate
                 f"several machines of trainer.devices={devices} ranks; choose a size within one "
                 "machine"
             )
-    return Colocated(blocks)
+    return blocks
 
 
 def share(engines: int, replicas: Sequence[int], mine: int, key: str) -> Share:

@@ -3,12 +3,8 @@
 vLLM cuts frames into patches itself and gets them in the size that they have in training.
 """
 
-from collections.abc import Iterator, Sequence
-
 import numpy as np
-from torch import Tensor
 
-from nemo_care.data.patches import Grid
 from nemo_care.data.prompts import Prompt
 from nemo_care.errors import RunFailed
 from nemo_care.models.family import Family
@@ -25,12 +21,17 @@ class RequestBuilder:
         self.eos_ids = sorted(eos_ids)
 
     def build(self, prompt: Prompt, sampling: Sampling) -> SampleRequest:
-        """The request for a group of completions of this prompt, whose frames are here."""
+        """Return the request for a group of completions of this prompt, whose frames are here."""
         videos: list[Video] = []
         images: list[np.ndarray] = []
-        token_ids = self.family.prompt.collapsed(prompt.token_ids.tolist(), _grids(prompt))
-        for is_video, grid, seconds, times, frames in self._items(prompt, token_ids):
-            if is_video:
+        grids = [] if prompt.grid_thw is None else [tuple(g) for g in prompt.grid_thw.tolist()]
+        token_ids = self.family.prompt.collapsed(prompt.token_ids.tolist(), grids)
+        placeholders = self.family.prompt.placeholders
+        items = [token for token in token_ids if token in placeholders.values()]
+        for token, grid, seconds, times, frames in zip(
+            items, grids, prompt.seconds_per_grid, prompt.prompt_times, prompt.frames, strict=True
+        ):
+            if token == placeholders["video"]:
                 try:
                     fps = self.family.video_fps(grid, seconds)
                 except RunFailed as error:
@@ -52,22 +53,6 @@ class RequestBuilder:
             seed=seed_of(sampling, prompt.index),
             eos_ids=self.eos_ids,
         )
-
-    def _items(
-        self, prompt: Prompt, collapsed: Sequence[int]
-    ) -> Iterator[tuple[bool, Grid, float, Sequence[float], Tensor]]:
-        """Each item: whether it is a video, its grid, seconds per grid, frames' times, frames."""
-        grids = _grids(prompt)
-        ids = self.family.prompt.placeholders
-        items = [token for token in collapsed if token in ids.values()]
-        for token, grid, seconds, times, frames in zip(
-            items, grids, prompt.seconds_per_grid, prompt.prompt_times, prompt.frames, strict=True
-        ):
-            yield token == ids["video"], grid, seconds, times, frames
-
-
-def _grids(prompt: Prompt) -> list[Grid]:
-    return [] if prompt.grid_thw is None else [tuple(g) for g in prompt.grid_thw.tolist()]
 
 
 def seed_of(sampling: Sampling, index: int) -> int:

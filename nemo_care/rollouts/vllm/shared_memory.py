@@ -5,58 +5,28 @@ vLLM's own methods (NCCL, CUDA IPC) need GPUs. `worker.py` receives what is sent
 
 import tempfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
+
+# vLLM's workers import this module too.
+if TYPE_CHECKING:
+    from nemo_care.rollouts.vllm.engine import Engines
+    from nemo_care.rollouts.vllm.weight_stream import WeightStream
 
 # The name of this method among vLLM's.
 BACKEND = "nemo_care_shared_memory"
 _SHARED = Path("/dev/shm")
 
 
-class Receiver(Protocol):
-    """Engines that receive the weights, with vLLM's four steps of an update."""
-
-    def init_weight_transfer_engine(self, init_info: dict) -> None:
-        """Initialise once, before anything is sent."""
-        ...
-
-    def start_weight_update(self) -> None:
-        """Prepare for the first piece."""
-        ...
-
-    def update_weights(self, update_info: dict) -> None:
-        """Load one piece, and return when it is loaded."""
-        ...
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Finish after the last piece."""
-        ...
-
-
-class Weights(Protocol):
-    """The tensors to send, all or `trained_only` (see `WeightStream`)."""
-
-    trained_only: bool
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield names and tensors."""
-        ...
-
-
 class SharedMemorySender:
     """Sends the tensors of a stream of weights, in pieces of bounded size."""
 
     def __init__(
-        self,
-        weights: Weights,
-        receiver: Receiver | None,
-        bucket_bytes: int,
+        self, weights: "WeightStream", receiver: "Engines | None", bucket_bytes: int
     ) -> None:
-        """`weights` yields the tensors in each iteration; ranks without a `receiver` only take part
-        in its collective operations."""
+        """Send `weights` to `receiver`; ranks without one only take part in the iteration."""
         self.weights = weights
         self.receiver = receiver
         self.bucket_bytes = bucket_bytes

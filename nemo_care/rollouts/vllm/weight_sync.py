@@ -10,12 +10,12 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from nemo_care.rollouts.vllm import shared_memory
-from nemo_care.rollouts.vllm.engine import Engine
+from nemo_care.rollouts.vllm.engine import Engine, Engines
 from nemo_care.rollouts.vllm.weight_stream import WeightStream
 
 
@@ -25,42 +25,6 @@ class Sender(Protocol):
     def send_weights(self) -> None:
         """Send all weights; all ranks of the replica call it."""
         ...
-
-
-class Engines:
-    """vLLM's four steps of an update, for several engines at once; its `VLLMWeightSyncClient`."""
-
-    def __init__(self, engines: Sequence[Engine]) -> None:
-        """Use engines that receive their weights from this rank."""
-        self.engines = engines
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Shake hands. The workers of all engines are numbered consecutively."""
-        infos = []
-        for place, engine in enumerate(self.engines):
-            info = dict(init_info)
-            if "rank_offset" in info:
-                info["rank_offset"] += place * engine.settings.tensor_parallel_size
-            infos.append(info)
-        self._all("init_weight_transfer_engine", [{"init_info": info} for info in infos])
-
-    def start_weight_update(self) -> None:
-        """Prepare for the first piece."""
-        self._all("start_weight_update")
-
-    def update_weights(self, update_info: Any) -> None:
-        """Load one piece, and return when all engines have it."""
-        self._all("update_weights", [{"update_info": update_info}] * len(self.engines))
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Finish after the last piece; engines discard what they computed with the old weights."""
-        self._all("finish_weight_update")
-
-    def _all(self, step: str, arguments: Sequence[dict[str, Any]] | None = None) -> None:
-        each = arguments or [{}] * len(self.engines)
-        answers = [engine.call(step, **own) for engine, own in zip(self.engines, each, strict=True)]
-        for engine, answer in zip(self.engines, answers, strict=True):
-            engine.wait(answer, step)
 
 
 def transfer_backend(placement: str) -> str:
