@@ -9,6 +9,8 @@ INSTALLED := $(VENV)/.installed
 # Overrides for train and compare, such as ARGS="trainer.max_steps=20 trainer.devices=2"; options of
 # study, such as ARGS="--jobs 8".
 ARGS ?=
+# A study in recipes/studies/: study_miniature, study_families, study_objectives, study_counterfactual.
+STUDY ?= study_miniature
 
 # PyPI's Linux wheel of torch brings several GB of CUDA libraries; without an NVIDIA driver the CPU
 # build from PyTorch's own index takes its place. Where that index cannot be reached, one attempt is
@@ -76,9 +78,9 @@ dry-runs: $(INSTALLED)
 compare: $(INSTALLED)
 	$(BIN)/nemo-care compare --recipes tiny_cpu_grpo tiny_cpu --seeds 1 2 3 $(if $(ARGS),--set $(ARGS))
 
-# The variants of recipes/studies/study_miniature.yaml; their tables go into docs/study.md.
+# The variants of recipes/studies/$(STUDY).yaml; their tables go into docs/$(STUDY).md.
 study: $(INSTALLED)
-	$(BIN)/nemo-care study --config-name study_miniature --docs docs/study.md $(ARGS)
+	$(BIN)/nemo-care study --config-name $(STUDY) --docs docs/$(STUDY).md $(ARGS)
 
 # Speed and memory against the simple way and against TRL, which gets an environment of its own.
 bench: $(INSTALLED) .venv-trl/.installed
@@ -169,7 +171,7 @@ clean:
 help:
 	@echo "make train     train the tiny model on this machine: 100 steps, minutes"
 	@echo "make compare   GRPO against GRPO-CARE, three seeds each"
-	@echo "make study     variants of GRPO-CARE, several seeds each: hours; fills docs/study.md"
+	@echo "make study     variants of GRPO-CARE, several seeds each: hours; fills docs/study_miniature.md (STUDY=...)"
 	@echo "make bench     benchmarks of scoring, step and data, and against TRL: 20 minutes"
 	@echo "make report    curves and a page of the last make train"
 	@echo "make test      the tests; make test-slow the long ones"

@@ -23,6 +23,7 @@ from nemo_care.experiments.training_runs import TrainingRun
 from nemo_care.files.json_lines import complete_lines
 
 DOCS = Path(__file__).parents[2] / "docs"
+STUDIES = Path(__file__).parents[2] / "recipes" / "studies"
 
 # A stand-in for training: writes what a run leaves behind. Seed 3 of "grpo" fails.
 FAKE = """
@@ -488,15 +489,13 @@ def test_command_line_prints_status_and_reason(made, trained, capsys):
     assert end.value.code == 2
 
 
-@pytest.mark.parametrize(
-    ("page", "study"), [("study", "study_miniature"), ("families", "study_families")]
-)
-def test_committed_page_says_what_its_results_say(page, study):
-    file, results = DOCS / f"{page}.md", DOCS / f"{page}.jsonl"
-    made = read_study(find_study(study))
+@pytest.mark.parametrize("name", [file.stem for file in sorted(STUDIES.glob("*.yaml"))])
+def test_committed_page_says_what_its_results_say(name):
+    file, results = DOCS / f"{name}.md", DOCS / f"{name}.jsonl"
+    made = read_study(find_study(name))
     found = read_results(results)
     check_results(made, found, results)
     text = file.read_text(encoding="utf-8")
     assert filled_page(text, file, Findings(made, found)) == text
-    for name in re.findall(rf"\]\(({page}_\w+\.png)\)", text):
-        assert (DOCS / name).is_file()
+    for figure in re.findall(rf"\]\(({name}_\w+\.png)\)", text):
+        assert (DOCS / figure).is_file()
