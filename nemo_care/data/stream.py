@@ -6,7 +6,7 @@ skipped, counted and listed, and replaced by the next. Each model replica decode
 the previous step; then the replicas exchange which samples failed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from nemo_care.data.loader import Numbered, PromptLoader
 from nemo_care.data.mixing import SampleOrder, TrainingData
@@ -87,7 +87,7 @@ class PromptStream:
             everyone = self.ranks.gather_from_replicas(failed)
             missing = [len(items) for items in everyone]
             skipped.extend(item for items in everyone for item in items)
-            self._count(skipped)
+            self.count(skipped)
         if self.ranks.is_model_leader:
             self.loader.prefetch(self._next_samples())
         return prompts, skipped
@@ -125,15 +125,12 @@ class PromptStream:
         """Bytes of the frames that were decoded ahead for this replica."""
         return self.loader.frame_bytes
 
-    def count_again(self, skipped: Iterable[Skipped]) -> None:
-        """Count the samples that a run had skipped before it was killed.
+    def count(self, skipped: Sequence[Skipped]) -> None:
+        """Count skipped samples, such as those that a run had skipped before it was killed.
 
         Raises:
-            TooManySkipped: see `next_step`; possible if the fraction has been lowered since.
+            TooManySkipped: see `next_step`.
         """
-        self._count(list(skipped))
-
-    def _count(self, skipped: Sequence[Skipped]) -> None:
         for item in skipped:
             assert item.index is not None, "it came from the stream"
             source, place = self.order.at(item.index)

@@ -8,10 +8,9 @@ import torch
 from nemo_care.data.patches import Patching
 from nemo_care.data.prompts import Prompt
 from nemo_care.groups.group import Group, known
-from nemo_care.groups.routing import Span, training_pass
+from nemo_care.groups.routing import Span
 from nemo_care.megatron.cpu import compute_device
 from nemo_care.models.decoding_cache import DecodingCache
-from nemo_care.models.expert_routing import TrainingPass
 from nemo_care.models.frames import patches_on_device
 from nemo_care.models.segments import PackedSegments
 from nemo_care.models.video_language_model import ModelInputs, VideoLanguageModel
@@ -56,11 +55,6 @@ class Rows:
         if "vision" in model.frozen:
             return replace(inputs, vision_states=_vision_states(seen, model, inputs))
         return _with_patches(inputs, seen, model.patching)
-
-    def routing(self, model: VideoLanguageModel, *, replay: bool) -> TrainingPass:
-        """The routing of this rank's tokens, which uses recorded experts if `replay`."""
-        rows, width = self.token_ids.shape
-        return training_pass(self.spans, (rows, width), model, replay=replay)
 
     def _vision_places(self) -> torch.Tensor:
         rows, columns = self.is_vision.nonzero(as_tuple=True)

@@ -26,7 +26,7 @@ class Span:
 
 
 def training_pass(
-    spans: Sequence[Span], shape: tuple[int, int], model: VideoLanguageModel, *, replay: bool
+    spans: Sequence[Span], shape: torch.Size, model: VideoLanguageModel, *, replay: bool
 ) -> TrainingPass:
     """Return the routing of rows [B, S] for this rank's stage and its part of the sequence.
 

@@ -9,6 +9,7 @@ import torch
 from nemo_care.groups.batch import GroupBatch
 from nemo_care.groups.batching import BatchLayout
 from nemo_care.groups.group import Group
+from nemo_care.groups.routing import training_pass
 from nemo_care.megatron.gradient_watch import GradientWatch
 from nemo_care.megatron.optimizer import (
     build_optimizer,
@@ -252,7 +253,8 @@ class Policy:
         inputs = batch.rows.inputs(self.model)
         if not self.has_experts:
             return inputs
-        routing = batch.rows.routing(self.model, replay=self.replays_routing)
+        rows, replay = batch.rows, self.replays_routing
+        routing = training_pass(rows.spans, rows.token_ids.shape, self.model, replay=replay)
         self._routing.append(routing.counts)
         return replace(inputs, routing=routing)
 

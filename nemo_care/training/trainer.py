@@ -359,10 +359,8 @@ class GRPOCareTrainer:
             for change in changes(state["trainer"].get("annotations", {}), self.annotations):
                 self.console.warn(change)
         self.ranks.from_rank_zero(self._rewind_records)
-        self.prompts.count_again(
-            Skipped(**record)
-            for record in self.ranks.from_rank_zero(self.files.skipped_in_training)
-        )
+        skipped = self.ranks.from_rank_zero(self.files.skipped_in_training)
+        self.prompts.count([Skipped(**record) for record in skipped])
 
     def _rewind_records(self) -> None:
         """On rank 0: drop the records of steps that will be repeated."""

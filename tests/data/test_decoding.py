@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from made_media import DAMAGES, damaged_video, encode_video, picture
+from made_media import DAMAGES, damaged_video, encode_video, picture, same_media
 from PIL import Image
 
 from nemo_care.data.decoding import DecodingWorkers
@@ -65,13 +65,6 @@ def files(tmp_path_factory):
     return folder
 
 
-def equal(one: Media, other: Media) -> bool:
-    if (one.grids, one.seconds_per_grid) != (other.grids, other.seconds_per_grid):
-        return False
-    pairs = zip(one.frames, other.frames, strict=True)
-    return all(np.array_equal(mine, others) for mine, others in pairs)
-
-
 def test_processes_give_what_the_calling_thread_would(files):
     requests = [
         request(files / "a.mp4"),
@@ -92,10 +85,10 @@ def test_processes_give_what_the_calling_thread_would(files):
                     future.result()
                 assert str(there.value) == str(here.value)
             else:
-                assert equal(future.result(), load_media(item))
+                assert same_media(future.result(), load_media(item))
         assert 0.1 < workers.peak_memory_gib < 2
     with closing(DecodingWorkers(0, seconds=60, memory_gib=2)) as nobody:
-        assert equal(nobody.submit(requests[1]).result(), load_media(requests[1]))
+        assert same_media(nobody.submit(requests[1]).result(), load_media(requests[1]))
         with pytest.raises(UnreadableMedia):
             nobody.submit(requests[-1]).result()
         assert nobody.peak_memory_gib is None
@@ -118,7 +111,7 @@ def test_what_there_is_no_room_for_is_measured_and_not_decoded(files):
     tokens = sum(map(SETTINGS.patching.tokens, whole.grids))
     fits = load_media(request(files / "a.mp4", images=[files / "c.jpg"], room=tokens))
     measured = load_media(request(files / "a.mp4", images=[files / "c.jpg"], room=tokens - 1))
-    assert equal(fits, whole)
+    assert same_media(fits, whole)
     assert not measured.frames
     assert (measured.grids, measured.seconds_per_grid) == (whole.grids, whole.seconds_per_grid)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_media import encode, encode_video, numbered, picture
+from made_media import encode, encode_video, numbered, picture, same_media
 from PIL import Image
 
 from nemo_care.data import media as media_module
@@ -59,12 +59,6 @@ def entries(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.frames"))
 
 
-def same(one, other) -> bool:
-    pairs = list(zip(one.frames, other.frames, strict=True))
-    alike = all(a.dtype == b.dtype == np.uint8 and np.array_equal(a, b) for a, b in pairs)
-    return bool(pairs) and alike and replace(one, frames=[]) == replace(other, frames=[])
-
-
 def test_a_file_is_decoded_once(settings, video, opened, tmp_path):
     Image.fromarray(picture(100, 70)).save(tmp_path / "c.png")
     by_pyav = encode(tmp_path / "b.avi", numbered(8), 4, "mpeg4")
@@ -76,8 +70,8 @@ def test_a_file_is_decoded_once(settings, video, opened, tmp_path):
     assert opened == ["a.mp4", "b.avi", "c.png"]
     second = load_media(request)
     assert len(opened) == 3
-    assert same(first, plain)
-    assert same(second, plain)
+    assert same_media(first, plain)
+    assert same_media(second, plain)
     # Sizes alone are known without decoding too.
     measured = load_media(replace(request, room=0))
     assert (measured.grids, measured.frames, len(opened)) == (plain.grids, [], 3)
@@ -125,11 +119,11 @@ def test_a_damaged_entry_is_decoded_again_and_replaced(settings, video, opened, 
     (entry,) = entries(settings.cache.folder)
     whole = entry.read_bytes()
     entry.write_bytes(damage(whole))
-    assert same(load_media(request), wanted)
+    assert same_media(load_media(request), wanted)
     assert len(opened) == 2
     assert f"{entry}: not a readable entry of data.cache" in capsys.readouterr().err
     assert entry.read_bytes() == whole
-    assert same(load_media(request), wanted)
+    assert same_media(load_media(request), wanted)
     assert len(opened) == 2
 
 
@@ -179,8 +173,8 @@ def test_a_folder_that_can_not_be_written_to_costs_the_cache_only(settings, vide
     settings.cache.folder.write_text("no folder")
     request = MediaRequest(settings, (video,), (), 10**6)
     wanted = load_media(replace(request, settings=replace(settings, cache=None)))
-    assert same(load_media(request), wanted)
-    assert same(load_media(request), wanted)
+    assert same_media(load_media(request), wanted)
+    assert same_media(load_media(request), wanted)
     assert capsys.readouterr().err.count("can't be used") == 1
     with pytest.raises(InputError, match=r"data\.cache=.*cache: can't be written to"):
         check_cache(DataConfig(cache=str(settings.cache.folder)))
@@ -191,6 +185,6 @@ def test_processes_share_a_folder(settings, video, tmp_path):
     wanted = load_media(MediaRequest(replace(settings, cache=None), (video,), (), 10**6))
     with closing(DecodingWorkers(2, seconds=60, memory_gib=2)) as workers:
         for future in [workers.submit(request) for request in requests]:
-            assert same(future.result(), wanted)
+            assert same_media(future.result(), wanted)
     assert len(entries(settings.cache.folder)) == 1
     assert not list(settings.cache.folder.rglob("*.partial"))

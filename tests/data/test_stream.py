@@ -113,7 +113,7 @@ def test_samples_are_dealt_to_the_replicas_that_lack_prompts(ranks):
 
 def test_samples_skipped_before_a_kill_count_after_it(ranks):
     stream = make_stream(ranks, broken={"3"}, fraction=0.1)
-    stream.count_again([Skipped(0, stream.order.sample(0).sample_id, "cut off")])
+    stream.count([Skipped(0, stream.order.sample(0).sample_id, "cut off")])
     assert stream.order.sample(0).sample_id != "3"
     with pytest.raises(InputError, match="2 of 10"):
         take(stream, 3)

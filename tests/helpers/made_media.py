@@ -5,6 +5,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -183,6 +184,13 @@ DAMAGES = {
     "timestamps": "several frames have the same timestamp",
 }
 """Ways to damage a video, with the resulting error."""
+
+
+def same_media(one: Media, other: Media) -> bool:
+    """Whether both hold the same, frames included."""
+    pairs = zip(one.frames, other.frames, strict=True)
+    alike = all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
+    return alike and replace(one, frames=[]) == replace(other, frames=[])
 
 
 def load_or_misbehave(request: MediaRequest) -> Media:
