@@ -1,6 +1,6 @@
 """Build an evaluator from a recipe, for training and for `nemo-care evaluate`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_care.data.loader import PromptLoader
@@ -62,6 +62,11 @@ def build_evaluator(
             return LeaderJudge(build_llm_judge(recipe, folder) if leads else None, ranks)
         return NoJudge()
 
+    def check(groups: Sequence[Group]) -> None:
+        # In training, the update compares the log-probabilities of every step.
+        if recipe.rollout.backend == "vllm":
+            check_agreement(scorer, groups, recipe.rollout.max_logprob_difference)
+
     further = [FurtherJudge(name, judge(name)) for name in evaluation.further_judges]
     return Evaluator(
         prompts,
@@ -73,16 +78,8 @@ def build_evaluator(
         max_tokens=recipe.rollout.max_completion_tokens,
         min_reasoning_words=recipe.algorithm.min_reasoning_words,
         seed=recipe.trainer.seed,
-        check=_agreement_check(recipe, scorer),
+        check=check,
     )
-
-
-def _agreement_check(recipe: Recipe, scorer: Scorer) -> Callable[[Sequence[Group]], None]:
-    """Return a check of an engine's first completions against the model itself."""
-    if recipe.rollout.backend == "megatron":
-        return lambda groups: None
-    bound = recipe.rollout.max_logprob_difference
-    return lambda groups: check_agreement(scorer, groups, bound)
 
 
 def _measures(

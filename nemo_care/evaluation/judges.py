@@ -36,8 +36,8 @@ class Judge(Protocol):
         ...
 
     def close(self) -> None:
-        """Release resources; no judging is possible afterwards."""
-        ...
+        """Release resources, if there are any; no judging is possible afterwards."""
+        return
 
 
 def known(verdict: Verdict) -> Future[Verdict]:
@@ -47,18 +47,15 @@ def known(verdict: Verdict) -> Future[Verdict]:
     return future
 
 
-class NoJudge:
+class NoJudge(Judge):
     """Returns verdicts without a decision."""
 
     def judge(self, groups: Sequence[Group]) -> list[Future[Verdict]]:
         """Return verdicts without a decision."""
         return [known(Verdict(None)) for _ in groups]
 
-    def close(self) -> None:
-        """Do nothing."""
 
-
-class RuleJudge:
+class RuleJudge(Judge):
     """Decides by the option that the reasoning names last (see `rule_verdict`)."""
 
     def judge(self, groups: Sequence[Group]) -> list[Future[Verdict]]:
@@ -66,9 +63,6 @@ class RuleJudge:
         return [
             known(rule_verdict(group.completions[0].text, group.prompt.sample)) for group in groups
         ]
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class AnswersQuestions(Protocol):
@@ -83,7 +77,7 @@ class AnswersQuestions(Protocol):
         ...
 
 
-class LeaderJudge:
+class LeaderJudge(Judge):
     """Uses a judge on each replica's leader only, so that no request is repeated."""
 
     def __init__(self, judge: AnswersQuestions | None, ranks: Ranks) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 import torch
 
 from nemo_care.data.tokenizer import ChatTokenizer
-from nemo_care.evaluation.judges import Verdict, known
+from nemo_care.evaluation.judges import Judge, Verdict, known
 from nemo_care.groups.answer_span import find_answer_tokens
 from nemo_care.groups.group import Completion, Group
 from nemo_care.objective.text import ANSWER_OPEN, extract_answer
@@ -20,7 +20,7 @@ Likelihoods = Callable[[Sequence[Group]], list[torch.Tensor]]
 """Likelihood of each completion's answer under the reference, float32 [G] per group."""
 
 
-class LikelihoodJudge:
+class LikelihoodJudge(Judge):
     """Considers an answer consistent if no other option is likelier."""
 
     def __init__(self, likelihoods: Likelihoods, tokenizer: ChatTokenizer) -> None:
@@ -40,9 +40,6 @@ class LikelihoodJudge:
         # Also if there is nothing to score: another replica may need this one's experts.
         found = iter(self._score(scored))
         return [known(next(found) if verdict is None else verdict) for verdict in verdicts]
-
-    def close(self) -> None:
-        """Do nothing."""
 
     def _without_scoring(self, group: Group) -> Verdict | None:
         """Return the verdict if there is nothing to compare, otherwise None."""
