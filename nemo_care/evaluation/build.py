@@ -1,6 +1,6 @@
 """Build an evaluator from a recipe, for training and for `nemo-care evaluate`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_care.data.loader import PromptLoader
@@ -51,6 +51,12 @@ def build_evaluator(
         from_checkpoint=from_checkpoint,
     )
     parts = Evaluation(recipe, ranks, tokenizer, likelihoods, folder)
+
+    def check(groups: Sequence[Group]) -> None:
+        # Megatron samples with the model itself.
+        if recipe.rollout.backend == "vllm":
+            check_agreement(scorer, groups, recipe.rollout.max_logprob_difference)
+
     return Evaluator(
         prompts,
         generator,
@@ -61,16 +67,8 @@ def build_evaluator(
         max_tokens=recipe.rollout.max_completion_tokens,
         min_reasoning_words=recipe.algorithm.min_reasoning_words,
         seed=recipe.trainer.seed,
-        check=_agreement_check(recipe, scorer),
+        check=check,
     )
-
-
-def _agreement_check(recipe: Recipe, scorer: Scorer) -> Callable[[Sequence[Group]], None]:
-    """Return a check of an engine's first completions against the model itself."""
-    if recipe.rollout.backend == "megatron":
-        return lambda groups: None
-    bound = recipe.rollout.max_logprob_difference
-    return lambda groups: check_agreement(scorer, groups, bound)
 
 
 def _measures(

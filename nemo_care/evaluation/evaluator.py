@@ -59,7 +59,7 @@ class Evaluator:
         max_tokens: int,
         min_reasoning_words: int,
         seed: int,
-        check: Callable[[Sequence[Group]], None] = lambda groups: None,
+        check: Callable[[Sequence[Group]], None],
     ) -> None:
         """Make prompts with `loader`, on leaders only, one batch ahead; `measures` give columns of
         each row; `check` receives the first groups and raises if they can't be right."""

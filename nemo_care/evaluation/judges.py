@@ -72,8 +72,9 @@ class Judge(ABC):
         All ranks of the model replica call it with equal groups; the leader's verdicts count.
         """
 
-    def close(self) -> None:  # noqa: B027
-        """Release resources; no judging is possible afterwards."""
+    def close(self) -> None:
+        """Release resources, if there are any; no judging is possible afterwards."""
+        return
 
 
 def judge_class(name: str) -> type[Judge]:

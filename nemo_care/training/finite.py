@@ -9,13 +9,13 @@ import torch
 
 from nemo_care.groups.group import Completion, Group
 
-KINDS = ("rollout", "reference", "loss", "gradient")
 NAMES = {
     "rollout": "the rollout's log-probabilities",
     "reference": "the reference's log-probabilities",
     "loss": "the loss",
     "gradient": "the gradient",
 }
+KINDS = tuple(NAMES)
 
 
 @dataclass(frozen=True)

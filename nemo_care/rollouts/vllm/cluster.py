@@ -78,7 +78,7 @@ def check_gpus(engines: int, size: int) -> None:
 
 
 class RayActor:
-    """The way to an engine of the cluster (see `Actor` in engine.py)."""
+    """The way to an engine of the cluster; `LocalActor` has the same methods."""
 
     def __init__(self, name: str, settings: EngineSettings | None) -> None:
         """`settings` if this rank owns the engine; the other ranks find it by its name."""

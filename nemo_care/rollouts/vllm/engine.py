@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Unanswered
-from typing import Any, Protocol
+from typing import Any
 
 from nemo_care.errors import EnginesLost, RunFailed, first_line
+from nemo_care.rollouts.vllm.cluster import RayActor
+from nemo_care.rollouts.vllm.local import LocalActor
 from nemo_care.rollouts.vllm.messages import CallFailed, EngineFailed, EngineSettings
 
 
@@ -13,43 +15,8 @@ class EngineDied(RunFailed):
     """An engine has died, or did not answer in time; it can be started again."""
 
 
-class Actor(Protocol):
-    """The way to an engine: a process of this machine (`LocalActor`), or Ray's (`RayActor`)."""
-
-    losses: tuple[type[Exception], ...]
-    """What a call raises when the engine's process is gone."""
-
-    def start(self) -> None:
-        """Begin to load the model, if this rank owns the engine."""
-        ...
-
-    def ready(self, timeout: float) -> None:
-        """Wait until the model is loaded. Raises RunFailed with the reason if it can't be."""
-        ...
-
-    def call(self, name: str, arguments: dict[str, Any]) -> Future:
-        """Call a method of the engine; returns at once."""
-        ...
-
-    def trainer_address(self) -> str:
-        """Return the address by which the engine reaches this process."""
-        ...
-
-    def about(self) -> str:
-        """Say where the engine's output is, to follow an error's text."""
-        ...
-
-    def last_words(self) -> str:
-        """Return the end of the engine's output, if it is known."""
-        ...
-
-    def kill(self) -> None:
-        """End what is left of the engine at once."""
-        ...
-
-    def close(self) -> None:
-        """End the engine, if this rank owns it."""
-        ...
+Actor = LocalActor | RayActor
+"""The way to an engine: a process of this machine, or an actor of Ray."""
 
 
 class Engine:

@@ -115,9 +115,10 @@ class HostProcess:
 
 
 class LocalActor:
-    """The way to an engine on this machine (see `Actor` in engine.py)."""
+    """The way to an engine on this machine; `RayActor` has the same methods."""
 
     losses: tuple[type[Exception], ...] = (EOFError, OSError)
+    """What a call raises when the engine's process is gone."""
 
     def __init__(self, address: str, key: bytes, process: HostProcess | None) -> None:
         """`process` is the engine's, if this rank owns it."""
@@ -153,7 +154,7 @@ class LocalActor:
             time.sleep(_PAUSE)
 
     def call(self, name: str, arguments: dict[str, Any]) -> Future:
-        """Call the engine in a thread, with a connection of its own."""
+        """Call the engine in a thread, with a connection of its own; returns at once."""
         answer: Future = Future()
         threading.Thread(
             target=_settle, args=(answer, self._proxy.call, name, arguments), daemon=True
@@ -165,7 +166,7 @@ class LocalActor:
         return "127.0.0.1"
 
     def about(self) -> str:
-        """Say where its output is."""
+        """Say where its output is, to follow an error's text."""
         return f" (see {self.process.log})" if self.process is not None else ""
 
     def last_words(self) -> str:
