@@ -89,7 +89,6 @@ bench: $(INSTALLED) .venv-trl/.installed
 	$(BIN)/python benchmarks/vision.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/checkpoints.py
-	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/versus_trl.py
 
 report: $(INSTALLED)

@@ -27,8 +27,32 @@ from typing import Any
 
 GIB = 2**30
 CONFIGURATIONS = Path(__file__).parent.parent / "nemo_care" / "planning" / "configurations"
-# The second is the shape of benchmarks/plan.py, for a CPU.
 SHAPES = ("3b", "tiny")
+# For a CPU.
+TINY = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 32768,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+    "tie_word_embeddings": False,
+    "image_token_id": 1000,
+    "video_token_id": 1001,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "vision_config": {
+        "depth": 4,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_heads": 8,
+        "out_hidden_size": 512,
+        "fullatt_block_indexes": [1, 3],
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -83,9 +107,7 @@ def left_out(way: Way) -> str | None:
 def write_shape(folder: Path, shape: str, layers: int | None) -> None:
     """Write a config.json of that shape with `layers` layers (None: all)."""
     if shape == "tiny":
-        from plan import SHAPE
-
-        config = dict(SHAPE)
+        config = dict(TINY)
     else:
         config = json.loads((CONFIGURATIONS / "Qwen2.5-VL-3B-Instruct/config.json").read_text())
     if layers is not None:

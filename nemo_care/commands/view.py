@@ -84,7 +84,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def send_head(self) -> Any:
         """Answer GET and HEAD."""
-        # A page of the internet may not read this by resolving its own name to this address.
+        # A page of the internet must not read this by resolving its own name to this address.
         host = self.headers.get("Host", "").split(":")[0]
         if host not in (_ADDRESS, "localhost"):
             self.send_error(403, "this server answers to localhost and 127.0.0.1")

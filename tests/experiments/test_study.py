@@ -36,7 +36,7 @@ with (folder.parent / "calls.txt").open("a") as calls:
     calls.write(folder.name + "\\n")
 (folder / "recipe.yaml").write_text("data: {train: {kind: miniature}}")
 is_grpo = args.get("+ablation") == "grpo"
-if is_grpo and seed == 3 and not (folder.parent / "mended").exists():
+if is_grpo and seed == 3 and not (folder.parent / "repaired").exists():
     sys.exit("CUDA went home")
 if seed == 2 and (folder.parent / "wait").exists():
     (folder / "pid").write_text(str(os.getpid()))
@@ -138,7 +138,7 @@ def test_failing_run_stops_no_other_and_unfinished_ones_alone_run_again(made, ca
     done = [(line["variant"], line["seed"]) for line in made.lines()]
     assert done == [("grpo", 1), ("grpo", 2), ("care", 1), ("care", 2)]
     assert len(made.calls()) == 5
-    (made.out / "runs/mended").touch()
+    (made.out / "runs/repaired").touch()
     (made.out / "runs/care-seed2/summary.json").unlink()
     assert made.run() == []
     calls = made.calls()
@@ -295,7 +295,7 @@ def test_studies_that_come_with_the_package_are_usable(file, tmp_path):
 
 
 def row(text: str, first: str) -> list[str]:
-    """The cells of the Markdown table's row that begins so, behind its first."""
+    """The cells of the Markdown table's row that begins so, without the first one."""
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 

@@ -31,14 +31,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def encode_video(path: Path, frames: np.ndarray, rate: int, **options: str) -> Path:
     """Write an ordinary H.264 file with its index first, so that the rest can be damaged."""
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    return encode(path, frames, rate, "libx264", container={"movflags": "faststart"}, **options)
 
 
 def numbered(count: int, height: int = 64, width: int = 96) -> np.ndarray:
@@ -53,16 +46,22 @@ def numbers_of(frames: torch.Tensor) -> list[int]:
 
 
 def encode(
-    path: Path, frames: np.ndarray, rate: int, codec: str, pix_fmt: str = "yuv420p", **options: str
+    path: Path,
+    frames: np.ndarray,
+    rate: int,
+    codec: str,
+    pix_fmt: str = "yuv420p",
+    container: dict[str, str] | None = None,
+    **options: str,
 ) -> Path:
-    """Write a file of any kind: the container by the path's suffix, and the codec's options."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
+    """Write a file of any kind: the container by the path's suffix and options, and the codec's."""
+    with av.open(str(path), "w", options=container) as file:
+        stream = file.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pix_fmt
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
     return path
 
 

@@ -1,4 +1,4 @@
-"""Plans of recipes whose rollouts vLLM makes: numbers against those of a hand."""
+"""Plans of recipes with rollouts by vLLM: numbers against those computed by hand."""
 
 import math
 
@@ -284,7 +284,7 @@ def test_a_rollout_takes_prompts_once_decoding_and_the_weights_transfer():
     layer = 2 * 3584 * (3584 + 2 * 512) + 2 * 3584**2 + 6 * 3584 * 18944
     prompt = 28 * (1000 * layer + 500_500 * 4 * 3584) + 2 * 3584 * 152_064
     prefill = prompt / 2 / (989e12 * 0.4) + 28 * 2 * 1000 * 3584 * 2 / 300e9
-    # Half of 16 GB of weights; 16 completions, each behind 1000 tokens and on average 50 of its
+    # Half of 16 GB of weights; 16 completions, each after 1000 tokens and on average 50 of its
     # own, of 28 layers, two heads, 128 numbers, keys and values.
     read = 8e9 + 16 * 1050 * 28 * 2 * 128 * 2 * 2
     token = read / (3.35e12 * 0.6) + 28 * 50e-6
