@@ -76,13 +76,6 @@ def world(tmp_path_factory):
 # Drawing and asking
 
 
-def test_the_same_seed_draws_the_same_videos_and_another_seed_others():
-    first, second, other = (draw_scenes(8, generator(seed)) for seed in (1, 1, 2))
-    assert first.frames.shape == (8, FRAMES, SIDE, SIDE, 3)
-    assert torch.equal(first.frames, second.frames)
-    assert not torch.equal(first.frames, other.frames)
-
-
 def test_the_shape_moves_in_its_direction_at_its_speed():
     scenes = draw_scenes(64, generator())
     # The median is the background: the shape covers less than half of a frame.
